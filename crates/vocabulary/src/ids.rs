@@ -1,0 +1,93 @@
+//! Identifiers. Each is a newtype, so that a stage is never mistaken for a rank.
+
+use serde::{Deserialize, Serialize};
+use std::fmt;
+
+macro_rules! number_id {
+    ($(#[$doc:meta])* $name:ident($inner:ty)) => {
+        $(#[$doc])*
+        #[derive(Debug, Default, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+        pub struct $name(pub $inner);
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                self.0.fmt(f)
+            }
+        }
+    };
+}
+
+number_id!(
+    /// The fencing token of a scheduler's lease: a rank obeys only the highest it has seen.
+    LeaseTerm(u64)
+);
+number_id!(
+    /// Raised by each re-layout of a replica; messages of an older revision are dropped.
+    ReplicaRevision(u64)
+);
+number_id!(
+    /// One scheduler step of one replica; consecutive within a revision, starting at 1.
+    StepId(u64)
+);
+number_id!(
+    /// One continuation (one choice of one request) inside the scheduler and the ranks.
+    SequenceId(u64)
+);
+number_id!(
+    /// A full set of stages.
+    ReplicaId(u32)
+);
+number_id!(
+    /// A pipeline stage within a replica, from 0.
+    StageIndex(u32)
+);
+number_id!(
+    /// A tensor-parallel rank within a stage, from 0.
+    TensorRank(u32)
+);
+number_id!(
+    /// A block of KV cache; the same number means the same tokens on every rank of a replica.
+    BlockId(u32)
+);
+
+/// A token of the model's vocabulary.
+pub type TokenId = u32;
+
+/// Names a node process; chosen by its configuration, stable over restarts.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct NodeId(pub String);
+
+impl fmt::Display for NodeId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// Names a client's request across all roles; unguessable, chosen by the gateway.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct RequestId(pub u128);
+
+impl fmt::Display for RequestId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:032x}", self.0)
+    }
+}
+
+/// Digest of what determines a model's bits: weights, their format and the numeric version.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct ModelDigest(pub [u8; 32]);
+
+impl fmt::Display for ModelDigest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.iter().take(8).try_for_each(|b| write!(f, "{b:02x}"))
+    }
+}
+
+impl fmt::Debug for ModelDigest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "ModelDigest({self})")
+    }
+}
+
+/// Version of the numeric contract; part of every model digest. Raised by any change of the order of operations.
+pub const NUMERIC_VERSION: u32 = 1;

@@ -1,0 +1,20 @@
+//! Words that every part of Ashlar shares: identifiers, units, shapes, sampling parameters and the cut of an axis.
+//!
+//! Layout: [`ids`] (newtypes), [`units`] (bytes, milliseconds), [`parts`] (the eight-part cut that the numeric
+//! contract is built on), [`shape`] (what a model looks like, without its weights), [`sampling`] (what a request asks of
+//! the sampler).
+//!
+//! **Invariant:** this crate imports nothing of ours, performs no I/O and reads no clock.
+#![forbid(unsafe_code)]
+
+pub mod ids;
+pub mod parts;
+pub mod sampling;
+pub mod shape;
+pub mod units;
+
+pub use ids::*;
+pub use parts::{AxisCut, PARTS};
+pub use sampling::{GrammarSpec, SamplingParams, TokenLogprob, TokenLogprobs};
+pub use shape::{LayerRange, ModelShape};
+pub use units::Bytes;
