@@ -1,1 +1,21 @@
-//! Placeholder.
+//! Every message between roles, both planes, and how it is framed.
+//!
+//! * [`serving`]: gateway ↔ scheduler (submissions, token events, a watched snapshot of the cluster).
+//! * [`membership`]: node ↔ scheduler, control plane (join, assignment, readiness).
+//! * [`step`]: scheduler → ranks → scheduler, every step (plans and results).
+//! * [`data`]: rank ↔ rank (activations between stages, partial sums within a tensor-parallel group).
+//! * [`frame`]: length, checksum and version around all of it, for asynchronous and blocking sockets.
+//!
+//! **Invariants:** only this crate knows the bytes on a wire. Lengths are capped before anything is allocated. Every
+//! data-plane message carries (`LeaseTerm`, `ReplicaRevision`, step), so that a stale one is recognised and dropped.
+//! Messages are postcard-encoded behind a version that both sides check first ([`WIRE_VERSION`]).
+#![forbid(unsafe_code)]
+
+pub mod data;
+pub mod frame;
+pub mod membership;
+pub mod serving;
+pub mod step;
+
+/// Version of all messages here. Two processes that differ refuse each other, naming both versions.
+pub const WIRE_VERSION: u32 = 1;

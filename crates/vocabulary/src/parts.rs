@@ -73,7 +73,8 @@ mod tests {
 
     #[test]
     fn parts_tile_the_axis_for_every_rank_count() {
-        for cut in [AxisCut::wide(172), AxisCut::wide(8192), AxisCut::grouped(4, 8), AxisCut::grouped(3, 64)] {
+        for cut in [AxisCut::wide(172), AxisCut::wide(8192), AxisCut::grouped(4, 8), AxisCut::grouped(3, 64)]
+        {
             for size in [1, 2, 4, 8] {
                 let mut next = 0;
                 for rank in 0..size {

@@ -1,0 +1,173 @@
+//! Rank to rank: activations from stage to stage, partial sums within a tensor-parallel group.
+//!
+//! A fixed 48-byte header and raw little-endian f32 values; no serialisation of tensors. Blocking sockets: the compute
+//! thread itself sends and receives. [`LinkFaults`] lets a test slow a link down or break it.
+
+use crate::frame::FrameError;
+use ashlar_vocabulary::{LeaseTerm, ReplicaRevision, StepId};
+use serde::{Deserialize, Serialize};
+use std::io::{self, Read, Write};
+use std::net::TcpStream;
+use std::time::Duration;
+
+/// First message of a data connection (after the version greeting): which link this is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LinkHello {
+    /// The connecting rank's lease.
+    pub term: LeaseTerm,
+    /// Its layout.
+    pub revision: ReplicaRevision,
+    /// What the connection carries.
+    pub purpose: LinkPurpose,
+}
+
+/// What a data connection carries.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum LinkPurpose {
+    /// Activations from the same rank of the previous stage.
+    Activations,
+    /// Partial sums from this higher rank of the same group.
+    Group {
+        /// The connecting rank.
+        rank: u32,
+    },
+}
+
+/// What a payload is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u32)]
+pub enum PayloadKind {
+    /// Rows of the residual stream.
+    Activations = 1,
+    /// One rank's contribution to a collective.
+    Collective = 2,
+}
+
+/// Names a payload; a receiver that expects another one drops the connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PayloadHeader {
+    /// What it is.
+    pub kind: PayloadKind,
+    /// The layout it belongs to.
+    pub revision: ReplicaRevision,
+    /// The step it belongs to.
+    pub step: StepId,
+    /// Counts payloads within the step.
+    pub sequence: u32,
+}
+
+const HEADER_BYTES: usize = 48;
+const MAGIC: u32 = 0x4853_4141;
+/// Longest payload in f32 values.
+const VALUES_MAX: usize = 1 << 28;
+
+/// Deliberate trouble on a link, for tests and drills.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct LinkFaults {
+    /// Added before each send.
+    pub delay_us: u64,
+    /// Break the connection instead of the n-th send (0: never).
+    pub break_after: u64,
+}
+
+/// One data connection.
+#[derive(Debug)]
+pub struct DataLink {
+    socket: TcpStream,
+    faults: LinkFaults,
+    sent: u64,
+}
+
+impl DataLink {
+    /// Wraps a greeted socket.
+    pub fn new(socket: TcpStream, faults: LinkFaults) -> io::Result<DataLink> {
+        socket.set_nodelay(true)?;
+        Ok(DataLink { socket, faults, sent: 0 })
+    }
+
+    /// A second handle on the same socket, so that another thread may shut it down.
+    pub fn try_clone_socket(&self) -> io::Result<TcpStream> {
+        self.socket.try_clone()
+    }
+
+    /// Sends `values`.
+    pub fn send(&mut self, header: PayloadHeader, values: &[f32]) -> Result<(), FrameError> {
+        self.sent += 1;
+        if self.faults.delay_us > 0 {
+            std::thread::sleep(Duration::from_micros(self.faults.delay_us));
+        }
+        if self.faults.break_after > 0 && self.sent > self.faults.break_after {
+            let _ = self.socket.shutdown(std::net::Shutdown::Both);
+            return Err(FrameError::Io(io::ErrorKind::ConnectionAborted.into()));
+        }
+        let payload: &[u8] = bytemuck::cast_slice(values);
+        let mut bytes = [0u8; HEADER_BYTES];
+        bytes[0..4].copy_from_slice(&MAGIC.to_le_bytes());
+        bytes[4..8].copy_from_slice(&(header.kind as u32).to_le_bytes());
+        bytes[8..16].copy_from_slice(&header.revision.0.to_le_bytes());
+        bytes[16..24].copy_from_slice(&header.step.0.to_le_bytes());
+        bytes[24..28].copy_from_slice(&header.sequence.to_le_bytes());
+        bytes[28..36].copy_from_slice(&(values.len() as u64).to_le_bytes());
+        bytes[36..40].copy_from_slice(&crc32fast::hash(payload).to_le_bytes());
+        let checksum = crc32fast::hash(&bytes[..40]);
+        bytes[40..44].copy_from_slice(&checksum.to_le_bytes());
+        self.write_both(&bytes, payload)
+    }
+
+    /// One vectored write where the socket takes it, so that header and payload share a segment.
+    fn write_both(&mut self, header: &[u8], payload: &[u8]) -> Result<(), FrameError> {
+        let total = header.len() + payload.len();
+        let mut written = 0;
+        while written < total {
+            let count = if written < header.len() {
+                let parts = [io::IoSlice::new(&header[written..]), io::IoSlice::new(payload)];
+                self.socket.write_vectored(&parts)
+            } else {
+                self.socket.write(&payload[written - header.len()..])
+            };
+            match count {
+                Ok(0) => return Err(FrameError::Io(io::ErrorKind::WriteZero.into())),
+                Ok(count) => written += count,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(FrameError::Io(error)),
+            }
+        }
+        Ok(())
+    }
+
+    /// Receives exactly the payload `expected`, into `values`, whose length must match.
+    pub fn receive(&mut self, expected: PayloadHeader, values: &mut [f32]) -> Result<(), FrameError> {
+        let mut bytes = [0u8; HEADER_BYTES];
+        if self.socket.read(&mut bytes[..1])? == 0 {
+            return Err(FrameError::Closed);
+        }
+        self.socket.read_exact(&mut bytes[1..])?;
+        let u32_at = |at: usize| u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
+        let u64_at = |at: usize| u64::from(u32_at(at)) | u64::from(u32_at(at + 4)) << 32;
+        if u32_at(0) != MAGIC || u32_at(40) != crc32fast::hash(&bytes[..40]) {
+            return Err(FrameError::Corrupt);
+        }
+        let length = u64_at(28) as usize;
+        if length > VALUES_MAX {
+            return Err(FrameError::TooLong { announced: length });
+        }
+        let matches = u32_at(4) == expected.kind as u32
+            && u64_at(8) == expected.revision.0
+            && u64_at(16) == expected.step.0
+            && u32_at(24) == expected.sequence
+            && length == values.len();
+        if !matches {
+            return Err(FrameError::Io(io::Error::new(
+                io::ErrorKind::InvalidData,
+                "payload of another step or shape: reconnect and replay",
+            )));
+        }
+        let payload: &mut [u8] = bytemuck::cast_slice_mut(values);
+        self.socket.read_exact(payload)?;
+        if crc32fast::hash(payload) != u32_at(36) {
+            return Err(FrameError::Corrupt);
+        }
+        Ok(())
+    }
+}

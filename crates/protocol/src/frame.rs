@@ -1,0 +1,181 @@
+//! Framing: `length u32 | crc32 u32 | payload`, little-endian, preceded once per connection by a [`Hello`].
+
+use crate::WIRE_VERSION;
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use std::io::{self, Read, Write};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+
+/// Longest control-plane payload in bytes; a longer announced length is refused before allocation.
+pub const FRAME_BYTES_MAX: usize = 64 << 20;
+const HEADER_BYTES: usize = 8;
+
+/// What can go wrong between two roles on a socket.
+#[derive(Debug, thiserror::Error)]
+pub enum FrameError {
+    /// The other side closed the connection between frames.
+    #[error("connection closed by the peer")]
+    Closed,
+    /// The socket failed.
+    #[error("connection failed: {0}")]
+    Io(#[from] io::Error),
+    /// The announced length exceeds the cap.
+    #[error("refused a frame of {announced} bytes (at most {FRAME_BYTES_MAX})")]
+    TooLong {
+        /// What the peer announced.
+        announced: usize,
+    },
+    /// The payload does not match its checksum.
+    #[error("frame checksum mismatch: reconnect and replay")]
+    Corrupt,
+    /// The payload does not decode as the expected message.
+    #[error("undecodable message: {0}")]
+    Decode(postcard::Error),
+    /// The peer speaks another wire version.
+    #[error("peer speaks wire version {theirs}, this process {ours}: run the same release on both sides")]
+    Version {
+        /// This process's version.
+        ours: u32,
+        /// The peer's version.
+        theirs: u32,
+    },
+    /// The first frame was not a [`Hello`].
+    #[error("peer is not an ashlar process (bad greeting)")]
+    NotAshlar,
+}
+
+/// First frame of every connection, in both directions.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Hello {
+    magic: [u8; 8],
+    /// The sender's [`WIRE_VERSION`].
+    pub wire_version: u32,
+    /// Which role speaks, for logs (`gateway`, `node a`…).
+    pub speaker: String,
+}
+
+impl Hello {
+    /// A greeting by `speaker` in this build's version.
+    pub fn new(speaker: impl Into<String>) -> Hello {
+        Hello { magic: *b"ASHLAR\0\0", wire_version: WIRE_VERSION, speaker: speaker.into() }
+    }
+
+    /// Accepts only the same wire version.
+    pub fn check(self) -> Result<Hello, FrameError> {
+        if self.magic != *b"ASHLAR\0\0" {
+            return Err(FrameError::NotAshlar);
+        }
+        if self.wire_version != WIRE_VERSION {
+            return Err(FrameError::Version { ours: WIRE_VERSION, theirs: self.wire_version });
+        }
+        Ok(self)
+    }
+}
+
+/// Encodes `message` with its header.
+pub fn encode<M: Serialize>(message: &M) -> Vec<u8> {
+    let mut frame = vec![0u8; HEADER_BYTES];
+    frame = postcard::to_extend(message, frame).unwrap_or_default();
+    debug_assert!(frame.len() >= HEADER_BYTES, "messages are plain data and always encode");
+    let payload_len = frame.len().saturating_sub(HEADER_BYTES) as u32;
+    let checksum = crc32fast::hash(&frame[HEADER_BYTES..]);
+    frame[..4].copy_from_slice(&payload_len.to_le_bytes());
+    frame[4..8].copy_from_slice(&checksum.to_le_bytes());
+    frame
+}
+
+/// Decodes a payload (without header) whose checksum has been verified.
+pub fn decode<M: DeserializeOwned>(payload: &[u8]) -> Result<M, FrameError> {
+    postcard::from_bytes(payload).map_err(FrameError::Decode)
+}
+
+fn parse_header(header: [u8; HEADER_BYTES]) -> Result<(usize, u32), FrameError> {
+    let [a, b, c, d, e, f, g, h] = header;
+    let announced = u32::from_le_bytes([a, b, c, d]) as usize;
+    if announced > FRAME_BYTES_MAX {
+        return Err(FrameError::TooLong { announced });
+    }
+    Ok((announced, u32::from_le_bytes([e, f, g, h])))
+}
+
+fn verified<M: DeserializeOwned>(payload: &[u8], checksum: u32) -> Result<M, FrameError> {
+    if crc32fast::hash(payload) != checksum {
+        return Err(FrameError::Corrupt);
+    }
+    decode(payload)
+}
+
+/// Reads one message from an asynchronous socket. Not cancellation-safe: own the socket in one task.
+pub async fn read<M: DeserializeOwned>(socket: &mut (impl AsyncRead + Unpin)) -> Result<M, FrameError> {
+    let mut header = [0u8; HEADER_BYTES];
+    if socket.read(&mut header[..1]).await? == 0 {
+        return Err(FrameError::Closed);
+    }
+    socket.read_exact(&mut header[1..]).await?;
+    let (length, checksum) = parse_header(header)?;
+    // Grow with what really arrives, not with what was announced.
+    let mut payload = Vec::with_capacity(length.min(64 << 10));
+    let received = (&mut *socket).take(length as u64).read_to_end(&mut payload).await?;
+    if received < length {
+        return Err(FrameError::Io(io::ErrorKind::UnexpectedEof.into()));
+    }
+    verified(&payload, checksum)
+}
+
+/// Writes one message to an asynchronous socket.
+pub async fn write<M: Serialize>(
+    socket: &mut (impl AsyncWrite + Unpin),
+    message: &M,
+) -> Result<(), FrameError> {
+    socket.write_all(&encode(message)).await?;
+    socket.flush().await?;
+    Ok(())
+}
+
+/// Exchanges [`Hello`]s on a fresh asynchronous connection and returns the peer's.
+pub async fn greet(
+    socket: &mut (impl AsyncRead + AsyncWrite + Unpin),
+    speaker: &str,
+) -> Result<Hello, FrameError> {
+    write(socket, &Hello::new(speaker)).await?;
+    match read::<Hello>(socket).await {
+        Ok(hello) => hello.check(),
+        Err(FrameError::Decode(_) | FrameError::TooLong { .. } | FrameError::Corrupt) => {
+            Err(FrameError::NotAshlar)
+        }
+        Err(other) => Err(other),
+    }
+}
+
+/// Reads one message from a blocking socket.
+pub fn read_blocking<M: DeserializeOwned>(socket: &mut impl Read) -> Result<M, FrameError> {
+    let mut header = [0u8; HEADER_BYTES];
+    if socket.read(&mut header[..1])? == 0 {
+        return Err(FrameError::Closed);
+    }
+    socket.read_exact(&mut header[1..])?;
+    let (length, checksum) = parse_header(header)?;
+    let mut payload = Vec::with_capacity(length.min(64 << 10));
+    if socket.take(length as u64).read_to_end(&mut payload)? < length {
+        return Err(FrameError::Io(io::ErrorKind::UnexpectedEof.into()));
+    }
+    verified(&payload, checksum)
+}
+
+/// Writes one message to a blocking socket.
+pub fn write_blocking<M: Serialize>(socket: &mut impl Write, message: &M) -> Result<(), FrameError> {
+    socket.write_all(&encode(message))?;
+    socket.flush()?;
+    Ok(())
+}
+
+/// Exchanges [`Hello`]s on a fresh blocking connection and returns the peer's.
+pub fn greet_blocking(socket: &mut (impl Read + Write), speaker: &str) -> Result<Hello, FrameError> {
+    write_blocking(socket, &Hello::new(speaker))?;
+    match read_blocking::<Hello>(socket) {
+        Ok(hello) => hello.check(),
+        Err(FrameError::Decode(_) | FrameError::TooLong { .. } | FrameError::Corrupt) => {
+            Err(FrameError::NotAshlar)
+        }
+        Err(other) => Err(other),
+    }
+}

@@ -1,0 +1,157 @@
+//! The control plane between nodes and the scheduler: joining, assignment, readiness, beats. Typed and rare.
+//!
+//! One TCP connection per node carries [`FromNode`] and [`ToNode`]; step plans travel on it too, in order. The
+//! connection *is* the membership: when it ends, the node has left.
+
+use crate::step::{StepPlan, StepResult, StepTiming};
+use ashlar_vocabulary::{
+    Bytes, LayerRange, LeaseTerm, ModelDigest, NodeId, ReplicaId, ReplicaRevision, StageIndex, StepId,
+    TensorRank,
+};
+use serde::{Deserialize, Serialize};
+
+/// From a node to the scheduler.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub enum FromNode {
+    /// First message.
+    Join(Join),
+    /// The assignment was refused (for example by its term); the connection is closed afterwards.
+    Refused {
+        /// The assignment's revision.
+        revision: ReplicaRevision,
+        /// The highest term this node has accepted.
+        term: LeaseTerm,
+    },
+    /// Progress of loading an assignment, at most a few times per second.
+    Loading {
+        /// The assignment's revision.
+        revision: ReplicaRevision,
+        /// Bytes of weights ready so far.
+        loaded: Bytes,
+        /// Bytes of weights in all.
+        total: Bytes,
+    },
+    /// Weights are in place and links to the peers stand.
+    Ready {
+        /// The assignment's revision.
+        revision: ReplicaRevision,
+        /// What the rank has reserved.
+        reserved: Bytes,
+        /// The process's resident memory now.
+        resident: Bytes,
+    },
+    /// The assignment failed: weights missing, corrupt, too large, a peer lost… The node stays joined.
+    Failed {
+        /// The assignment's revision.
+        revision: ReplicaRevision,
+        /// What to tell the operator.
+        message: String,
+    },
+    /// From rank 0 of the last stage only.
+    StepResult(StepResult),
+    /// From every other rank after each step, so that the scheduler sees all stages at work.
+    StepDone {
+        /// The assignment's revision.
+        revision: ReplicaRevision,
+        /// The step.
+        step: StepId,
+        /// How this rank spent it.
+        timing: StepTiming,
+    },
+    /// Sent by the compute loop itself, between layers, at most every [`BEAT_INTERVAL_MS`]: silence means a hang.
+    Beat,
+    /// The node is shutting down on purpose.
+    Leaving,
+}
+
+/// How often a healthy node beats, busy or idle, in milliseconds.
+pub const BEAT_INTERVAL_MS: u64 = 200;
+
+/// What a node tells about itself when it joins.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Join {
+    /// Its name.
+    pub node: NodeId,
+    /// Where its peers reach it (`host:port`, data plane).
+    pub data_address: String,
+    /// Memory it is willing to use.
+    pub memory: Bytes,
+    /// Measured read bandwidth.
+    pub bandwidth_bytes_per_s: f64,
+    /// Measured f32 multiply-add rate.
+    pub flops_per_s: f64,
+    /// Compute threads.
+    pub threads: u32,
+    /// Instruction set chosen.
+    pub isa: String,
+    /// Layers this node insists on, if configured.
+    pub layers: Option<LayerRange>,
+    /// What it still holds from before a lost connection, so that nothing is loaded twice.
+    pub holds: Option<HeldSlice>,
+    /// The highest lease term it has accepted.
+    pub term: LeaseTerm,
+}
+
+/// A slice of a model that a node has in memory.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HeldSlice {
+    /// Which model.
+    pub model_digest: ModelDigest,
+    /// Which layers.
+    pub layers: LayerRange,
+    /// Its rank's place in the tensor-parallel group.
+    pub tensor_rank: TensorRank,
+    /// The group's size.
+    pub tensor_parallel_size: u32,
+}
+
+/// From the scheduler to a node.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub enum ToNode {
+    /// Take this place. Replaces any former assignment; its links are torn down first.
+    Assign(Box<Assignment>),
+    /// Give up the current assignment but stay joined (standby).
+    Release {
+        /// Raised, so that late messages of the former assignment are dropped.
+        revision: ReplicaRevision,
+    },
+    /// Execute a step.
+    Step(Box<StepPlan>),
+    /// This node cannot join; the reason is for the operator. The connection is closed afterwards.
+    Rejected(String),
+}
+
+/// A rank's place in a replica.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Assignment {
+    /// The scheduler's lease.
+    pub term: LeaseTerm,
+    /// Who holds it.
+    pub holder: String,
+    /// Raised by each re-layout.
+    pub revision: ReplicaRevision,
+    /// Which replica.
+    pub replica: ReplicaId,
+    /// Where the model's files are: a directory, or a hub id.
+    pub model: String,
+    /// Digest of the model; the node refuses other bytes.
+    pub model_digest: ModelDigest,
+    /// Which stage.
+    pub stage: StageIndex,
+    /// How many stages the replica has.
+    pub num_stages: u32,
+    /// This stage's layers.
+    pub layers: LayerRange,
+    /// Which rank within the stage.
+    pub tensor_rank: TensorRank,
+    /// Ranks per stage.
+    pub tensor_parallel_size: u32,
+    /// Blocks of KV cache to reserve.
+    pub kv_blocks: u32,
+    /// Most rows in one step; workspaces are sized by it.
+    pub max_num_batched_tokens: u32,
+    /// Data addresses of this stage's ranks, by rank (this node's own included).
+    pub group: Vec<String>,
+    /// Data address of the same rank in the next stage; `None` on the last.
+    pub next: Option<String>,
+}

@@ -1,0 +1,239 @@
+//! Between gateway and scheduler: submissions in, token events out, and a watched snapshot of the cluster.
+//!
+//! One TCP connection per gateway. When it ends, the scheduler cancels that gateway's requests.
+
+use ashlar_vocabulary::{
+    Bytes, LayerRange, LeaseTerm, ModelDigest, NodeId, ReplicaId, ReplicaRevision, RequestId, SamplingParams,
+    StageIndex, TensorRank, TokenId, TokenLogprobs,
+};
+use serde::{Deserialize, Serialize};
+
+/// Names one choice of one request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct ChoiceId {
+    /// The client's request.
+    pub request: RequestId,
+    /// Which of its choices, from 0.
+    pub choice: u32,
+}
+
+/// From a gateway to the scheduler.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub enum ToScheduler {
+    /// Start (or, with `forced` tokens, resume) one choice. Idempotent: a known [`ChoiceId`] is ignored.
+    Submit(Box<Submit>),
+    /// Stop: the client has gone, or a stop string has matched. Unknown ids are ignored. No event follows.
+    Cancel(ChoiceId),
+}
+
+/// One choice of a request, complete: nothing else is needed to compute it anywhere.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Submit {
+    /// Its name.
+    pub id: ChoiceId,
+    /// The model it is for; a scheduler of another digest refuses.
+    pub model_digest: ModelDigest,
+    /// Prompt tokens, at least one.
+    pub prompt: Vec<TokenId>,
+    /// Tokens already delivered to the client: forced, never re-sampled.
+    pub forced: Vec<TokenId>,
+    /// Most tokens to generate in all, `forced` included.
+    pub max_new_tokens: u32,
+    /// Tokens that end the answer (end of sequence unless ignored, `stop_token_ids`).
+    pub stop_tokens: Vec<TokenId>,
+    /// Sampling, with its seed.
+    pub sampling: SamplingParams,
+    /// Prefix-cache salt of the tenant; equal salts share cached prefixes.
+    pub tenant_salt: u64,
+    /// Lower goes first; 0 is normal.
+    pub priority: i32,
+    /// Milliseconds from arrival until the request is failed.
+    pub deadline_ms: u64,
+    /// W3C trace context, if traced.
+    pub traceparent: Option<String>,
+}
+
+/// From the scheduler to a gateway.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub enum FromScheduler {
+    /// The cluster as it is now: first message, and again on each change (at most a few times per second).
+    Cluster(Box<ClusterSnapshot>),
+    /// The next token of a choice.
+    Token(TokenEvent),
+    /// Log-probabilities of prompt tokens, in ascending position order, before the first token.
+    PromptLogprobs {
+        /// Which choice.
+        id: ChoiceId,
+        /// Position of the first described token.
+        position: u32,
+        /// One per position.
+        logprobs: Vec<TokenLogprobs>,
+    },
+    /// The choice ended; nothing follows.
+    Finished {
+        /// Which choice.
+        id: ChoiceId,
+        /// Why.
+        reason: FinishReason,
+        /// What it took.
+        receipt: Receipt,
+    },
+    /// The choice failed; nothing follows.
+    Failed {
+        /// Which choice.
+        id: ChoiceId,
+        /// Why.
+        error: RequestFailure,
+    },
+}
+
+/// A token of a choice.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct TokenEvent {
+    /// Which choice.
+    pub id: ChoiceId,
+    /// Index among generated tokens, from 0; the gateway forwards only the next one it expects.
+    pub index: u32,
+    /// The token.
+    pub token: TokenId,
+    /// Where asked for.
+    pub logprobs: Option<TokenLogprobs>,
+}
+
+/// Why a choice ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum FinishReason {
+    /// A stop token was sampled (it was delivered as the last token event), or the grammar is complete.
+    Stop,
+    /// `max_new_tokens` or the context length was reached.
+    Length,
+}
+
+/// Where a choice's time went.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Receipt {
+    /// Prompt tokens.
+    pub prompt_tokens: u32,
+    /// Of these, found in the prefix cache.
+    pub cached_tokens: u32,
+    /// Generated tokens.
+    pub generated_tokens: u32,
+    /// Waiting before the first step, in milliseconds.
+    pub queue_ms: u64,
+    /// From the first step to the first token, in milliseconds.
+    pub prefill_ms: u64,
+    /// From the first token to the last, in milliseconds.
+    pub decode_ms: u64,
+    /// Times it was preempted.
+    pub preemptions: u32,
+}
+
+/// Why a choice failed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RequestFailure {
+    /// Class, which decides the HTTP status.
+    pub kind: FailureKind,
+    /// For the client.
+    pub message: String,
+    /// When to try again, for `Overloaded` and `Unavailable`.
+    pub retry_after_ms: Option<u64>,
+}
+
+/// Classes of failure.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum FailureKind {
+    /// The request can never run here (400).
+    Invalid,
+    /// Another model is served (404).
+    UnknownModel,
+    /// Queues are full (429).
+    Overloaded,
+    /// No replica is up, or it was lost (503).
+    Unavailable,
+    /// The deadline passed (504).
+    DeadlineExceeded,
+    /// A fault of ours (500).
+    Internal,
+}
+
+/// What a gateway (and an operator) may know about the cluster.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ClusterSnapshot {
+    /// The scheduler's lease.
+    pub term: LeaseTerm,
+    /// Directory or hub id of the model.
+    pub model: String,
+    /// Its digest.
+    pub model_digest: ModelDigest,
+    /// Longest sequence.
+    pub max_context_tokens: u32,
+    /// Joined nodes.
+    pub nodes: Vec<NodeView>,
+    /// Replicas, whole or in the making.
+    pub replicas: Vec<ReplicaView>,
+    /// Why nothing can be served, if so (for example: the model does not fit, with the ledger's missing bytes).
+    pub problem: Option<String>,
+    /// Numbers for metrics.
+    pub counters: SchedulerCounters,
+}
+
+/// A joined node.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct NodeView {
+    /// Its name.
+    pub node: NodeId,
+    /// Memory it offered.
+    pub memory: Bytes,
+    /// Measured read bandwidth.
+    pub bandwidth_bytes_per_s: f64,
+    /// Measured multiply-add rate.
+    pub flops_per_s: f64,
+    /// Its place: replica, stage, rank; `None` for a standby.
+    pub place: Option<(ReplicaId, StageIndex, TensorRank)>,
+    /// Layers it holds.
+    pub layers: LayerRange,
+    /// Share of weights loaded, 0…1.
+    pub loaded: f32,
+    /// Reserved memory.
+    pub reserved: Bytes,
+    /// Observed resident memory.
+    pub resident: Bytes,
+    /// Cumulated time since the assignment: computing, waiting, exchanging, sending (µs).
+    pub busy: crate::step::StepTiming,
+}
+
+/// A replica.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ReplicaView {
+    /// Which.
+    pub replica: ReplicaId,
+    /// Its layout's revision.
+    pub revision: ReplicaRevision,
+    /// Whether it serves.
+    pub ready: bool,
+    /// KV blocks in all and in use.
+    pub kv_blocks: (u32, u32),
+    /// Steps completed.
+    pub steps: u64,
+}
+
+/// Cumulative numbers, and gauges of the moment.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct SchedulerCounters {
+    /// Sequences running.
+    pub running: u64,
+    /// Sequences waiting.
+    pub waiting: u64,
+    /// Preemptions so far.
+    pub preemptions: u64,
+    /// Prompt tokens looked up in the prefix cache so far.
+    pub prefix_cache_queries: u64,
+    /// Prompt tokens found there so far.
+    pub prefix_cache_hits: u64,
+    /// Steps so far.
+    pub steps: u64,
+    /// Tokens computed so far (prompt and generated).
+    pub scheduled_tokens: u64,
+    /// Tokens generated so far.
+    pub generated_tokens: u64,
+}

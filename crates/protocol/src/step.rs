@@ -1,0 +1,129 @@
+//! The data plane between scheduler and ranks: step plans out, step results back.
+//!
+//! A plan is broadcast to every rank of a replica as a *delta*: a sequence's prompt and sampling travel once, afterwards
+//! only the tokens appended since, the blocks added and the range of positions to compute. Ranks execute steps strictly
+//! in order; that order alone makes it safe to reuse a freed block in a later step.
+
+use ashlar_vocabulary::{
+    BlockId, LeaseTerm, ReplicaRevision, SamplingParams, SequenceId, StepId, TokenId, TokenLogprobs,
+};
+use serde::{Deserialize, Serialize};
+
+/// One step of one replica: what each rank computes, in this order of rows.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct StepPlan {
+    /// The scheduler's lease.
+    pub term: LeaseTerm,
+    /// The layout this plan is for.
+    pub revision: ReplicaRevision,
+    /// Consecutive within a revision, from 1.
+    pub step: StepId,
+    /// Sequences that ranks do not know yet.
+    pub new_sequences: Vec<NewSequence>,
+    /// What to compute. Applied after `new_sequences`; at most one slice per sequence.
+    pub slices: Vec<SequenceSlice>,
+    /// Sequences whose state may be dropped *before* this step (ended, cancelled). Blocks were freed by the scheduler.
+    pub ended_sequences: Vec<SequenceId>,
+}
+
+/// Everything a rank needs to know once about a sequence.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct NewSequence {
+    /// Its name in later deltas; never reused.
+    pub id: SequenceId,
+    /// The prompt.
+    pub prompt: Vec<TokenId>,
+    /// Tokens generated before (a replay): forced, never re-sampled.
+    pub generated: Vec<TokenId>,
+    /// How to sample its continuation.
+    pub sampling: SamplingParams,
+    /// W3C trace context of the request, if it is traced.
+    pub traceparent: Option<String>,
+}
+
+/// The work of one sequence in a step.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SequenceSlice {
+    /// Which sequence.
+    pub id: SequenceId,
+    /// Tokens that continue the sequence's known tokens (usually the one sampled last); applied first. The sampler's
+    /// penalties and the grammar advance by these.
+    pub append: Vec<TokenId>,
+    /// Forget the block table first (after a preemption).
+    pub reset_blocks: bool,
+    /// Appended to the block table.
+    pub new_blocks: Vec<BlockId>,
+    /// First position to compute.
+    pub start: u32,
+    /// How many positions to compute, ≥ 1.
+    pub count: u32,
+    /// Whether the last computed position is the last known token and its successor shall be sampled.
+    pub sample: bool,
+}
+
+/// What the last stage answers for one step.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct StepResult {
+    /// Copied from the plan.
+    pub term: LeaseTerm,
+    /// Copied from the plan.
+    pub revision: ReplicaRevision,
+    /// Copied from the plan.
+    pub step: StepId,
+    /// One per slice with `sample` that did not fail.
+    pub sampled: Vec<SampledToken>,
+    /// Log-probabilities of prompt tokens computed in this step, where asked for.
+    pub prompt_logprobs: Vec<PromptLogprobs>,
+    /// Sequences that failed alone; the others are unaffected.
+    pub failed: Vec<FailedSequence>,
+    /// How the answering rank spent this step.
+    pub timing: StepTiming,
+}
+
+/// A sampled token.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct SampledToken {
+    /// Which sequence.
+    pub id: SequenceId,
+    /// The token's position in the sequence (prompt length for the first generated token).
+    pub position: u32,
+    /// The token.
+    pub token: TokenId,
+    /// Where asked for.
+    pub logprobs: Option<TokenLogprobs>,
+    /// The grammar admits nothing after this token but the end of the answer.
+    pub grammar_complete: bool,
+}
+
+/// Log-probabilities of consecutive prompt tokens.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct PromptLogprobs {
+    /// Which sequence.
+    pub id: SequenceId,
+    /// Position of the first token described (≥ 1: position 0 has no distribution).
+    pub position: u32,
+    /// One per position.
+    pub logprobs: Vec<TokenLogprobs>,
+}
+
+/// A sequence that cannot go on.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FailedSequence {
+    /// Which sequence.
+    pub id: SequenceId,
+    /// Why; shown to the client.
+    pub message: String,
+}
+
+/// How a rank spent one step, in microseconds.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StepTiming {
+    /// Computing.
+    pub compute_us: u64,
+    /// Waiting for activations of the previous stage (or for work).
+    pub wait_us: u64,
+    /// Exchanging within the tensor-parallel group.
+    pub collective_us: u64,
+    /// Sending activations on.
+    pub send_us: u64,
+}
