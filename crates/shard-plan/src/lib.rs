@@ -1,1 +1,27 @@
-//! Placeholder.
+//! Where the stones go: from a model's shape, the devices and the links between them to replicas, stages, ranks,
+//! layer ranges and a ledger of every byte.
+//!
+//! Layout: [`request`] (what goes in), [`layout`] (what comes out), [`ledger`] (memory of one rank), [`cost`]
+//! (seconds of one stage), [`cut`] (the exact dynamic program over contiguous ranges), [`plan`](mod@plan) (which stages,
+//! replicas and standbys), [`error`] (why not).
+//!
+//! **Invariants:** pure — no clock, randomness, I/O or randomly seeded map; equal inputs give equal layouts. Only
+//! contiguous, non-empty layer ranges are ever produced, and no ledger exceeds its capacity.
+#![forbid(unsafe_code)]
+
+pub mod request;
+pub mod layout;
+pub mod ledger;
+pub mod cost;
+pub mod cut;
+pub mod plan;
+pub mod error;
+
+mod explain;
+mod overrides;
+
+pub use error::PlanError;
+pub use layout::{Layout, Prediction, ReplicaLayout, StageLayout};
+pub use ledger::{LedgerRow, MemoryLedger};
+pub use plan::{plan, survivable_losses};
+pub use request::{DeviceReport, LinkReport, Links, PlanRequest};

@@ -1,0 +1,157 @@
+//! Seconds of one stage and of one step: the larger of reading bytes and computing, plus what the links add.
+
+use crate::layout::Prediction;
+use crate::ledger::Piece;
+use crate::request::{DeviceReport, Links, PlanRequest};
+use ashlar_vocabulary::{ModelShape, NodeId};
+
+/// Bytes of one element on the wire and in the KV cache.
+const BYTES_PER_ACTIVATION: f64 = 4.0;
+
+/// Sequences of the decode step that cuts are balanced for and throughput is predicted for.
+pub const BATCH: usize = 16;
+
+/// Prompt length for which the time to the first token is predicted.
+const PROMPT: usize = 512;
+
+/// Bytes of a step's result (sampled tokens) on its way back to the scheduler.
+const RESULT_BYTES: f64 = 1024.0;
+
+/// The ranks of one stage: as many nodes as the tensor-parallel size.
+pub type Group<'a> = Vec<&'a DeviceReport>;
+
+/// Tokens that one step computes.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct StepLoad {
+    /// Tokens computed.
+    pub tokens: usize,
+    /// Sequences that they belong to (each reads its own KV cache once and is sampled once).
+    pub sequences: usize,
+    /// Tokens of context that each sequence reads.
+    pub context: usize,
+}
+
+impl StepLoad {
+    /// One new token for each of `sequences`, at half of the longest context.
+    pub fn decode(sequences: usize, request: &PlanRequest) -> StepLoad {
+        StepLoad { tokens: sequences, sequences, context: request.max_context_tokens.div_ceil(2) }
+    }
+
+    /// A chunk of one prompt.
+    pub fn prefill(tokens: usize) -> StepLoad {
+        StepLoad { tokens, sequences: 1, context: tokens.div_ceil(2) }
+    }
+}
+
+/// Predicts times for one model, one network and one request.
+#[derive(Debug, Clone, Copy)]
+pub struct CostModel<'a> {
+    /// The model.
+    pub shape: &'a ModelShape,
+    /// The network.
+    pub links: &'a Links,
+    /// Precision and limits.
+    pub request: &'a PlanRequest,
+}
+
+impl CostModel<'_> {
+    /// Seconds that rank work of `piece` takes on `device`: max(bytes / bandwidth, operations / speed).
+    fn rank_seconds(&self, piece: &Piece, device: &DeviceReport, load: StepLoad) -> f64 {
+        let layer_weights = (piece.layers * piece.layer_weights(self.shape)) as f64;
+        let head_weights = piece.head_weights(self.shape) as f64;
+        let kv_bytes = (load.sequences * load.context * piece.kv_bytes_per_token(self.shape)) as f64;
+        let bytes = (layer_weights + head_weights) * self.request.bytes_per_weight as f64 + kv_bytes;
+        let query = self.shape.attention_cut().rank(piece.rank, piece.tensor_parallel_size).len();
+        let attention = 4.0 * (load.tokens * load.context * piece.layers * query) as f64;
+        let operations =
+            2.0 * (layer_weights * load.tokens as f64 + head_weights * load.sequences as f64) + attention;
+        (bytes / device.bandwidth_bytes_per_s).max(operations / device.flops_per_s)
+    }
+
+    /// Seconds that the collectives of one stage add: two per layer, each a tree of log₂(ranks) hops over its
+    /// slowest link.
+    fn collective_seconds(&self, group: &Group<'_>, layers: usize, load: StepLoad) -> f64 {
+        let bytes = (load.tokens * self.shape.hidden_size) as f64 * BYTES_PER_ACTIVATION;
+        let hop = group
+            .iter()
+            .skip(1)
+            .map(|rank| self.links.seconds(&group[0].node, &rank.node, bytes))
+            .fold(0.0, f64::max);
+        2.0 * layers as f64 * f64::from(group.len().ilog2()) * hop
+    }
+
+    /// Seconds of one stage without the hop that leads to it: its slowest rank plus its collectives.
+    pub fn stage_seconds(
+        &self,
+        group: &Group<'_>,
+        layers: usize,
+        first: bool,
+        last: bool,
+        load: StepLoad,
+    ) -> f64 {
+        let slowest = group
+            .iter()
+            .enumerate()
+            .map(|(rank, device)| {
+                let piece = Piece { layers, first, last, rank, tensor_parallel_size: group.len() };
+                self.rank_seconds(&piece, device, load)
+            })
+            .fold(0.0, f64::max);
+        slowest + self.collective_seconds(group, layers, load)
+    }
+
+    /// Seconds of the hop from one stage's rank 0 to the next one's.
+    pub fn hop_seconds(&self, from: &NodeId, to: &NodeId, load: StepLoad) -> f64 {
+        let bytes = (load.tokens * self.shape.hidden_size) as f64 * BYTES_PER_ACTIVATION;
+        self.links.seconds(from, to, bytes)
+    }
+
+    /// Seconds per stage (each with the hop that leads to it) of one step over a whole replica.
+    pub fn step(&self, stages: &[(Group<'_>, usize)], load: StepLoad) -> Vec<f64> {
+        (0..stages.len())
+            .map(|index| {
+                let (group, layers) = &stages[index];
+                let seconds =
+                    self.stage_seconds(group, *layers, index == 0, index + 1 == stages.len(), load);
+                match index.checked_sub(1) {
+                    Some(before) => {
+                        seconds + self.hop_seconds(&stages[before].0[0].node, &group[0].node, load)
+                    }
+                    None => seconds,
+                }
+            })
+            .collect()
+    }
+
+    /// Predicts a replica's speed.
+    pub fn predict(&self, stages: &[(Group<'_>, usize)]) -> Prediction {
+        // The plan goes out to every rank and the result comes back: one round trip at the default link.
+        let control = self.links.round_trip_s + RESULT_BYTES / self.links.bytes_per_s;
+        let latency = |load| self.step(stages, load).iter().sum::<f64>() + control;
+        let slowest = |load| self.step(stages, load).into_iter().fold(0.0, f64::max);
+
+        let chunk = PROMPT.min(self.request.max_num_batched_tokens).max(1);
+        let chunks = PROMPT.div_ceil(chunk);
+        let prefill = StepLoad::prefill(chunk);
+        let seconds_to_first_token = latency(prefill) + (chunks - 1) as f64 * slowest(prefill);
+
+        // With m micro-batches in flight a cycle lasts as long as one of them takes from end to end, or as the
+        // slowest stage needs for all of them.
+        let cycle = (1..=stages.len().min(BATCH))
+            .map(|microbatches| {
+                let load = StepLoad::decode(BATCH.div_ceil(microbatches), self.request);
+                latency(load).max(microbatches as f64 * slowest(load))
+            })
+            .fold(f64::INFINITY, f64::min);
+
+        let batch = self.step(stages, StepLoad::decode(BATCH, self.request));
+        let slowest_stage_s = batch.iter().copied().fold(0.0, f64::max);
+        Prediction {
+            seconds_per_token: latency(StepLoad::decode(1, self.request)),
+            seconds_to_first_token,
+            tokens_per_s_batch_16: BATCH as f64 / cycle,
+            slowest_stage: batch.iter().position(|&s| s == slowest_stage_s).unwrap_or(0),
+            slowest_stage_s,
+        }
+    }
+}

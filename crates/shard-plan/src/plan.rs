@@ -1,0 +1,327 @@
+//! Which stages, replicas and standbys: the fewest stages that fit, then replicas, the rest stand by.
+
+use crate::cost::{BATCH, CostModel, Group, StepLoad};
+use crate::cut::{CutStage, best_balanced_cut};
+use crate::error::PlanError;
+use crate::explain::does_not_fit;
+use crate::layout::{Layout, ReplicaLayout, StageLayout};
+use crate::ledger::{MemoryLedger, Piece};
+use crate::overrides::plan_fixed_ranges;
+use crate::request::{DeviceReport, Links, PlanRequest};
+use ashlar_vocabulary::{ModelShape, NodeId};
+
+/// Above this many groups only the caller's order is searched, not also every other choice of the last group.
+const ROTATIONS_MAX: usize = 16;
+
+/// Plans a layout.
+///
+/// Devices are taken in the order given (sort them by node for layouts that do not change from run to run); with
+/// tensor parallelism, consecutive devices form a stage. Within an order the cut is exact: the fewest stages that fit,
+/// then the smallest time of the slowest stage for a decode step of 16 sequences, then the smallest sum. The last stage
+/// holds the head, so every choice of the last group is tried too.
+///
+/// If any device carries a layer range, ranges alone decide: distinct ranges must tile the model, each must be held by
+/// ranks × replicas nodes, and nodes without a range stand by.
+///
+/// # Errors
+/// [`PlanError`], whose messages say what would help.
+pub fn plan(
+    shape: &ModelShape,
+    devices: &[DeviceReport],
+    links: &Links,
+    request: &PlanRequest,
+) -> Result<Layout, PlanError> {
+    validate(shape, devices, links, request)?;
+    if devices.iter().any(|device| device.layers.is_some()) {
+        return plan_fixed_ranges(shape, devices, links, request);
+    }
+    let ranks = request.tensor_parallel_size.unwrap_or(1);
+    let stages = request.stages.unwrap_or(1);
+    if stages > shape.num_layers {
+        return Err(PlanError::TooManyStages { stages, layers: shape.num_layers });
+    }
+    let wanted = request.replicas.unwrap_or(1);
+    let needed = stages * ranks * wanted;
+    if needed > devices.len() {
+        let present = devices.len();
+        return Err(PlanError::TooFewNodes {
+            stages,
+            tensor_parallel_size: ranks,
+            replicas: wanted,
+            needed,
+            present,
+        });
+    }
+    let all: Vec<&DeviceReport> = devices.iter().collect();
+    let planner = Planner::new(shape, links, request, &all, ranks);
+    let Some(alone) = planner.replica() else { return Err(does_not_fit(&planner, request.stages)) };
+    let most = devices.len() / (ranks * alone.stages.len());
+    let most = request.replicas.map_or(most, |replicas| replicas.min(most));
+    let replicas = (2..=most).rev().find_map(|count| replicate(&planner, count)).unwrap_or(vec![alone]);
+    if let Some(wanted) = request.replicas.filter(|&wanted| wanted > replicas.len()) {
+        return Err(PlanError::TooFewReplicas { wanted, possible: replicas.len() });
+    }
+    let replicas: Vec<ReplicaLayout> = replicas.into_iter().take(wanted.max(most)).collect();
+    Ok(finish(ranks, replicas, devices))
+}
+
+/// The nodes of `layout` without any one of which a full replica would still be possible on the others.
+pub fn survivable_losses(
+    shape: &ModelShape,
+    devices: &[DeviceReport],
+    links: &Links,
+    request: &PlanRequest,
+    layout: &Layout,
+) -> Vec<NodeId> {
+    let request = PlanRequest { replicas: None, stages: None, ..request.clone() };
+    let survives = |node: &NodeId| {
+        let mut rest: Vec<DeviceReport> = devices.iter().filter(|d| &d.node != node).cloned().collect();
+        // A loss is answered by a re-plan, which is free of ranges that no longer tile.
+        rest.iter_mut().for_each(|device| device.layers = None);
+        plan(shape, &rest, links, &request).is_ok()
+    };
+    layout.nodes().filter(|node| survives(node)).cloned().collect()
+}
+
+/// Appends the standbys: every device that no replica uses, in the order given.
+pub(crate) fn finish(ranks: usize, replicas: Vec<ReplicaLayout>, devices: &[DeviceReport]) -> Layout {
+    let mut layout = Layout { tensor_parallel_size: ranks, replicas, standbys: Vec::new() };
+    let used: Vec<&NodeId> = layout.nodes().collect();
+    let standbys = devices.iter().map(|d| &d.node).filter(|node| !used.contains(node)).cloned().collect();
+    layout.standbys = standbys;
+    layout
+}
+
+/// `count` replicas, or `None`: first each replica takes the best of what is left; where that starves a later one, groups
+/// are dealt out like cards instead, largest first, to and fro.
+fn replicate(planner: &Planner<'_>, count: usize) -> Option<Vec<ReplicaLayout>> {
+    let mut left = planner.clone();
+    let greedy: Option<Vec<ReplicaLayout>> = (0..count)
+        .map(|_| {
+            let replica = left.replica()?;
+            left.groups.retain(|group| !replica.nodes().any(|node| *node == group[0].node));
+            Some(replica)
+        })
+        .collect();
+    greedy.or_else(|| {
+        let memory = |group: &Group<'_>| group.iter().map(|device| device.memory).min();
+        let mut order: Vec<usize> = (0..planner.groups.len()).collect();
+        order.sort_by_key(|&group| std::cmp::Reverse(memory(&planner.groups[group])));
+        let mut hands = vec![Vec::new(); count];
+        for (turn, group) in order.into_iter().enumerate() {
+            let (round, place) = (turn / count, turn % count);
+            hands[if round % 2 == 0 { place } else { count - 1 - place }].push(group);
+        }
+        hands
+            .into_iter()
+            .map(|mut hand| {
+                hand.sort_unstable();
+                let groups = hand.into_iter().map(|group| planner.groups[group].clone()).collect();
+                Planner { groups, ..planner.clone() }.replica()
+            })
+            .collect()
+    })
+}
+
+fn validate(
+    shape: &ModelShape,
+    devices: &[DeviceReport],
+    links: &Links,
+    request: &PlanRequest,
+) -> Result<(), PlanError> {
+    let invalid = |what: String| Err(PlanError::Invalid(what));
+    let positive = |value: f64| value.is_finite() && value > 0.0;
+    if devices.is_empty() {
+        return Err(PlanError::NoNodes);
+    }
+    let dimensions = [
+        ("num_layers", shape.num_layers),
+        ("hidden_size", shape.hidden_size),
+        ("num_heads", shape.num_heads),
+        ("num_kv_heads", shape.num_kv_heads),
+        ("head_dim", shape.head_dim),
+        ("vocab_size", shape.vocab_size),
+        ("block_tokens", request.block_tokens),
+        ("max_context_tokens", request.max_context_tokens),
+        ("max_num_batched_tokens", request.max_num_batched_tokens),
+        ("bytes_per_weight", request.bytes_per_weight),
+        ("stages", request.stages.unwrap_or(1)),
+        ("replicas", request.replicas.unwrap_or(1)),
+    ];
+    if let Some((name, _)) = dimensions.iter().find(|(_, value)| *value == 0) {
+        return invalid(format!("{name} is 0, it must be at least 1"));
+    }
+    for (index, device) in devices.iter().enumerate() {
+        if devices[..index].iter().any(|other| other.node == device.node) {
+            return invalid(format!("node {} is listed twice: give every node its own name", device.node));
+        }
+        if !positive(device.bandwidth_bytes_per_s) || !positive(device.flops_per_s) {
+            return invalid(format!("node {} reports no positive speed: measure it again", device.node));
+        }
+    }
+    let slow = |round_trip_s: f64, bytes_per_s: f64| !(round_trip_s >= 0.0 && positive(bytes_per_s));
+    if slow(links.round_trip_s, links.bytes_per_s)
+        || links.pairs.iter().any(|pair| slow(pair.round_trip_s, pair.bytes_per_s))
+    {
+        return invalid("a link has no positive speed or a negative round trip: measure it again".into());
+    }
+    tensor_parallel_is_possible(shape, request.tensor_parallel_size.unwrap_or(1))
+}
+
+fn tensor_parallel_is_possible(shape: &ModelShape, size: usize) -> Result<(), PlanError> {
+    let possible: Vec<String> = [1, 2, 4, 8]
+        .into_iter()
+        .filter(|size| shape.num_kv_heads.is_multiple_of(*size))
+        .map(|size| size.to_string())
+        .collect();
+    let possible = possible.join(", ");
+    if ![1, 2, 4, 8].contains(&size) {
+        let reason = format!("an axis has eight parts, this model can be cut over {possible}");
+        return Err(PlanError::TensorParallel { size, reason });
+    }
+    if !shape.num_kv_heads.is_multiple_of(size) {
+        let reason = format!(
+            "it does not divide the model's {} KV heads, this model can be cut over {possible}",
+            shape.num_kv_heads
+        );
+        return Err(PlanError::TensorParallel { size, reason });
+    }
+    Ok(())
+}
+
+/// Plans single replicas over groups of devices.
+#[derive(Clone)]
+pub(crate) struct Planner<'a> {
+    pub(crate) shape: &'a ModelShape,
+    pub(crate) request: &'a PlanRequest,
+    pub(crate) cost: CostModel<'a>,
+    pub(crate) groups: Vec<Group<'a>>,
+}
+
+impl<'a> Planner<'a> {
+    /// Consecutive `ranks` devices form a group; what is left over forms none.
+    pub(crate) fn new(
+        shape: &'a ModelShape,
+        links: &'a Links,
+        request: &'a PlanRequest,
+        devices: &[&'a DeviceReport],
+        ranks: usize,
+    ) -> Planner<'a> {
+        let groups = devices.chunks_exact(ranks).map(<[_]>::to_vec).collect();
+        Planner { shape, request, cost: CostModel { shape, links, request }, groups }
+    }
+
+    pub(crate) fn blocks_needed(&self, tokens: usize) -> usize {
+        tokens.div_ceil(self.request.block_tokens)
+    }
+
+    /// The ledgers of the ranks of `group` with this piece.
+    pub(crate) fn ledgers(
+        &self,
+        group: usize,
+        layers: usize,
+        first: bool,
+        last: bool,
+        kv_blocks: usize,
+    ) -> Vec<MemoryLedger> {
+        let group = &self.groups[group];
+        let ledger = |(rank, device): (usize, &&DeviceReport)| {
+            Piece { layers, first, last, rank, tensor_parallel_size: group.len() }.ledger(
+                self.shape,
+                self.request,
+                kv_blocks,
+                device.memory,
+                device.threads,
+            )
+        };
+        group.iter().enumerate().map(ledger).collect()
+    }
+
+    /// The best replica over the groups: with the KV cache wished for if any number of stages has room for it, else
+    /// with room for at least one longest sequence.
+    pub(crate) fn replica(&self) -> Option<ReplicaLayout> {
+        let least = self.request.max_context_tokens;
+        let wished = self.request.kv_tokens_wanted.max(least);
+        self.replica_with(self.blocks_needed(wished)).or_else(|| self.replica_with(self.blocks_needed(least)))
+    }
+
+    fn replica_with(&self, kv_blocks: usize) -> Option<ReplicaLayout> {
+        let most = self.groups.len().min(self.shape.num_layers);
+        let stages = self.request.stages.map_or(1..=most, |stages| stages..=stages);
+        stages.into_iter().find_map(|stages| self.best_order(stages, kv_blocks))
+    }
+
+    /// The best cut over the caller's order and over the orders in which another group comes last.
+    fn best_order(&self, stages: usize, kv_blocks: usize) -> Option<ReplicaLayout> {
+        let count = self.groups.len();
+        let lasts = if count <= ROTATIONS_MAX { (0..count).rev().collect() } else { vec![count.max(1) - 1] };
+        let mut best: Option<((f64, f64), Planner<'a>, Vec<CutStage>)> = None;
+        for last in lasts {
+            let mut planner = self.clone();
+            let group = planner.groups.remove(last);
+            planner.groups.push(group);
+            if let Some((value, cut)) = planner.cut(stages, kv_blocks)
+                && best.as_ref().is_none_or(|(other, ..)| value < *other)
+            {
+                best = Some((value, planner, cut));
+            }
+        }
+        best.map(|(_, planner, cut)| planner.lay_out(&cut))
+    }
+
+    /// The exact cut of this order.
+    pub(crate) fn cut(&self, stages: usize, kv_blocks: usize) -> Option<((f64, f64), Vec<CutStage>)> {
+        let load = StepLoad::decode(BATCH, self.request);
+        let layers = self.shape.num_layers;
+        // Prices without the hop, by group, number of layers and position; asked for many times.
+        let positions = [(false, false), (false, true), (true, false), (true, true)];
+        let price = |group: usize, len: usize, (first, last): (bool, bool)| {
+            let fits = self.ledgers(group, len, first, last, kv_blocks).iter().all(MemoryLedger::fits);
+            fits.then(|| self.cost.stage_seconds(&self.groups[group], len, first, last, load))
+        };
+        let prices: Vec<[Vec<Option<f64>>; 4]> = (0..self.groups.len())
+            .map(|group| positions.map(|position| (0..=layers).map(|len| price(group, len, position)).collect()))
+            .collect();
+        let node = |group: usize| &self.groups[group][0].node;
+        let hops: Vec<Vec<f64>> = (0..self.groups.len())
+            .map(|to| (0..to).map(|from| self.cost.hop_seconds(node(from), node(to), load)).collect())
+            .collect();
+        best_balanced_cut(stages, self.groups.len(), layers, |c| {
+            let position = 2 * usize::from(c.before.is_none()) + usize::from(c.last);
+            let seconds = prices[c.group][position][c.layers]?;
+            Some(seconds + c.before.map_or(0.0, |before| hops[c.group][before]))
+        })
+    }
+
+    /// Fills in nodes, ledgers and the prediction of a cut that fits, with as many KV blocks as are wished for and fit.
+    pub(crate) fn lay_out(&self, cut: &[CutStage]) -> ReplicaLayout {
+        let position = |index: usize| (index == 0, index + 1 == cut.len());
+        let ledgers = |index: usize, kv_blocks: usize| {
+            let (first, last) = position(index);
+            self.ledgers(cut[index].group, cut[index].layers.len(), first, last, kv_blocks)
+        };
+        let wished =
+            self.blocks_needed(self.request.kv_tokens_wanted.max(self.request.max_context_tokens)) as u64;
+        let room = (0..cut.len()).flat_map(|index| {
+            let one = ledgers(index, 1);
+            ledgers(index, 0)
+                .into_iter()
+                .zip(one)
+                .map(|(none, one)| none.free.0 / (one.total - none.total).0.max(1))
+                .collect::<Vec<_>>()
+        });
+        let kv_blocks = room.fold(wished, u64::min).min(u64::from(u32::MAX));
+        let stages = (0..cut.len()).map(|index| StageLayout {
+            layers: cut[index].layers,
+            ranks: self.groups[cut[index].group].iter().map(|device| device.node.clone()).collect(),
+            ledgers: ledgers(index, kv_blocks as usize),
+        });
+        let loads: Vec<(Group<'a>, usize)> =
+            cut.iter().map(|stage| (self.groups[stage.group].clone(), stage.layers.len())).collect();
+        ReplicaLayout {
+            stages: stages.collect(),
+            kv_blocks: kv_blocks as u32,
+            prediction: self.cost.predict(&loads),
+        }
+    }
+}
