@@ -1,1 +1,26 @@
-//! Placeholder.
+//! Text to tokens and back, and the model's chat template.
+//!
+//! Layout, in reading order:
+//! - [`tokenizer`](Tokenizer): a checkpoint's `tokenizer.json` with the ids and flags of its special tokens;
+//! - `pieces`: the exact bytes of every token, which decoding and grammars share;
+//! - `incremental`: a stream of tokens turned into a stream of whole characters;
+//! - `template`: chat templates, rendered as Transformers renders them;
+//! - `markers`: how the model writes tool calls and reasoning.
+//!
+//! Invariants: no clock is read here (templates get the time passed in); templates come from the checkpoint's
+//! directory only, never from a client; decoding is by bytes, so the increments of a stream always concatenate to
+//! the decoding of the whole.
+
+#![forbid(unsafe_code)]
+
+mod checkpoint_files;
+mod incremental;
+mod markers;
+mod pieces;
+mod template;
+mod tokenizer;
+
+pub use incremental::{IncrementalDecoder, SpecialTokens, TextStart};
+pub use markers::{ReasoningMarkers, ToolFormat};
+pub use template::{ChatTemplate, RenderInput, TemplateError, TemplateTime};
+pub use tokenizer::{Tokenizer, TokenizerError};
