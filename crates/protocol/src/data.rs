@@ -4,6 +4,7 @@
 //! thread itself sends and receives. [`LinkFaults`] lets a test slow a link down or break it.
 
 use crate::frame::FrameError;
+use crate::membership::BEAT_INTERVAL_MS;
 use ashlar_vocabulary::{LeaseTerm, ReplicaRevision, StepId};
 use serde::{Deserialize, Serialize};
 use std::io::{self, Read, Write};
@@ -83,6 +84,7 @@ impl DataLink {
     /// Wraps a greeted socket.
     pub fn new(socket: TcpStream, faults: LinkFaults) -> io::Result<DataLink> {
         socket.set_nodelay(true)?;
+        socket.set_read_timeout(Some(Duration::from_millis(BEAT_INTERVAL_MS)))?;
         Ok(DataLink { socket, faults, sent: 0 })
     }
 
@@ -136,13 +138,16 @@ impl DataLink {
         Ok(())
     }
 
-    /// Receives exactly the payload `expected`, into `values`, whose length must match.
-    pub fn receive(&mut self, expected: PayloadHeader, values: &mut [f32]) -> Result<(), FrameError> {
+    /// Receives exactly the payload `expected`, into `values`, whose length must match. `idle` is called whenever the
+    /// socket's read time-out passes without data, so that a waiting rank can say that it lives; its error ends the wait.
+    pub fn receive(
+        &mut self,
+        expected: PayloadHeader,
+        values: &mut [f32],
+        idle: &mut dyn FnMut() -> Result<(), FrameError>,
+    ) -> Result<(), FrameError> {
         let mut bytes = [0u8; HEADER_BYTES];
-        if self.socket.read(&mut bytes[..1])? == 0 {
-            return Err(FrameError::Closed);
-        }
-        self.socket.read_exact(&mut bytes[1..])?;
+        self.read_full(&mut bytes, idle)?;
         let u32_at = |at: usize| u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
         let u64_at = |at: usize| u64::from(u32_at(at)) | u64::from(u32_at(at + 4)) << 32;
         if u32_at(0) != MAGIC || u32_at(40) != crc32fast::hash(&bytes[..40]) {
@@ -164,10 +169,92 @@ impl DataLink {
             )));
         }
         let payload: &mut [u8] = bytemuck::cast_slice_mut(values);
-        self.socket.read_exact(payload)?;
+        self.read_full(payload, idle)?;
         if crc32fast::hash(payload) != u32_at(36) {
             return Err(FrameError::Corrupt);
         }
         Ok(())
+    }
+
+    fn read_full(
+        &mut self,
+        mut buffer: &mut [u8],
+        idle: &mut dyn FnMut() -> Result<(), FrameError>,
+    ) -> Result<(), FrameError> {
+        while !buffer.is_empty() {
+            match self.socket.read(buffer) {
+                Ok(0) => return Err(FrameError::Closed),
+                Ok(count) => buffer = &mut buffer[count..],
+                Err(error) => match error.kind() {
+                    io::ErrorKind::Interrupted => {}
+                    io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => idle()?,
+                    _ => return Err(FrameError::Io(error)),
+                },
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use std::net::TcpListener;
+
+    fn pair(faults: LinkFaults) -> (DataLink, DataLink) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let out = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (inward, _) = listener.accept().unwrap();
+        (DataLink::new(out, faults).unwrap(), DataLink::new(inward, LinkFaults::default()).unwrap())
+    }
+
+    fn header(step: u64) -> PayloadHeader {
+        PayloadHeader {
+            kind: PayloadKind::Activations,
+            revision: ReplicaRevision(3),
+            step: StepId(step),
+            sequence: 0,
+        }
+    }
+
+    #[test]
+    fn a_payload_arrives_bit_for_bit() {
+        let (mut out, mut inward) = pair(LinkFaults::default());
+        let values = [1.5, -0.0, f32::MIN_POSITIVE, f32::INFINITY];
+        out.send(header(1), &values).unwrap();
+        let mut received = [0.0; 4];
+        inward.receive(header(1), &mut received, &mut || Ok(())).unwrap();
+        assert_eq!(values.map(f32::to_bits), received.map(f32::to_bits));
+    }
+
+    #[test]
+    fn a_payload_of_another_step_or_shape_is_refused() {
+        for (step, length) in [(2, 4), (1, 3)] {
+            let (mut out, mut inward) = pair(LinkFaults::default());
+            out.send(header(step), &vec![0.0; length]).unwrap();
+            assert!(inward.receive(header(1), &mut [0.0; 4], &mut || Ok(())).is_err());
+        }
+    }
+
+    #[test]
+    fn a_broken_link_is_seen_by_both_sides() {
+        let (mut out, mut inward) = pair(LinkFaults { delay_us: 0, break_after: 1 });
+        out.send(header(1), &[0.0]).unwrap();
+        assert!(out.send(header(2), &[0.0]).is_err());
+        inward.receive(header(1), &mut [0.0], &mut || Ok(())).unwrap();
+        assert!(inward.receive(header(2), &mut [0.0], &mut || Ok(())).is_err());
+    }
+
+    #[test]
+    fn a_waiting_receiver_is_told_that_time_passes() {
+        let (_out, mut inward) = pair(LinkFaults::default());
+        inward.socket.set_read_timeout(Some(Duration::from_millis(5))).unwrap();
+        let mut calls = 0;
+        let result = inward.receive(header(1), &mut [0.0], &mut || {
+            calls += 1;
+            if calls < 3 { Ok(()) } else { Err(FrameError::Closed) }
+        });
+        assert!(matches!(result, Err(FrameError::Closed)));
     }
 }

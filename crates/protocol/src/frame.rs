@@ -179,3 +179,46 @@ pub fn greet_blocking(socket: &mut (impl Read + Write), speaker: &str) -> Result
         Err(other) => Err(other),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn another_wire_version_is_refused_naming_both() {
+        let mut hello = Hello::new("test");
+        hello.wire_version = 999;
+        let text = hello.check().unwrap_err().to_string();
+        assert!(text.contains("999") && text.contains(&WIRE_VERSION.to_string()), "{text}");
+    }
+
+    #[test]
+    fn an_absurd_length_is_refused_before_allocation() {
+        let mut frame = encode(&"hello");
+        frame[..4].copy_from_slice(&u32::MAX.to_le_bytes());
+        assert!(matches!(read_blocking::<String>(&mut frame.as_slice()), Err(FrameError::TooLong { .. })));
+    }
+
+    proptest! {
+        #[test]
+        fn a_flipped_bit_or_a_cut_never_yields_a_message(text in ".{0,40}", at in any::<prop::sample::Index>(), bit in 0u8..8) {
+            let frame = encode(&text);
+            prop_assert_eq!(read_blocking::<String>(&mut frame.as_slice()).unwrap(), text);
+            let cut = at.index(frame.len());
+            prop_assert!(read_blocking::<String>(&mut &frame[..cut]).is_err());
+            let mut flipped = frame.clone();
+            flipped[cut] ^= 1 << bit;
+            prop_assert!(read_blocking::<String>(&mut flipped.as_slice()).is_err());
+        }
+
+        #[test]
+        fn random_bytes_never_panic(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
+            let _ = decode::<crate::step::StepPlan>(&bytes);
+            let _ = decode::<crate::serving::ToScheduler>(&bytes);
+            let _ = decode::<crate::membership::FromNode>(&bytes);
+            let _ = read_blocking::<crate::membership::ToNode>(&mut bytes.as_slice());
+        }
+    }
+}
