@@ -1,1 +1,26 @@
-//! Placeholder.
+//! What the process shell of every role shares.
+//!
+//! Layout: [`config`] (files to validated structs), [`telemetry`] (logs and traces, with [`trace_context`] for our own
+//! wire messages), [`drain`] (signals to an orderly end), [`health`] (is this process ready), [`clock`] (time for the
+//! shells around pure cores), [`memory`] (what the process uses and may use).
+//!
+//! **Invariants:** nothing here knows a role, a message or a model. Time-outs and leases never use the wall clock.
+#![forbid(unsafe_code)]
+
+pub mod config;
+pub mod telemetry;
+pub mod trace_context;
+pub mod drain;
+pub mod health;
+pub mod clock;
+pub mod memory;
+
+mod otlp_client;
+
+pub use clock::{Clock, Millis, SystemClock};
+pub use config::ConfigError;
+pub use drain::{Shutdown, ShutdownReason};
+pub use health::{Health, Readiness};
+pub use memory::{available_memory, resident_bytes};
+pub use telemetry::{TelemetryConfig, TelemetryError, TelemetryGuard};
+pub use trace_context::{current_traceparent, set_parent};
