@@ -1,1 +1,45 @@
-//! Placeholder.
+//! Numeric kernels on the CPU: pure functions over `f32` slices, with one definition of every result's bits.
+//!
+//! Layout, in reading order: [`isa`](Isa) and `lanes` (sixteen lanes over three instruction sets), [`pool`](ThreadPool)
+//! (threads), `matmul` with [`PackedMatrix`] (products), `tree` (sums over parts and ranks), `norm`, `rope`,
+//! `elementwise`, `attention` (paged, splits of 256 keys), `softmax` (log-sum-exp), [`sampling`], [`math`] (elementary
+//! functions) and [`measure`] (what this machine can do).
+//!
+//! **Invariants.**
+//! - A result depends on its own row's inputs and on shapes alone: not on the other rows of a call, the number of
+//!   threads, the instruction set or the order in which tasks ran. Every kernel is written once, over sixteen lanes; a
+//!   lane of AVX-512, AVX2 and of the portable code performs the same scalar operations.
+//! - Lanes hold outputs, never terms of one sum, except where a reduction says so (sixteen accumulators, index modulo 16,
+//!   then a fixed tree).
+//! - No libm: elementary functions are fixed sequences of IEEE operations. `mul_add` is the correctly rounded fused
+//!   operation, and nothing else is fused.
+//! - No randomness, no clock (but for [`measure`]), no I/O, no model: this crate imports only the vocabulary.
+//! - A shape that does not fit is a programming error and panics; what a caller can meet at run time is a typed error.
+
+mod aligned;
+mod attention;
+mod elementwise;
+mod isa;
+mod kernels;
+mod lanes;
+pub mod math;
+mod matmul;
+pub mod measure;
+mod norm;
+mod pool;
+mod rope;
+pub mod sampling;
+mod softmax;
+mod strided;
+mod tree;
+
+pub use aligned::AlignedBuffer;
+pub use attention::{AttentionShape, BLOCK_TOKENS, KvLayout, RowContext, SPLIT_KEYS};
+pub use isa::{Isa, UnknownIsa};
+pub use kernels::Kernels;
+pub use matmul::PackedMatrix;
+pub use pool::{ThreadPool, available_threads};
+pub use rope::{Llama3Scaling, inv_freq, scale_inv_freq_linear, scale_inv_freq_llama3};
+pub use sampling::{SampleError, Sampled, SamplerScratch, SamplerState};
+pub use softmax::LogSumExp;
+pub use strided::StridedRows;

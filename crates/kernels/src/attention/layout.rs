@@ -1,0 +1,101 @@
+//! How keys and values lie in the cache, and how they get there.
+
+use crate::kernels::Kernels;
+use crate::strided::StridedRows;
+use ashlar_vocabulary::BlockId;
+
+/// Tokens of a cache block.
+pub const BLOCK_TOKENS: usize = 16;
+
+/// This rank's share of one layer's cache.
+///
+/// Keys: `[block][kv_head][head_dim][16 tokens]` (a vector holds one element of sixteen keys). Values:
+/// `[block][kv_head][16 tokens][head_dim]` (a vector holds sixteen elements of one value).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct KvLayout {
+    /// KV heads that this rank holds.
+    pub kv_heads: usize,
+    /// Elements of a head.
+    pub head_dim: usize,
+}
+
+impl KvLayout {
+    /// Elements of one block in the key cache; as many again in the value cache.
+    pub const fn floats_per_block(&self) -> usize {
+        self.kv_heads * self.floats_per_head()
+    }
+
+    /// Elements of one head of a block.
+    pub(super) const fn floats_per_head(&self) -> usize {
+        self.head_dim * BLOCK_TOKENS
+    }
+
+    /// Where one head of a block starts.
+    #[inline(always)]
+    pub(super) fn head_start(&self, block: BlockId, kv_head: usize) -> usize {
+        (block.0 as usize * self.kv_heads + kv_head) * self.floats_per_head()
+    }
+}
+
+/// Where a row stands: its position and its sequence's blocks.
+#[derive(Debug, Clone, Copy)]
+pub struct RowContext<'a> {
+    /// Position of the row's token in its sequence, from 0.
+    pub position: u32,
+    /// Blocks of the sequence in order; the token of position p lies in block p / 16, at p mod 16.
+    pub block_table: &'a [BlockId],
+}
+
+impl RowContext<'_> {
+    /// The block of the row's own token.
+    fn block(&self) -> BlockId {
+        self.block_table[self.position as usize / BLOCK_TOKENS]
+    }
+
+    pub(super) fn assert_covered(&self) {
+        let blocks = self.block_table.len();
+        assert!(
+            (self.position as usize) < blocks * BLOCK_TOKENS,
+            "{blocks} blocks end before {}",
+            self.position
+        );
+    }
+
+    /// Whether both rows belong to one sequence, as far as the slices tell cheaply.
+    pub(super) fn shares_table(&self, other: &RowContext<'_>) -> bool {
+        std::ptr::eq(self.block_table, other.block_table)
+    }
+}
+
+impl Kernels {
+    /// Writes the keys and values of `rows` (each kv_heads·head_dim elements at the start of a row of `k` and `v`) to
+    /// their slots of one layer's caches.
+    ///
+    /// # Panics
+    /// If a length does not fit, or a row's block table is too short or points outside the caches.
+    pub fn write_kv(
+        &self,
+        layout: KvLayout,
+        rows: &[RowContext<'_>],
+        k: StridedRows<'_>,
+        v: StridedRows<'_>,
+        k_cache: &mut [f32],
+        v_cache: &mut [f32],
+    ) {
+        let KvLayout { kv_heads, head_dim } = layout;
+        for (row, context) in rows.iter().enumerate() {
+            context.assert_covered();
+            let (block, slot) = (context.block(), context.position as usize % BLOCK_TOKENS);
+            let (k, v) = (k.row(row, kv_heads * head_dim), v.row(row, kv_heads * head_dim));
+            for head in 0..kv_heads {
+                let start = layout.head_start(block, head);
+                let elements = head * head_dim..(head + 1) * head_dim;
+                let keys = &mut k_cache[start..][..layout.floats_per_head()];
+                for (to, &k) in keys.chunks_exact_mut(BLOCK_TOKENS).zip(&k[elements.clone()]) {
+                    to[slot] = k;
+                }
+                v_cache[start + slot * head_dim..][..head_dim].copy_from_slice(&v[elements]);
+            }
+        }
+    }
+}

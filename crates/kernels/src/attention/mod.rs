@@ -1,0 +1,296 @@
+//! Attention over a paged cache of keys and values.
+//!
+//! Layout: [`layout`](KvLayout) (blocks, rows, writing), `split` (256 keys for a few queries: scores, softmax, output),
+//! `tile` (the register tiles of both products), this file (which task does what, and the merge of splits).
+//!
+//! Order, per row and query head: keys form splits of 256 counted from position 0. Within a split, a score is one
+//! ascending chain over the head's elements, times the scale; p = e^(score − max); the sum of p takes sixteen
+//! accumulators (key modulo 16) and a fixed tree; the output is one ascending chain over keys. Splits merge in ascending
+//! order. Keys outside the row's window take part in nothing, whatever the cache holds there.
+
+mod layout;
+mod split;
+mod tile;
+
+pub use layout::{BLOCK_TOKENS, KvLayout, RowContext};
+
+use crate::kernels::Kernels;
+use crate::lanes::{LaneKernel, Simd16};
+use crate::strided::{DisjointMut, StridedRows};
+use split::{Partial, Scratch, SplitInputs};
+use std::cell::RefCell;
+use std::ops::Range;
+
+/// Keys that share one softmax before splits are merged.
+pub const SPLIT_KEYS: usize = 256;
+
+/// Queries of one task: neighbouring rows of a sequence times the query heads of one KV head.
+const TASK_QUERIES: usize = 32;
+
+/// What attention computes, apart from its operands.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct AttentionShape {
+    /// Layout of the cache, with this rank's KV heads.
+    pub layout: KvLayout,
+    /// This rank's query heads: a multiple of its KV heads, grouped by KV head.
+    pub q_heads: usize,
+    /// Factor of the scores, usually 1/√head_dim; positive.
+    pub scale: f32,
+    /// Sliding window: a key counts if position − key < window.
+    pub window: Option<u32>,
+}
+
+impl Kernels {
+    /// Attention of `rows` over the cache, into `out` (rows × q_heads·head_dim).
+    ///
+    /// Row `r` of `q` begins with its q_heads·head_dim query elements. A row attends to the keys 0…position of its block
+    /// table (of its window), all of which must have been written, its own among them. Rows of one sequence that follow
+    /// each other with the same block-table slice share loads; that has no effect on results.
+    ///
+    /// # Panics
+    /// If a length does not fit, or a row's block table is too short or points outside the caches.
+    pub fn attention(
+        &self,
+        shape: &AttentionShape,
+        rows: &[RowContext<'_>],
+        q: StridedRows<'_>,
+        k_cache: &[f32],
+        v_cache: &[f32],
+        out: &mut [f32],
+    ) {
+        let AttentionShape { layout, q_heads, .. } = *shape;
+        assert!(
+            q_heads > 0 && q_heads.is_multiple_of(layout.kv_heads),
+            "query heads are a multiple of KV heads"
+        );
+        assert!(shape.scale > 0.0, "the scale is positive");
+        assert_eq!(out.len(), rows.len() * q_heads * layout.head_dim, "out is rows × q_heads·head_dim");
+        rows.iter().for_each(RowContext::assert_covered);
+        let call = Call { shape: *shape, rows, q, k_cache, v_cache };
+        let tiles = call.tiles();
+        let tasks = tiles.len() * layout.kv_heads;
+        let splits = tiles.iter().map(|tile| call.splits(tile.clone()).len()).max().unwrap_or(0);
+        let output = DisjointMut::new(out);
+        if tasks < 2 * self.threads() && splits > 1 {
+            return self.attention_over_splits(&call, &tiles, splits, &output);
+        }
+        self.pool().run(tasks, &|task| {
+            // Later tiles of a chunk have longer contexts: they go first, so that threads finish together.
+            let (tile, kv_head) = (&tiles[tiles.len() - 1 - task / layout.kv_heads], task % layout.kv_heads);
+            let splits = call.splits(tile.clone());
+            self.dispatch(Task {
+                call: &call,
+                rows: tile.clone(),
+                kv_head,
+                splits,
+                sink: Sink::Output(&output),
+            });
+        });
+    }
+
+    /// The same with splits computed by different tasks, for few rows with long contexts.
+    fn attention_over_splits(
+        &self,
+        call: &Call<'_>,
+        tiles: &[Range<usize>],
+        most_splits: usize,
+        output: &DisjointMut<'_>,
+    ) {
+        let AttentionShape { layout, q_heads, .. } = call.shape;
+        let width = Partial::floats(layout.head_dim);
+        let mut partials = vec![0.0; call.rows.len() * q_heads * most_splits * width];
+        let store = DisjointMut::new(&mut partials);
+        self.pool().run(tiles.len() * layout.kv_heads * most_splits, &|task| {
+            let (task, index) = (task / most_splits, task % most_splits);
+            let (tile, kv_head) = (tiles[task / layout.kv_heads].clone(), task % layout.kv_heads);
+            let Some(split) = call.splits(tile.clone()).nth(index) else { return };
+            let sink = Sink::Partials { store: &store, most_splits };
+            self.dispatch(Task { call, rows: tile, kv_head, splits: split..split + 1, sink });
+        });
+        for tile in tiles {
+            let first = call.splits(tile.clone()).start;
+            for row in tile.clone() {
+                for head in 0..q_heads {
+                    let slot = row * q_heads + head;
+                    // SAFETY: no task is running.
+                    let out = unsafe { output.range(slot * layout.head_dim..(slot + 1) * layout.head_dim) };
+                    let own = call.splits(row..row + 1);
+                    let partials = &partials[slot * most_splits * width..][..most_splits * width];
+                    let partials = &partials[(own.start - first) * width..(own.end - first) * width];
+                    self.dispatch(MergePartials { partials, out });
+                }
+            }
+        }
+    }
+}
+
+/// The operands of one call.
+struct Call<'a> {
+    shape: AttentionShape,
+    rows: &'a [RowContext<'a>],
+    q: StridedRows<'a>,
+    k_cache: &'a [f32],
+    v_cache: &'a [f32],
+}
+
+impl Call<'_> {
+    /// Query heads per KV head.
+    #[inline(always)]
+    fn group(&self) -> usize {
+        self.shape.q_heads / self.shape.layout.kv_heads
+    }
+
+    /// The keys that a row attends to.
+    #[inline(always)]
+    fn keys(&self, row: usize) -> Range<usize> {
+        let end = self.rows[row].position as usize + 1;
+        let start = self.shape.window.map_or(0, |window| end.saturating_sub(window.max(1) as usize));
+        start..end
+    }
+
+    /// The splits that some of these rows attend to.
+    #[inline(always)]
+    fn splits(&self, rows: Range<usize>) -> Range<usize> {
+        let (mut start, mut end) = (usize::MAX, 0);
+        for row in rows {
+            let keys = self.keys(row);
+            start = start.min(keys.start / SPLIT_KEYS);
+            end = end.max(keys.end.div_ceil(SPLIT_KEYS));
+        }
+        start..end
+    }
+
+    /// Runs of rows that share a block table, at most [`TASK_QUERIES`] queries each (or one row).
+    fn tiles(&self) -> Vec<Range<usize>> {
+        let most = (TASK_QUERIES / self.group()).max(1);
+        let mut tiles: Vec<Range<usize>> = Vec::new();
+        for (row, context) in self.rows.iter().enumerate() {
+            match tiles.last_mut() {
+                Some(tile) if tile.len() < most && self.rows[tile.start].shares_table(context) => {
+                    tile.end = row + 1
+                }
+                _ => tiles.push(row..row + 1),
+            }
+        }
+        tiles
+    }
+}
+
+/// Where a task's results go.
+#[derive(Clone, Copy)]
+enum Sink<'a> {
+    /// The splits are all there are: merge them here.
+    Output(&'a DisjointMut<'a>),
+    /// Keep each split's result: `[row][query head][split of the tile]`.
+    Partials { store: &'a DisjointMut<'a>, most_splits: usize },
+}
+
+/// Some rows of one sequence, one KV head, some splits.
+struct Task<'a> {
+    call: &'a Call<'a>,
+    rows: Range<usize>,
+    kv_head: usize,
+    splits: Range<usize>,
+    sink: Sink<'a>,
+}
+
+thread_local! {
+    /// Reused from task to task.
+    static SCRATCH: RefCell<Scratch> = RefCell::new(Scratch::default());
+}
+
+impl LaneKernel for Task<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd16>(self) {
+        let mut scratch = SCRATCH.take();
+        self.run_with::<S>(&mut scratch);
+        SCRATCH.set(scratch);
+    }
+}
+
+impl Task<'_> {
+    #[inline(always)]
+    fn run_with<S: Simd16>(self, scratch: &mut Scratch) {
+        let Task { call, rows, kv_head, splits, sink } = self;
+        let AttentionShape { layout, q_heads, scale, .. } = call.shape;
+        let (group, head_dim) = (call.group(), layout.head_dim);
+        let width = Partial::floats(head_dim);
+        let first_split = call.splits(rows.clone()).start;
+        scratch.begin(rows.len() * group, head_dim);
+        scratch.queries.clear();
+        for row in rows.clone() {
+            let q = call.q.row(row, q_heads * head_dim);
+            let heads = q[kv_head * group * head_dim..].chunks_exact(head_dim).take(group);
+            scratch.queries.extend(heads.map(<[f32]>::as_ptr));
+        }
+        for split in splits {
+            let start = split * SPLIT_KEYS;
+            scratch.keys.clear();
+            for row in rows.clone() {
+                let keys = call.keys(row);
+                let low = keys.start.clamp(start, start + SPLIT_KEYS) - start;
+                let high = keys.end.clamp(start, start + SPLIT_KEYS) - start;
+                scratch.keys.extend(std::iter::repeat_n(low..high.max(low), group));
+            }
+            let inputs = SplitInputs {
+                layout,
+                kv_head,
+                scale,
+                table: &call.rows[rows.start].block_table,
+                first_block: start / BLOCK_TOKENS,
+                k_cache: call.k_cache,
+                v_cache: call.v_cache,
+            };
+            inputs.run::<S>(scratch);
+            for query in 0..rows.len() * group {
+                if scratch.keys[query].is_empty() {
+                    continue;
+                }
+                let partial = Partial::of(&scratch.partials, query, head_dim);
+                match sink {
+                    Sink::Output(_) => {
+                        Partial::merge::<S>(&mut scratch.merged[query * width..][..width], partial)
+                    }
+                    Sink::Partials { store, most_splits } => {
+                        let (row, head) = (rows.start + query / group, kv_head * group + query % group);
+                        let slot = (row * q_heads + head) * most_splits + split - first_split;
+                        // SAFETY: one slot per row, head and split, and one task for each.
+                        unsafe { store.range(slot * width..(slot + 1) * width) }.copy_from_slice(partial);
+                    }
+                }
+            }
+        }
+        if let Sink::Output(output) = sink {
+            for query in 0..rows.len() * group {
+                let (row, head) = (rows.start + query / group, kv_head * group + query % group);
+                let slot = row * q_heads + head;
+                // SAFETY: one task per row and head.
+                let out = unsafe { output.range(slot * head_dim..(slot + 1) * head_dim) };
+                Partial::finish::<S>(Partial::of(&scratch.merged, query, head_dim), out);
+            }
+        }
+    }
+}
+
+/// The ascending merge of one row's and head's splits.
+struct MergePartials<'a> {
+    partials: &'a [f32],
+    out: &'a mut [f32],
+}
+
+impl LaneKernel for MergePartials<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd16>(self) {
+        let width = Partial::floats(self.out.len());
+        let mut merged = vec![0.0; width];
+        merged[0] = f32::NEG_INFINITY;
+        for partial in self.partials.chunks_exact(width) {
+            Partial::merge::<S>(&mut merged, partial);
+        }
+        Partial::finish::<S>(&merged, self.out);
+    }
+}

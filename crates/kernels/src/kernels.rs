@@ -1,0 +1,59 @@
+//! The handle through which every kernel runs: an instruction set and a pool of threads.
+
+use crate::isa::Isa;
+use crate::lanes::{self, LaneKernel};
+use crate::pool::ThreadPool;
+use std::fmt;
+use std::ops::Range;
+
+/// Runs kernels with one instruction set on one pool of threads; neither changes a bit of any result.
+pub struct Kernels {
+    isa: Isa,
+    pool: ThreadPool,
+}
+
+impl Kernels {
+    /// Kernels on `threads` threads, the caller included (at least 1).
+    ///
+    /// # Panics
+    /// If this machine cannot run `isa`; ask [`Isa::available`] first.
+    pub fn new(isa: Isa, threads: usize) -> Kernels {
+        assert!(isa.is_available(), "this machine cannot run {isa} kernels");
+        Kernels { isa, pool: ThreadPool::new(threads) }
+    }
+
+    /// The instruction set in use.
+    pub fn isa(&self) -> Isa {
+        self.isa
+    }
+
+    /// The threads in use, for work of the caller's own.
+    pub fn pool(&self) -> &ThreadPool {
+        &self.pool
+    }
+
+    /// How many threads take part in one kernel.
+    pub fn threads(&self) -> usize {
+        self.pool.threads()
+    }
+
+    /// Runs a lane kernel on the calling thread with the chosen instruction set.
+    #[inline]
+    pub(crate) fn dispatch<K: LaneKernel>(&self, kernel: K) -> K::Output {
+        // SAFETY: `new` checked that this machine runs `self.isa`, and the field is never written again.
+        unsafe { lanes::dispatch(self.isa, kernel) }
+    }
+
+    /// Cuts `0..items` into consecutive ranges of at least `min_items` and runs `body` on each, in parallel.
+    pub(crate) fn for_ranges(&self, items: usize, min_items: usize, body: impl Fn(Range<usize>) + Sync) {
+        let most = if self.threads() == 1 { 1 } else { 4 * self.threads() };
+        let tasks = (items / min_items.max(1)).clamp(1, most);
+        self.pool.run(tasks, &|task| body(task * items / tasks..(task + 1) * items / tasks));
+    }
+}
+
+impl fmt::Debug for Kernels {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Kernels").field("isa", &self.isa).field("threads", &self.threads()).finish()
+    }
+}

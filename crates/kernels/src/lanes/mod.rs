@@ -1,0 +1,139 @@
+//! Sixteen `f32` lanes, over which every kernel is written once.
+//!
+//! A kernel is a struct that implements [`LaneKernel`]; [`dispatch`] instantiates its body inside a function compiled for
+//! the chosen instruction set. Everything below that function must be `#[inline(always)]`, closures included: code that is
+//! not inlined into it would be compiled for the baseline and run slowly (never differently).
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+mod portable;
+
+use crate::isa::Isa;
+
+/// Lanes of a vector.
+pub(crate) const LANES: usize = 16;
+
+/// Sixteen lanes. Every operation is the same IEEE operation per lane on every instruction set.
+pub(crate) trait Simd16: Copy {
+    /// How many vectors of outputs a register tile of several rows spans: what the register file affords.
+    const TILE_VECTORS: usize;
+
+    /// All lanes equal `value`.
+    fn splat(value: f32) -> Self;
+    /// Reads sixteen elements.
+    ///
+    /// # Safety
+    /// `from` must be valid for reading sixteen elements; no alignment is needed.
+    unsafe fn load(from: *const f32) -> Self;
+    /// Writes sixteen elements.
+    ///
+    /// # Safety
+    /// `to` must be valid for writing sixteen elements; no alignment is needed.
+    unsafe fn store(self, to: *mut f32);
+    /// Per lane `self + other`.
+    fn add(self, other: Self) -> Self;
+    /// Per lane `self − other`.
+    fn sub(self, other: Self) -> Self;
+    /// Per lane `self · other`.
+    fn mul(self, other: Self) -> Self;
+    /// Per lane `self / other`.
+    fn div(self, other: Self) -> Self;
+    /// Per lane `self · factor + term`, rounded once.
+    fn mul_add(self, factor: Self, term: Self) -> Self;
+    /// Per lane `if self > other { self } else { other }`.
+    fn max(self, other: Self) -> Self;
+    /// Per lane `if self < bound { then } else { otherwise }`; a NaN compares false.
+    fn select_less(self, bound: Self, then: Self, otherwise: Self) -> Self;
+    /// Per lane 2ⁿ of an integral n in −126…127; anything for other lanes.
+    fn power_of_two(self) -> Self;
+    /// Asks for the cache line at `at` to be fetched soon; the address need not be valid.
+    fn prefetch(at: *const f32);
+
+    /// The lanes as an array.
+    #[inline(always)]
+    fn to_array(self) -> [f32; LANES] {
+        let mut array = [0.0; LANES];
+        // SAFETY: the array has sixteen elements.
+        unsafe { self.store(array.as_mut_ptr()) };
+        array
+    }
+
+    /// Reads the first sixteen elements of a slice.
+    #[inline(always)]
+    fn read(from: &[f32]) -> Self {
+        assert!(from.len() >= LANES);
+        // SAFETY: the length was checked.
+        unsafe { Self::load(from.as_ptr()) }
+    }
+
+    /// Writes the first sixteen elements of a slice.
+    #[inline(always)]
+    fn write(self, to: &mut [f32]) {
+        assert!(to.len() >= LANES);
+        // SAFETY: the length was checked.
+        unsafe { self.store(to.as_mut_ptr()) };
+    }
+
+    /// Reads up to sixteen elements; lanes beyond them are `fill`.
+    #[inline(always)]
+    fn read_tail(from: &[f32], fill: f32) -> Self {
+        let mut array = [fill; LANES];
+        let len = from.len().min(LANES);
+        array[..len].copy_from_slice(&from[..len]);
+        Self::read(&array)
+    }
+
+    /// Writes as many lanes as the slice takes.
+    #[inline(always)]
+    fn write_tail(self, to: &mut [f32]) {
+        let len = to.len().min(LANES);
+        to[..len].copy_from_slice(&self.to_array()[..len]);
+    }
+
+    /// The fixed tree over lanes: lane i + lane i+8, then i+4, i+2, i+1.
+    #[inline(always)]
+    fn sum_lanes(self) -> f32 {
+        let mut lanes = self.to_array();
+        let mut half = LANES / 2;
+        while half > 0 {
+            for i in 0..half {
+                lanes[i] += lanes[i + half];
+            }
+            half /= 2;
+        }
+        lanes[0]
+    }
+
+    /// The largest lane (exact in any order).
+    #[inline(always)]
+    fn max_lane(self) -> f32 {
+        self.to_array().into_iter().fold(f32::NEG_INFINITY, |a, b| if a > b { a } else { b })
+    }
+}
+
+/// A computation over sixteen lanes, written once for every instruction set.
+pub(crate) trait LaneKernel {
+    /// What it returns.
+    type Output;
+    /// The body; implementations must be `#[inline(always)]`.
+    fn run<S: Simd16>(self) -> Self::Output;
+}
+
+/// Runs `kernel` compiled for `isa`.
+///
+/// # Safety
+/// This machine must be able to run `isa`.
+#[inline]
+pub(crate) unsafe fn dispatch<K: LaneKernel>(isa: Isa, kernel: K) -> K::Output {
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: the caller vouches for the instruction set.
+        Isa::Avx512 => unsafe { avx512::run(kernel) },
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: the caller vouches for the instruction set.
+        Isa::Avx2 => unsafe { avx2::run(kernel) },
+        _ => kernel.run::<portable::Portable>(),
+    }
+}

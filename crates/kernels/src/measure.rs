@@ -1,0 +1,115 @@
+//! What this machine can do: read bandwidth and fused multiply-adds per second, in a bounded time.
+//!
+//! A node measures both when it joins; the bench sets its figures against them. The only clock of this crate is here.
+
+use crate::aligned::AlignedBuffer;
+use crate::kernels::Kernels;
+use crate::lanes::{LANES, LaneKernel, Simd16};
+use std::hint::black_box;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+/// Elements that a thread reads before it looks at the clock.
+const READ_RUN: usize = 256 << 10;
+/// Steps of the multiply-add loop before a look at the clock.
+const FMA_RUN: usize = 20_000;
+/// Independent chains: enough to hide a latency of four cycles on two units.
+const CHAINS: usize = 12;
+
+/// Bytes per second that all threads together read from a working set of `working_set_bytes`, measured over about
+/// `duration`. A working set several times the last cache measures memory.
+pub fn read_bandwidth_bytes_per_s(kernels: &Kernels, working_set_bytes: usize, duration: Duration) -> f64 {
+    let threads = kernels.threads();
+    let share = (working_set_bytes / size_of::<f32>() / threads).max(4 * LANES);
+    let mut buffer = AlignedBuffer::zeroed(share * threads);
+    // Untouched pages would all be the one page of zeros.
+    buffer.fill(1.0);
+    let read = AtomicU64::new(0);
+    let start = Instant::now();
+    kernels.pool().run(threads, &|thread| {
+        let share = &buffer[thread * share..(thread + 1) * share];
+        let mut bytes = 0;
+        for run in share.chunks(READ_RUN).cycle() {
+            black_box(kernels.dispatch(Read(run)));
+            bytes += size_of_val(run) as u64;
+            if start.elapsed() >= duration {
+                break;
+            }
+        }
+        read.fetch_add(bytes, Ordering::Relaxed);
+    });
+    read.into_inner() as f64 / start.elapsed().as_secs_f64()
+}
+
+/// Floating-point operations per second of `f32` fused multiply-adds in registers (two operations per lane and
+/// instruction), all threads together, measured over about `duration`.
+pub fn fma_flops_per_s(kernels: &Kernels, duration: Duration) -> f64 {
+    let done = AtomicU64::new(0);
+    let start = Instant::now();
+    kernels.pool().run(kernels.threads(), &|_| {
+        let mut runs = 0;
+        while start.elapsed() < duration {
+            black_box(kernels.dispatch(FmaChains(black_box(0.999))));
+            runs += 1;
+        }
+        done.fetch_add(runs, Ordering::Relaxed);
+    });
+    let operations = done.into_inner() as f64 * (FMA_RUN * CHAINS * LANES * 2) as f64;
+    operations / start.elapsed().as_secs_f64()
+}
+
+/// Reads every element once.
+struct Read<'a>(&'a [f32]);
+
+impl LaneKernel for Read<'_> {
+    type Output = f32;
+
+    #[inline(always)]
+    fn run<S: Simd16>(self) -> f32 {
+        let mut sums = [S::splat(0.0); 8];
+        for run in self.0.as_chunks::<{ 8 * LANES }>().0 {
+            for (vector, sum) in sums.iter_mut().enumerate() {
+                *sum = sum.add(S::read(&run[vector * LANES..]));
+                S::prefetch(run.as_ptr().wrapping_add(vector * LANES + PREFETCH));
+            }
+        }
+        sums.into_iter().map(S::sum_lanes).sum()
+    }
+}
+
+/// How far ahead of the stream lines are asked for, in elements; as in the products.
+const PREFETCH: usize = 2048;
+
+/// A loop of independent multiply-adds.
+struct FmaChains(f32);
+
+impl LaneKernel for FmaChains {
+    type Output = f32;
+
+    #[inline(always)]
+    fn run<S: Simd16>(self) -> f32 {
+        let factor = S::splat(self.0);
+        let mut sums = [S::splat(self.0); CHAINS];
+        for _ in 0..FMA_RUN {
+            for sum in &mut sums {
+                *sum = sum.mul_add(factor, factor);
+            }
+        }
+        sums.into_iter().map(S::sum_lanes).sum()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Isa;
+
+    #[test]
+    fn measurements_are_positive_and_take_about_their_time() {
+        let kernels = Kernels::new(Isa::best(), 1);
+        let start = Instant::now();
+        assert!(read_bandwidth_bytes_per_s(&kernels, 1 << 20, Duration::from_millis(5)) > 1e8);
+        assert!(fma_flops_per_s(&kernels, Duration::from_millis(5)) > 1e8);
+        assert!(start.elapsed() < Duration::from_secs(2));
+    }
+}

@@ -1,0 +1,102 @@
+//! Root-mean-square normalisation.
+
+use crate::kernels::Kernels;
+use crate::lanes::{LANES, LaneKernel, Simd16};
+use crate::strided::DisjointMut;
+
+/// Elements below which another thread is not worth its wake-up.
+const MIN_ELEMENTS: usize = 16 << 10;
+
+impl Kernels {
+    /// out = x · 1/√(mean(x²) + eps) · weight, for each of `rows` rows of `dim` elements.
+    ///
+    /// The squares add up in sixteen accumulators (index modulo 16, ascending fused multiply-adds), then in a fixed tree;
+    /// square root and divisions are the IEEE ones. Also serves per head, with rows × heads rows of the head's width.
+    ///
+    /// # Panics
+    /// If `x` or `out` is not rows × dim, or `weight` not dim long.
+    pub fn rms_norm(&self, rows: usize, dim: usize, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+        assert_eq!(x.len(), rows * dim, "x is rows × dim");
+        assert_eq!(out.len(), rows * dim, "out is rows × dim");
+        assert_eq!(weight.len(), dim, "the weight has dim elements");
+        let output = DisjointMut::new(out);
+        self.for_ranges(rows, MIN_ELEMENTS.div_ceil(dim.max(1)), |range| {
+            for row in range {
+                let at = row * dim..(row + 1) * dim;
+                // SAFETY: rows are disjoint.
+                let out = unsafe { output.range(at.clone()) };
+                self.dispatch(RmsNorm { x: Some(&x[at]), weight, eps, out });
+            }
+        });
+    }
+
+    /// [`Kernels::rms_norm`] in place for `groups` neighbouring groups of `dim` elements at the start of each row, where
+    /// row `r` starts at `x[r · stride]`: normalises the query or key heads inside a fused QKV product.
+    ///
+    /// # Panics
+    /// If a row does not fit its stride or `x`, or `weight` is not dim long.
+    #[expect(clippy::too_many_arguments, reason = "a shape of three numbers, a stride and the operands")]
+    pub fn rms_norm_in_place(
+        &self,
+        rows: usize,
+        groups: usize,
+        dim: usize,
+        x: &mut [f32],
+        stride: usize,
+        weight: &[f32],
+        eps: f32,
+    ) {
+        assert!(groups * dim <= stride || rows <= 1, "the groups of a row fit its stride");
+        assert_eq!(weight.len(), dim, "the weight has dim elements");
+        let output = DisjointMut::new(x);
+        self.for_ranges(rows, MIN_ELEMENTS.div_ceil((groups * dim).max(1)), |range| {
+            for row in range {
+                for group in 0..groups {
+                    let start = row * stride + group * dim;
+                    // SAFETY: rows are disjoint, and so are the groups of a row.
+                    let out = unsafe { output.range(start..start + dim) };
+                    self.dispatch(RmsNorm { x: None, weight, eps, out });
+                }
+            }
+        });
+    }
+}
+
+/// One row; in place without `x`.
+struct RmsNorm<'a> {
+    x: Option<&'a [f32]>,
+    weight: &'a [f32],
+    eps: f32,
+    out: &'a mut [f32],
+}
+
+impl LaneKernel for RmsNorm<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd16>(self) {
+        let RmsNorm { x, weight, eps, out } = self;
+        if let Some(x) = x {
+            out.copy_from_slice(x);
+        }
+        let mut squares = S::splat(0.0);
+        let (vectors, tail) = out.as_chunks::<LANES>();
+        for x in vectors {
+            let x = S::read(x);
+            squares = x.mul_add(x, squares);
+        }
+        if !tail.is_empty() {
+            let x = S::read_tail(tail, 0.0);
+            squares = x.mul_add(x, squares);
+        }
+        let mean = squares.sum_lanes() / out.len() as f32;
+        let scale = S::splat(1.0 / (mean + eps).sqrt());
+        for (out, weight) in out.chunks_mut(LANES).zip(weight.chunks(LANES)) {
+            if out.len() == LANES {
+                S::read(out).mul(scale).mul(S::read(weight)).write(out);
+            } else {
+                S::read_tail(out, 0.0).mul(scale).mul(S::read_tail(weight, 0.0)).write_tail(out);
+            }
+        }
+    }
+}

@@ -1,0 +1,162 @@
+//! The logarithm of a sum of exponentials over the vocabulary, in the order of the numeric contract.
+
+use crate::kernels::Kernels;
+use crate::lanes::{LANES, LaneKernel, Simd16};
+use crate::math;
+use crate::tree::sum_tree_scalar;
+use ashlar_vocabulary::{AxisCut, PARTS};
+
+/// ln Σ eˣ, kept as maximum and logarithm of the rest so that differences stay accurate.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct LogSumExp {
+    /// The largest element.
+    pub max: f32,
+    /// ln Σ e^(x − max).
+    pub log_sum: f32,
+}
+
+impl LogSumExp {
+    /// ln Σ eˣ.
+    pub fn value(self) -> f32 {
+        self.max + self.log_sum
+    }
+
+    /// The log-probability of an element: (x − max) − ln Σ e^(x − max).
+    pub fn logprob(self, x: f32) -> f32 {
+        (x - self.max) - self.log_sum
+    }
+}
+
+impl Kernels {
+    /// ln Σ eˣ over a whole vocabulary's logits; the result is NaN if an element is NaN, or all are −∞.
+    ///
+    /// The maximum is exact. Each part of `AxisCut::wide(logits.len())` sums e^(x − max) in sixteen accumulators (index
+    /// within the part modulo 16) and a fixed tree over them; the parts add up in the tree over parts.
+    pub fn log_sum_exp(&self, logits: &[f32]) -> LogSumExp {
+        let max = self.max(logits);
+        let cut = AxisCut::wide(logits.len());
+        let sums: [f32; PARTS] = std::array::from_fn(|part| {
+            let part = &logits[cut.part(part)];
+            if part.is_empty() { -0.0 } else { self.exp_sum(part, max) }
+        });
+        LogSumExp { max, log_sum: math::log(f64::from(sum_tree_scalar(&sums))) as f32 }
+    }
+
+    /// The largest element, −∞ if there is none; elements that are NaN may or may not be overlooked.
+    pub fn max(&self, x: &[f32]) -> f32 {
+        self.dispatch(Max(x))
+    }
+
+    /// Σ e^(x − max) over one part of the vocabulary, in sixteen accumulators and a fixed tree.
+    pub fn exp_sum(&self, part: &[f32], max: f32) -> f32 {
+        self.dispatch(ExpSum { part, max })
+    }
+
+    /// Whether no element is NaN or infinite.
+    pub fn all_finite(&self, x: &[f32]) -> bool {
+        self.dispatch(AllFinite(x))
+    }
+}
+
+struct Max<'a>(&'a [f32]);
+
+impl LaneKernel for Max<'_> {
+    type Output = f32;
+
+    #[inline(always)]
+    fn run<S: Simd16>(self) -> f32 {
+        let lowest = S::splat(f32::NEG_INFINITY);
+        let (wide, rest) = self.0.as_chunks::<{ 4 * LANES }>();
+        let mut max = [lowest; 4];
+        for x in wide {
+            for (vector, max) in max.iter_mut().enumerate() {
+                *max = max.max(S::read(&x[vector * LANES..]));
+            }
+        }
+        for x in rest.chunks(LANES) {
+            max[0] = max[0].max(S::read_tail(x, f32::NEG_INFINITY));
+        }
+        max[0].max(max[1]).max(max[2].max(max[3])).max_lane()
+    }
+}
+
+struct ExpSum<'a> {
+    part: &'a [f32],
+    max: f32,
+}
+
+impl LaneKernel for ExpSum<'_> {
+    type Output = f32;
+
+    #[inline(always)]
+    fn run<S: Simd16>(self) -> f32 {
+        let max = S::splat(self.max);
+        let mut sum = S::splat(0.0);
+        let (vectors, tail) = self.part.as_chunks::<LANES>();
+        for x in vectors {
+            sum = sum.add(math::exp_lanes(S::read(x).sub(max)));
+        }
+        if !tail.is_empty() {
+            sum = sum.add(math::exp_lanes(S::read_tail(tail, f32::NEG_INFINITY).sub(max)));
+        }
+        sum.sum_lanes()
+    }
+}
+
+struct AllFinite<'a>(&'a [f32]);
+
+impl LaneKernel for AllFinite<'_> {
+    type Output = bool;
+
+    #[inline(always)]
+    fn run<S: Simd16>(self) -> bool {
+        // x · 0 is a zero for finite x and NaN otherwise, and NaN stays in a sum.
+        let zero = S::splat(0.0);
+        let (wide, rest) = self.0.as_chunks::<{ 4 * LANES }>();
+        let mut sums = [zero; 4];
+        for x in wide {
+            for (vector, sum) in sums.iter_mut().enumerate() {
+                *sum = S::read(&x[vector * LANES..]).mul_add(zero, *sum);
+            }
+        }
+        for x in rest.chunks(LANES) {
+            sums[0] = S::read_tail(x, 0.0).mul_add(zero, sums[0]);
+        }
+        sums[0].add(sums[1]).add(sums[2].add(sums[3])).sum_lanes() == 0.0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Isa;
+
+    #[test]
+    fn it_agrees_with_f64_and_every_instruction_set() {
+        for len in [1, 7, 32, 100, 1000, 4096] {
+            let logits: Vec<f32> = (0..len).map(|i| ((i * 7919) % 1013) as f32 * 0.02 - 9.0).collect();
+            let exact = logits.iter().map(|&x| f64::from(x).exp()).sum::<f64>().ln();
+            let first = Kernels::new(Isa::best(), 1).log_sum_exp(&logits);
+            assert!((f64::from(first.value()) - exact).abs() < 3e-6 * exact.abs().max(1.0));
+            for isa in Isa::available() {
+                assert_eq!(Kernels::new(isa, 1).log_sum_exp(&logits), first);
+            }
+        }
+    }
+
+    #[test]
+    fn whatever_is_not_finite_is_found() {
+        let kernels = Kernels::new(Isa::best(), 1);
+        for len in [1, 16, 65, 200] {
+            let mut x = vec![1.5; len];
+            assert!(kernels.all_finite(&x));
+            for at in 0..len {
+                for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+                    x[at] = bad;
+                    assert!(!kernels.all_finite(&x));
+                }
+                x[at] = -2.0;
+            }
+        }
+    }
+}

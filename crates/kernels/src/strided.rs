@@ -1,0 +1,49 @@
+//! Rows inside wider rows, and disjoint pieces of one output for several threads.
+
+use std::marker::PhantomData;
+use std::ops::Range;
+
+/// A matrix whose rows lie `stride` elements apart, for instance the query columns of a fused QKV product.
+#[derive(Debug, Clone, Copy)]
+pub struct StridedRows<'a> {
+    /// Row `r` starts at `data[r · stride]`.
+    pub data: &'a [f32],
+    /// Distance between the starts of neighbouring rows, in elements.
+    pub stride: usize,
+}
+
+impl<'a> StridedRows<'a> {
+    /// The first `width` elements of row `row`.
+    #[inline(always)]
+    pub fn row(&self, row: usize, width: usize) -> &'a [f32] {
+        &self.data[row * self.stride..][..width]
+    }
+}
+
+/// An output that several tasks write, each its own ranges.
+pub(crate) struct DisjointMut<'a> {
+    data: *mut f32,
+    len: usize,
+    owner: PhantomData<&'a mut [f32]>,
+}
+
+// SAFETY: the only access is `range`, whose callers promise that ranges of different threads are disjoint.
+unsafe impl Sync for DisjointMut<'_> {}
+
+impl<'a> DisjointMut<'a> {
+    pub(crate) fn new(slice: &'a mut [f32]) -> DisjointMut<'a> {
+        DisjointMut { data: slice.as_mut_ptr(), len: slice.len(), owner: PhantomData }
+    }
+
+    /// A piece of the output.
+    ///
+    /// # Safety
+    /// No two pieces that are alive at the same time may overlap.
+    #[inline(always)]
+    #[expect(clippy::mut_from_ref, reason = "this is the type's purpose; the contract forbids overlap")]
+    pub(crate) unsafe fn range(&self, range: Range<usize>) -> &mut [f32] {
+        assert!(range.start <= range.end && range.end <= self.len);
+        // SAFETY: inside the slice that `new` borrowed exclusively; the caller vouches for disjointness.
+        unsafe { std::slice::from_raw_parts_mut(self.data.add(range.start), range.len()) }
+    }
+}
