@@ -3,6 +3,7 @@
 //! The reference is `apply_chat_template`: an immutable sandboxed Jinja environment with `trim_blocks`,
 //! `lstrip_blocks`, loop controls, `raise_exception`, `strftime_now` and a `tojson` that is Python's `json.dumps`.
 
+mod markup;
 mod prepare;
 mod python;
 mod time;
@@ -108,6 +109,10 @@ impl ChatTemplate {
         special_tokens: Map<String, Json>,
     ) -> Result<ChatTemplate, TemplateError> {
         let mut env = environment();
+        if [Some(source), tool_source].into_iter().flatten().any(|source| source.contains("safe")) {
+            env.add_filter("safe", markup::safe);
+            env.set_formatter(markup::print);
+        }
         let sources = [(DEFAULT, Some(source)), (TOOL_USE, tool_source)];
         for (name, source) in sources {
             if let Some(source) = source {
@@ -181,6 +186,9 @@ fn environment() -> Environment<'static> {
     env.set_unknown_method_callback(python::unknown_method);
     env.set_fuel(Some(FUEL));
     env.add_filter("tojson", python::tojson);
+    env.add_filter("int", python::int);
+    env.add_filter("float", python::float);
+    env.add_test("iterable", python::is_iterable);
     env.add_function("raise_exception", |message: Cow<'_, str>| -> Result<Value, Error> {
         let text = message.into_owned();
         Err(Error::new(ErrorKind::InvalidOperation, "raise_exception").with_source(Raised(text)))

@@ -26,8 +26,11 @@ impl Accepts {
                 kwargs: &Map::new(),
                 now: TemplateTime::default(),
             };
-            // A template that prints the list itself shows the word `type` too.
-            template.render_as_is(&input).is_ok_and(|text| text.contains(PROBE) && !text.contains("'type'"))
+            // A template that prints the list itself shows the word `type` too, and one that joins markup to text
+            // breaks its quotes.
+            template
+                .render_as_is(&input)
+                .is_ok_and(|text| text.contains(PROBE) && !text.contains("'type'") && !text.contains("&#34;"))
         };
         let user = |content: Value| json!({"role": "user", "content": content});
         let call = json!({

@@ -173,6 +173,48 @@ fn float_repr(number: f64) -> String {
     if text.contains('.') { text } else { text + ".0" }
 }
 
+/// Jinja's `int`: what is no number becomes the default.
+pub(super) fn int(value: &Value, default: Option<Value>) -> Value {
+    let default = || default.unwrap_or_else(|| Value::from(0));
+    if let Some(text) = value.as_str() {
+        let text = text.trim();
+        let whole = text.parse::<i64>().ok();
+        return whole.or_else(|| truncated(text.parse().ok()?)).map_or_else(default, Value::from);
+    }
+    match value.kind() {
+        ValueKind::Bool => Value::from(i64::from(value.is_true())),
+        ValueKind::Number if value.is_integer() => value.clone(),
+        ValueKind::Number => {
+            f64::try_from(value.clone()).ok().and_then(truncated).map_or_else(default, Value::from)
+        }
+        _ => default(),
+    }
+}
+
+fn truncated(number: f64) -> Option<i64> {
+    (number.abs() < 9e18).then_some(number as i64)
+}
+
+/// Jinja's `float`: what is no number becomes the default.
+pub(super) fn float(value: &Value, default: Option<Value>) -> Value {
+    let number = match value.as_str() {
+        Some(text) => text.trim().parse().ok(),
+        None if value.kind() == ValueKind::Number => f64::try_from(value.clone()).ok(),
+        None if value.kind() == ValueKind::Bool => Some(if value.is_true() { 1.0 } else { 0.0 }),
+        None => None,
+    };
+    number.map_or_else(|| default.unwrap_or_else(|| Value::from(0.0)), Value::from)
+}
+
+/// Jinja's `is iterable`, which `none` is not.
+pub(super) fn is_iterable(value: &Value) -> bool {
+    match value.kind() {
+        ValueKind::None | ValueKind::Bool | ValueKind::Number => false,
+        ValueKind::Undefined | ValueKind::String => true,
+        _ => value.try_iter().is_ok(),
+    }
+}
+
 /// Python's methods on strings, lists and dicts.
 pub(super) fn unknown_method(
     state: &mut State<'_, '_>,

@@ -1,0 +1,219 @@
+//! What a client's grammar may cost, checked before anything is compiled.
+//!
+//! The compiler's own fuel covers regular expressions and the parse, but not the merging of `allOf` with `anyOf`,
+//! whose result can be exponentially larger than the schema. Here the merging is walked with a budget instead.
+
+use crate::compiler::GrammarError;
+use serde_json::{Map, Value};
+use std::collections::{HashMap, HashSet};
+
+/// Longest source of a grammar.
+pub(crate) const SOURCE_BYTES_MAX: usize = 256 << 10;
+/// Deepest nesting of brackets in a source.
+pub(crate) const DEPTH_MAX: usize = 64;
+/// Schemas visited, counting each alternative that merging creates.
+const EXPANSION_MAX: usize = 20_000;
+/// Largest count in `minItems`, `maxLength` and the like.
+const COUNT_MAX: u64 = 10_000;
+/// Most values in one `enum`.
+const ENUM_MAX: usize = 5_000;
+
+/// Refuses sources whose brackets nest too deeply for a recursive parser. `quotes` are the characters that quote.
+pub(crate) fn check_source(source: &str, quotes: &[char]) -> Result<(), GrammarError> {
+    if source.len() > SOURCE_BYTES_MAX {
+        return Err(GrammarError::TooLarge { what: "source in bytes", limit: SOURCE_BYTES_MAX });
+    }
+    let mut depth = 0usize;
+    let mut quoted_by = None;
+    let mut chars = source.chars();
+    while let Some(c) = chars.next() {
+        match c {
+            '\\' if quoted_by.is_some() => {
+                chars.next();
+            }
+            c if quoted_by == Some(c) => quoted_by = None,
+            // A quote ends at the line's end in Lark, and may not be closed at all in broken input.
+            '\n' => quoted_by = None,
+            _ if quoted_by.is_some() => {}
+            c if quotes.contains(&c) => quoted_by = Some(c),
+            '{' | '[' | '(' => {
+                depth += 1;
+                if depth > DEPTH_MAX {
+                    return Err(GrammarError::TooLarge { what: "nesting", limit: DEPTH_MAX });
+                }
+            }
+            '}' | ']' | ')' => depth = depth.saturating_sub(1),
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+/// Refuses schemas whose merged form is too large. The schema has been parsed, so its depth is bounded.
+pub(crate) fn check_schema(schema: &Value) -> Result<(), GrammarError> {
+    check_values(schema)?;
+    let mut walk = Walk { root: schema, budget: EXPANSION_MAX, seen: HashSet::new(), pending: vec![schema] };
+    while let Some(next) = walk.pending.pop() {
+        walk.visit(vec![next], 0)?;
+    }
+    Ok(())
+}
+
+/// Bounds on single keywords, wherever they stand.
+fn check_values(value: &Value) -> Result<(), GrammarError> {
+    match value {
+        Value::Array(items) => items.iter().try_for_each(check_values),
+        Value::Object(object) => {
+            for (key, item) in object {
+                let counts = matches!(
+                    key.as_str(),
+                    "minItems" | "maxItems" | "minLength" | "maxLength" | "minProperties" | "maxProperties"
+                );
+                if counts && item.as_f64().is_some_and(|n| n > COUNT_MAX as f64) {
+                    return Err(GrammarError::TooLarge {
+                        what: "minItems, maxItems, minLength, maxLength, minProperties or maxProperties",
+                        limit: COUNT_MAX as usize,
+                    });
+                }
+                if key == "enum" && item.as_array().is_some_and(|values| values.len() > ENUM_MAX) {
+                    return Err(GrammarError::TooLarge { what: "number of enum values", limit: ENUM_MAX });
+                }
+                check_values(item)?;
+            }
+            Ok(())
+        }
+        _ => Ok(()),
+    }
+}
+
+struct Walk<'v> {
+    root: &'v Value,
+    budget: usize,
+    /// References that stand alone; each is compiled once.
+    seen: HashSet<&'v str>,
+    pending: Vec<&'v Value>,
+}
+
+impl<'v> Walk<'v> {
+    /// Visits the schema that is all of `all` at once, as merging builds it: references and `allOf` are unfolded,
+    /// each choice is taken in turn with everything else, and members of the same name are merged in turn.
+    fn visit(&mut self, all: Vec<&'v Value>, depth: usize) -> Result<(), GrammarError> {
+        if depth > 2 * DEPTH_MAX {
+            return Err(GrammarError::TooLarge { what: "nesting after merging", limit: 2 * DEPTH_MAX });
+        }
+        let alone = all.len() == 1;
+        let mut open = all;
+        let mut objects: Vec<&'v Map<String, Value>> = Vec::new();
+        let mut choices: Vec<&'v Vec<Value>> = Vec::new();
+        let mut unfolded = HashSet::new();
+        while let Some(schema) = open.pop() {
+            self.budget = self.budget.checked_sub(1).ok_or(GrammarError::TooLarge {
+                what: "number of schemas after merging allOf and anyOf",
+                limit: EXPANSION_MAX,
+            })?;
+            let Some(object) = schema.as_object() else { continue };
+            if let Some(reference) = object.get("$ref").and_then(Value::as_str) {
+                if alone && object.len() == 1 {
+                    // Compiled once under its name, however often it is used.
+                    if self.seen.insert(reference) {
+                        self.pending.extend(self.target(reference));
+                    }
+                } else if unfolded.insert(reference) {
+                    open.extend(self.target(reference));
+                }
+            }
+            open.extend(object.get("allOf").and_then(Value::as_array).into_iter().flatten());
+            choices.extend(["anyOf", "oneOf"].iter().filter_map(|key| object.get(*key)?.as_array()));
+            objects.push(object);
+        }
+        self.visit_choices(&objects, &choices, Vec::new(), depth)
+    }
+
+    /// Every combination of one option from each of `choices`, merged with `objects`.
+    fn visit_choices(
+        &mut self,
+        objects: &[&'v Map<String, Value>],
+        choices: &[&'v Vec<Value>],
+        taken: Vec<&'v Value>,
+        depth: usize,
+    ) -> Result<(), GrammarError> {
+        match choices.split_first() {
+            Some((first, rest)) => first.iter().try_for_each(|option| {
+                let mut taken = taken.clone();
+                taken.push(option);
+                self.visit_choices(objects, rest, taken, depth)
+            }),
+            None if taken.is_empty() => self.visit_members(objects, depth),
+            None => {
+                // The options may bring members of their own, to be merged with those at hand.
+                self.visit_members(objects, depth)?;
+                self.visit(taken, depth + 1)
+            }
+        }
+    }
+
+    fn visit_members(
+        &mut self,
+        objects: &[&'v Map<String, Value>],
+        depth: usize,
+    ) -> Result<(), GrammarError> {
+        let mut by_name: HashMap<(&str, &str), Vec<&'v Value>> = HashMap::new();
+        for object in objects {
+            for (key, value) in object.iter() {
+                match (key.as_str(), value) {
+                    ("properties" | "patternProperties", Value::Object(members)) => {
+                        for (name, member) in members {
+                            by_name.entry((key, name)).or_default().push(member);
+                        }
+                    }
+                    ("items" | "prefixItems", Value::Array(members)) => {
+                        for member in members {
+                            by_name.entry((key, "")).or_default().push(member);
+                        }
+                    }
+                    ("items" | "additionalProperties" | "additionalItems" | "not", member) => {
+                        by_name.entry((key, "")).or_default().push(member);
+                    }
+                    _ => {}
+                }
+            }
+        }
+        by_name.into_values().try_for_each(|members| self.visit(members, depth + 1))
+    }
+
+    fn target(&self, reference: &str) -> Option<&'v Value> {
+        let pointer = reference.strip_prefix('#')?;
+        if pointer.is_empty() { Some(self.root) } else { self.root.pointer(pointer) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn ordinary_schemas_pass() {
+        let schema = json!({
+            "type": "object",
+            "properties": {"a": {"anyOf": [{"type": "string"}, {"$ref": "#/$defs/n"}]}, "n": {"$ref": "#/$defs/n"}},
+            "$defs": {"n": {"type": "object", "properties": {"next": {"$ref": "#/$defs/n"}}}},
+        });
+        check_schema(&schema).unwrap();
+    }
+
+    #[test]
+    fn products_of_choices_are_refused() {
+        let choice = json!({"anyOf": (0..10).map(|i| json!({"const": i})).collect::<Vec<_>>()});
+        let schema = json!({"allOf": vec![choice; 20]});
+        assert!(matches!(check_schema(&schema), Err(GrammarError::TooLarge { .. })));
+    }
+
+    #[test]
+    fn a_source_that_nests_too_deeply_is_refused_but_quoted_brackets_are_free() {
+        assert!(check_source(&"[".repeat(100_000), &['"']).is_err());
+        check_source(&format!("\"{}\"", "[".repeat(1000)), &['"']).unwrap();
+        assert!(check_source(&" ".repeat(SOURCE_BYTES_MAX + 1), &['"']).is_err());
+    }
+}
