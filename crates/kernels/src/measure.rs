@@ -5,40 +5,60 @@
 use crate::aligned::AlignedBuffer;
 use crate::kernels::Kernels;
 use crate::lanes::{LANES, LaneKernel, Simd16};
+use crate::strided::DisjointMut;
 use std::hint::black_box;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 /// Elements that a thread reads before it looks at the clock.
-const READ_RUN: usize = 256 << 10;
+const READ_RUN: usize = 64 << 10;
 /// Steps of the multiply-add loop before a look at the clock.
 const FMA_RUN: usize = 20_000;
 /// Independent chains: enough to hide a latency of four cycles on two units.
 const CHAINS: usize = 12;
 
 /// Bytes per second that all threads together read from a working set of `working_set_bytes`, measured over about
-/// `duration`. A working set several times the last cache measures memory.
+/// `duration` (and the time to fill it). A working set several times the last cache measures memory.
 pub fn read_bandwidth_bytes_per_s(kernels: &Kernels, working_set_bytes: usize, duration: Duration) -> f64 {
-    let threads = kernels.threads();
-    let share = (working_set_bytes / size_of::<f32>() / threads).max(4 * LANES);
-    let mut buffer = AlignedBuffer::zeroed(share * threads);
-    // Untouched pages would all be the one page of zeros.
-    buffer.fill(1.0);
-    let read = AtomicU64::new(0);
-    let start = Instant::now();
-    kernels.pool().run(threads, &|thread| {
-        let share = &buffer[thread * share..(thread + 1) * share];
-        let mut bytes = 0;
-        for run in share.chunks(READ_RUN).cycle() {
-            black_box(kernels.dispatch(Read(run)));
-            bytes += size_of_val(run) as u64;
-            if start.elapsed() >= duration {
-                break;
+    Reader::new(kernels, working_set_bytes).bytes_per_s(kernels, duration)
+}
+
+/// A filled working set, for measuring bandwidth several times.
+#[derive(Debug)]
+pub struct Reader {
+    buffer: AlignedBuffer,
+    /// Where the next measurement goes on, so that short ones do not find the last one's lines in a cache.
+    next: AtomicUsize,
+}
+
+impl Reader {
+    /// Fills a working set, with all threads.
+    pub fn new(kernels: &Kernels, working_set_bytes: usize) -> Reader {
+        let runs = (working_set_bytes / size_of::<f32>()).div_ceil(READ_RUN).max(kernels.threads());
+        let mut buffer = AlignedBuffer::zeroed(runs * READ_RUN);
+        // Untouched pages would all be the one page of zeros.
+        let pages = DisjointMut::new(&mut buffer);
+        // SAFETY: one task per run.
+        kernels
+            .pool()
+            .run(runs, &|run| unsafe { pages.range(run * READ_RUN..(run + 1) * READ_RUN) }.fill(1.0));
+        Reader { buffer, next: AtomicUsize::new(0) }
+    }
+
+    /// Bytes per second that all threads together read, measured over about `duration`.
+    pub fn bytes_per_s(&self, kernels: &Kernels, duration: Duration) -> f64 {
+        let runs = self.buffer.len() / READ_RUN;
+        let read = AtomicU64::new(0);
+        let start = Instant::now();
+        kernels.pool().run(kernels.threads(), &|_| {
+            while start.elapsed() < duration {
+                let run = self.next.fetch_add(1, Ordering::Relaxed) % runs;
+                black_box(kernels.dispatch(Read(&self.buffer[run * READ_RUN..(run + 1) * READ_RUN])));
+                read.fetch_add((READ_RUN * size_of::<f32>()) as u64, Ordering::Relaxed);
             }
-        }
-        read.fetch_add(bytes, Ordering::Relaxed);
-    });
-    read.into_inner() as f64 / start.elapsed().as_secs_f64()
+        });
+        read.into_inner() as f64 / start.elapsed().as_secs_f64()
+    }
 }
 
 /// Floating-point operations per second of `f32` fused multiply-adds in registers (two operations per lane and

@@ -35,10 +35,13 @@ impl PackedMatrix {
     /// `k` weights. Beyond the result it needs sixteen rows of memory.
     pub fn pack(n: usize, k: usize, fill: &mut dyn FnMut(usize, &mut [f32])) -> PackedMatrix {
         let mut packed = PackedMatrix { n, k, data: AlignedBuffer::zeroed(n.div_ceil(LANES) * LANES * k) };
+        if k == 0 {
+            return packed;
+        }
         let mut rows = vec![0.0; LANES * k];
         for first in (0..n).step_by(LANES) {
             let live = LANES.min(n - first);
-            for (lane, row) in rows.chunks_exact_mut(k.max(1)).take(live).enumerate() {
+            for (lane, row) in rows.chunks_exact_mut(k).take(live).enumerate() {
                 fill(first + lane, row);
             }
             let (start, width) = packed.locate(first);

@@ -11,6 +11,8 @@ use std::ops::Range;
 pub(super) const ROW_BLOCK: usize = 96;
 /// Inputs per block when several tiles of rows pass over them: 128 × 64 weights are 32 KiB and stay in the L1 cache.
 const K_BLOCK: usize = 128;
+/// How far ahead of a single pass its weights are asked for, in elements.
+const AHEAD: usize = 2048;
 /// Open sums of the streaming tree: of 8 parts at most 3 wait while a fourth is computed.
 const DEPTH: usize = 4;
 
@@ -89,9 +91,17 @@ impl PanelProduct<'_> {
         let rows = self.rows.len();
         let tiles = rows.div_ceil(MAX_TILE_ROWS);
         let step = if tiles == 1 { part.len() } else { K_BLOCK };
+        let step_size = step * self.panel.width;
+        let lines_per_input = match tiles {
+            1 => 4,
+            2 | 3 => 2,
+            _ => 1,
+        };
         for start in part.clone().step_by(step) {
             let end = part.end.min(start + step);
             let weights = &self.panel.weights[start * self.panel.width..end * self.panel.width];
+            // While tiles pass over this block, they ask for the next one, sharing the requests among them.
+            let mut asked = 0;
             for tile in 0..tiles {
                 let (first, next) = (tile * rows / tiles, (tile + 1) * rows / tiles);
                 let x = &self.x[(self.rows.start + first) * self.k..(self.rows.start + next) * self.k];
@@ -103,10 +113,20 @@ impl PanelProduct<'_> {
                     x_stride: self.k,
                     sums: sums.wrapping_add(first * self.panel.width),
                     resume: start > part.start,
+                    ahead: weights.as_ptr().wrapping_add(if tiles == 1 { AHEAD } else { step_size + asked }),
                 };
+                let lines = if asked < step_size { lines_per_input } else { 0 };
+                asked += (end - start) * lines * LANES;
                 // SAFETY: the slices above were bounds-checked: `inputs` × `width` weights, and for each row of the tile
                 // `inputs` activations from `start`; `sums` has room for `rows` × `width`.
-                unsafe { tile.run::<S>(next - first) };
+                unsafe {
+                    match lines {
+                        4 => tile.run::<S, 4>(next - first),
+                        2 => tile.run::<S, 2>(next - first),
+                        1 => tile.run::<S, 1>(next - first),
+                        _ => tile.run::<S, 0>(next - first),
+                    }
+                }
             }
         }
     }
