@@ -1,1 +1,12 @@
-//! Placeholder.
+//! The deciding service: admission, continuous batching, KV blocks, membership and placement. It never touches a tensor.
+//!
+//! Layout: [`engine`] (which sequence computes what in which step), [`cluster`] (which node holds what), [`service`] (the
+//! shell around both: sockets, lease, clock), [`time`].
+//!
+//! **Invariants:** [`engine`] and [`cluster`] are pure cores of the form `handle(now, event, &mut effects)`: no tokio,
+//! clock, randomness, I/O or randomly seeded map. The shell selects, lets them handle, and performs; it decides nothing.
+#![forbid(unsafe_code)]
+
+pub mod cluster;
+pub mod engine;
+pub mod time;

@@ -1,0 +1,91 @@
+//! From the plan's inputs to the engine's: predicted stage times, and how many KV blocks a replica gets.
+
+use super::events::ClusterConfig;
+use super::place::{Node, Replica, Seat};
+use crate::engine::{BLOCK_TOKENS, StageCost};
+use ashlar_shard_plan::ledger::Piece;
+use ashlar_shard_plan::{PlanRequest, ReplicaLayout};
+use ashlar_vocabulary::NodeId;
+use std::collections::BTreeMap;
+
+/// Resident weights are f32.
+const BYTES_PER_WEIGHT: usize = 4;
+/// The KV cache need not hold every sequence at the full length of a long context.
+const TYPICAL_CONTEXT_TOKENS: usize = 4096;
+/// Several rows of one sequence read the KV cache together.
+const POSITIONS_SHARED: f64 = 8.0;
+
+/// What is asked of the plan.
+pub(super) fn plan_request(config: &ClusterConfig) -> PlanRequest {
+    let context = config.max_context_tokens as usize;
+    PlanRequest {
+        stages: config.stages,
+        tensor_parallel_size: config.tensor_parallel_size,
+        replicas: config.replicas,
+        max_context_tokens: context,
+        kv_tokens_wanted: config.max_num_seqs * context.min(TYPICAL_CONTEXT_TOKENS),
+        block_tokens: BLOCK_TOKENS,
+        max_num_batched_tokens: config.max_num_batched_tokens as usize,
+        bytes_per_weight: BYTES_PER_WEIGHT,
+    }
+}
+
+fn piece(seat: &Seat, num_stages: usize, tensor_parallel_size: usize) -> Piece {
+    let stage = seat.place.stage.0 as usize;
+    Piece {
+        layers: seat.place.layers.len(),
+        first: stage == 0,
+        last: stage + 1 == num_stages,
+        rank: seat.place.rank.0 as usize,
+        tensor_parallel_size,
+    }
+}
+
+/// KV blocks of a replica: what the plan found room for, but on no node more than its share of memory, and always
+/// enough for one sequence of full length.
+pub(super) fn kv_blocks(config: &ClusterConfig, layout: &ReplicaLayout, memory: impl Fn(&NodeId) -> u64) -> u32 {
+    let num_stages = layout.stages.len();
+    let mut blocks = u64::from(layout.kv_blocks);
+    let one_sequence = (config.max_context_tokens as usize).div_ceil(BLOCK_TOKENS) as u64;
+    for (stage, cut) in layout.stages.iter().enumerate() {
+        for (rank, node) in cut.ranks.iter().enumerate() {
+            let piece = Piece {
+                layers: cut.layers.len(),
+                first: stage == 0,
+                last: stage + 1 == num_stages,
+                rank,
+                tensor_parallel_size: cut.ranks.len(),
+            };
+            let block_bytes = (piece.kv_bytes_per_token(&config.shape) * BLOCK_TOKENS).max(1) as u64;
+            let share = (memory(node) as f64 * config.kv_memory_share) as u64 / block_bytes;
+            blocks = blocks.min(share.max(one_sequence));
+        }
+    }
+    u32::try_from(blocks).unwrap_or(u32::MAX)
+}
+
+/// Predicted times of a seated replica, stage by stage: of each stage its slowest rank.
+pub(super) fn stage_costs(
+    config: &ClusterConfig,
+    replica: &Replica,
+    nodes: &BTreeMap<NodeId, Node>,
+) -> Vec<StageCost> {
+    let mut stages = vec![StageCost::default(); replica.num_stages];
+    for seat in &replica.seats {
+        let Some(cost) = stages.get_mut(seat.place.stage.0 as usize) else { continue };
+        let Some(node) = nodes.get(&seat.node) else { continue };
+        let piece = piece(seat, replica.num_stages, replica.tensor_parallel_size);
+        let shape = &config.shape;
+        let weights = (piece.layers * piece.layer_weights(shape) + piece.head_weights(shape)) as f64;
+        let query = shape.attention_cut().rank(piece.rank, piece.tensor_parallel_size).len();
+        let attention = 4.0 * (piece.layers * query) as f64;
+        let kv_bytes = piece.kv_bytes_per_token(shape) as f64;
+        let (bandwidth, flops) = (node.join.bandwidth_bytes_per_s.max(1.0), node.join.flops_per_s.max(1.0));
+        let row_weights = (piece.layers * piece.layer_weights(shape)) as f64;
+        cost.weights_us = cost.weights_us.max(1e6 * weights * BYTES_PER_WEIGHT as f64 / bandwidth);
+        cost.row_us = cost.row_us.max(1e6 * 2.0 * row_weights / flops);
+        let position_s = (attention / flops).max(kv_bytes / bandwidth / POSITIONS_SHARED);
+        cost.position_us = cost.position_us.max(1e6 * position_s);
+    }
+    stages
+}

@@ -1,0 +1,177 @@
+//! What the cluster core is told, and what it wants done. Both are closed enums.
+
+use crate::engine::ReplicaUp;
+use ashlar_protocol::membership::{Assignment, Join};
+use ashlar_protocol::step::StepTiming;
+use ashlar_shard_plan::Links;
+use ashlar_vocabulary::{Bytes, LeaseTerm, ModelDigest, ModelShape, ReplicaId, ReplicaRevision};
+
+/// Names one connection of a node; never reused. A node that reconnects has another one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct NodeConnection(pub u64);
+
+/// What is to be laid out, and how.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ClusterConfig {
+    /// Where the model's files are: a directory, or a hub id.
+    pub model: String,
+    /// Its digest; nodes refuse other bytes.
+    pub model_digest: ModelDigest,
+    /// Its dimensions.
+    pub shape: ModelShape,
+    /// Longest sequence, prompt and answer together.
+    pub max_context_tokens: u32,
+    /// The lease under which assignments are made.
+    pub term: LeaseTerm,
+    /// Who holds it.
+    pub holder: String,
+    /// Pipeline stages per replica; `None` lets the plan choose the fewest that fit.
+    pub stages: Option<usize>,
+    /// Ranks per stage; `None` means 1.
+    pub tensor_parallel_size: Option<usize>,
+    /// Replicas; `None` means as many as fit.
+    pub replicas: Option<usize>,
+    /// Wait for this many nodes before the first layout; `None` waits until nobody has joined for `settle_ms`.
+    pub expected_nodes: Option<usize>,
+    /// See `expected_nodes`.
+    pub settle_ms: u64,
+    /// Most sequences running per replica; sizes the KV cache.
+    pub max_num_seqs: usize,
+    /// Most rows in one step; sizes the workspaces.
+    pub max_num_batched_tokens: u32,
+    /// Most of a node's memory that KV blocks may take, 0…1.
+    pub kv_memory_share: f64,
+    /// Longest silence of a ready node, unless four predicted steps take longer.
+    pub silence_ms_max: u64,
+    /// How long a layout with a vacant place is kept before what is left is planned anew.
+    pub replan_after_ms: u64,
+    /// Assumed links between nodes.
+    pub links: Links,
+}
+
+/// What the cluster core is told.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Event {
+    /// A node introduces itself.
+    Join {
+        /// On this connection.
+        connection: NodeConnection,
+        /// What it offers.
+        join: Box<Join>,
+    },
+    /// A node's connection has ended.
+    Lost {
+        /// Which.
+        connection: NodeConnection,
+        /// How, as in "node a was lost: REASON".
+        reason: String,
+    },
+    /// A node is loading weights.
+    Loading {
+        /// Which node.
+        connection: NodeConnection,
+        /// Its assignment.
+        revision: ReplicaRevision,
+        /// Bytes ready.
+        loaded: Bytes,
+        /// Bytes in all.
+        total: Bytes,
+    },
+    /// A node can execute steps.
+    Ready {
+        /// Which node.
+        connection: NodeConnection,
+        /// Its assignment.
+        revision: ReplicaRevision,
+        /// What it has reserved.
+        reserved: Bytes,
+        /// Its resident memory.
+        resident: Bytes,
+    },
+    /// A node cannot fulfil its assignment.
+    Failed {
+        /// Which node.
+        connection: NodeConnection,
+        /// Its assignment.
+        revision: ReplicaRevision,
+        /// Why.
+        message: String,
+    },
+    /// A node refuses an assignment because it has accepted a higher term.
+    Refused {
+        /// Which node.
+        connection: NodeConnection,
+        /// The term it has accepted.
+        term: LeaseTerm,
+    },
+    /// Any other sign of life.
+    Heard {
+        /// Which node.
+        connection: NodeConnection,
+        /// A completed step.
+        timing: Option<StepTiming>,
+    },
+    /// The engine has given up a replica.
+    ReplicaFault {
+        /// Which.
+        replica: ReplicaId,
+        /// In which layout.
+        revision: ReplicaRevision,
+        /// Why.
+        reason: String,
+    },
+    /// Time passes; silence is noticed, retries are due. Sent at least every [`TICK_MS`](super::TICK_MS).
+    Tick {
+        /// Longest predicted time among the steps in flight.
+        slowest_step_ms: u64,
+    },
+}
+
+/// What the cluster core wants done, in this order.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Effect {
+    /// Send an assignment.
+    Assign {
+        /// To this node.
+        connection: NodeConnection,
+        /// Its place.
+        assignment: Box<Assignment>,
+    },
+    /// Tell a node to give up its place.
+    Release {
+        /// Which node.
+        connection: NodeConnection,
+        /// Raised.
+        revision: ReplicaRevision,
+    },
+    /// Refuse a node, then close its connection.
+    Reject {
+        /// Which.
+        connection: NodeConnection,
+        /// Why, for its operator.
+        reason: String,
+    },
+    /// Close a connection; the node counts as lost already.
+    Disconnect {
+        /// Which.
+        connection: NodeConnection,
+        /// Why, for the log.
+        reason: String,
+    },
+    /// For the engine: a replica serves.
+    ReplicaUp(ReplicaUp),
+    /// For the engine: a replica serves no longer.
+    ReplicaDown {
+        /// Which.
+        replica: ReplicaId,
+        /// For the clients whose requests it ends.
+        reason: String,
+    },
+    /// Why nothing can be served, has changed.
+    Problem(Option<String>),
+    /// A node has accepted a higher term than ours: acquire one above it, or stop leading.
+    Fenced {
+        /// The term that the node has accepted.
+        by: LeaseTerm,
+    },
+}

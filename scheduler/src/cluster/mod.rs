@@ -1,0 +1,289 @@
+//! Membership and layout as a pure function of events.
+//!
+//! Layout: [`events`] (what goes in and out), `place` (nodes and their places), `reconcile` (from intent to what is
+//! observed), `costs` (stage times and KV blocks), `snapshot` (what others may know).
+//!
+//! **Invariants:** no tokio, clock, randomness or I/O. Where a node belongs (intent) and how far it is (observed) are
+//! separate; after each event the difference is closed as far as possible. Every assignment of a replica has a new
+//! revision, unique over all terms. A replica serves only while all its ranks have reported ready at its revision.
+
+mod costs;
+pub mod events;
+mod place;
+mod reconcile;
+mod snapshot;
+
+pub use events::{ClusterConfig, Effect, Event, NodeConnection};
+
+use crate::time::Millis;
+use ashlar_protocol::membership::Join;
+use ashlar_protocol::step::StepTiming;
+use ashlar_vocabulary::{Bytes, LeaseTerm, NodeId, ReplicaId, ReplicaRevision, StageIndex};
+use place::{Node, Observed, Phase, Replica};
+use std::collections::BTreeMap;
+
+/// How often the shell ticks.
+pub const TICK_MS: u64 = 50;
+/// A gap between ticks that means that this process itself stood still; silence is then not held against anybody.
+const STALLED_MS: u64 = 300;
+/// Longest silence of a node that loads weights.
+const LOADING_SILENCE_MS: u64 = 30_000;
+/// Revisions of one term: `term × REVISIONS_PER_TERM + n`, so that they rise over all terms.
+const REVISIONS_PER_TERM: u64 = 1_000_000;
+
+/// Membership and layout of one model.
+#[derive(Debug, Clone)]
+pub struct Cluster {
+    config: ClusterConfig,
+    nodes: BTreeMap<NodeId, Node>,
+    connections: BTreeMap<NodeConnection, NodeId>,
+    replicas: BTreeMap<ReplicaId, Replica>,
+    revisions: u64,
+    /// When the set of nodes last changed.
+    changed: Millis,
+    /// Whether it has changed since the last attempt to plan.
+    unplanned: bool,
+    /// Why there is no layout.
+    plan_problem: Option<String>,
+    problem: Option<String>,
+    last_tick: Option<Millis>,
+}
+
+impl Cluster {
+    /// A cluster that nobody has joined. It has a problem (no nodes), which the first event reports.
+    pub fn new(config: ClusterConfig) -> Cluster {
+        Cluster {
+            config,
+            nodes: BTreeMap::new(),
+            connections: BTreeMap::new(),
+            replicas: BTreeMap::new(),
+            revisions: 0,
+            changed: Millis(0),
+            unplanned: false,
+            plan_problem: None,
+            problem: None,
+            last_tick: None,
+        }
+    }
+
+    /// Applies one event, then closes what difference between intent and observation can be closed.
+    pub fn handle(&mut self, now: Millis, event: Event, effects: &mut Vec<Effect>) {
+        match event {
+            Event::Join { connection, join } => self.join(now, connection, *join, effects),
+            Event::Lost { connection, reason } => {
+                if let Some(node) = self.connections.get(&connection).cloned() {
+                    self.lose(now, &node, &reason, effects);
+                }
+            }
+            Event::Loading { connection, revision, loaded, total } => {
+                self.observe(now, connection, revision, |node| {
+                    let share = loaded.0 as f32 / total.0.max(1) as f32;
+                    node.observed = Observed::Loading { revision, share: share.clamp(0.0, 1.0) };
+                });
+            }
+            Event::Ready { connection, revision, reserved, resident } => {
+                self.observe(now, connection, revision, |node| {
+                    node.observed = Observed::Ready { revision };
+                    (node.reserved, node.resident) = (reserved, resident);
+                });
+            }
+            Event::Failed { connection, revision, message } => {
+                self.failed(now, connection, revision, message, effects);
+            }
+            Event::Refused { connection, term } => self.refused(now, connection, term, effects),
+            Event::Heard { connection, timing } => self.heard(now, connection, timing),
+            Event::ReplicaFault { replica, revision, reason } => {
+                self.fault(now, replica, revision, reason, effects);
+            }
+            Event::Tick { slowest_step_ms } => self.tick(now, slowest_step_ms, effects),
+        }
+        self.reconcile(now, effects);
+    }
+
+    /// The connections of a replica's ranks, to which its step plans go.
+    pub fn connections_of(&self, replica: ReplicaId) -> Vec<NodeConnection> {
+        let seats = self.replicas.get(&replica).map(|replica| replica.seats.as_slice()).unwrap_or_default();
+        let nodes = seats.iter().filter(|seat| seat.taken).filter_map(|seat| self.nodes.get(&seat.node));
+        nodes.map(|node| node.connection).collect()
+    }
+
+    /// Where the node of a connection stands: its replica and stage.
+    pub fn place_of(&self, connection: NodeConnection) -> Option<(ReplicaId, StageIndex)> {
+        let place = self.nodes.get(self.connections.get(&connection)?)?.place?;
+        Some((place.replica, place.stage))
+    }
+
+    /// Why nothing can be served, if so.
+    pub fn problem(&self) -> Option<&str> {
+        self.problem.as_deref()
+    }
+
+    fn join(&mut self, now: Millis, connection: NodeConnection, join: Join, effects: &mut Vec<Effect>) {
+        if join.term > self.config.term {
+            effects.push(Effect::Fenced { by: join.term });
+            let reason = format!(
+                "this scheduler leads at term {}, the node has accepted term {}: try again once another term is acquired",
+                self.config.term, join.term
+            );
+            effects.push(Effect::Reject { connection, reason });
+            return;
+        }
+        let name = join.node.clone();
+        if let Some(former) = self.nodes.get(&name).map(|node| node.connection) {
+            // A node that came back before its old connection was seen to end.
+            self.lose(now, &name, "it connected anew", effects);
+            let reason = format!("node {name} connected anew");
+            effects.push(Effect::Disconnect { connection: former, reason });
+        }
+        self.connections.insert(connection, name.clone());
+        let node = Node {
+            connection,
+            join,
+            heard: now,
+            place: None,
+            observed: Observed::Standby,
+            reserved: Bytes(0),
+            resident: Bytes(0),
+            busy: StepTiming::default(),
+        };
+        self.nodes.insert(name, node);
+        (self.changed, self.unplanned) = (now, true);
+    }
+
+    /// Removes a node; a replica that it took part in serves no longer.
+    fn lose(&mut self, now: Millis, name: &NodeId, reason: &str, effects: &mut Vec<Effect>) {
+        let Some(node) = self.nodes.remove(name) else { return };
+        self.connections.remove(&node.connection);
+        (self.changed, self.unplanned) = (now, true);
+        let Some(replica) = node.place.and_then(|place| self.replicas.get_mut(&place.replica)) else { return };
+        for seat in replica.seats.iter_mut().filter(|seat| &seat.node == name) {
+            seat.taken = false;
+        }
+        let trouble = format!("node {name} was lost: {reason}");
+        self.stop(node.place.map(|place| place.replica), Phase::Vacant { since: now }, trouble, effects);
+    }
+
+    /// A replica does not serve any more, or not yet.
+    fn stop(&mut self, id: Option<ReplicaId>, phase: Phase, trouble: String, effects: &mut Vec<Effect>) {
+        let Some(replica) = id.and_then(|id| self.replicas.get_mut(&id)) else { return };
+        if replica.phase == Phase::Up {
+            effects.push(Effect::ReplicaDown { replica: replica.id, reason: trouble.clone() });
+        }
+        // A vacancy lasts from when it first arose.
+        if !matches!((replica.phase, phase), (Phase::Vacant { .. }, Phase::Vacant { .. })) {
+            replica.phase = phase;
+        }
+        replica.trouble = Some(trouble);
+    }
+
+    /// Records what a node reports about its present assignment; about a former one it says nothing of use.
+    fn observe(
+        &mut self,
+        now: Millis,
+        connection: NodeConnection,
+        revision: ReplicaRevision,
+        record: impl FnOnce(&mut Node),
+    ) -> Option<ReplicaId> {
+        let node = self.connections.get(&connection).and_then(|name| self.nodes.get_mut(name))?;
+        node.heard = now;
+        let replica = self.replicas.get(&node.place?.replica)?;
+        if replica.revision != revision || !matches!(replica.phase, Phase::Loading | Phase::Up) {
+            return None;
+        }
+        record(node);
+        Some(replica.id)
+    }
+
+    fn failed(
+        &mut self,
+        now: Millis,
+        connection: NodeConnection,
+        revision: ReplicaRevision,
+        message: String,
+        effects: &mut Vec<Effect>,
+    ) {
+        let observed = Observed::Failed { message: message.clone() };
+        let replica = self.observe(now, connection, revision, |node| node.observed = observed);
+        if let (Some(replica), Some(name)) = (replica, self.connections.get(&connection).cloned()) {
+            self.retry(now, replica, format!("node {name} failed: {message}"), effects);
+        }
+    }
+
+    fn fault(
+        &mut self,
+        now: Millis,
+        replica: ReplicaId,
+        revision: ReplicaRevision,
+        reason: String,
+        effects: &mut Vec<Effect>,
+    ) {
+        if self.replicas.get(&replica).is_some_and(|replica| replica.revision == revision) {
+            self.retry(now, replica, reason, effects);
+        }
+    }
+
+    /// Lays a replica out again after a pause that grows with each failure.
+    fn retry(&mut self, now: Millis, id: ReplicaId, trouble: String, effects: &mut Vec<Effect>) {
+        let Some(replica) = self.replicas.get_mut(&id) else { return };
+        let pause_ms = (250u64 << replica.failures.min(7)).min(30_000);
+        replica.failures += 1;
+        self.stop(Some(id), Phase::Retry { due: now.plus(pause_ms) }, trouble, effects);
+    }
+
+    fn refused(
+        &mut self,
+        now: Millis,
+        connection: NodeConnection,
+        term: LeaseTerm,
+        effects: &mut Vec<Effect>,
+    ) {
+        if term > self.config.term {
+            effects.push(Effect::Fenced { by: term });
+        }
+        if let Some(name) = self.connections.get(&connection).cloned() {
+            self.lose(now, &name, &format!("it obeys the scheduler of term {term}"), effects);
+            effects.push(Effect::Disconnect { connection, reason: format!("obeys term {term}") });
+        }
+    }
+
+    fn heard(&mut self, now: Millis, connection: NodeConnection, timing: Option<StepTiming>) {
+        let Some(node) = self.connections.get(&connection).and_then(|name| self.nodes.get_mut(name)) else {
+            return;
+        };
+        node.heard = now;
+        if let Some(timing) = timing {
+            node.busy.compute_us += timing.compute_us;
+            node.busy.wait_us += timing.wait_us;
+            node.busy.collective_us += timing.collective_us;
+            node.busy.send_us += timing.send_us;
+        }
+    }
+
+    fn tick(&mut self, now: Millis, slowest_step_ms: u64, effects: &mut Vec<Effect>) {
+        let gap = self.last_tick.map_or(0, |last| now.since(last));
+        self.last_tick = Some(now);
+        if gap > STALLED_MS {
+            // This process was stopped or starved: what nodes said meanwhile is still unread.
+            self.nodes.values_mut().for_each(|node| node.heard = node.heard.plus(gap).min(now));
+        }
+        let ready_limit = self.config.silence_ms_max.max(4 * slowest_step_ms);
+        let silent = |node: &&Node| {
+            let limit = match node.observed {
+                Observed::Ready { .. } => ready_limit,
+                Observed::Standby | Observed::Loading { .. } | Observed::Failed { .. } => LOADING_SILENCE_MS,
+            };
+            now.since(node.heard) > limit
+        };
+        let silent: Vec<(NodeId, NodeConnection, u64)> = self
+            .nodes
+            .values()
+            .filter(silent)
+            .map(|node| (node.join.node.clone(), node.connection, now.since(node.heard)))
+            .collect();
+        for (name, connection, silence_ms) in silent {
+            let reason = format!("nothing heard from it for {silence_ms} ms");
+            self.lose(now, &name, &reason, effects);
+            effects.push(Effect::Disconnect { connection, reason });
+        }
+    }
+}

@@ -1,0 +1,122 @@
+//! Nodes and the places that they take: what is intended, and what has been observed.
+
+use super::events::NodeConnection;
+use crate::time::Millis;
+use ashlar_protocol::membership::Join;
+use ashlar_protocol::step::StepTiming;
+use ashlar_shard_plan::{MemoryLedger, ReplicaLayout};
+use ashlar_vocabulary::{Bytes, LayerRange, NodeId, ReplicaId, ReplicaRevision, StageIndex, TensorRank};
+
+/// A joined node.
+#[derive(Debug, Clone)]
+pub(super) struct Node {
+    pub(super) connection: NodeConnection,
+    pub(super) join: Join,
+    pub(super) heard: Millis,
+    /// Intent: where it belongs.
+    pub(super) place: Option<Place>,
+    /// Observation: how far it is.
+    pub(super) observed: Observed,
+    pub(super) reserved: Bytes,
+    pub(super) resident: Bytes,
+    pub(super) busy: StepTiming,
+}
+
+/// A node's place.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Place {
+    pub(super) replica: ReplicaId,
+    pub(super) stage: StageIndex,
+    pub(super) rank: TensorRank,
+    pub(super) layers: LayerRange,
+}
+
+/// What a node has reported about its assignment.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) enum Observed {
+    Standby,
+    Loading { revision: ReplicaRevision, share: f32 },
+    Ready { revision: ReplicaRevision },
+    Failed { message: String },
+}
+
+/// A replica's layout, and who is meant to hold which part of it.
+#[derive(Debug, Clone)]
+pub(super) struct Replica {
+    pub(super) id: ReplicaId,
+    pub(super) revision: ReplicaRevision,
+    pub(super) num_stages: usize,
+    pub(super) tensor_parallel_size: usize,
+    pub(super) kv_blocks: u32,
+    /// Stage by stage, rank by rank.
+    pub(super) seats: Vec<Seat>,
+    pub(super) phase: Phase,
+    /// Failures since it last served.
+    pub(super) failures: u32,
+    /// Why it does not serve, for clients and operators.
+    pub(super) trouble: Option<String>,
+}
+
+/// One rank's part of a replica.
+#[derive(Debug, Clone)]
+pub(super) struct Seat {
+    pub(super) place: Place,
+    pub(super) ledger: MemoryLedger,
+    /// Who holds it, or held it last: preferred when it is vacant, because the weights may still be there.
+    pub(super) node: NodeId,
+    /// Whether `node` is joined and holds it.
+    pub(super) taken: bool,
+}
+
+/// How far a replica is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Phase {
+    /// Not assigned, since then: a place is vacant.
+    Vacant { since: Millis },
+    /// An assignment failed; the next attempt is due then.
+    Retry { due: Millis },
+    /// Assigned, and its ranks are getting ready.
+    Loading,
+    /// It serves.
+    Up,
+}
+
+impl Replica {
+    /// From a plan; nobody is seated yet.
+    pub(super) fn new(id: ReplicaId, layout: &ReplicaLayout, kv_blocks: u32, now: Millis) -> Replica {
+        let seats = layout.stages.iter().enumerate().flat_map(|(stage, cut)| {
+            cut.ranks.iter().zip(&cut.ledgers).enumerate().map(move |(rank, (node, ledger))| Seat {
+                place: Place {
+                    replica: id,
+                    stage: StageIndex(stage as u32),
+                    rank: TensorRank(rank as u32),
+                    layers: cut.layers,
+                },
+                ledger: *ledger,
+                node: node.clone(),
+                taken: false,
+            })
+        });
+        Replica {
+            id,
+            revision: ReplicaRevision(0),
+            num_stages: layout.stages.len(),
+            tensor_parallel_size: layout.stages.first().map_or(1, |stage| stage.ranks.len()),
+            kv_blocks,
+            seats: seats.collect(),
+            phase: Phase::Vacant { since: now },
+            failures: 0,
+            trouble: None,
+        }
+    }
+
+    /// Whether every place is taken.
+    pub(super) fn complete(&self) -> bool {
+        self.seats.iter().all(|seat| seat.taken)
+    }
+
+    /// Who takes a place.
+    pub(super) fn seat(&self, stage: usize, rank: usize) -> Option<&Seat> {
+        self.seats.get(stage * self.tensor_parallel_size + rank)
+    }
+}

@@ -1,0 +1,227 @@
+//! From intent to what is observed: plan, seat, assign, and declare up.
+
+use super::place::{Node, Observed, Phase, Replica};
+use super::{Cluster, Effect, REVISIONS_PER_TERM, costs};
+use crate::engine::ReplicaUp;
+use crate::time::Millis;
+use ashlar_protocol::membership::Assignment;
+use ashlar_shard_plan::{DeviceReport, plan};
+use ashlar_vocabulary::{NodeId, ReplicaId, ReplicaRevision};
+
+impl Cluster {
+    /// Closes the difference between what is intended and what is observed, as far as that is possible now.
+    pub(super) fn reconcile(&mut self, now: Millis, effects: &mut Vec<Effect>) {
+        self.abandon_hopeless_layout(now, effects);
+        if self.replicas.is_empty() {
+            self.plan_layout(now);
+        }
+        let replicas: Vec<ReplicaId> = self.replicas.keys().copied().collect();
+        for id in replicas {
+            self.seat(id);
+            self.assign_if_due(now, id, effects);
+            self.declare_up(id, effects);
+        }
+        self.update_problem(effects);
+    }
+
+    /// A layout none of whose replicas serves, with a place vacant for long, is given up where the operator has left the
+    /// layout to us: what is left may carry another one.
+    fn abandon_hopeless_layout(&mut self, now: Millis, effects: &mut Vec<Effect>) {
+        let free_choice = self.config.stages.is_none() || self.config.replicas.is_none();
+        let hopeless = |replica: &Replica| match replica.phase {
+            Phase::Vacant { since } => now.since(since) > self.config.replan_after_ms,
+            Phase::Retry { .. } | Phase::Loading | Phase::Up => false,
+        };
+        if !free_choice || self.replicas.is_empty() || !self.replicas.values().all(hopeless) {
+            return;
+        }
+        self.replicas.clear();
+        self.unplanned = true;
+        let revision = self.next_revision();
+        self.revisions += 1;
+        for node in self.nodes.values_mut().filter(|node| node.place.is_some()) {
+            node.place = None;
+            node.observed = Observed::Standby;
+            effects.push(Effect::Release { connection: node.connection, revision });
+        }
+    }
+
+    /// Plans once enough nodes are there, and again only when others are.
+    fn plan_layout(&mut self, now: Millis) {
+        let config = &self.config;
+        let fixed = config.stages.is_some() && config.replicas.is_some();
+        let sizes = [config.stages, config.tensor_parallel_size, config.replicas];
+        let needed: usize = sizes.iter().map(|size| size.unwrap_or(1)).product();
+        let wanted = needed.max(config.expected_nodes.unwrap_or(1));
+        let present = self.nodes.len();
+        if present < wanted {
+            self.plan_problem = Some(format!("waiting for nodes: {present} of {wanted} have joined"));
+            return;
+        }
+        let settled = now.since(self.changed) >= config.settle_ms;
+        if !self.unplanned || !(fixed || config.expected_nodes.is_some() || settled) {
+            return;
+        }
+        self.unplanned = false;
+        let devices: Vec<DeviceReport> = self.nodes.values().map(device_report).collect();
+        match plan(&config.shape, &devices, &config.links, &costs::plan_request(config)) {
+            Ok(layout) => {
+                self.plan_problem = None;
+                for (number, replica) in layout.replicas.iter().enumerate() {
+                    let id = ReplicaId(number as u32);
+                    let memory = |node: &NodeId| self.nodes.get(node).map_or(0, |node| node.join.memory.0);
+                    let kv_blocks = costs::kv_blocks(config, replica, memory);
+                    self.replicas.insert(id, Replica::new(id, replica, kv_blocks, now));
+                }
+            }
+            Err(error) => self.plan_problem = Some(error.to_string()),
+        }
+    }
+
+    /// Fills a replica's vacant places: with who was there before, else with a standby that has the memory.
+    fn seat(&mut self, id: ReplicaId) {
+        let Some(replica) = self.replicas.get_mut(&id) else { return };
+        for former in [true, false] {
+            for seat in replica.seats.iter_mut().filter(|seat| !seat.taken) {
+                let fits = |node: &&mut Node| {
+                    let insists = node.join.layers.is_some_and(|layers| layers != seat.place.layers);
+                    node.place.is_none()
+                        && if former {
+                            node.join.node == seat.node
+                        } else {
+                            node.join.memory >= seat.ledger.total && !insists
+                        }
+                };
+                if let Some(node) = self.nodes.values_mut().find(fits) {
+                    node.place = Some(seat.place);
+                    seat.node = node.join.node.clone();
+                    seat.taken = true;
+                }
+            }
+        }
+    }
+
+    /// Sends a complete replica's assignments, under a new revision.
+    fn assign_if_due(&mut self, now: Millis, id: ReplicaId, effects: &mut Vec<Effect>) {
+        let revision = self.next_revision();
+        let Some(replica) = self.replicas.get_mut(&id) else { return };
+        let due = match replica.phase {
+            Phase::Vacant { .. } => replica.complete(),
+            Phase::Retry { due } => replica.complete() && due <= now,
+            Phase::Loading | Phase::Up => false,
+        };
+        if !due {
+            return;
+        }
+        self.revisions += 1;
+        replica.revision = revision;
+        replica.phase = Phase::Loading;
+        let address = |stage: usize, rank: usize| {
+            let node = replica.seat(stage, rank).and_then(|seat| self.nodes.get(&seat.node));
+            node.map(|node| node.join.data_address.clone())
+        };
+        let config = &self.config;
+        for seat in &replica.seats {
+            let Some(node) = self.nodes.get(&seat.node) else { continue };
+            let (stage, rank) = (seat.place.stage.0 as usize, seat.place.rank.0 as usize);
+            let assignment = Assignment {
+                term: config.term,
+                holder: config.holder.clone(),
+                revision,
+                replica: id,
+                model: config.model.clone(),
+                model_digest: config.model_digest,
+                stage: seat.place.stage,
+                num_stages: replica.num_stages as u32,
+                layers: seat.place.layers,
+                tensor_rank: seat.place.rank,
+                tensor_parallel_size: replica.tensor_parallel_size as u32,
+                kv_blocks: replica.kv_blocks,
+                max_num_batched_tokens: config.max_num_batched_tokens,
+                group: (0..replica.tensor_parallel_size).filter_map(|rank| address(stage, rank)).collect(),
+                next: if stage + 1 < replica.num_stages { address(stage + 1, rank) } else { None },
+            };
+            let connection = node.connection;
+            effects.push(Effect::Assign { connection, assignment: Box::new(assignment) });
+        }
+        for seat in &replica.seats {
+            if let Some(node) = self.nodes.get_mut(&seat.node) {
+                node.observed = Observed::Loading { revision, share: 0.0 };
+                node.heard = now;
+                (node.reserved, node.busy) = Default::default();
+            }
+        }
+    }
+
+    /// A replica all of whose ranks are ready serves.
+    fn declare_up(&mut self, id: ReplicaId, effects: &mut Vec<Effect>) {
+        let Some(replica) = self.replicas.get(&id).filter(|replica| replica.phase == Phase::Loading) else {
+            return;
+        };
+        let ready = Observed::Ready { revision: replica.revision };
+        let all = replica.seats.iter().all(|seat| {
+            seat.taken && self.nodes.get(&seat.node).is_some_and(|node| node.observed == ready)
+        });
+        if !all {
+            return;
+        }
+        effects.push(Effect::ReplicaUp(ReplicaUp {
+            replica: id,
+            term: self.config.term,
+            revision: replica.revision,
+            kv_blocks: replica.kv_blocks,
+            stages: costs::stage_costs(&self.config, replica, &self.nodes),
+        }));
+        if let Some(replica) = self.replicas.get_mut(&id) {
+            replica.phase = Phase::Up;
+            replica.failures = 0;
+            replica.trouble = None;
+        }
+    }
+
+    fn update_problem(&mut self, effects: &mut Vec<Effect>) {
+        let problem = self.describe_problem();
+        if problem != self.problem {
+            self.problem.clone_from(&problem);
+            effects.push(Effect::Problem(problem));
+        }
+    }
+
+    /// Why nothing can be served; the most specific reason known.
+    fn describe_problem(&self) -> Option<String> {
+        if self.replicas.values().any(|replica| replica.phase == Phase::Up) {
+            return None;
+        }
+        let Some(replica) = self.replicas.values().next() else {
+            let waiting = || "waiting for nodes to settle before the model is laid out".to_owned();
+            return Some(self.plan_problem.clone().unwrap_or_else(waiting));
+        };
+        let vacant: Vec<&str> =
+            replica.seats.iter().filter(|seat| !seat.taken).map(|seat| seat.node.0.as_str()).collect();
+        let trouble = replica.trouble.as_deref();
+        Some(match replica.phase {
+            Phase::Vacant { .. } => format!(
+                "{}; waiting for node {} or a standby to join",
+                trouble.unwrap_or("a place is vacant"),
+                vacant.join(", ")
+            ),
+            Phase::Retry { .. } => format!("{}; trying again", trouble.unwrap_or("an assignment failed")),
+            Phase::Loading | Phase::Up => "the model is being loaded: try again shortly".to_owned(),
+        })
+    }
+
+    fn next_revision(&self) -> ReplicaRevision {
+        ReplicaRevision(self.config.term.0 * REVISIONS_PER_TERM + self.revisions + 1)
+    }
+}
+
+fn device_report(node: &Node) -> DeviceReport {
+    DeviceReport {
+        node: node.join.node.clone(),
+        memory: node.join.memory,
+        bandwidth_bytes_per_s: node.join.bandwidth_bytes_per_s,
+        flops_per_s: node.join.flops_per_s,
+        threads: node.join.threads,
+        layers: node.join.layers,
+    }
+}

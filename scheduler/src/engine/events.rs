@@ -1,0 +1,143 @@
+//! What the engine is told, and what it wants done. Both are closed enums.
+
+use super::budget::StageCost;
+use ashlar_protocol::serving::{ChoiceId, FromScheduler, Submit};
+use ashlar_protocol::step::{StepPlan, StepResult, StepTiming};
+use ashlar_vocabulary::{LeaseTerm, ModelDigest, ReplicaId, ReplicaRevision, StageIndex, StepId};
+use std::fmt;
+
+/// Names one connection of a gateway; never reused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct GatewayId(pub u64);
+
+impl fmt::Display for GatewayId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// The engine's limits.
+#[derive(Debug, Clone, PartialEq)]
+pub struct EngineConfig {
+    /// The model served; submissions for another are refused.
+    pub model_digest: ModelDigest,
+    /// Longest sequence, prompt and answer together.
+    pub max_context_tokens: u32,
+    /// Most sequences running on one replica.
+    pub max_num_seqs: usize,
+    /// Most rows in one step.
+    pub max_num_batched_tokens: u32,
+    /// No stage shall take longer than this for one step, in milliseconds.
+    pub step_target_ms: u64,
+    /// Most sequences waiting; more are refused as overloaded.
+    pub queue_max: usize,
+    /// Deadline of submissions that name none, in milliseconds.
+    pub deadline_default_ms: u64,
+}
+
+/// What the engine is told.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Event {
+    /// A gateway submits a choice.
+    Submit {
+        /// Where its events go.
+        gateway: GatewayId,
+        /// The choice.
+        submit: Box<Submit>,
+    },
+    /// A gateway cancels a choice.
+    Cancel {
+        /// Only the gateway that submitted it may.
+        gateway: GatewayId,
+        /// The choice.
+        id: ChoiceId,
+    },
+    /// A gateway's connection ended; its choices are cancelled.
+    GatewayGone {
+        /// Which.
+        gateway: GatewayId,
+    },
+    /// A replica is ready to execute steps, none of which has been sent.
+    ReplicaUp(ReplicaUp),
+    /// A replica can execute nothing any more.
+    ReplicaDown {
+        /// Which.
+        replica: ReplicaId,
+        /// For the clients whose requests it ends.
+        reason: String,
+    },
+    /// The last stage answers a step.
+    StepResult {
+        /// Which replica.
+        replica: ReplicaId,
+        /// The answer.
+        result: StepResult,
+    },
+    /// Another stage has completed a step.
+    StepDone {
+        /// Which replica.
+        replica: ReplicaId,
+        /// Its layout; a former one is ignored.
+        revision: ReplicaRevision,
+        /// Which stage.
+        stage: StageIndex,
+        /// Which step.
+        step: StepId,
+        /// How it was spent.
+        timing: StepTiming,
+    },
+    /// Why nothing can be served, or `None` if that is over; shown to clients that are refused.
+    Problem(Option<String>),
+    /// From now on no submission is accepted; what is accepted goes on.
+    Drain,
+    /// Ends every request as unavailable.
+    Abort {
+        /// For the clients.
+        reason: String,
+    },
+    /// Time passes; deadlines are due.
+    Tick,
+}
+
+/// A replica that has come up.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ReplicaUp {
+    /// Which.
+    pub replica: ReplicaId,
+    /// The lease under which it was laid out.
+    pub term: LeaseTerm,
+    /// Its layout.
+    pub revision: ReplicaRevision,
+    /// Blocks of KV cache on every rank.
+    pub kv_blocks: u32,
+    /// Predicted times, one per stage.
+    pub stages: Vec<StageCost>,
+}
+
+/// What the engine wants done, in this order.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Effect {
+    /// Broadcast a plan to every rank of a replica.
+    SendStep {
+        /// Which replica.
+        replica: ReplicaId,
+        /// The plan.
+        plan: Box<StepPlan>,
+    },
+    /// Tell a gateway.
+    ToGateway {
+        /// Which connection.
+        gateway: GatewayId,
+        /// What.
+        message: FromScheduler,
+    },
+    /// A replica broke the protocol and must be laid out anew. The engine has ended its requests.
+    ReplicaFault {
+        /// Which.
+        replica: ReplicaId,
+        /// The layout in which it happened.
+        revision: ReplicaRevision,
+        /// What happened, for the operator.
+        reason: String,
+    },
+}

@@ -1,0 +1,381 @@
+//! Continuous batching as a pure function of events.
+//!
+//! Layout: [`events`] (what goes in and out), [`block_pool`] and [`prefix_cache`] (KV blocks and what is in them),
+//! [`sequence`] (one continuation and its state), [`queue`] (who waits), [`budget`] (how long a step takes), [`replica`]
+//! (blocks and steps of one replica), `planner` (what the next step computes), `results` (what comes back).
+//!
+//! **Invariants:** no tokio, clock, randomness, I/O or randomly seeded map: equal events give equal effects. A sequence
+//! is sampled by at most one step in flight. Every submitted choice ends by exactly one `Finished` or `Failed`, unless it
+//! is cancelled. Ranks execute steps strictly in order; therefore a block that an ended or preempted sequence gave back
+//! may be written by the very next step, and a block may be hit by the steps after the one that fills it.
+
+pub mod block_pool;
+pub mod budget;
+pub mod events;
+mod planner;
+pub mod prefix_cache;
+pub mod queue;
+pub mod replica;
+mod results;
+pub mod sequence;
+
+pub use budget::StageCost;
+pub use events::{Effect, EngineConfig, Event, GatewayId, ReplicaUp};
+pub use prefix_cache::BLOCK_TOKENS;
+
+use crate::time::Millis;
+use ashlar_protocol::serving::{
+    ChoiceId, FailureKind, FromScheduler, RequestFailure, SchedulerCounters, Submit,
+};
+use ashlar_vocabulary::{ReplicaId, SequenceId};
+use planner::Planner;
+use queue::{Enqueued, Order, Queue};
+use replica::Replica;
+use sequence::{Sequence, State};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+
+/// How many ended choices are remembered, so that a repeated submission does not start them anew.
+const REMEMBERED: usize = 1024;
+/// When to try again after a replica was lost, in milliseconds.
+const RETRY_UNAVAILABLE_MS: u64 = 2_000;
+
+/// The engine: sequences, replicas, and the queue between them.
+#[derive(Debug, Clone)]
+pub struct Engine {
+    config: EngineConfig,
+    replicas: BTreeMap<ReplicaId, Replica>,
+    sequences: BTreeMap<SequenceId, Sequence>,
+    by_choice: BTreeMap<ChoiceId, SequenceId>,
+    deadlines: BTreeSet<(Millis, SequenceId)>,
+    queue: Queue,
+    /// Choices that ended lately, by the connection that submitted them.
+    ended: VecDeque<(GatewayId, ChoiceId)>,
+    last_sequence: u64,
+    problem: Option<String>,
+    draining: bool,
+    counters: SchedulerCounters,
+    /// Smoothed time between two ends, for `Retry-After`.
+    end_interval_ms: f64,
+    last_end: Millis,
+}
+
+impl Engine {
+    /// An engine without replicas.
+    pub fn new(config: EngineConfig) -> Engine {
+        Engine {
+            queue: Queue::new(config.queue_max),
+            config,
+            replicas: BTreeMap::new(),
+            sequences: BTreeMap::new(),
+            by_choice: BTreeMap::new(),
+            deadlines: BTreeSet::new(),
+            ended: VecDeque::new(),
+            last_sequence: 0,
+            problem: None,
+            draining: false,
+            counters: SchedulerCounters::default(),
+            end_interval_ms: 1_000.0,
+            last_end: Millis(0),
+        }
+    }
+
+    /// Applies one event and sends what has become possible.
+    pub fn handle(&mut self, now: Millis, event: Event, effects: &mut Vec<Effect>) {
+        self.apply(now, event, effects);
+        self.plan(now, effects);
+    }
+
+    /// Applies one event without planning, so that several that arrived together share a step. [`plan`](Self::plan) must
+    /// follow.
+    pub fn apply(&mut self, now: Millis, event: Event, effects: &mut Vec<Effect>) {
+        match event {
+            Event::Submit { gateway, submit } => self.submit(now, gateway, submit, effects),
+            Event::Cancel { gateway, id } => self.cancel(gateway, id),
+            Event::GatewayGone { gateway } => self.gateway_gone(gateway),
+            Event::ReplicaUp(up) => {
+                self.replica_down(now, up.replica, "its replica was laid out anew", effects);
+                self.replicas.insert(up.replica, Replica::new(&up));
+            }
+            Event::ReplicaDown { replica, reason } => self.replica_down(now, replica, &reason, effects),
+            Event::StepResult { replica, result } => self.step_result(now, replica, result, effects),
+            Event::StepDone { replica, revision, stage, step, timing } => {
+                self.step_done(replica, revision, stage, step, &timing);
+            }
+            Event::Problem(problem) => self.problem = problem,
+            Event::Drain => self.draining = true,
+            Event::Abort { reason } => {
+                let all: Vec<SequenceId> = self.sequences.keys().copied().collect();
+                for id in all {
+                    self.fail(now, id, FailureKind::Unavailable, reason.clone(), effects);
+                }
+            }
+            Event::Tick => {}
+        }
+        self.expire(now, effects);
+    }
+
+    /// Sends every step that may be sent now.
+    pub fn plan(&mut self, now: Millis, effects: &mut Vec<Effect>) {
+        let replicas: Vec<ReplicaId> = self.replicas.keys().copied().collect();
+        for id in replicas {
+            // Out of the map while it is planned, so that the others can be compared with it.
+            let Some(mut replica) = self.replicas.remove(&id) else { continue };
+            let mut planner = Planner {
+                now,
+                config: &self.config,
+                replica: &mut replica,
+                others: &self.replicas,
+                sequences: &mut self.sequences,
+                queue: &mut self.queue,
+                counters: &mut self.counters,
+            };
+            while let Some(plan) = planner.next_step() {
+                effects.push(Effect::SendStep { replica: id, plan: Box::new(plan) });
+            }
+            self.replicas.insert(id, replica);
+        }
+    }
+
+    fn submit(&mut self, now: Millis, gateway: GatewayId, submit: Box<Submit>, effects: &mut Vec<Effect>) {
+        let choice = submit.id;
+        if self.ended.contains(&(gateway, choice)) {
+            return;
+        }
+        if let Some(&known) = self.by_choice.get(&choice) {
+            if self.sequences.get(&known).is_some_and(|sequence| sequence.gateway == gateway) {
+                return;
+            }
+            // The gateway came back on another connection before the old one was seen to end.
+            self.remove(known);
+        }
+        if let Err(error) = self.check_submit(&submit) {
+            effects.push(Effect::ToGateway { gateway, message: FromScheduler::Failed { id: choice, error } });
+            return;
+        }
+        self.last_sequence += 1;
+        let id = SequenceId(self.last_sequence);
+        let order = Order { priority: submit.priority, arrival: self.last_sequence };
+        let patience = if submit.deadline_ms == 0 { self.config.deadline_default_ms } else { submit.deadline_ms };
+        let deadline = now.plus(patience);
+        match self.queue.push_new(order, id) {
+            Enqueued::Waiting => {}
+            Enqueued::Displaced(other) => {
+                let message = "the queue is full and more urgent requests arrived: try again later";
+                self.fail(now, other, FailureKind::Overloaded, message.to_owned(), effects);
+            }
+            Enqueued::Full => {
+                let waiting = self.queue.len();
+                let message = format!("{waiting} requests are waiting already: try again later");
+                let error = self.failure(FailureKind::Overloaded, message);
+                effects
+                    .push(Effect::ToGateway { gateway, message: FromScheduler::Failed { id: choice, error } });
+                return;
+            }
+        }
+        let digest = &self.config.model_digest;
+        let sequence = Sequence::new(id, gateway, submit, order, (now, deadline), digest);
+        let nothing_wanted = sequence.submit.max_new_tokens == 0 && sequence.submit.sampling.prompt_logprobs;
+        self.sequences.insert(id, sequence);
+        self.by_choice.insert(choice, id);
+        self.deadlines.insert((deadline, id));
+        // A replay may be complete already.
+        if let Some(reason) = self.end_reason(id, false).filter(|_| !nothing_wanted) {
+            self.finish(now, id, reason, effects);
+        }
+    }
+
+    /// Whether a submission can be served at all.
+    fn check_submit(&self, submit: &Submit) -> Result<(), RequestFailure> {
+        if submit.model_digest != self.config.model_digest {
+            let message = format!(
+                "this cluster serves model {}, not {}: submit again with the current digest",
+                self.config.model_digest, submit.model_digest
+            );
+            return Err(self.failure(FailureKind::UnknownModel, message));
+        }
+        if self.draining {
+            let message = "the scheduler is shutting down: try again shortly".to_owned();
+            return Err(self.failure(FailureKind::Unavailable, message));
+        }
+        let prompt = submit.prompt.len();
+        let context = self.config.max_context_tokens as usize;
+        if prompt == 0 {
+            return Err(self.failure(FailureKind::Invalid, "the prompt is empty: send at least one token".into()));
+        }
+        if prompt >= context && submit.max_new_tokens > 0 || prompt > context {
+            let message = format!(
+                "the prompt has {prompt} tokens, the context {context} with the answer: shorten the prompt"
+            );
+            return Err(self.failure(FailureKind::Invalid, message));
+        }
+        let capacity = self.replicas.values().map(Replica::capacity_tokens).max();
+        match capacity {
+            None => Err(self.unavailable()),
+            Some(capacity) if prompt + submit.forced.len() >= capacity => {
+                let message = format!(
+                    "the prompt has {} tokens, the KV cache room for {capacity} with the answer: shorten the prompt \
+                     or give the nodes more memory",
+                    prompt + submit.forced.len()
+                );
+                Err(self.failure(FailureKind::Invalid, message))
+            }
+            Some(_) => Ok(()),
+        }
+    }
+
+    fn unavailable(&self) -> RequestFailure {
+        let problem = self.problem.clone();
+        let message = problem.unwrap_or_else(|| "no replica is ready yet: try again shortly".to_owned());
+        self.failure(FailureKind::Unavailable, message)
+    }
+
+    fn failure(&self, kind: FailureKind, message: String) -> RequestFailure {
+        RequestFailure { kind, message, retry_after_ms: self.retry_after_ms(kind) }
+    }
+
+    /// When trying again may help: after a loss, soon; after an overload, once a quarter of those waiting should be gone.
+    fn retry_after_ms(&self, kind: FailureKind) -> Option<u64> {
+        match kind {
+            FailureKind::Overloaded => {
+                let ends = (self.queue.len() / 4 + 1) as f64;
+                Some(((ends * self.end_interval_ms) as u64).clamp(1_000, 60_000))
+            }
+            FailureKind::Unavailable => Some(RETRY_UNAVAILABLE_MS),
+            FailureKind::Invalid
+            | FailureKind::UnknownModel
+            | FailureKind::DeadlineExceeded
+            | FailureKind::Internal => None,
+        }
+    }
+
+    fn cancel(&mut self, gateway: GatewayId, id: ChoiceId) {
+        let sequence = self.by_choice.get(&id).copied();
+        let own = |id: &SequenceId| self.sequences.get(id).is_some_and(|sequence| sequence.gateway == gateway);
+        if let Some(sequence) = sequence.filter(own) {
+            self.remove(sequence);
+            self.remember(gateway, id);
+        }
+    }
+
+    fn gateway_gone(&mut self, gateway: GatewayId) {
+        let theirs = |sequence: &&Sequence| sequence.gateway == gateway;
+        let gone: Vec<SequenceId> = self.sequences.values().filter(theirs).map(|sequence| sequence.id).collect();
+        for id in gone {
+            self.remove(id);
+        }
+        self.ended.retain(|(owner, _)| *owner != gateway);
+    }
+
+    fn replica_down(&mut self, now: Millis, id: ReplicaId, reason: &str, effects: &mut Vec<Effect>) {
+        if self.replicas.remove(&id).is_none() {
+            return;
+        }
+        let none_left = self.replicas.is_empty();
+        let lost = |sequence: &&Sequence| match sequence.replica() {
+            Some(replica) => replica == id,
+            None => none_left,
+        };
+        let lost: Vec<SequenceId> = self.sequences.values().filter(lost).map(|sequence| sequence.id).collect();
+        for id in lost {
+            let message = format!("{reason}; the request was ended: try again shortly");
+            self.fail(now, id, FailureKind::Unavailable, message, effects);
+        }
+        self.refuse_too_long(now, effects);
+    }
+
+    /// Ends waiting sequences that fitted only into a replica that is gone.
+    fn refuse_too_long(&mut self, now: Millis, effects: &mut Vec<Effect>) {
+        let capacity = self.replicas.values().map(Replica::capacity_tokens).max().unwrap_or(0);
+        let too_long = |sequence: &&Sequence| {
+            matches!(sequence.state, State::Waiting) && sequence.len() >= capacity
+        };
+        let too_long: Vec<SequenceId> =
+            self.sequences.values().filter(too_long).map(|sequence| sequence.id).collect();
+        for id in too_long {
+            let message = "the replica with room for a prompt of this length was lost: try again shortly";
+            self.fail(now, id, FailureKind::Unavailable, message.to_owned(), effects);
+        }
+    }
+
+    fn expire(&mut self, now: Millis, effects: &mut Vec<Effect>) {
+        while let Some(&(deadline, id)) = self.deadlines.first().filter(|(deadline, _)| *deadline <= now) {
+            let waited = self.sequences.get(&id).map_or(0, |sequence| deadline.since(sequence.history.arrival));
+            let message = format!("not complete within its deadline of {waited} ms");
+            self.fail(now, id, FailureKind::DeadlineExceeded, message, effects);
+            self.deadlines.remove(&(deadline, id));
+        }
+    }
+
+    fn note_end(&mut self, now: Millis, sequence: &Sequence) {
+        let interval = now.since(self.last_end).min(10_000) as f64;
+        self.end_interval_ms += 0.1 * (interval - self.end_interval_ms);
+        self.last_end = now;
+        self.remember(sequence.gateway, sequence.submit.id);
+    }
+
+    fn remember(&mut self, gateway: GatewayId, id: ChoiceId) {
+        self.ended.push_back((gateway, id));
+        if self.ended.len() > REMEMBERED {
+            self.ended.pop_front();
+        }
+    }
+
+    /// Numbers for metrics.
+    pub fn counters(&self) -> SchedulerCounters {
+        let running = self.replicas.values().map(|replica| replica.running.len() as u64).sum();
+        SchedulerCounters { running, waiting: self.queue.len() as u64, ..self.counters }
+    }
+
+    /// A replica that is up.
+    pub fn replica(&self, id: ReplicaId) -> Option<&Replica> {
+        self.replicas.get(&id)
+    }
+
+    /// Whether no choice is in progress.
+    pub fn is_idle(&self) -> bool {
+        self.sequences.is_empty()
+    }
+
+    /// Longest predicted time of a stage among the steps in flight, in milliseconds.
+    pub fn slowest_step_ms(&self) -> u64 {
+        let flights = self.replicas.values().flat_map(|replica| &replica.in_flight);
+        flights.map(|flight| flight.predicted_us / 1000.0).fold(0.0, f64::max).ceil() as u64
+    }
+
+    /// Verifies what must always hold: no block lost or doubled, every sequence in exactly the lists that its state
+    /// says. For tests and the simulation.
+    pub fn check(&self) -> Result<(), String> {
+        for replica in self.replicas.values() {
+            let mut holds = Vec::new();
+            for (order, id) in &replica.running {
+                let sequence = self.sequences.get(id).ok_or(format!("running sequence {id} has ended"))?;
+                let running = sequence.running().ok_or(format!("sequence {id} is listed, but does not run"))?;
+                if running.replica != replica.id || sequence.order != *order {
+                    return Err(format!("sequence {id} is listed at the wrong replica or rank"));
+                }
+                if running.computed > running.blocks.len() * BLOCK_TOKENS || running.computed > sequence.len() {
+                    return Err(format!("sequence {id} has computed {} positions without room", running.computed));
+                }
+                holds.extend(running.blocks.iter().copied());
+            }
+            replica.pool.check(holds.into_iter()).map_err(|why| format!("replica {}: {why}", replica.id))?;
+        }
+        for sequence in self.sequences.values() {
+            let queued = self.queue.iter().any(|id| id == sequence.id);
+            let (should_queue, replica) = match &sequence.state {
+                State::Waiting => (true, None),
+                State::Running(running) => (false, Some(running.replica)),
+                State::Preempted(preempted) => (true, Some(preempted.replica)),
+            };
+            if queued != should_queue || replica.is_some_and(|replica| !self.replicas.contains_key(&replica)) {
+                return Err(format!("sequence {} is queued or placed against its state", sequence.id));
+            }
+        }
+        let listed = (self.by_choice.len(), self.deadlines.len());
+        if listed != (self.sequences.len(), self.sequences.len()) {
+            return Err(format!("{listed:?} choices and deadlines for {} sequences", self.sequences.len()));
+        }
+        Ok(())
+    }
+}
+

@@ -1,0 +1,357 @@
+//! What the next step of a replica computes: decodes first, then chunks of prompts, then new sequences.
+//!
+//! There are no phases: a sequence is computed from where it stands to the end of its known tokens, in as many slices as
+//! the budget makes of it, and the slice that reaches the end samples.
+
+use super::budget::Budget;
+use super::events::EngineConfig;
+use super::prefix_cache::{BLOCK_TOKENS, BlockHash, blocks_for};
+use super::queue::{Order, Queue};
+use super::replica::{InFlight, Replica};
+use super::sequence::{Sequence, State};
+use crate::time::Millis;
+use ashlar_protocol::serving::SchedulerCounters;
+use ashlar_protocol::step::{NewSequence, SequenceSlice, StepPlan};
+use ashlar_vocabulary::{ReplicaId, SequenceId, StepId};
+use std::collections::{BTreeMap, BTreeSet};
+
+/// Least rows that a waiting prompt gets in a step, whatever is predicted.
+const CHUNK_MIN: usize = BLOCK_TOKENS;
+/// Smallest chunk into which an idle pipeline divides a prompt to occupy all stages.
+const PIPELINE_CHUNK_MIN: usize = 64;
+/// How far into the queue an admission looks for sequences that belong on this replica.
+const LOOKAHEAD: usize = 64;
+
+/// Plans one replica's steps.
+pub(super) struct Planner<'a> {
+    pub(super) now: Millis,
+    pub(super) config: &'a EngineConfig,
+    pub(super) replica: &'a mut Replica,
+    /// The other replicas, among which new sequences are divided.
+    pub(super) others: &'a BTreeMap<ReplicaId, Replica>,
+    pub(super) sequences: &'a mut BTreeMap<SequenceId, Sequence>,
+    pub(super) queue: &'a mut Queue,
+    pub(super) counters: &'a mut SchedulerCounters,
+}
+
+/// A step under construction.
+struct Draft {
+    step: StepId,
+    /// Whether slices may sample.
+    may_sample: bool,
+    budget: Budget,
+    new_sequences: Vec<NewSequence>,
+    slices: Vec<SequenceSlice>,
+    members: BTreeSet<SequenceId>,
+    /// Blocks that this step fills; hittable by later steps only.
+    filling: BTreeSet<BlockHash>,
+}
+
+/// Whether a decode has the block that it writes to.
+enum Growth {
+    Grown,
+    /// Not in this step.
+    Later,
+}
+
+impl Planner<'_> {
+    /// The next step to send, if there is any work and the replica may have one more in flight.
+    pub(super) fn next_step(&mut self) -> Option<StepPlan> {
+        let sampling_steps = self.replica.sampling_steps();
+        // One stage: a step sent ahead would only delay the decodes that the step in flight is about to make possible.
+        let wait = self.replica.num_stages == 1 && sampling_steps > 0;
+        if wait || self.replica.in_flight.len() >= self.replica.in_flight_max() {
+            return None;
+        }
+        let slots = self.replica.sampling_slots(self.decoding());
+        let mut draft = Draft {
+            step: StepId(self.replica.last_step.0 + 1),
+            may_sample: sampling_steps < slots,
+            budget: Budget::new(
+                self.replica.cost.clone(),
+                self.config.step_target_ms,
+                self.config.max_num_batched_tokens,
+            ),
+            new_sequences: Vec::new(),
+            slices: Vec::new(),
+            members: BTreeSet::new(),
+            filling: BTreeSet::new(),
+        };
+        if draft.may_sample {
+            self.add_decodes(&mut draft, slots);
+        }
+        self.add_chunks(&mut draft);
+        self.admit(&mut draft);
+        // Ended sequences alone are announced once nothing is in flight; otherwise the next plan does it.
+        let announce = !self.replica.ended.is_empty() && self.replica.in_flight.is_empty();
+        (!draft.slices.is_empty() || announce).then(|| self.seal(draft))
+    }
+
+    /// Sequences that are being continued token by token.
+    fn decoding(&self) -> usize {
+        let continued = |sequence: &&Sequence| sequence.sampling().is_some() || sequence.remaining() == 1;
+        self.running_sequences().filter(continued).count()
+    }
+
+    fn running_sequences(&self) -> impl Iterator<Item = &Sequence> {
+        self.replica.running.values().filter_map(|id| self.sequences.get(id))
+    }
+
+    /// One row for each sequence whose last token has come back, the one longest not served first, up to this
+    /// micro-batch's share.
+    fn add_decodes(&mut self, draft: &mut Draft, slots: usize) {
+        let share = self.decoding().div_ceil(slots);
+        let mut ready: Vec<(StepId, Order, SequenceId)> = self
+            .running_sequences()
+            .filter(|sequence| sequence.sampling().is_none() && sequence.remaining() == 1)
+            .filter_map(|sequence| Some((sequence.running()?.last_step, sequence.order, sequence.id)))
+            .collect();
+        ready.sort_unstable();
+        for (_, _, id) in ready {
+            // An earlier one may have preempted it.
+            let Some(running) = self.sequences.get(&id).and_then(Sequence::running) else { continue };
+            let start = running.computed;
+            let least = usize::from(draft.slices.is_empty());
+            if draft.slices.len() >= share || draft.budget.room(start, 1, least) == 0 {
+                break;
+            }
+            if let Growth::Grown = self.grow(draft, id) {
+                self.push_slice(draft, id, 1);
+            }
+        }
+    }
+
+    /// Gives a sequence a block for its next position where it needs one, by preempting less urgent ones if need be.
+    fn grow(&mut self, draft: &Draft, id: SequenceId) -> Growth {
+        loop {
+            let Some(sequence) = self.sequences.get_mut(&id) else { return Growth::Later };
+            let order = sequence.order;
+            let Some(running) = sequence.running_mut() else { return Growth::Later };
+            if running.computed / BLOCK_TOKENS < running.blocks.len() {
+                return Growth::Grown;
+            }
+            if let Some(block) = self.replica.pool.allocate() {
+                running.blocks.push(block);
+                return Growth::Grown;
+            }
+            let mut less_urgent =
+                self.replica.running.range(order..).filter(|(other, _)| **other != order).peekable();
+            let any = less_urgent.peek().is_some();
+            let victim = less_urgent.rfind(|(_, id)| !draft.members.contains(id)).map(|(_, id)| *id);
+            match victim {
+                Some(victim) => self.preempt(victim),
+                // All less urgent ones are in this very step: their turn comes after it.
+                None if any => return Growth::Later,
+                None => {
+                    if self.replica.running.len() > 1 {
+                        self.preempt(id);
+                    }
+                    return Growth::Later;
+                }
+            }
+        }
+    }
+
+    fn preempt(&mut self, id: SequenceId) {
+        let Some(sequence) = self.sequences.get_mut(&id) else { return };
+        // The tail goes back first, so that it is evicted first and the prefix stays hittable longest.
+        for block in sequence.preempt().into_iter().rev() {
+            self.replica.pool.release(block);
+        }
+        self.replica.running.remove(&sequence.order);
+        self.queue.push_preempted(sequence.order, id);
+        self.counters.preemptions += 1;
+    }
+
+    /// Next chunks of the prompts that are running, most urgent first.
+    fn add_chunks(&mut self, draft: &mut Draft) {
+        let prefilling: Vec<SequenceId> = self
+            .running_sequences()
+            .filter(|sequence| sequence.remaining() > 1 && !draft.members.contains(&sequence.id))
+            .map(|sequence| sequence.id)
+            .collect();
+        for id in prefilling {
+            let Some(sequence) = self.sequences.get(&id) else { continue };
+            let start = sequence.len() - sequence.remaining();
+            let count = self.chunk(draft, start, sequence.len());
+            if count == 0 {
+                break;
+            }
+            self.push_slice(draft, id, count);
+        }
+    }
+
+    /// How many positions from `start` of a sequence of `len` known tokens go into this step.
+    fn chunk(&self, draft: &Draft, start: usize, len: usize) -> usize {
+        // The last position samples; if it may not, it waits for a step that may.
+        let wanted = len - start - usize::from(!draft.may_sample);
+        let pipelined = match self.replica.num_stages {
+            1 => wanted,
+            stages => wanted.min(len.div_ceil(stages).max(PIPELINE_CHUNK_MIN)),
+        };
+        // Only the first prompt of a step goes beyond the predicted time.
+        let prompts = draft.slices.iter().any(|slice| slice.count > 1);
+        draft.budget.room(start, pipelined, if prompts { 0 } else { CHUNK_MIN })
+    }
+
+    /// Takes waiting sequences in, most urgent first, as long as there are places, blocks and budget.
+    fn admit(&mut self, draft: &mut Draft) {
+        let waiting: Vec<SequenceId> = self.queue.iter().take(LOOKAHEAD).collect();
+        for id in waiting {
+            if self.replica.running.len() >= self.config.max_num_seqs {
+                return;
+            }
+            let Some(sequence) = self.sequences.get(&id) else { continue };
+            let belongs = match &sequence.state {
+                State::Waiting => self.attracts(sequence),
+                State::Preempted(preempted) => {
+                    preempted.replica == self.replica.id && preempted.sampling.is_none()
+                }
+                State::Running(_) => false,
+            };
+            if !belongs || sequence.len() >= self.replica.capacity_tokens() {
+                continue;
+            }
+            let hittable = sequence.hittable_blocks();
+            let hit = sequence.chain.find(&self.replica.pool, hittable);
+            let cached = hit.blocks * BLOCK_TOKENS;
+            if self.soon_cached(draft, sequence, hit.blocks, hittable) {
+                continue;
+            }
+            let needed = blocks_for(sequence.len()) - hit.held;
+            if needed + self.replica.watermark() > self.replica.pool.available() {
+                return;
+            }
+            let count = self.chunk(draft, cached, sequence.len());
+            if count == 0 {
+                return;
+            }
+            self.start(id, hit.blocks);
+            self.push_slice(draft, id, count);
+        }
+    }
+
+    /// Whether this step computes at least half of what `sequence` lacks, so that waiting for the next step spares it
+    /// the work (several choices of one prompt, for example).
+    fn soon_cached(&self, draft: &Draft, sequence: &Sequence, hit: usize, hittable: usize) -> bool {
+        let filling = (hit..hittable)
+            .take_while(|&index| sequence.chain.get(index).is_some_and(|hash| draft.filling.contains(hash)))
+            .count();
+        filling > 0 && 2 * filling * BLOCK_TOKENS >= sequence.len() - hit * BLOCK_TOKENS
+    }
+
+    /// Whether a new sequence belongs here: no other replica with room has more of it cached, or as much and less to do.
+    fn attracts(&self, sequence: &Sequence) -> bool {
+        let hittable = sequence.hittable_blocks();
+        let score = |replica: &Replica| {
+            let cached = sequence.chain.find(&replica.pool, hittable).blocks;
+            (std::cmp::Reverse(cached), replica.running.len(), replica.id)
+        };
+        let own = score(self.replica);
+        let admits = |replica: &&Replica| {
+            replica.running.len() < self.config.max_num_seqs
+                && sequence.len() < replica.capacity_tokens()
+                && blocks_for(sequence.len()) + replica.watermark() <= replica.pool.available()
+        };
+        self.others.values().filter(admits).all(|other| own < score(other))
+    }
+
+    /// Waiting or preempted → running, with its first `hit` blocks from the prefix cache.
+    fn start(&mut self, id: SequenceId, hit: usize) {
+        let Some(sequence) = self.sequences.get_mut(&id) else { return };
+        let pool = &mut self.replica.pool;
+        let mut blocks = Vec::with_capacity(blocks_for(sequence.len()));
+        for index in 0..hit {
+            blocks.extend(sequence.chain.get(index).and_then(|hash| pool.share(hash)));
+        }
+        while blocks.len() < blocks_for(sequence.len())
+            && let Some(block) = pool.allocate()
+        {
+            blocks.push(block);
+        }
+        let cached = hit * BLOCK_TOKENS;
+        if let State::Waiting = sequence.state {
+            let cached_prompt = cached.min(sequence.submit.prompt.len());
+            sequence.history.cached_tokens = cached_prompt as u32;
+            sequence.history.first_step = Some(self.now);
+            self.counters.prefix_cache_queries += sequence.submit.prompt.len() as u64;
+            self.counters.prefix_cache_hits += cached_prompt as u64;
+        }
+        sequence.admit(self.replica.id, blocks, cached);
+        self.queue.remove(sequence.order);
+        self.replica.running.insert(sequence.order, id);
+    }
+
+    /// Adds the next `count` positions of a running sequence to the step.
+    fn push_slice(&mut self, draft: &mut Draft, id: SequenceId, count: usize) {
+        let Some(sequence) = self.sequences.get_mut(&id) else { return };
+        let len = sequence.len();
+        let told = sequence.running().and_then(|running| running.told);
+        let append = match told {
+            Some(told) => sequence.tokens_from(told),
+            None => {
+                draft.new_sequences.push(NewSequence {
+                    id,
+                    prompt: sequence.submit.prompt.clone(),
+                    generated: sequence.generated.clone(),
+                    sampling: sequence.submit.sampling.clone(),
+                    traceparent: sequence.submit.traceparent.clone(),
+                });
+                Vec::new()
+            }
+        };
+        let Some(running) = sequence.running_mut() else { return };
+        let start = running.computed;
+        let sample = start + count == len;
+        draft.slices.push(SequenceSlice {
+            id,
+            append,
+            reset_blocks: std::mem::take(&mut running.reset_blocks),
+            new_blocks: running.blocks.get(running.blocks_told..).unwrap_or_default().to_vec(),
+            start: start as u32,
+            count: count as u32,
+            sample,
+        });
+        running.told = Some(len);
+        running.blocks_told = running.blocks.len();
+        running.computed += count;
+        running.last_step = draft.step;
+        running.sampling = sample.then_some(draft.step);
+        let (registered, full) = (running.blocks_registered, running.computed / BLOCK_TOKENS);
+        draft.filling.extend((registered..full).filter_map(|index| sequence.chain.get(index)));
+        draft.members.insert(id);
+        draft.budget.take(start, count);
+    }
+
+    /// Closes the step: from now on it counts as sent, and the blocks it fills can be hit.
+    fn seal(&mut self, draft: Draft) -> StepPlan {
+        for id in &draft.members {
+            let Some(sequence) = self.sequences.get_mut(id) else { continue };
+            let State::Running(running) = &mut sequence.state else { continue };
+            let full = running.computed / BLOCK_TOKENS;
+            for index in running.blocks_registered..full {
+                if let (Some(block), Some(hash)) = (running.blocks.get(index), sequence.chain.get(index)) {
+                    self.replica.pool.register(*block, *hash);
+                }
+            }
+            running.blocks_registered = running.blocks_registered.max(full);
+        }
+        let work = draft.budget.work();
+        self.counters.scheduled_tokens += work.rows;
+        self.replica.last_step = draft.step;
+        self.replica.in_flight.push_back(InFlight {
+            step: draft.step,
+            sampling: draft.slices.iter().filter(|slice| slice.sample).map(|slice| slice.id).collect(),
+            work,
+            predicted_us: draft.budget.predicted_us(),
+        });
+        StepPlan {
+            term: self.replica.term,
+            revision: self.replica.revision,
+            step: draft.step,
+            new_sequences: draft.new_sequences,
+            slices: draft.slices,
+            ended_sequences: std::mem::take(&mut self.replica.ended),
+        }
+    }
+}

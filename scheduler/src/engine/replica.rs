@@ -1,0 +1,102 @@
+//! A replica as the engine sees it: its blocks, who runs there, which steps are in flight.
+
+use super::block_pool::BlockPool;
+use super::budget::{CostModel, Work};
+use super::events::ReplicaUp;
+use super::prefix_cache::BLOCK_TOKENS;
+use super::queue::Order;
+use ashlar_vocabulary::{LeaseTerm, ReplicaId, ReplicaRevision, SequenceId, StepId};
+use std::collections::{BTreeMap, VecDeque};
+
+/// A replica that is up.
+#[derive(Debug, Clone)]
+pub struct Replica {
+    /// Which.
+    pub id: ReplicaId,
+    /// The lease under which it was laid out.
+    pub term: LeaseTerm,
+    /// Its layout.
+    pub revision: ReplicaRevision,
+    /// Number of stages.
+    pub num_stages: usize,
+    /// Its KV blocks.
+    pub pool: BlockPool,
+    /// Predicted step times.
+    pub cost: CostModel,
+    /// Sequences that hold blocks here, most urgent first.
+    pub running: BTreeMap<Order, SequenceId>,
+    /// Steps sent and not answered, oldest first.
+    pub in_flight: VecDeque<InFlight>,
+    /// The step sent last.
+    pub last_step: StepId,
+    /// Sequences that have ended since the last plan and that ranks still know.
+    pub ended: Vec<SequenceId>,
+    /// Steps completed.
+    pub steps: u64,
+}
+
+/// A step that has been sent.
+#[derive(Debug, Clone)]
+pub struct InFlight {
+    /// Which.
+    pub step: StepId,
+    /// Sequences whose next token it samples.
+    pub sampling: Vec<SequenceId>,
+    /// What it asks of every stage.
+    pub work: Work,
+    /// How long its slowest stage should take.
+    pub predicted_us: f64,
+}
+
+impl Replica {
+    /// A replica that has executed nothing.
+    pub fn new(up: &ReplicaUp) -> Replica {
+        Replica {
+            id: up.replica,
+            term: up.term,
+            revision: up.revision,
+            num_stages: up.stages.len().max(1),
+            pool: BlockPool::new(up.kv_blocks),
+            cost: CostModel::new(&up.stages),
+            running: BTreeMap::new(),
+            in_flight: VecDeque::new(),
+            last_step: StepId(0),
+            ended: Vec::new(),
+            steps: 0,
+        }
+    }
+
+    /// Tokens that its KV cache holds: no sequence can be longer.
+    pub fn capacity_tokens(&self) -> usize {
+        self.pool.total() * BLOCK_TOKENS
+    }
+
+    /// Most steps in flight. With several stages one more than there are, so that each has work while a result travels;
+    /// with one stage a second one, so that chunks of a long prompt follow each other without a pause.
+    pub fn in_flight_max(&self) -> usize {
+        self.num_stages + 1
+    }
+
+    /// Most sampling steps in flight when `decoding` sequences are being continued.
+    ///
+    /// A decode waits for its previous token, so the decodes are divided over this many micro-batches. One stage takes
+    /// all of them at once: dividing would read the weights twice. Of several stages, each has one micro-batch; with many
+    /// sequences an additional one hides the way of the results back to the scheduler.
+    pub fn sampling_slots(&self, decoding: usize) -> usize {
+        match self.num_stages {
+            1 => 1,
+            stages if decoding < 4 * (stages + 1) => stages,
+            stages => stages + 1,
+        }
+    }
+
+    /// Sampling steps in flight.
+    pub fn sampling_steps(&self) -> usize {
+        self.in_flight.iter().filter(|flight| !flight.sampling.is_empty()).count()
+    }
+
+    /// Blocks that stay free at an admission, so that the sequences already running can grow for a while.
+    pub fn watermark(&self) -> usize {
+        self.running.len().min(self.pool.total() / 16)
+    }
+}

@@ -1,0 +1,277 @@
+//! One continuation of one prompt, from its submission to its end, with the state it is in.
+
+use super::events::GatewayId;
+use super::prefix_cache::{BLOCK_TOKENS, PrefixChain};
+use super::queue::Order;
+use crate::time::Millis;
+use ashlar_protocol::serving::{Receipt, Submit};
+use ashlar_vocabulary::{BlockId, ModelDigest, ReplicaId, SequenceId, StepId, TokenId};
+
+/// A sequence that has not ended. (One that has is dropped; ranks are told.)
+#[derive(Debug, Clone)]
+pub struct Sequence {
+    /// Its name towards the ranks.
+    pub id: SequenceId,
+    /// Where its events go.
+    pub gateway: GatewayId,
+    /// What was asked for.
+    pub submit: Box<Submit>,
+    /// Tokens generated so far, forced ones included.
+    pub generated: Vec<TokenId>,
+    /// Rank among all sequences.
+    pub order: Order,
+    /// When it fails.
+    pub deadline: Millis,
+    /// Hashes of its full blocks.
+    pub chain: PrefixChain,
+    /// Where it stands.
+    pub state: State,
+    /// What its receipt will say.
+    pub history: History,
+    /// First prompt position whose log-probabilities have not been delivered.
+    pub prompt_logprobs_from: u32,
+}
+
+/// Where a sequence stands.
+#[derive(Debug, Clone)]
+pub enum State {
+    /// New: no rank knows it.
+    Waiting,
+    /// It holds blocks of a replica and is computed.
+    Running(Running),
+    /// It gave its blocks back and waits for others; the ranks still know its tokens.
+    Preempted(Preempted),
+}
+
+/// A sequence on a replica.
+#[derive(Debug, Clone)]
+pub struct Running {
+    /// Which replica.
+    pub replica: ReplicaId,
+    /// Its block table.
+    pub blocks: Vec<BlockId>,
+    /// How many of these the ranks have been told.
+    pub blocks_told: usize,
+    /// How many of these are hittable by others, as far as it is up to this sequence.
+    pub blocks_registered: usize,
+    /// Positions whose computation has been sent; their KV entries exist for every later step.
+    pub computed: usize,
+    /// Tokens that the ranks know; `None` until the sequence has been introduced to them.
+    pub told: Option<usize>,
+    /// The ranks must forget its former block table.
+    pub reset_blocks: bool,
+    /// The step in flight that samples its next token.
+    pub sampling: Option<StepId>,
+    /// The step that last had a slice of it.
+    pub last_step: StepId,
+}
+
+/// A sequence that was taken from a replica, to be recomputed there.
+#[derive(Debug, Clone)]
+pub struct Preempted {
+    /// Which replica; its ranks know the sequence.
+    pub replica: ReplicaId,
+    /// Tokens that the ranks know.
+    pub told: Option<usize>,
+    /// A step in flight from before the preemption that samples its next token.
+    pub sampling: Option<StepId>,
+}
+
+/// Moments and counts of a sequence's life.
+#[derive(Debug, Default, Clone, Copy)]
+pub struct History {
+    /// Submitted.
+    pub arrival: Millis,
+    /// First slice sent.
+    pub first_step: Option<Millis>,
+    /// First token of ours received.
+    pub first_token: Option<Millis>,
+    /// Prompt tokens found in the prefix cache when first admitted.
+    pub cached_tokens: u32,
+    /// Times it was preempted.
+    pub preemptions: u32,
+}
+
+impl Sequence {
+    /// A new sequence, waiting.
+    pub fn new(
+        id: SequenceId,
+        gateway: GatewayId,
+        submit: Box<Submit>,
+        order: Order,
+        (now, deadline): (Millis, Millis),
+        model: &ModelDigest,
+    ) -> Sequence {
+        let mut sequence = Sequence {
+            id,
+            gateway,
+            generated: submit.forced.clone(),
+            order,
+            deadline,
+            chain: PrefixChain::new(model, submit.tenant_salt),
+            state: State::Waiting,
+            history: History { arrival: now, ..History::default() },
+            prompt_logprobs_from: 0,
+            submit,
+        };
+        sequence.extend_chain();
+        sequence
+    }
+
+    /// Known tokens: prompt and generated.
+    pub fn len(&self) -> usize {
+        self.submit.prompt.len() + self.generated.len()
+    }
+
+    /// Never: a sequence has at least one prompt token.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The token at `position`.
+    pub fn token(&self, position: usize) -> TokenId {
+        let prompt = &self.submit.prompt;
+        let generated = position.checked_sub(prompt.len()).and_then(|at| self.generated.get(at));
+        prompt.get(position).or(generated).copied().unwrap_or_default()
+    }
+
+    /// Known tokens from `start` on.
+    pub fn tokens_from(&self, start: usize) -> Vec<TokenId> {
+        (start..self.len()).map(|position| self.token(position)).collect()
+    }
+
+    /// Most blocks that may come from the prefix cache: the last known token is always computed, and so is every
+    /// prompt token whose log-probabilities are still owed.
+    pub fn hittable_blocks(&self) -> usize {
+        let owed = self.submit.sampling.prompt_logprobs
+            && (self.prompt_logprobs_from as usize) < self.submit.prompt.len();
+        if owed { 0 } else { (self.len() - 1) / BLOCK_TOKENS }
+    }
+
+    /// Its running state, if it runs.
+    pub fn running(&self) -> Option<&Running> {
+        match &self.state {
+            State::Running(running) => Some(running),
+            State::Waiting | State::Preempted(_) => None,
+        }
+    }
+
+    /// Its running state, if it runs.
+    pub fn running_mut(&mut self) -> Option<&mut Running> {
+        match &mut self.state {
+            State::Running(running) => Some(running),
+            State::Waiting | State::Preempted(_) => None,
+        }
+    }
+
+    /// Known tokens whose computation has not been sent; 0 unless it runs.
+    pub fn remaining(&self) -> usize {
+        self.running().map_or(0, |running| self.len() - running.computed)
+    }
+
+    /// The replica that it is bound to.
+    pub fn replica(&self) -> Option<ReplicaId> {
+        match &self.state {
+            State::Waiting => None,
+            State::Running(running) => Some(running.replica),
+            State::Preempted(preempted) => Some(preempted.replica),
+        }
+    }
+
+    /// The step in flight that samples its next token.
+    pub fn sampling(&self) -> Option<StepId> {
+        match &self.state {
+            State::Waiting => None,
+            State::Running(running) => running.sampling,
+            State::Preempted(preempted) => preempted.sampling,
+        }
+    }
+
+    /// Whether any rank has been told of it.
+    pub fn introduced(&self) -> bool {
+        match &self.state {
+            State::Waiting => false,
+            State::Running(running) => running.told.is_some(),
+            State::Preempted(preempted) => preempted.told.is_some(),
+        }
+    }
+
+    /// Waiting or preempted → running on `replica`, where `blocks` are its own and hold its first `computed` tokens
+    /// already. A sequence that runs, or whose next token is being sampled, is left as it is; the answer says which.
+    pub fn admit(&mut self, replica: ReplicaId, blocks: Vec<BlockId>, computed: usize) -> bool {
+        let (told, reset_blocks) = match &self.state {
+            State::Waiting => (None, false),
+            State::Preempted(Preempted { told, sampling: None, .. }) => (*told, true),
+            State::Preempted(_) | State::Running(_) => return false,
+        };
+        self.state = State::Running(Running {
+            replica,
+            blocks,
+            blocks_told: 0,
+            blocks_registered: computed / BLOCK_TOKENS,
+            computed,
+            told,
+            reset_blocks,
+            sampling: None,
+            last_step: StepId(0),
+        });
+        true
+    }
+
+    /// Running → preempted. Returns the blocks that it held.
+    pub fn preempt(&mut self) -> Vec<BlockId> {
+        let Some(running) = self.running_mut() else { return Vec::new() };
+        let blocks = std::mem::take(&mut running.blocks);
+        let (replica, told, sampling) = (running.replica, running.told, running.sampling);
+        self.state = State::Preempted(Preempted { replica, told, sampling });
+        self.history.preemptions += 1;
+        blocks
+    }
+
+    /// Ends the sampling of `step`; the answer says whether it was in flight. To be called once per sampled token, so
+    /// that a token that comes twice counts once.
+    pub fn end_sampling(&mut self, step: StepId) -> bool {
+        let sampling = match &mut self.state {
+            State::Waiting => return false,
+            State::Running(running) => &mut running.sampling,
+            State::Preempted(preempted) => &mut preempted.sampling,
+        };
+        let expected = *sampling == Some(step);
+        if expected {
+            *sampling = None;
+        }
+        expected
+    }
+
+    /// Appends a sampled token.
+    pub fn push(&mut self, token: TokenId, now: Millis) {
+        self.generated.push(token);
+        self.history.first_token.get_or_insert(now);
+        self.extend_chain();
+    }
+
+    /// Where its time went.
+    pub fn receipt(&self, now: Millis) -> Receipt {
+        let history = &self.history;
+        let first_step = history.first_step.unwrap_or(now);
+        let first_token = history.first_token.unwrap_or(now);
+        Receipt {
+            prompt_tokens: self.submit.prompt.len() as u32,
+            cached_tokens: history.cached_tokens,
+            generated_tokens: self.generated.len() as u32,
+            queue_ms: first_step.since(history.arrival),
+            prefill_ms: first_token.since(first_step),
+            decode_ms: now.since(first_token),
+            preemptions: history.preemptions,
+        }
+    }
+
+    fn extend_chain(&mut self) {
+        let (prompt, generated) = (&self.submit.prompt, &self.generated);
+        let token_at = |position: usize| {
+            let later = position.checked_sub(prompt.len()).and_then(|at| generated.get(at));
+            prompt.get(position).or(later).copied().unwrap_or_default()
+        };
+        self.chain.extend(prompt.len() + generated.len(), token_at);
+    }
+}
