@@ -81,7 +81,7 @@ fn reading() -> Duration {
     START.get_or_init(Instant::now).elapsed()
 }
 
-/// Milliseconds on any [`Instant`]-like base are what tokio's timers take; this turns a due time into one.
+/// The [`Instant`] at which `clock` reaches `due`, for timers that take one.
 pub fn instant_of(clock: &impl Clock, due: Millis) -> Instant {
     Instant::now() + due.since(clock.now())
 }

@@ -52,8 +52,8 @@ pub fn best_cut(
     for stage in 0..stages {
         let final_stage = stage + 1 == stages;
         let mut row = vec![vec![None; layers + 1]; groups];
-        for group in stage..groups {
-            // Room must be left for a layer per later stage.
+        // Room must be left for a group and a layer per later stage.
+        for group in stage..=groups - stages + stage {
             let ends = if final_stage { layers..=layers } else { stage + 1..=layers - (stages - 1 - stage) };
             for end in ends {
                 let mut found: Option<Entry> = None;

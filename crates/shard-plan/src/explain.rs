@@ -5,24 +5,25 @@ use crate::error::PlanError;
 use crate::ledger::MemoryLedger;
 use crate::plan::Planner;
 
-/// The refusal for the cut whose worst rank lacks least, with the number of stages that `stages` allows or, by
-/// default, with as many as there are groups.
+/// Above this many groups only the cut over all of them is looked at.
+const EVERY_COUNT_MAX: usize = 16;
+
+/// The refusal for the cut whose worst rank lacks least, over every number of stages that `stages` allows.
 pub(crate) fn does_not_fit(planner: &Planner<'_>, stages: Option<usize>) -> PlanError {
-    let layers = planner.shape.num_layers;
-    let most = planner.groups.len().min(layers);
-    let stages = stages.unwrap_or(most).min(most);
+    let (groups, layers) = (planner.groups.len(), planner.shape.num_layers);
+    let most = groups.min(layers);
+    let counts = match stages {
+        Some(stages) => stages..=stages,
+        None if groups <= EVERY_COUNT_MAX => 1..=most,
+        None => most..=most,
+    };
     let blocks = planner.blocks_needed(planner.request.max_context_tokens);
     let lacks = |ledger: &MemoryLedger| ledger.total.0 as f64 - ledger.capacity.0 as f64;
-    let cut = best_cut(
-        stages,
-        planner.groups.len(),
-        layers,
-        |c| {
-            let ledgers = planner.ledgers(c.group, c.layers, c.before.is_none(), c.last, blocks);
-            ledgers.iter().map(lacks).reduce(f64::max)
-        },
-        f64::max,
-    );
+    let worst_rank = planner.by_position(blocks, |_, _, _, ledgers| ledgers.iter().map(lacks).reduce(f64::max));
+    let cut = counts
+        .filter_map(|stages| best_cut(stages, groups, layers, |c| worst_rank.of(c), f64::max))
+        .reduce(|a, b| if b.0 < a.0 { b } else { a });
+    let stages = cut.as_ref().map_or(0, |(_, cut)| cut.len());
     let worst = cut.into_iter().flat_map(|(_, cut)| cut).enumerate().flat_map(|(stage, s)| {
         let ledgers = planner.ledgers(s.group, s.layers.len(), stage == 0, stage + 1 == stages, blocks);
         let nodes = planner.groups[s.group].iter().map(|device| device.node.clone());

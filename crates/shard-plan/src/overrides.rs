@@ -2,7 +2,6 @@
 
 use crate::cut::CutStage;
 use crate::error::PlanError;
-use crate::explain::does_not_fit;
 use crate::layout::Layout;
 use crate::ledger::MemoryLedger;
 use crate::plan::{Planner, finish};
@@ -86,7 +85,7 @@ pub(crate) fn plan_fixed_ranges(
                     }
                 }
             }
-            if cut.is_empty() { Err(does_not_fit(&planner, None)) } else { Ok(planner.lay_out(&cut)) }
+            Ok(planner.lay_out(&cut))
         })
         .collect();
     Ok(finish(ranks, layouts?, devices))

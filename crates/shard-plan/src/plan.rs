@@ -1,7 +1,7 @@
 //! Which stages, replicas and standbys: the fewest stages that fit, then replicas, the rest stand by.
 
 use crate::cost::{BATCH, CostModel, Group, StepLoad};
-use crate::cut::{CutStage, best_balanced_cut};
+use crate::cut::{Candidate, CutStage, best_balanced_cut};
 use crate::error::PlanError;
 use crate::explain::does_not_fit;
 use crate::layout::{Layout, ReplicaLayout, StageLayout};
@@ -11,7 +11,7 @@ use crate::request::{DeviceReport, Links, PlanRequest};
 use ashlar_vocabulary::{ModelShape, NodeId};
 
 /// Above this many groups only the caller's order is searched, not also every other choice of the last group.
-const ROTATIONS_MAX: usize = 16;
+const ROTATIONS_MAX: usize = 8;
 
 /// Plans a layout.
 ///
@@ -61,7 +61,6 @@ pub fn plan(
     if let Some(wanted) = request.replicas.filter(|&wanted| wanted > replicas.len()) {
         return Err(PlanError::TooFewReplicas { wanted, possible: replicas.len() });
     }
-    let replicas: Vec<ReplicaLayout> = replicas.into_iter().take(wanted.max(most)).collect();
     Ok(finish(ranks, replicas, devices))
 }
 
@@ -189,6 +188,19 @@ fn tensor_parallel_is_possible(shape: &ModelShape, size: usize) -> Result<(), Pl
     Ok(())
 }
 
+/// First stage, last stage.
+const POSITIONS: [(bool, bool); 4] = [(false, false), (false, true), (true, false), (true, true)];
+
+/// Something for every group, position and number of layers.
+pub(crate) struct ByPosition<T>(Vec<[Vec<T>; 4]>);
+
+impl<T: Copy> ByPosition<T> {
+    pub(crate) fn of(&self, candidate: Candidate) -> T {
+        let position = 2 * usize::from(candidate.before.is_none()) + usize::from(candidate.last);
+        self.0[candidate.group][position][candidate.layers]
+    }
+}
+
 /// Plans single replicas over groups of devices.
 #[derive(Clone)]
 pub(crate) struct Planner<'a> {
@@ -247,8 +259,28 @@ impl<'a> Planner<'a> {
 
     fn replica_with(&self, kv_blocks: usize) -> Option<ReplicaLayout> {
         let most = self.groups.len().min(self.shape.num_layers);
-        let stages = self.request.stages.map_or(1..=most, |stages| stages..=stages);
+        let fewest = self.fewest_stages(kv_blocks)?;
+        let stages = self.request.stages.map_or(fewest..=most, |stages| stages.max(fewest)..=stages);
         stages.into_iter().find_map(|stages| self.best_order(stages, kv_blocks))
+    }
+
+    /// A lower bound on the stages that can hold all layers, from memory alone: as if no stage held the embedding or
+    /// the head, and the largest groups came first. Spares the program what cannot fit.
+    fn fewest_stages(&self, kv_blocks: usize) -> Option<usize> {
+        let layers = self.shape.num_layers;
+        let fits = |group: usize, len: usize| {
+            self.ledgers(group, len, false, false, kv_blocks).iter().all(MemoryLedger::fits)
+        };
+        let mut room: Vec<usize> = (0..self.groups.len())
+            .map(|group| (1..=layers).take_while(|&len| fits(group, len)).count())
+            .collect();
+        room.sort_unstable_by(|a, b| b.cmp(a));
+        let mut sum = 0;
+        let enough = room.into_iter().position(|len| {
+            sum += len;
+            sum >= layers
+        });
+        enough.map(|index| index + 1)
     }
 
     /// The best cut over the caller's order and over the orders in which another group comes last.
@@ -269,26 +301,35 @@ impl<'a> Planner<'a> {
         best.map(|(_, planner, cut)| planner.lay_out(&cut))
     }
 
+    /// What `price` says of every piece that a group could hold, worked out once, for it is asked for many times.
+    pub(crate) fn by_position<T>(
+        &self,
+        kv_blocks: usize,
+        price: impl Fn(usize, usize, (bool, bool), &[MemoryLedger]) -> T,
+    ) -> ByPosition<T> {
+        let of = |group: usize, position: (bool, bool)| {
+            let of = |len| {
+                price(group, len, position, &self.ledgers(group, len, position.0, position.1, kv_blocks))
+            };
+            (0..=self.shape.num_layers).map(of).collect()
+        };
+        ByPosition((0..self.groups.len()).map(|group| POSITIONS.map(|position| of(group, position))).collect())
+    }
+
     /// The exact cut of this order.
     pub(crate) fn cut(&self, stages: usize, kv_blocks: usize) -> Option<((f64, f64), Vec<CutStage>)> {
         let load = StepLoad::decode(BATCH, self.request);
         let layers = self.shape.num_layers;
-        // Prices without the hop, by group, number of layers and position; asked for many times.
-        let positions = [(false, false), (false, true), (true, false), (true, true)];
-        let price = |group: usize, len: usize, (first, last): (bool, bool)| {
-            let fits = self.ledgers(group, len, first, last, kv_blocks).iter().all(MemoryLedger::fits);
+        let prices = self.by_position(kv_blocks, |group, len, (first, last), ledgers| {
+            let fits = ledgers.iter().all(MemoryLedger::fits);
             fits.then(|| self.cost.stage_seconds(&self.groups[group], len, first, last, load))
-        };
-        let prices: Vec<[Vec<Option<f64>>; 4]> = (0..self.groups.len())
-            .map(|group| positions.map(|position| (0..=layers).map(|len| price(group, len, position)).collect()))
-            .collect();
+        });
         let node = |group: usize| &self.groups[group][0].node;
         let hops: Vec<Vec<f64>> = (0..self.groups.len())
             .map(|to| (0..to).map(|from| self.cost.hop_seconds(node(from), node(to), load)).collect())
             .collect();
         best_balanced_cut(stages, self.groups.len(), layers, |c| {
-            let position = 2 * usize::from(c.before.is_none()) + usize::from(c.last);
-            let seconds = prices[c.group][position][c.layers]?;
+            let seconds = prices.of(c)?;
             Some(seconds + c.before.map_or(0.0, |before| hops[c.group][before]))
         })
     }

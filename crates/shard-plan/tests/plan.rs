@@ -1,0 +1,350 @@
+//! Layouts of whole models: what is chosen, what is respected, what is refused.
+
+use ashlar_shard_plan::{DeviceReport, LinkReport, Links, PlanError, PlanRequest, plan, survivable_losses};
+use ashlar_vocabulary::{Bytes, LayerRange, ModelShape, NodeId};
+use proptest::prelude::*;
+
+const GIB: u64 = 1 << 30;
+
+/// Llama 3.2 1B.
+fn llama_1b() -> ModelShape {
+    ModelShape {
+        hidden_size: 2048,
+        intermediate_size: 8192,
+        num_layers: 16,
+        num_heads: 32,
+        num_kv_heads: 8,
+        head_dim: 64,
+        vocab_size: 128_256,
+        max_position_embeddings: 131_072,
+        tied_head: true,
+        file_bytes_per_weight: 2,
+    }
+}
+
+fn small(num_layers: usize, tied_head: bool) -> ModelShape {
+    ModelShape {
+        hidden_size: 64,
+        intermediate_size: 172,
+        num_layers,
+        num_heads: 8,
+        num_kv_heads: 4,
+        head_dim: 8,
+        vocab_size: 1000,
+        max_position_embeddings: 512,
+        tied_head,
+        file_bytes_per_weight: 4,
+    }
+}
+
+fn device(name: &str, memory: u64) -> DeviceReport {
+    DeviceReport {
+        node: NodeId(name.into()),
+        memory: Bytes(memory),
+        bandwidth_bytes_per_s: 20e9,
+        flops_per_s: 100e9,
+        threads: 2,
+        layers: None,
+    }
+}
+
+fn devices(count: usize, memory: u64) -> Vec<DeviceReport> {
+    (0..count).map(|index| device(&format!("n{index}"), memory)).collect()
+}
+
+fn refusal(shape: &ModelShape, devices: &[DeviceReport], request: &PlanRequest) -> PlanError {
+    plan(shape, devices, &Links::default(), request).expect_err("refused")
+}
+
+#[test]
+fn one_node_with_room_holds_all_and_shares_tied_weights() {
+    let layout = plan(&llama_1b(), &devices(1, 8 * GIB), &Links::default(), &PlanRequest::default()).unwrap();
+    let stage = &layout.replicas[0].stages[0];
+    assert_eq!(stage.layers, LayerRange { start: 0, end: 16 });
+    let ledger = stage.ledgers[0];
+    // 128,256 × 2,048 × 4 bytes, once.
+    assert_eq!((ledger.embedding, ledger.head), (Bytes(1_050_673_152), Bytes(0)));
+    // 1,235,814,400 weights in all, as the model card counts them.
+    assert_eq!(ledger.weights + ledger.embedding, Bytes(1_235_814_400 * 4));
+    // 512 blocks × 16 tokens × 16 layers × 2 × 8 heads × 64 × 4 bytes.
+    assert_eq!(layout.replicas[0].kv_blocks, 512);
+    assert_eq!(ledger.kv_cache, Bytes(512 * 16 * 16 * 2 * 8 * 64 * 4));
+    assert_eq!(ledger.rows().iter().map(|row| row.bytes).sum::<Bytes>(), ledger.total);
+    assert_eq!(ledger.total + ledger.free, ledger.capacity);
+}
+
+#[test]
+fn two_nodes_hold_the_tied_matrix_at_both_ends() {
+    let layout = plan(&llama_1b(), &devices(2, 4 * GIB), &Links::default(), &PlanRequest::default()).unwrap();
+    let stages = &layout.replicas[0].stages;
+    assert_eq!(stages.len(), 2);
+    let ends = [&stages[0].ledgers[0], &stages[1].ledgers[0]];
+    assert_eq!(ends.map(|l| l.embedding), [Bytes(1_050_673_152), Bytes(0)]);
+    assert_eq!(ends.map(|l| l.head), [Bytes(0), Bytes(1_050_673_152)]);
+    // The head is work, the embedding is not: the last stage has fewer layers.
+    assert!(stages[1].layers.len() < stages[0].layers.len(), "{stages:?}");
+}
+
+#[test]
+fn the_fewest_stages_then_replicas_then_standbys() {
+    let layout = plan(&llama_1b(), &devices(5, 4 * GIB), &Links::default(), &PlanRequest::default()).unwrap();
+    assert_eq!(layout.replicas.iter().map(|r| r.stages.len()).collect::<Vec<_>>(), [2, 2]);
+    assert_eq!(layout.standbys, [NodeId("n4".into())]);
+    let all = devices(5, 4 * GIB);
+    let losses = survivable_losses(&llama_1b(), &all, &Links::default(), &PlanRequest::default(), &layout);
+    assert_eq!(losses.len(), 4);
+    let two = devices(2, 4 * GIB);
+    let layout = plan(&llama_1b(), &two, &Links::default(), &PlanRequest::default()).unwrap();
+    let losses = survivable_losses(&llama_1b(), &two, &Links::default(), &PlanRequest::default(), &layout);
+    assert_eq!(losses, []);
+}
+
+#[test]
+fn explicit_numbers_are_kept() {
+    let request = PlanRequest {
+        stages: Some(3),
+        tensor_parallel_size: Some(2),
+        replicas: Some(1),
+        ..PlanRequest::default()
+    };
+    let layout = plan(&llama_1b(), &devices(8, 8 * GIB), &Links::default(), &request).unwrap();
+    assert_eq!(layout.tensor_parallel_size, 2);
+    assert_eq!(layout.replicas.len(), 1);
+    assert_eq!(layout.replicas[0].stages.len(), 3);
+    assert!(layout.replicas[0].stages.iter().all(|stage| stage.ranks.len() == 2 && stage.ledgers.len() == 2));
+    assert_eq!(layout.standbys.len(), 2);
+}
+
+#[test]
+fn replicas_share_out_unequal_nodes_when_asked_for() {
+    let memories = [("a", 4 * GIB), ("b", 4 * GIB), ("c", 3 * GIB), ("d", 3 * GIB)];
+    let nodes: Vec<DeviceReport> = memories.iter().map(|(name, memory)| device(name, *memory)).collect();
+    let request = PlanRequest { replicas: Some(2), ..PlanRequest::default() };
+    let layout = plan(&llama_1b(), &nodes, &Links::default(), &request).unwrap();
+    assert_eq!(layout.replicas.len(), 2);
+    for replica in &layout.replicas {
+        let memory: u64 = replica.stages.iter().flat_map(|s| &s.ledgers).map(|l| l.capacity.0).sum();
+        assert_eq!(memory, 7 * GIB);
+    }
+}
+
+#[test]
+fn a_slow_node_gets_fewer_layers_and_a_far_one_none() {
+    let mut nodes = devices(3, 4 * GIB);
+    nodes[0].bandwidth_bytes_per_s = 5e9;
+    let request = PlanRequest { stages: Some(2), replicas: Some(1), ..PlanRequest::default() };
+    let far = |b: &str| LinkReport {
+        a: NodeId("n2".into()),
+        b: NodeId(b.into()),
+        round_trip_s: 4.0,
+        bytes_per_s: 1e6,
+    };
+    let links = Links { pairs: vec![far("n0"), far("n1")], ..Links::default() };
+    let layout = plan(&llama_1b(), &nodes, &links, &request).unwrap();
+    let slow = layout.replicas[0].stages.iter().find(|s| s.ranks[0].0 == "n0").expect("n2 is too far");
+    assert!(slow.layers.len() < 8, "{slow:?}");
+    assert_eq!(layout.standbys, [NodeId("n2".into())]);
+}
+
+#[test]
+fn uneven_slices_of_every_axis_add_up_to_the_whole() {
+    // 172 and 1000 do not divide by 8 × 32.
+    let shape = small(4, false);
+    let request = |ranks| PlanRequest {
+        tensor_parallel_size: Some(ranks),
+        stages: Some(1),
+        max_context_tokens: 64,
+        kv_tokens_wanted: 64,
+        ..PlanRequest::default()
+    };
+    let whole = plan(&shape, &devices(1, GIB), &Links::default(), &request(1)).unwrap();
+    let whole = whole.replicas[0].stages[0].ledgers[0];
+    for ranks in [2, 4] {
+        let layout = plan(&shape, &devices(ranks, GIB), &Links::default(), &request(ranks)).unwrap();
+        let ledgers = &layout.replicas[0].stages[0].ledgers;
+        // Norms (two per layer and the final one) are whole on every rank.
+        let norms = ((ranks - 1) * (4 * 2 + 1) * 64 * 4) as u64;
+        assert_eq!(ledgers.iter().map(|l| l.weights.0).sum::<u64>(), whole.weights.0 + norms);
+        assert_eq!(ledgers.iter().map(|l| l.head).sum::<Bytes>(), whole.head);
+        assert_eq!(ledgers.iter().map(|l| l.kv_cache).sum::<Bytes>(), whole.kv_cache);
+        assert!(ledgers.iter().all(|l| l.embedding == whole.embedding));
+    }
+}
+
+#[test]
+fn less_kv_cache_than_wished_is_taken_where_memory_is_short() {
+    let request =
+        PlanRequest { kv_tokens_wanted: 1 << 20, max_context_tokens: 1024, ..PlanRequest::default() };
+    let layout = plan(&llama_1b(), &devices(1, 6 * GIB), &Links::default(), &request).unwrap();
+    let replica = &layout.replicas[0];
+    assert!(replica.kv_blocks >= 64 && replica.kv_blocks < 65_536, "{}", replica.kv_blocks);
+    let ledger = replica.stages[0].ledgers[0];
+    let block = 16 * 16 * 2 * 8 * 64 * 4;
+    assert!(ledger.fits() && ledger.free < Bytes(block), "all of it is used: {ledger:?}");
+}
+
+#[test]
+fn ranges_fixed_by_hand_decide_alone() {
+    let mut nodes = devices(4, 8 * GIB);
+    nodes[2].layers = Some(LayerRange { start: 0, end: 5 });
+    nodes[0].layers = Some(LayerRange { start: 5, end: 16 });
+    let layout = plan(&llama_1b(), &nodes, &Links::default(), &PlanRequest::default()).unwrap();
+    let stages = &layout.replicas[0].stages;
+    assert_eq!(stages.iter().map(|s| s.ranks[0].0.as_str()).collect::<Vec<_>>(), ["n2", "n0"]);
+    assert_eq!(stages[1].layers, LayerRange { start: 5, end: 16 });
+    assert_eq!(layout.standbys.len(), 2);
+}
+
+#[test]
+fn ranges_that_make_no_layout_are_refused_with_the_layers_named() {
+    let with = |ranges: &[(usize, usize)]| {
+        let mut nodes = devices(ranges.len(), 8 * GIB);
+        for (node, (start, end)) in nodes.iter_mut().zip(ranges) {
+            node.layers = Some(LayerRange { start: *start, end: *end });
+        }
+        refusal(&llama_1b(), &nodes, &PlanRequest::default()).to_string()
+    };
+    assert!(with(&[(0, 5), (7, 16)]).contains("layers 5..7 are on no node"));
+    assert!(with(&[(0, 9), (7, 16)]).contains("layers 7..9 are in two ranges"));
+    assert!(with(&[(0, 9), (9, 15)]).contains("end at layer 15, the model has 16"));
+    assert!(with(&[(0, 16), (16, 16)]).contains("no layer"));
+    assert!(with(&[(0, 9), (9, 16), (9, 16)]).contains("2 node(s)"));
+}
+
+#[test]
+fn a_model_that_does_not_fit_says_what_is_missing_where() {
+    let nodes = [device("a", 3 * GIB), device("b", GIB)];
+    let error = refusal(&llama_1b(), &nodes, &PlanRequest::default());
+    let PlanError::DoesNotFit { needs, has, missing, .. } = &error else { panic!("{error}") };
+    assert!(*needs > *has && *missing > Bytes(0));
+    let text = error.to_string();
+    assert!(text.contains("does not fit: needs") && text.contains("add a node"), "{text}");
+    assert!(matches!(
+        refusal(&llama_1b(), &devices(1, GIB / 2), &PlanRequest::default()),
+        PlanError::DoesNotFit { stage: 0, line: "weights", .. }
+    ));
+}
+
+#[test]
+fn refusals_are_typed_and_say_why() {
+    let (shape, default) = (llama_1b(), PlanRequest::default());
+    assert_eq!(refusal(&shape, &[], &default), PlanError::NoNodes);
+    let three = PlanRequest { tensor_parallel_size: Some(3), ..default.clone() };
+    assert!(refusal(&shape, &devices(3, GIB), &three).to_string().contains("can be cut over 1, 2, 4, 8"));
+    let eight = PlanRequest { tensor_parallel_size: Some(8), ..default.clone() };
+    let text = refusal(&small(4, true), &devices(8, GIB), &eight).to_string();
+    assert!(text.contains("4 KV heads") && text.contains("1, 2, 4"), "{text}");
+    let many = PlanRequest { stages: Some(17), ..default.clone() };
+    assert!(matches!(refusal(&shape, &devices(20, GIB), &many), PlanError::TooManyStages { .. }));
+    let few = PlanRequest { stages: Some(2), replicas: Some(2), ..default.clone() };
+    assert!(matches!(refusal(&shape, &devices(3, GIB), &few), PlanError::TooFewNodes { needed: 4, .. }));
+    let replicas = PlanRequest { replicas: Some(3), ..default.clone() };
+    assert!(matches!(
+        refusal(&shape, &devices(4, 4 * GIB), &replicas),
+        PlanError::TooFewReplicas { wanted: 3, possible: 2 }
+    ));
+    let zero = PlanRequest { block_tokens: 0, ..default.clone() };
+    assert!(matches!(refusal(&shape, &devices(1, GIB), &zero), PlanError::Invalid(_)));
+    let twice = [device("a", GIB), device("a", GIB)];
+    assert!(refusal(&shape, &twice, &default).to_string().contains("node a is listed twice"));
+    let mut still = devices(1, GIB);
+    still[0].bandwidth_bytes_per_s = f64::NAN;
+    assert!(refusal(&shape, &still, &default).to_string().contains("node n0"));
+}
+
+#[test]
+fn predictions_follow_the_slowest_resource() {
+    let speed = |bandwidth: f64, flops: f64| {
+        let mut nodes = devices(1, 8 * GIB);
+        (nodes[0].bandwidth_bytes_per_s, nodes[0].flops_per_s) = (bandwidth, flops);
+        plan(&llama_1b(), &nodes, &Links::default(), &PlanRequest::default()).unwrap().replicas[0].prediction
+    };
+    let (slow, fast) = (speed(10e9, 1e12), speed(20e9, 1e12));
+    // All weights once, at 10 GB/s, and a little KV cache.
+    assert!((0.494..0.53).contains(&slow.seconds_per_token), "{slow:?}");
+    assert!((1.9..2.1).contains(&(slow.seconds_per_token / fast.seconds_per_token)));
+    assert!(slow.tokens_per_s_batch_16 > 10.0 / slow.seconds_per_token);
+    let weak = speed(20e9, 50e9);
+    assert!(weak.seconds_to_first_token > 10.0 * fast.seconds_to_first_token, "{weak:?} {fast:?}");
+}
+
+#[test]
+fn sixty_four_nodes_and_eighty_layers_are_planned_in_seconds() {
+    let shape = ModelShape {
+        hidden_size: 8192,
+        intermediate_size: 28_672,
+        num_layers: 80,
+        num_heads: 64,
+        head_dim: 128,
+        tied_head: false,
+        ..llama_1b()
+    };
+    let start = std::time::Instant::now();
+    let layout = plan(&shape, &devices(64, 40 * GIB), &Links::default(), &PlanRequest::default()).unwrap();
+    assert!(layout.replicas.len() >= 7, "{}", layout.replicas.len());
+    refusal(&shape, &devices(64, 4 * GIB), &PlanRequest::default());
+    assert!(start.elapsed().as_secs() < 20, "{:?}", start.elapsed());
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(200))]
+
+    #[test]
+    fn every_layout_tiles_the_model_within_memory_and_uses_each_node_once(
+        layers in 1usize..12,
+        tied in any::<bool>(),
+        ranks in prop::sample::select(vec![1usize, 2, 4]),
+        memories in prop::collection::vec(300_000u64..4_000_000, 1..9),
+        replicas in prop::option::of(1usize..4),
+        stages in prop::option::of(1usize..4),
+    ) {
+        let shape = small(layers, tied);
+        let nodes: Vec<DeviceReport> =
+            memories.iter().enumerate().map(|(index, memory)| device(&format!("n{index}"), *memory)).collect();
+        let request = PlanRequest {
+            stages,
+            replicas,
+            tensor_parallel_size: Some(ranks),
+            max_context_tokens: 64,
+            kv_tokens_wanted: 256,
+            max_num_batched_tokens: 32,
+            ..PlanRequest::default()
+        };
+        let answer = plan(&shape, &nodes, &Links::default(), &request);
+        prop_assert_eq!(&answer, &plan(&shape, &nodes, &Links::default(), &request));
+        let layout = match answer {
+            Ok(layout) => layout,
+            Err(error) => {
+                prop_assert!(!matches!(error, PlanError::NoNodes | PlanError::Invalid(_)), "{}", error);
+                return Ok(());
+            }
+        };
+        let mut used: Vec<&NodeId> = layout.nodes().chain(&layout.standbys).collect();
+        used.sort();
+        let mut all: Vec<&NodeId> = nodes.iter().map(|device| &device.node).collect();
+        all.sort();
+        prop_assert_eq!(used, all);
+        if let Some(replicas) = replicas {
+            prop_assert_eq!(layout.replicas.len(), replicas);
+        }
+        for replica in &layout.replicas {
+            if let Some(stages) = stages {
+                prop_assert_eq!(replica.stages.len(), stages);
+            }
+            prop_assert!((4..=16).contains(&replica.kv_blocks));
+            let mut next = 0;
+            for stage in &replica.stages {
+                prop_assert_eq!(stage.layers.start, next);
+                prop_assert!(!stage.layers.is_empty());
+                next = stage.layers.end;
+                prop_assert_eq!((stage.ranks.len(), stage.ledgers.len()), (ranks, ranks));
+                for (node, ledger) in stage.ranks.iter().zip(&stage.ledgers) {
+                    let device = nodes.iter().find(|device| &device.node == node).expect("known");
+                    prop_assert_eq!(ledger.capacity, device.memory);
+                    prop_assert!(ledger.fits());
+                }
+            }
+            prop_assert_eq!(next, layers);
+        }
+    }
+}
