@@ -9,4 +9,7 @@
 
 pub mod cluster;
 pub mod engine;
+pub mod service;
 pub mod time;
+
+pub use service::{ModelCard, Scheduler, SchedulerConfig, SchedulerError, serve};

@@ -43,7 +43,11 @@ fn piece(seat: &Seat, num_stages: usize, tensor_parallel_size: usize) -> Piece {
 
 /// KV blocks of a replica: what the plan found room for, but on no node more than its share of memory, and always
 /// enough for one sequence of full length.
-pub(super) fn kv_blocks(config: &ClusterConfig, layout: &ReplicaLayout, memory: impl Fn(&NodeId) -> u64) -> u32 {
+pub(super) fn kv_blocks(
+    config: &ClusterConfig,
+    layout: &ReplicaLayout,
+    memory: impl Fn(&NodeId) -> u64,
+) -> u32 {
     let num_stages = layout.stages.len();
     let mut blocks = u64::from(layout.kv_blocks);
     let one_sequence = (config.max_context_tokens as usize).div_ceil(BLOCK_TOKENS) as u64;

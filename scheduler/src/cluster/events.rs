@@ -144,14 +144,7 @@ pub enum Effect {
         /// Raised.
         revision: ReplicaRevision,
     },
-    /// Refuse a node, then close its connection.
-    Reject {
-        /// Which.
-        connection: NodeConnection,
-        /// Why, for its operator.
-        reason: String,
-    },
-    /// Close a connection; the node counts as lost already.
+    /// Close a connection; its node, if it had joined, counts as lost already.
     Disconnect {
         /// Which.
         connection: NodeConnection,

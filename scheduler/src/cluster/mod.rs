@@ -122,10 +122,15 @@ impl Cluster {
         if join.term > self.config.term {
             effects.push(Effect::Fenced { by: join.term });
             let reason = format!(
-                "this scheduler leads at term {}, the node has accepted term {}: try again once another term is acquired",
-                self.config.term, join.term
+                "node {} has accepted term {}, this scheduler leads at term {}",
+                join.node, join.term, self.config.term
             );
-            effects.push(Effect::Reject { connection, reason });
+            effects.push(Effect::Disconnect { connection, reason });
+            return;
+        }
+        if let Some(former) = self.connections.get(&connection).cloned() {
+            self.lose(now, &former, "it joined twice", effects);
+            effects.push(Effect::Disconnect { connection, reason: format!("node {former} joined twice") });
             return;
         }
         let name = join.node.clone();
@@ -155,7 +160,9 @@ impl Cluster {
         let Some(node) = self.nodes.remove(name) else { return };
         self.connections.remove(&node.connection);
         (self.changed, self.unplanned) = (now, true);
-        let Some(replica) = node.place.and_then(|place| self.replicas.get_mut(&place.replica)) else { return };
+        let Some(replica) = node.place.and_then(|place| self.replicas.get_mut(&place.replica)) else {
+            return;
+        };
         for seat in replica.seats.iter_mut().filter(|seat| &seat.node == name) {
             seat.taken = false;
         }

@@ -159,9 +159,10 @@ impl Cluster {
             return;
         };
         let ready = Observed::Ready { revision: replica.revision };
-        let all = replica.seats.iter().all(|seat| {
-            seat.taken && self.nodes.get(&seat.node).is_some_and(|node| node.observed == ready)
-        });
+        let all = replica
+            .seats
+            .iter()
+            .all(|seat| seat.taken && self.nodes.get(&seat.node).is_some_and(|node| node.observed == ready));
         if !all {
             return;
         }

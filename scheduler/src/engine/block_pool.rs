@@ -162,7 +162,9 @@ impl BlockPool {
                 BlockState::Held { holders, hash } => (*holders, hash.as_ref()),
             };
             if holders != counted {
-                return Err(format!("block {block} counts {holders} holders, sequences hold it {counted} times"));
+                return Err(format!(
+                    "block {block} counts {holders} holders, sequences hold it {counted} times"
+                ));
             }
             if let Some(hash) = hash {
                 hashed += 1;

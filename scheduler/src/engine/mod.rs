@@ -155,7 +155,8 @@ impl Engine {
         self.last_sequence += 1;
         let id = SequenceId(self.last_sequence);
         let order = Order { priority: submit.priority, arrival: self.last_sequence };
-        let patience = if submit.deadline_ms == 0 { self.config.deadline_default_ms } else { submit.deadline_ms };
+        let patience =
+            if submit.deadline_ms == 0 { self.config.deadline_default_ms } else { submit.deadline_ms };
         let deadline = now.plus(patience);
         match self.queue.push_new(order, id) {
             Enqueued::Waiting => {}
@@ -167,8 +168,10 @@ impl Engine {
                 let waiting = self.queue.len();
                 let message = format!("{waiting} requests are waiting already: try again later");
                 let error = self.failure(FailureKind::Overloaded, message);
-                effects
-                    .push(Effect::ToGateway { gateway, message: FromScheduler::Failed { id: choice, error } });
+                effects.push(Effect::ToGateway {
+                    gateway,
+                    message: FromScheduler::Failed { id: choice, error },
+                });
                 return;
             }
         }
@@ -200,7 +203,9 @@ impl Engine {
         let prompt = submit.prompt.len();
         let context = self.config.max_context_tokens as usize;
         if prompt == 0 {
-            return Err(self.failure(FailureKind::Invalid, "the prompt is empty: send at least one token".into()));
+            return Err(
+                self.failure(FailureKind::Invalid, "the prompt is empty: send at least one token".into())
+            );
         }
         if prompt >= context && submit.max_new_tokens > 0 || prompt > context {
             let message = format!(
@@ -250,7 +255,8 @@ impl Engine {
 
     fn cancel(&mut self, gateway: GatewayId, id: ChoiceId) {
         let sequence = self.by_choice.get(&id).copied();
-        let own = |id: &SequenceId| self.sequences.get(id).is_some_and(|sequence| sequence.gateway == gateway);
+        let own =
+            |id: &SequenceId| self.sequences.get(id).is_some_and(|sequence| sequence.gateway == gateway);
         if let Some(sequence) = sequence.filter(own) {
             self.remove(sequence);
             self.remember(gateway, id);
@@ -259,7 +265,8 @@ impl Engine {
 
     fn gateway_gone(&mut self, gateway: GatewayId) {
         let theirs = |sequence: &&Sequence| sequence.gateway == gateway;
-        let gone: Vec<SequenceId> = self.sequences.values().filter(theirs).map(|sequence| sequence.id).collect();
+        let gone: Vec<SequenceId> =
+            self.sequences.values().filter(theirs).map(|sequence| sequence.id).collect();
         for id in gone {
             self.remove(id);
         }
@@ -275,7 +282,8 @@ impl Engine {
             Some(replica) => replica == id,
             None => none_left,
         };
-        let lost: Vec<SequenceId> = self.sequences.values().filter(lost).map(|sequence| sequence.id).collect();
+        let lost: Vec<SequenceId> =
+            self.sequences.values().filter(lost).map(|sequence| sequence.id).collect();
         for id in lost {
             let message = format!("{reason}; the request was ended: try again shortly");
             self.fail(now, id, FailureKind::Unavailable, message, effects);
@@ -286,9 +294,8 @@ impl Engine {
     /// Ends waiting sequences that fitted only into a replica that is gone.
     fn refuse_too_long(&mut self, now: Millis, effects: &mut Vec<Effect>) {
         let capacity = self.replicas.values().map(Replica::capacity_tokens).max().unwrap_or(0);
-        let too_long = |sequence: &&Sequence| {
-            matches!(sequence.state, State::Waiting) && sequence.len() >= capacity
-        };
+        let too_long =
+            |sequence: &&Sequence| matches!(sequence.state, State::Waiting) && sequence.len() >= capacity;
         let too_long: Vec<SequenceId> =
             self.sequences.values().filter(too_long).map(|sequence| sequence.id).collect();
         for id in too_long {
@@ -299,7 +306,8 @@ impl Engine {
 
     fn expire(&mut self, now: Millis, effects: &mut Vec<Effect>) {
         while let Some(&(deadline, id)) = self.deadlines.first().filter(|(deadline, _)| *deadline <= now) {
-            let waited = self.sequences.get(&id).map_or(0, |sequence| deadline.since(sequence.history.arrival));
+            let waited =
+                self.sequences.get(&id).map_or(0, |sequence| deadline.since(sequence.history.arrival));
             let message = format!("not complete within its deadline of {waited} ms");
             self.fail(now, id, FailureKind::DeadlineExceeded, message, effects);
             self.deadlines.remove(&(deadline, id));
@@ -349,12 +357,17 @@ impl Engine {
             let mut holds = Vec::new();
             for (order, id) in &replica.running {
                 let sequence = self.sequences.get(id).ok_or(format!("running sequence {id} has ended"))?;
-                let running = sequence.running().ok_or(format!("sequence {id} is listed, but does not run"))?;
+                let running =
+                    sequence.running().ok_or(format!("sequence {id} is listed, but does not run"))?;
                 if running.replica != replica.id || sequence.order != *order {
                     return Err(format!("sequence {id} is listed at the wrong replica or rank"));
                 }
-                if running.computed > running.blocks.len() * BLOCK_TOKENS || running.computed > sequence.len() {
-                    return Err(format!("sequence {id} has computed {} positions without room", running.computed));
+                if running.computed > running.blocks.len() * BLOCK_TOKENS || running.computed > sequence.len()
+                {
+                    return Err(format!(
+                        "sequence {id} has computed {} positions without room",
+                        running.computed
+                    ));
                 }
                 holds.extend(running.blocks.iter().copied());
             }
@@ -367,7 +380,8 @@ impl Engine {
                 State::Running(running) => (false, Some(running.replica)),
                 State::Preempted(preempted) => (true, Some(preempted.replica)),
             };
-            if queued != should_queue || replica.is_some_and(|replica| !self.replicas.contains_key(&replica)) {
+            if queued != should_queue || replica.is_some_and(|replica| !self.replicas.contains_key(&replica))
+            {
                 return Err(format!("sequence {} is queued or placed against its state", sequence.id));
             }
         }
@@ -378,4 +392,3 @@ impl Engine {
         Ok(())
     }
 }
-

@@ -89,12 +89,8 @@ impl Engine {
         let index = sequence.generated.len() as u32;
         sequence.push(sampled.token, now);
         let gateway = sequence.gateway;
-        let event = TokenEvent {
-            id: sequence.submit.id,
-            index,
-            token: sampled.token,
-            logprobs: sampled.logprobs,
-        };
+        let event =
+            TokenEvent { id: sequence.submit.id, index, token: sampled.token, logprobs: sampled.logprobs };
         self.counters.generated_tokens += 1;
         effects.push(Effect::ToGateway { gateway, message: FromScheduler::Token(event) });
         if let Some(reason) = self.end_reason(sampled.id, sampled.grammar_complete) {
@@ -105,7 +101,8 @@ impl Engine {
     /// Why a sequence is complete, if it is.
     pub(super) fn end_reason(&self, id: SequenceId, grammar_complete: bool) -> Option<FinishReason> {
         let sequence = self.sequences.get(&id)?;
-        let stopped = sequence.generated.last().is_some_and(|last| sequence.submit.stop_tokens.contains(last));
+        let stopped =
+            sequence.generated.last().is_some_and(|last| sequence.submit.stop_tokens.contains(last));
         if stopped || grammar_complete {
             return Some(FinishReason::Stop);
         }

@@ -1,0 +1,208 @@
+//! What the scheduler is told before it starts.
+
+use super::SchedulerError;
+use ashlar_shard_plan::Links;
+use ashlar_vocabulary::{ModelDigest, ModelShape};
+use serde::{Deserialize, Serialize};
+
+/// The model that a scheduler serves. Whoever starts it has opened the model; the scheduler itself never does.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ModelCard {
+    /// Directory or hub id, as nodes will open it.
+    pub source: String,
+    /// Digest; nodes and gateways refuse to mix others in.
+    pub digest: ModelDigest,
+    /// Dimensions.
+    pub shape: ModelShape,
+    /// Longest sequence, prompt and answer together.
+    pub max_context_tokens: u32,
+}
+
+/// Configuration of `ashlar scheduler`. Unknown keys are refused; everything but `model` has a default.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SchedulerConfig {
+    /// Directory or hub id of the model.
+    pub model: String,
+    /// Where nodes connect, `host:port`; port 0 picks a free one.
+    #[serde(default = "default_listen_nodes")]
+    pub listen_nodes: String,
+    /// Where gateways connect, `host:port`; port 0 picks a free one.
+    #[serde(default = "default_listen_gateways")]
+    pub listen_gateways: String,
+    /// Cluster state: `redb:PATH`, or `redis://HOST:PORT/DATABASE` where standbys shall be possible.
+    #[serde(default = "default_store")]
+    pub store: String,
+    /// Longest sequence, prompt and answer together; default: what the model allows. Whoever opens the model applies it
+    /// to the [`ModelCard`].
+    #[serde(default)]
+    pub max_context_tokens: Option<u32>,
+    /// Pipeline stages per replica; default: the fewest that fit.
+    #[serde(default)]
+    pub stages: Option<usize>,
+    /// Tensor-parallel ranks per stage: 1, 2, 4 or 8; default: 1.
+    #[serde(default)]
+    pub tensor_parallel_size: Option<usize>,
+    /// Replicas; default: as many as fit.
+    #[serde(default)]
+    pub replicas: Option<usize>,
+    /// Nodes to wait for before the first layout; default: until nobody has joined for `settle_ms`.
+    #[serde(default)]
+    pub expected_nodes: Option<usize>,
+    /// How long to wait for another node to join before the first layout, in milliseconds.
+    #[serde(default = "default_settle_ms")]
+    pub settle_ms: u64,
+    /// Most sequences running per replica.
+    #[serde(default = "default_max_num_seqs")]
+    pub max_num_seqs: usize,
+    /// Most rows in one step of one replica, at least `max_num_seqs`.
+    #[serde(default = "default_max_num_batched_tokens")]
+    pub max_num_batched_tokens: u32,
+    /// No stage shall take longer than this for one step, in milliseconds, as far as that can be predicted.
+    #[serde(default = "default_step_target_ms")]
+    pub step_target_ms: u64,
+    /// Most requests waiting; more are refused with 429.
+    #[serde(default = "default_queue_max")]
+    pub queue_max: usize,
+    /// Deadline of requests that name none, in milliseconds.
+    #[serde(default = "default_deadline_ms")]
+    pub deadline_ms: u64,
+    /// Most of a node's memory that the KV cache may take, 0…1. Within it, the KV cache is as large as `max_num_seqs`
+    /// sequences of at most 4,096 tokens need, and never smaller than one sequence of full length.
+    #[serde(default = "default_kv_memory_share")]
+    pub kv_memory_share: f64,
+    /// A node that executes steps counts as lost after this silence, in milliseconds, or after four predicted steps if
+    /// those take longer.
+    #[serde(default = "default_silence_ms_max")]
+    pub silence_ms_max: u64,
+    /// How long a lost node is waited for before what is left is laid out anew, where stages or replicas are left open.
+    #[serde(default = "default_replan_after_ms")]
+    pub replan_after_ms: u64,
+    /// How long running requests may take to finish when the scheduler is asked to end, in milliseconds.
+    #[serde(default = "default_drain_grace_ms")]
+    pub drain_grace_ms: u64,
+    /// How long the scheduler's lease lasts without renewal, in milliseconds.
+    #[serde(default = "default_lease_ttl_ms")]
+    pub lease_ttl_ms: u64,
+    /// The network between nodes, for predictions; default: processes of one host.
+    #[serde(default)]
+    pub links: Links,
+    /// Where to send traces (OTLP over HTTP), for example `http://127.0.0.1:4318`. Off by default.
+    #[serde(default)]
+    pub otlp_endpoint: Option<String>,
+}
+
+impl SchedulerConfig {
+    /// The defaults, for `model`.
+    pub fn new(model: impl Into<String>) -> SchedulerConfig {
+        SchedulerConfig {
+            model: model.into(),
+            listen_nodes: default_listen_nodes(),
+            listen_gateways: default_listen_gateways(),
+            store: default_store(),
+            max_context_tokens: None,
+            stages: None,
+            tensor_parallel_size: None,
+            replicas: None,
+            expected_nodes: None,
+            settle_ms: default_settle_ms(),
+            max_num_seqs: default_max_num_seqs(),
+            max_num_batched_tokens: default_max_num_batched_tokens(),
+            step_target_ms: default_step_target_ms(),
+            queue_max: default_queue_max(),
+            deadline_ms: default_deadline_ms(),
+            kv_memory_share: default_kv_memory_share(),
+            silence_ms_max: default_silence_ms_max(),
+            replan_after_ms: default_replan_after_ms(),
+            drain_grace_ms: default_drain_grace_ms(),
+            lease_ttl_ms: default_lease_ttl_ms(),
+            links: Links::default(),
+            otlp_endpoint: None,
+        }
+    }
+
+    /// Refuses values that make no sense, before a port is bound.
+    pub fn validate(&self, model: &ModelCard) -> Result<(), SchedulerError> {
+        let rules = [
+            (self.max_num_seqs >= 1, "max_num_seqs must be at least 1"),
+            (
+                self.max_num_batched_tokens as usize >= self.max_num_seqs,
+                "max_num_batched_tokens must be at least max_num_seqs",
+            ),
+            (self.step_target_ms >= 1, "step_target_ms must be at least 1"),
+            (self.queue_max >= 1, "queue_max must be at least 1"),
+            (self.deadline_ms >= 1, "deadline_ms must be at least 1"),
+            (
+                self.kv_memory_share > 0.0 && self.kv_memory_share <= 1.0,
+                "kv_memory_share must be greater than 0 and at most 1",
+            ),
+            (self.silence_ms_max >= 500, "silence_ms_max must be at least 500: nodes beat every 200 ms"),
+            (self.lease_ttl_ms >= 1_000, "lease_ttl_ms must be at least 1000"),
+            (
+                self.stages != Some(0) && self.replicas != Some(0) && self.expected_nodes != Some(0),
+                "stages, replicas and expected_nodes must be at least 1: leave a key out for the default",
+            ),
+            (model.max_context_tokens >= 2, "max_context_tokens must be at least 2"),
+        ];
+        match rules.iter().find(|(holds, _)| !holds) {
+            Some((_, rule)) => Err(SchedulerError::Config((*rule).to_owned())),
+            None => Ok(()),
+        }
+    }
+}
+
+fn default_listen_nodes() -> String {
+    "127.0.0.1:7401".to_owned()
+}
+
+fn default_listen_gateways() -> String {
+    "127.0.0.1:7402".to_owned()
+}
+
+fn default_store() -> String {
+    "redb:.ashlar/scheduler.redb".to_owned()
+}
+
+fn default_settle_ms() -> u64 {
+    500
+}
+
+fn default_max_num_seqs() -> usize {
+    64
+}
+
+fn default_max_num_batched_tokens() -> u32 {
+    512
+}
+
+fn default_step_target_ms() -> u64 {
+    100
+}
+
+fn default_queue_max() -> usize {
+    1024
+}
+
+fn default_deadline_ms() -> u64 {
+    600_000
+}
+
+fn default_kv_memory_share() -> f64 {
+    0.25
+}
+
+fn default_silence_ms_max() -> u64 {
+    1_000
+}
+
+fn default_replan_after_ms() -> u64 {
+    10_000
+}
+
+fn default_drain_grace_ms() -> u64 {
+    10_000
+}
+
+fn default_lease_ttl_ms() -> u64 {
+    5_000
+}

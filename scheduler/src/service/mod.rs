@@ -1,0 +1,215 @@
+//! The shell around the cores: sockets, lease, clock. It decides nothing.
+//!
+//! Layout: [`config`](SchedulerConfig) (what it is told), `leader` (the one task that owns both cores: select, handle,
+//! perform), `connection` (a reader and a writer task per socket), `lease` (under which term it leads), `spans` (traces).
+//!
+//! Nodes and gateways connect to addresses of their own ([`SchedulerConfig::listen_nodes`],
+//! [`SchedulerConfig::listen_gateways`]): what may speak to which is then a matter of the network, too. A gateway's first
+//! message from here is the cluster's snapshot; a node's first message to here is its `Join`.
+//!
+//! **Invariants:** one task owns both cores; there is no lock. Every queue is bounded: a peer that does not read is
+//! disconnected, a peer that sends faster than it is served waits. Whatever a peer sends, only its own connection ends.
+
+mod config;
+mod connection;
+mod leader;
+mod lease;
+mod spans;
+
+pub use config::{ModelCard, SchedulerConfig};
+
+use crate::cluster::{ClusterConfig, NodeConnection};
+use crate::engine::{EngineConfig, GatewayId};
+use ashlar_store::{Lease, Store, StoreError};
+use ashlar_vocabulary::LeaseTerm;
+use connection::{INBOX_MESSAGES_MAX, Numbers, accept};
+use leader::{Ended, Leader, Sources};
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::net::TcpListener;
+use tokio::sync::mpsc;
+
+/// Why a scheduler cannot run.
+#[derive(Debug, thiserror::Error)]
+pub enum SchedulerError {
+    /// The configuration makes no sense.
+    #[error("the scheduler's configuration cannot be used: {0}")]
+    Config(String),
+    /// A port cannot be bound.
+    #[error("cannot listen on {address}: {source}: choose another address with `{key}`")]
+    Listen {
+        /// The configured address.
+        address: String,
+        /// The configuration's key.
+        key: &'static str,
+        /// The system's words.
+        source: std::io::Error,
+    },
+    /// The directory of the state file cannot be made.
+    #[error("cannot create {path}: {source}")]
+    State {
+        /// The directory.
+        path: std::path::PathBuf,
+        /// The system's words.
+        source: std::io::Error,
+    },
+    /// The store cannot be used.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+/// Runs a scheduler until `shutdown` completes and what runs has finished, or its grace period is over.
+///
+/// # Errors
+/// [`SchedulerError`], before anything is served.
+pub async fn serve(
+    config: SchedulerConfig,
+    model: ModelCard,
+    shutdown: impl Future<Output = ()>,
+) -> Result<(), SchedulerError> {
+    Scheduler::bind(config, model).await?.run(shutdown).await
+}
+
+/// A scheduler with its ports bound, not yet leading.
+pub struct Scheduler {
+    config: SchedulerConfig,
+    model: ModelCard,
+    store: Arc<dyn Store>,
+    nodes: Arc<TcpListener>,
+    gateways: Arc<TcpListener>,
+}
+
+impl Scheduler {
+    /// Validates, opens the store and binds both ports.
+    ///
+    /// # Errors
+    /// [`SchedulerError`].
+    pub async fn bind(config: SchedulerConfig, model: ModelCard) -> Result<Scheduler, SchedulerError> {
+        config.validate(&model)?;
+        if let Some(file) = config.store.strip_prefix("redb:")
+            && let Some(path) = std::path::Path::new(file).parent()
+        {
+            let failed = |source| SchedulerError::State { path: path.to_owned(), source };
+            std::fs::create_dir_all(path).map_err(failed)?;
+        }
+        let nodes = listen(&config.listen_nodes, "listen_nodes").await?;
+        let gateways = listen(&config.listen_gateways, "listen_gateways").await?;
+        let store = ashlar_store::open(&config.store).await?;
+        Ok(Scheduler { config, model, store, nodes, gateways })
+    }
+
+    /// Where nodes connect.
+    ///
+    /// # Errors
+    /// If the system does not say.
+    pub fn nodes_address(&self) -> std::io::Result<SocketAddr> {
+        self.nodes.local_addr()
+    }
+
+    /// Where gateways connect.
+    ///
+    /// # Errors
+    /// If the system does not say.
+    pub fn gateways_address(&self) -> std::io::Result<SocketAddr> {
+        self.gateways.local_addr()
+    }
+
+    /// As [`serve`].
+    ///
+    /// # Errors
+    /// [`SchedulerError`], if the store refuses for good.
+    pub async fn run(self, shutdown: impl Future<Output = ()>) -> Result<(), SchedulerError> {
+        tokio::pin!(shutdown);
+        let holder = self.holder();
+        let ttl = Duration::from_millis(self.config.lease_ttl_ms);
+        let mut min_term = LeaseTerm(0);
+        loop {
+            let lease = tokio::select! {
+                lease = lease::acquire(&self.store, &holder, ttl, min_term) => lease?,
+                () = &mut shutdown => return Ok(()),
+            };
+            tracing::info!(term = %lease.term, %holder, "leading");
+            match self.lead(&lease, &mut shutdown).await {
+                Ended::Drained => {
+                    // Best effort: a lease that is not given back runs out.
+                    if let Err(error) = self.store.release(&lease).await {
+                        tracing::warn!(%error, "the lease could not be given back");
+                    }
+                    return Ok(());
+                }
+                Ended::LeaseLost => {}
+                Ended::Fenced(by) => {
+                    tracing::warn!(%by, "a node has accepted a higher term: acquiring one above it");
+                    min_term = LeaseTerm(by.0 + 1);
+                }
+            }
+        }
+    }
+
+    /// One term of leading. Connections do not outlive it: peers come back and meet the next term.
+    async fn lead(&self, lease: &Lease, shutdown: impl Future<Output = ()>) -> Ended {
+        let (node_sender, nodes) = mpsc::channel(INBOX_MESSAGES_MAX);
+        let (gateway_sender, gateways) = mpsc::channel(INBOX_MESSAGES_MAX);
+        let numbers = Arc::new(Numbers::default());
+        tokio::spawn(accept(self.nodes.clone(), numbers.clone(), NodeConnection, node_sender));
+        tokio::spawn(accept(self.gateways.clone(), numbers, GatewayId, gateway_sender));
+        let keeper = tokio::spawn(lease::keep(self.store.clone(), lease.clone()));
+        let stop_keeping = keeper.abort_handle();
+        let lease_lost = async move {
+            let _ = keeper.await;
+        };
+        let leader = Leader::new(self.cluster_config(lease), self.engine_config());
+        let grace = Duration::from_millis(self.config.drain_grace_ms);
+        let ended = leader.lead(Sources { nodes, gateways }, lease_lost, shutdown, grace).await;
+        stop_keeping.abort();
+        ended
+    }
+
+    /// A name that no other process has: terms of two processes must never be mistaken for each other's.
+    fn holder(&self) -> String {
+        let address = self.nodes_address().map(|address| address.to_string()).unwrap_or_default();
+        let started = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+        format!("scheduler {address} pid {} started {}", std::process::id(), started.as_nanos())
+    }
+
+    fn cluster_config(&self, lease: &Lease) -> ClusterConfig {
+        let config = &self.config;
+        ClusterConfig {
+            model: self.model.source.clone(),
+            model_digest: self.model.digest,
+            shape: self.model.shape.clone(),
+            max_context_tokens: self.model.max_context_tokens,
+            term: lease.term,
+            holder: lease.holder.clone(),
+            stages: config.stages,
+            tensor_parallel_size: config.tensor_parallel_size,
+            replicas: config.replicas,
+            expected_nodes: config.expected_nodes,
+            settle_ms: config.settle_ms,
+            max_num_seqs: config.max_num_seqs,
+            max_num_batched_tokens: config.max_num_batched_tokens,
+            kv_memory_share: config.kv_memory_share,
+            silence_ms_max: config.silence_ms_max,
+            replan_after_ms: config.replan_after_ms,
+            links: config.links.clone(),
+        }
+    }
+
+    fn engine_config(&self) -> EngineConfig {
+        EngineConfig {
+            model_digest: self.model.digest,
+            max_context_tokens: self.model.max_context_tokens,
+            max_num_seqs: self.config.max_num_seqs,
+            max_num_batched_tokens: self.config.max_num_batched_tokens,
+            step_target_ms: self.config.step_target_ms,
+            queue_max: self.config.queue_max,
+            deadline_default_ms: self.config.deadline_ms,
+        }
+    }
+}
+
+async fn listen(address: &str, key: &'static str) -> Result<Arc<TcpListener>, SchedulerError> {
+    let failed = |source| SchedulerError::Listen { address: address.to_owned(), key, source };
+    Ok(Arc::new(TcpListener::bind(address).await.map_err(failed)?))
+}
