@@ -44,7 +44,6 @@ fn shape(kernels: &Kernels, n: usize, k: usize) {
             })
         })
         .collect();
-    let parts = [0..k];
     let reader = measure::Reader::new(kernels, WORKING_SET_BYTES);
     for rows in ROWS {
         let x = vec![0.5; rows * k];
@@ -57,7 +56,14 @@ fn shape(kernels: &Kernels, n: usize, k: usize) {
             peak = peak.max(measure::fma_flops_per_s(kernels, Duration::from_millis(2)));
             for _ in 0..3 {
                 let start = Instant::now();
-                kernels.matmul(rows, &x, &weights[runs % copies], &parts, None, &mut y);
+                kernels.matmul(
+                    rows,
+                    &x,
+                    &weights[runs % copies],
+                    std::slice::from_ref(&(0..k)),
+                    None,
+                    &mut y,
+                );
                 seconds = seconds.min(start.elapsed().as_secs_f64());
                 black_box(&mut y);
                 runs += 1;

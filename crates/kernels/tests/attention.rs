@@ -81,7 +81,7 @@ fn shape(kv_heads: usize, group: usize, head_dim: usize, window: Option<u32>) ->
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 16, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 40, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn any_chunking_thread_count_and_instruction_set_gives_the_same_bits(

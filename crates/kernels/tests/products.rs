@@ -168,8 +168,8 @@ fn empty_shapes_are_fine_and_an_empty_axis_yields_the_bias() {
         let mut y = vec![f32::NAN; 10];
         kernels.matmul(2, &[], &packed, &[0..0, 0..0], Some(&[1.0, 2.0, 3.0, 4.0, 5.0]), &mut y);
         assert_eq!(y, [1.0, 2.0, 3.0, 4.0, 5.0, 1.0, 2.0, 3.0, 4.0, 5.0]);
-        kernels.matmul(2, &[], &packed, &[0..0], None, &mut y);
+        kernels.matmul(2, &[], &packed, std::slice::from_ref(&(0..0)), None, &mut y);
         assert!(y.iter().all(|&y| y == 0.0));
-        kernels.matmul(0, &[], &packed, &[0..0], None, &mut []);
+        kernels.matmul(0, &[], &packed, std::slice::from_ref(&(0..0)), None, &mut []);
     }
 }

@@ -84,13 +84,13 @@ proptest! {
             kernels.rope(rows, heads, head_dim, &mut x, stride, &cos, &sin);
             x
         });
-        for row in 0..rows {
+        for (row, &position) in positions.iter().enumerate() {
             for column in 0..stride {
                 let (head, element, at) = (column / head_dim, column % head_dim, row * stride + column);
                 let expected = if head >= heads || element >= 2 * half {
                     f64::from(x[at])
                 } else {
-                    let angle = f64::from(positions[row] as f32 * frequencies[element % half]);
+                    let angle = f64::from(position as f32 * frequencies[element % half]);
                     let own = f64::from(x[at]) * angle.cos();
                     if element < half {
                         own - f64::from(x[at + half]) * angle.sin()

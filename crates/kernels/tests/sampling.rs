@@ -2,7 +2,7 @@
 
 mod common;
 
-use ashlar_kernels::{Isa, Kernels, SampleError, SamplerScratch, SamplerState, sampling};
+use ashlar_kernels::{Isa, Kernels, SampleError, SamplerScratch, SamplerState, math, sampling};
 use ashlar_vocabulary::{SamplingParams, TokenId};
 use common::{all_kernels, numbers};
 
@@ -85,6 +85,56 @@ fn truncation_keeps_the_tokens_it_should() {
     assert_eq!(kept(SamplingParams { top_k: 3, top_p: 0.75, ..default.clone() }), [0, 2]);
     // Temperature comes first: at ½ the probabilities are 0.16, 0.0025, 0.0625, 0.04, 0.01 of 0.275.
     assert_eq!(kept(SamplingParams { temperature: 0.5, top_p: 0.8, ..default }), [0, 2]);
+}
+
+/// The definition of truncation and draw, with a full sort.
+fn by_definition(params: &SamplingParams, logits: &[f32], position: u32) -> TokenId {
+    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let p = logits.iter().map(|logit| math::exp_f32((logit - max) / params.temperature));
+    let mut kept: Vec<(TokenId, f32)> = (0..).zip(p).filter(|&(_, p)| p > 0.0).collect();
+    kept.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+    if params.top_k > 0 {
+        kept.truncate(params.top_k as usize);
+    }
+    let total: f64 = kept.iter().map(|&(_, p)| f64::from(p)).sum();
+    let mut mass = 0.0;
+    kept.retain(|&(_, p)| {
+        let needed = mass < f64::from(params.top_p) * total;
+        mass += f64::from(p);
+        needed && p >= params.min_p
+    });
+    kept.sort_by_key(|&(token, _)| token);
+    let total: f64 = kept.iter().map(|&(_, p)| f64::from(p)).sum();
+    let mut rest = sampling::uniform(params.seed, params.choice_index, position) * total;
+    let chosen = kept.iter().find(|&&(_, p)| {
+        rest -= f64::from(p);
+        rest < 0.0
+    });
+    chosen.expect("a token").0
+}
+
+#[test]
+fn draws_from_large_vocabularies_match_the_definition() {
+    for (seed, scale) in [(1, 0.1), (2, 1.0), (3, 4.0)] {
+        let logits: Vec<f32> = numbers(5_003, seed).iter().map(|x| x * scale).collect();
+        for (top_k, top_p, min_p, temperature) in [
+            (0, 1.0, 0.0, 1.0),
+            (0, 1.0, 0.05, 1.5),
+            (0, 0.9, 0.0, 1.0),
+            (0, 0.5, 0.1, 0.7),
+            (1, 1.0, 0.0, 1.0),
+            (40, 1.0, 0.0, 0.8),
+            (1000, 0.95, 0.02, 1.0),
+            (9000, 0.99, 0.0, 2.0),
+        ] {
+            let params =
+                SamplingParams { seed, top_k, top_p, min_p, temperature, ..SamplingParams::default() };
+            for position in 0..60 {
+                let expected = by_definition(&params, &logits, position);
+                assert_eq!(sample(&params, &logits, position), expected, "{params:?} at {position}");
+            }
+        }
+    }
 }
 
 #[test]

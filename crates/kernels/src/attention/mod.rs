@@ -238,7 +238,7 @@ impl Task<'_> {
                 layout,
                 kv_head,
                 scale,
-                table: &call.rows[rows.start].block_table,
+                table: call.rows[rows.start].block_table,
                 first_block: start / BLOCK_TOKENS,
                 k_cache: call.k_cache,
                 v_cache: call.v_cache,

@@ -92,11 +92,6 @@ impl PanelProduct<'_> {
         let tiles = rows.div_ceil(MAX_TILE_ROWS);
         let step = if tiles == 1 { part.len() } else { K_BLOCK };
         let step_size = step * self.panel.width;
-        let lines_per_input = match tiles {
-            1 => 4,
-            2 | 3 => 2,
-            _ => 1,
-        };
         for start in part.clone().step_by(step) {
             let end = part.end.min(start + step);
             let weights = &self.panel.weights[start * self.panel.width..end * self.panel.width];
@@ -105,6 +100,12 @@ impl PanelProduct<'_> {
             for tile in 0..tiles {
                 let (first, next) = (tile * rows / tiles, (tile + 1) * rows / tiles);
                 let x = &self.x[(self.rows.start + first) * self.k..(self.rows.start + next) * self.k];
+                let lines = match (tiles, tile) {
+                    (1, _) => 4,
+                    (2, _) | (3, 0) => 2,
+                    (3, _) | (_, 0..4) => 1,
+                    _ => 0,
+                };
                 let tile = Tile {
                     weights: weights.as_ptr(),
                     width: self.panel.width,
@@ -115,7 +116,6 @@ impl PanelProduct<'_> {
                     resume: start > part.start,
                     ahead: weights.as_ptr().wrapping_add(if tiles == 1 { AHEAD } else { step_size + asked }),
                 };
-                let lines = if asked < step_size { lines_per_input } else { 0 };
                 asked += (end - start) * lines * LANES;
                 // SAFETY: the slices above were bounds-checked: `inputs` × `width` weights, and for each row of the tile
                 // `inputs` activations from `start`; `sums` has room for `rows` × `width`.

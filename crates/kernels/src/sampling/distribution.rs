@@ -110,12 +110,12 @@ fn truncate<'a>(
     counts.resize(BINS, 0);
     masses.clear();
     masses.resize(BINS, 0.0);
+    let top_k = params.top_k as usize;
     for &p in p {
         let bin = ((p.to_bits() >> BIN_SHIFT) as usize).min(BINS - 1);
-        counts[bin] += 1;
-        masses[bin] += f64::from(p);
+        // One of both suffices.
+        if top_k > 0 { counts[bin] += 1 } else { masses[bin] += f64::from(p) }
     }
-    let top_k = params.top_k as usize;
     // Down to this bin there are `top_k` tokens, or, without it, mass enough for `top_p`, with some to spare because sums
     // in another order round differently.
     let enough = f64::from(params.top_p) * masses.iter().sum::<f64>() * (1.0 + 1e-9);
@@ -123,7 +123,8 @@ fn truncate<'a>(
     for bin in (0..BINS).rev() {
         count += counts[bin] as usize;
         mass += masses[bin];
-        if if top_k > 0 { count >= top_k } else { mass >= enough } {
+        let reached = if top_k > 0 { count >= top_k } else { mass >= enough };
+        if reached {
             lowest = bin;
             break;
         }
