@@ -1,1 +1,27 @@
-//! Placeholder.
+//! The executing service: one process is one rank. It holds a range of layers and a slice of their heads and columns,
+//! the KV cache of just these, and decides nothing.
+//!
+//! * [`beat`]: the compute loop's sign of life.
+//! * [`config`]: what a node is told before it starts.
+//! * [`sequencer`]: pure: which plans are valid, and what each sequence's tokens and blocks are.
+//! * [`executor`]: the compute thread: applies plans strictly in order.
+//! * [`sampling`]: samplers and grammars of the last stage's rank 0.
+//! * [`links`]: data connections to other ranks; the tensor-parallel group's exchange.
+//! * [`fence`]: the persisted highest lease term.
+//! * [`service`]: the thin shell: control connection, data listener, reconnects.
+//!
+//! **Invariants:** the sequencer performs no I/O and reads no clock. A rank obeys only the highest lease term it has
+//! seen. Steps are executed in order or not at all.
+#![forbid(unsafe_code)]
+
+pub mod beat;
+pub mod config;
+pub mod executor;
+pub mod fence;
+pub mod links;
+pub mod sampling;
+pub mod sequencer;
+pub mod service;
+
+pub use config::NodeConfig;
+pub use service::{NodeError, serve};

@@ -1,1 +1,34 @@
-//! Placeholder.
+//! Models: configurations, weight files and the one forward pass that every architecture shares.
+//!
+//! * [`config`]: a Hugging Face `config.json` becomes a [`ModelConfig`]; differences between architectures are *data*
+//!   there (biases, head norms, windows, RoPE scaling), never a second forward pass.
+//! * [`hub`]: a directory or hub id becomes a local directory.
+//! * [`weights`]: safetensors files, read by position; a rank reads only its slice.
+//! * [`digest`]: what identifies a model's bits.
+//! * [`slice`]: which rows and columns of which tensor belong to a rank.
+//! * [`stage`]: a rank's packed weights; [`block`]: one transformer block; [`kv`]: its KV cache.
+//! * [`collective`]: the seam to the other ranks of the group.
+//! * [`synth`]: random weights of a real shape.
+//!
+//! **Invariants:** no network except the hub client; no socket, clock or thread of its own; no `unsafe` (files are read
+//! by position, not mapped: a file truncated under a running node is an error, not a SIGBUS, and no source page counts
+//! as resident). Serving allocates its workspaces once.
+#![forbid(unsafe_code)]
+
+pub mod block;
+pub mod collective;
+pub mod config;
+pub mod digest;
+pub mod hub;
+pub mod kv;
+pub mod slice;
+pub mod stage;
+pub mod synth;
+pub mod weights;
+
+pub use collective::{Collective, CollectiveError, SingleRank};
+pub use config::{ConfigError, ModelConfig};
+pub use kv::KvCache;
+pub use slice::RankSlice;
+pub use stage::{ForwardError, LoadError, StageInput, StageModel, Workspace};
+pub use weights::{WeightError, WeightFiles};

@@ -1,0 +1,309 @@
+//! A Hugging Face `config.json`, reduced to what the forward pass needs.
+//!
+//! Supported: Llama 2/3 (linear and `llama3` RoPE scaling), Qwen2/2.5 (QKV bias), Qwen3 (head norms), Mistral (sliding
+//! window); tied or untied heads. Anything that would compute something else is refused with its name.
+
+use ashlar_vocabulary::ModelShape;
+use serde::Deserialize;
+use std::path::{Path, PathBuf};
+
+/// Why a model's configuration cannot be served.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error(
+        "cannot read {path}: {source} (a model directory needs config.json, tokenizer.json and safetensors files)"
+    )]
+    Read {
+        /// Which file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The file is not the JSON it should be.
+    #[error("cannot parse {path}: {source}")]
+    Parse {
+        /// Which file.
+        path: PathBuf,
+        /// Where and why.
+        source: serde_json::Error,
+    },
+    /// The architecture or one of its options is not supported.
+    #[error("unsupported model: {0}")]
+    Unsupported(String),
+    /// Dimensions that contradict each other.
+    #[error("inconsistent config.json: {0}")]
+    Inconsistent(String),
+}
+
+/// Scaling of the rotary frequencies.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum RopeScaling {
+    /// Plain RoPE.
+    None,
+    /// Every frequency divided by the factor.
+    Linear {
+        /// The divisor.
+        factor: f64,
+    },
+    /// Llama 3's: low frequencies divided, high ones kept, a smooth band between.
+    Llama3 {
+        /// The divisor of low frequencies.
+        factor: f64,
+        /// Wavelengths above `original/low` are scaled.
+        low_freq_factor: f64,
+        /// Wavelengths below `original/high` are kept.
+        high_freq_factor: f64,
+        /// Context of the original training.
+        original_max_position_embeddings: f64,
+    },
+}
+
+/// Everything the forward pass needs to know about a model.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ModelConfig {
+    /// Dimensions.
+    pub shape: ModelShape,
+    /// Architecture name as in the file, for people.
+    pub architecture: String,
+    /// ε of every RMSNorm.
+    pub rms_norm_eps: f32,
+    /// RoPE base.
+    pub rope_theta: f64,
+    /// RoPE scaling.
+    pub rope_scaling: RopeScaling,
+    /// Biases of the query, key and value projections.
+    pub qkv_bias: bool,
+    /// Bias of the attention's output projection.
+    pub output_bias: bool,
+    /// Biases of the feed-forward projections.
+    pub mlp_bias: bool,
+    /// RMSNorm over each query and key head before RoPE.
+    pub head_norms: bool,
+    /// Keys visible to a query, where limited.
+    pub sliding_window: Option<u32>,
+    /// First layer that uses the sliding window.
+    pub first_window_layer: usize,
+}
+
+#[derive(Debug, Deserialize)]
+struct RawRope {
+    #[serde(alias = "type")]
+    rope_type: Option<String>,
+    rope_theta: Option<f64>,
+    factor: Option<f64>,
+    low_freq_factor: Option<f64>,
+    high_freq_factor: Option<f64>,
+    original_max_position_embeddings: Option<f64>,
+}
+
+#[derive(Debug, Deserialize)]
+struct RawConfig {
+    #[serde(default)]
+    architectures: Vec<String>,
+    model_type: String,
+    hidden_size: usize,
+    intermediate_size: usize,
+    num_hidden_layers: usize,
+    num_attention_heads: usize,
+    num_key_value_heads: Option<usize>,
+    head_dim: Option<usize>,
+    vocab_size: usize,
+    max_position_embeddings: usize,
+    rms_norm_eps: f64,
+    rope_theta: Option<f64>,
+    rope_scaling: Option<RawRope>,
+    rope_parameters: Option<RawRope>,
+    attention_bias: Option<bool>,
+    mlp_bias: Option<bool>,
+    hidden_act: Option<String>,
+    tie_word_embeddings: Option<bool>,
+    sliding_window: Option<u32>,
+    use_sliding_window: Option<bool>,
+    max_window_layers: Option<usize>,
+    #[serde(alias = "dtype")]
+    torch_dtype: Option<String>,
+    quantization_config: Option<serde_json::Value>,
+}
+
+impl ModelConfig {
+    /// Reads `config.json` in `directory`.
+    pub fn from_dir(directory: &Path) -> Result<ModelConfig, ConfigError> {
+        ModelConfig::from_file(&directory.join("config.json"))
+    }
+
+    /// Reads a configuration file.
+    pub fn from_file(path: &Path) -> Result<ModelConfig, ConfigError> {
+        let text = std::fs::read_to_string(path)
+            .map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
+        let raw = serde_json::from_str(&text)
+            .map_err(|source| ConfigError::Parse { path: path.to_owned(), source })?;
+        ModelConfig::from_raw(raw)
+    }
+
+    fn from_raw(raw: RawConfig) -> Result<ModelConfig, ConfigError> {
+        let family = raw.model_type.as_str();
+        if !matches!(family, "llama" | "qwen2" | "qwen3" | "mistral") {
+            return Err(ConfigError::Unsupported(format!(
+                "model_type `{family}` (llama, qwen2, qwen3 and mistral are)"
+            )));
+        }
+        if let Some(quantization) = &raw.quantization_config {
+            let method = quantization.get("quant_method").and_then(|m| m.as_str()).unwrap_or("unknown");
+            return Err(ConfigError::Unsupported(format!(
+                "weights quantised with `{method}`: use an f32, f16 or bf16 checkpoint"
+            )));
+        }
+        let activation = raw.hidden_act.as_deref().unwrap_or("silu");
+        if !matches!(activation, "silu" | "swish") {
+            return Err(ConfigError::Unsupported(format!("hidden_act `{activation}` (silu is)")));
+        }
+        let shape = shape_of(&raw)?;
+        let rope = raw.rope_parameters.as_ref().or(raw.rope_scaling.as_ref());
+        let uses_window = match family {
+            "mistral" => true,
+            "qwen2" | "qwen3" => raw.use_sliding_window.unwrap_or(false),
+            _ => false,
+        };
+        let bias = raw.attention_bias.unwrap_or(false);
+        Ok(ModelConfig {
+            architecture: raw.architectures.first().cloned().unwrap_or_else(|| raw.model_type.clone()),
+            rms_norm_eps: raw.rms_norm_eps as f32,
+            rope_theta: rope.and_then(|r| r.rope_theta).or(raw.rope_theta).unwrap_or(10_000.0),
+            rope_scaling: rope.map_or(Ok(RopeScaling::None), |r| scaling_of(r, &shape))?,
+            qkv_bias: family == "qwen2" || bias,
+            output_bias: bias && family != "qwen2",
+            mlp_bias: raw.mlp_bias.unwrap_or(false),
+            head_norms: family == "qwen3",
+            sliding_window: raw.sliding_window.filter(|_| uses_window),
+            first_window_layer: match family {
+                "mistral" => 0,
+                _ => raw.max_window_layers.unwrap_or(0),
+            },
+            shape,
+        })
+    }
+
+    /// The window of layer `layer`, if it has one.
+    pub fn window(&self, layer: usize) -> Option<u32> {
+        self.sliding_window.filter(|_| layer >= self.first_window_layer)
+    }
+}
+
+fn shape_of(raw: &RawConfig) -> Result<ModelShape, ConfigError> {
+    let heads = raw.num_attention_heads;
+    let kv_heads = raw.num_key_value_heads.unwrap_or(heads);
+    let sizes = [
+        ("hidden_size", raw.hidden_size, 1 << 17),
+        ("intermediate_size", raw.intermediate_size, 1 << 19),
+        ("num_hidden_layers", raw.num_hidden_layers, 4096),
+        ("num_attention_heads", heads, 4096),
+        ("num_key_value_heads", kv_heads, 4096),
+        ("vocab_size", raw.vocab_size, 1 << 24),
+        ("max_position_embeddings", raw.max_position_embeddings, 1 << 28),
+        ("head_dim", raw.head_dim.unwrap_or(1), 4096),
+    ];
+    for (name, value, max) in sizes {
+        if value == 0 || value > max {
+            return Err(ConfigError::Inconsistent(format!("{name} is {value}, expected 1 to {max}")));
+        }
+    }
+    if heads % kv_heads != 0 {
+        return Err(ConfigError::Inconsistent(format!(
+            "{heads} attention heads cannot share {kv_heads} key/value heads evenly"
+        )));
+    }
+    if raw.head_dim.is_none() && raw.hidden_size % heads != 0 {
+        return Err(ConfigError::Inconsistent(format!(
+            "hidden_size {} is not a multiple of {heads} heads",
+            raw.hidden_size
+        )));
+    }
+    let head_dim = raw.head_dim.unwrap_or(raw.hidden_size / heads);
+    if head_dim % 2 != 0 {
+        return Err(ConfigError::Inconsistent(format!(
+            "head_dim {head_dim} is odd; rotary embedding pairs elements"
+        )));
+    }
+    Ok(ModelShape {
+        hidden_size: raw.hidden_size,
+        intermediate_size: raw.intermediate_size,
+        num_layers: raw.num_hidden_layers,
+        num_heads: heads,
+        num_kv_heads: kv_heads,
+        head_dim,
+        vocab_size: raw.vocab_size,
+        max_position_embeddings: raw.max_position_embeddings,
+        tied_head: raw.tie_word_embeddings.unwrap_or(false),
+        file_bytes_per_weight: match raw.torch_dtype.as_deref() {
+            Some("float16" | "bfloat16") => 2,
+            _ => 4,
+        },
+    })
+}
+
+fn scaling_of(rope: &RawRope, shape: &ModelShape) -> Result<RopeScaling, ConfigError> {
+    let missing = |name: &str| ConfigError::Inconsistent(format!("rope scaling lacks `{name}`"));
+    match rope.rope_type.as_deref() {
+        None | Some("default") => Ok(RopeScaling::None),
+        Some("linear") => Ok(RopeScaling::Linear { factor: rope.factor.ok_or_else(|| missing("factor"))? }),
+        Some("llama3") => Ok(RopeScaling::Llama3 {
+            factor: rope.factor.ok_or_else(|| missing("factor"))?,
+            low_freq_factor: rope.low_freq_factor.ok_or_else(|| missing("low_freq_factor"))?,
+            high_freq_factor: rope.high_freq_factor.ok_or_else(|| missing("high_freq_factor"))?,
+            original_max_position_embeddings: rope
+                .original_max_position_embeddings
+                .unwrap_or(shape.max_position_embeddings as f64),
+        }),
+        Some(other) => {
+            Err(ConfigError::Unsupported(format!("rope scaling `{other}` (linear and llama3 are)")))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    fn parse(extra: &str) -> Result<ModelConfig, ConfigError> {
+        let base = r#""hidden_size":64,"intermediate_size":96,"num_hidden_layers":2,"num_attention_heads":8,
+            "vocab_size":100,"max_position_embeddings":64,"rms_norm_eps":1e-5"#;
+        ModelConfig::from_raw(serde_json::from_str(&format!("{{{base},{extra}}}")).unwrap())
+    }
+
+    #[test]
+    fn an_unknown_architecture_is_refused_by_name() {
+        let error = parse(r#""model_type":"gpt2""#).unwrap_err().to_string();
+        assert!(error.contains("gpt2"), "{error}");
+    }
+
+    #[test]
+    fn both_spellings_of_rope_parameters_are_read() {
+        let old =
+            parse(r#""model_type":"llama","rope_theta":5.0,"rope_scaling":{"type":"linear","factor":2.0}"#)
+                .unwrap();
+        let new = parse(
+            r#""model_type":"llama","rope_parameters":{"rope_theta":5.0,"rope_type":"linear","factor":2.0}"#,
+        )
+        .unwrap();
+        assert_eq!(old, new);
+        assert_eq!(old.rope_scaling, RopeScaling::Linear { factor: 2.0 });
+    }
+
+    #[test]
+    fn a_qwen_window_needs_its_switch_and_starts_at_its_layer() {
+        let off = parse(r#""model_type":"qwen2","sliding_window":8"#).unwrap();
+        assert_eq!(off.window(1), None);
+        let on = parse(
+            r#""model_type":"qwen2","sliding_window":8,"use_sliding_window":true,"max_window_layers":1"#,
+        )
+        .unwrap();
+        assert_eq!((on.window(0), on.window(1)), (None, Some(8)));
+    }
+
+    #[test]
+    fn heads_that_do_not_divide_are_refused() {
+        assert!(parse(r#""model_type":"llama","num_key_value_heads":3"#).is_err());
+    }
+}

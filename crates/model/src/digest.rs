@@ -1,0 +1,50 @@
+//! What identifies a model's bits: numeric version, configuration, and the weight files.
+//!
+//! Hashing every byte of a large model would dominate start-up, so the digest covers each file's length, its whole
+//! header (names, shapes, types, offsets) and evenly spread samples of its data. Two different checkpoints of one
+//! architecture differ in nearly every sample; a flipped bit elsewhere is the file system's and the hub's business.
+
+use crate::weights::{self, WeightError};
+use ashlar_vocabulary::{ModelDigest, ids::NUMERIC_VERSION};
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+const SAMPLES: u64 = 256;
+const SAMPLE_BYTES: u64 = 4096;
+
+/// Digest of the model in `directory`.
+pub fn model_digest(directory: &Path) -> Result<ModelDigest, WeightError> {
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(&NUMERIC_VERSION.to_le_bytes());
+    let config = directory.join("config.json");
+    let text = std::fs::read(&config).map_err(|source| WeightError::Read { path: config.clone(), source })?;
+    hasher.update(&(text.len() as u64).to_le_bytes());
+    hasher.update(&text);
+    for name in weights::file_names(directory)? {
+        let path = directory.join(name);
+        let read = |source| WeightError::Read { path: path.clone(), source };
+        let file = File::open(&path).map_err(read)?;
+        let length = file.metadata().map_err(read)?.len();
+        hasher.update(&length.to_le_bytes());
+        let header_end = {
+            let mut prefix = [0u8; 8];
+            file.read_exact_at(&mut prefix, 0).map_err(read)?;
+            u64::from_le_bytes(prefix).saturating_add(8).min(length)
+        };
+        let stride = ((length - header_end) / SAMPLES).max(SAMPLE_BYTES);
+        let mut sample = |start: u64, end: u64| -> Result<(), WeightError> {
+            let mut buffer = vec![0u8; (end - start) as usize];
+            file.read_exact_at(&mut buffer, start).map_err(read)?;
+            hasher.update(&buffer);
+            Ok(())
+        };
+        sample(0, header_end.min(128 << 20))?;
+        let mut at = header_end;
+        while at < length {
+            sample(at, (at + SAMPLE_BYTES).min(length))?;
+            at += stride;
+        }
+    }
+    Ok(ModelDigest(*hasher.finalize().as_bytes()))
+}

@@ -1,0 +1,378 @@
+//! A rank's share of the model: its layers, and embedding or head where it has them.
+
+use crate::block::{Block, PackSource, pack};
+use crate::collective::{Collective, CollectiveError};
+use crate::config::{ConfigError, ModelConfig, RopeScaling};
+use crate::kv::KvCache;
+use crate::slice::RankSlice;
+use crate::weights::{FileDtype, WeightError, WeightFiles};
+use ashlar_kernels::{
+    Kernels, KvLayout, Llama3Scaling, PackedMatrix, RowContext, inv_freq, scale_inv_freq_linear,
+    scale_inv_freq_llama3,
+};
+use ashlar_vocabulary::{Bytes, TokenId};
+use std::path::Path;
+use std::sync::Arc;
+
+/// Rows whose logits are computed together; bounds the logits workspace.
+pub const LOGIT_ROWS_MAX: usize = 16;
+
+/// Why a rank could not load its share.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    /// The configuration.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The weights.
+    #[error(transparent)]
+    Weights(#[from] WeightError),
+    /// The cut.
+    #[error("{0}")]
+    Slice(String),
+}
+
+/// Why a step failed.
+#[derive(Debug, thiserror::Error)]
+pub enum ForwardError {
+    /// A peer was lost.
+    #[error(transparent)]
+    Collective(#[from] CollectiveError),
+    /// A token outside the vocabulary.
+    #[error("token {0} is outside the vocabulary")]
+    Token(TokenId),
+}
+
+/// What enters a stage.
+#[derive(Debug, Clone, Copy)]
+pub enum StageInput<'a> {
+    /// Token ids, for the first stage.
+    Tokens(&'a [TokenId]),
+    /// Rows of the residual stream, for the others.
+    Activations(&'a [f32]),
+}
+
+/// Buffers of one step, allocated once for the largest.
+#[derive(Debug)]
+pub struct Workspace {
+    pub(crate) x: Vec<f32>,
+    pub(crate) normed: Vec<f32>,
+    pub(crate) wide: Vec<f32>,
+    pub(crate) narrow: Vec<f32>,
+    pub(crate) gathered: Vec<f32>,
+    pub(crate) cos: Vec<f32>,
+    pub(crate) sin: Vec<f32>,
+    positions: Vec<u32>,
+    head_rows: Vec<f32>,
+    local_logits: Vec<f32>,
+    logits: Vec<f32>,
+    hidden: usize,
+}
+
+impl Workspace {
+    /// The residual stream after [`StageModel::forward`]: the first `rows` rows.
+    pub fn activations(&self, rows: usize) -> &[f32] {
+        &self.x[..rows * self.hidden]
+    }
+
+    /// Reserved memory.
+    pub fn bytes(&self) -> Bytes {
+        let buffers = [
+            &self.x,
+            &self.normed,
+            &self.wide,
+            &self.narrow,
+            &self.gathered,
+            &self.cos,
+            &self.sin,
+            &self.head_rows,
+            &self.local_logits,
+            &self.logits,
+        ];
+        Bytes(buffers.iter().map(|b| 4 * b.len() as u64).sum())
+    }
+}
+
+/// How tokens become rows.
+#[derive(Debug)]
+enum Embedding {
+    /// The head's packed weights serve both (one stage, one rank, tied).
+    Tied,
+    /// This rank's rows, in the file's type.
+    Table { dtype: FileDtype, bytes: Vec<u8> },
+}
+
+#[derive(Debug)]
+struct Head {
+    norm: Vec<f32>,
+    weights: PackedMatrix,
+}
+
+/// A rank's share of one model.
+#[derive(Debug)]
+pub struct StageModel {
+    config: ModelConfig,
+    slice: RankSlice,
+    kernels: Arc<Kernels>,
+    embedding: Option<Embedding>,
+    blocks: Vec<Block>,
+    head: Option<Head>,
+    inv_freq: Vec<f32>,
+}
+
+impl StageModel {
+    /// Reads the slice of the model in `directory`. `progress` hears (bytes ready, bytes in all).
+    pub fn load(
+        directory: &Path,
+        slice: RankSlice,
+        kernels: Arc<Kernels>,
+        progress: &mut dyn FnMut(Bytes, Bytes),
+    ) -> Result<StageModel, LoadError> {
+        let config = ModelConfig::from_dir(directory)?;
+        let files = WeightFiles::open(directory)?;
+        let shape = &config.shape;
+        if let Some(problem) = slice.problem(shape) {
+            return Err(LoadError::Slice(problem));
+        }
+        let rows = slice.vocabulary(shape);
+        let (vocab, hidden) = (shape.vocab_size, shape.hidden_size);
+        let shares_table = shape.tied_head && slice.first && slice.last && slice.tensor_parallel_size == 1;
+        let mut model = StageModel {
+            inv_freq: inverse_frequencies(&config),
+            config: config.clone(),
+            slice: slice.clone(),
+            kernels,
+            embedding: None,
+            blocks: Vec::with_capacity(slice.layers.len()),
+            head: None,
+        };
+        let total = expected_bytes(&config, &slice);
+        progress(Bytes(0), total);
+        if slice.first {
+            model.embedding = Some(if shares_table {
+                Embedding::Tied
+            } else {
+                let reader = files.tensor("model.embed_tokens.weight", &[vocab, hidden])?;
+                Embedding::Table { dtype: reader.dtype(), bytes: reader.read_bytes(rows.clone(), 0..hidden)? }
+            });
+            progress(model.bytes(), total);
+        }
+        for layer in slice.layers.start..slice.layers.end {
+            model.blocks.push(Block::load(&files, &config, &slice, layer)?);
+            progress(model.bytes(), total);
+        }
+        if slice.last {
+            let name = if shape.tied_head { "model.embed_tokens.weight" } else { "lm_head.weight" };
+            let source = PackSource { name, shape: [vocab, hidden], rows, columns: 0..hidden };
+            let weights = pack(&files, &[source])?;
+            let norm = files.tensor("model.norm.weight", &[hidden])?.read(0..1, 0..hidden)?;
+            model.head = Some(Head { norm, weights });
+        }
+        progress(total, total);
+        Ok(model)
+    }
+
+    /// The model's configuration.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// This rank's slice.
+    pub fn slice(&self) -> &RankSlice {
+        &self.slice
+    }
+
+    /// The kernels it computes with.
+    pub fn kernels(&self) -> &Arc<Kernels> {
+        &self.kernels
+    }
+
+    /// Memory of the weights.
+    pub fn bytes(&self) -> Bytes {
+        let embedding = match &self.embedding {
+            Some(Embedding::Table { bytes, .. }) => bytes.len() as u64,
+            _ => 0,
+        };
+        let head = self.head.as_ref().map_or(0, |h| h.weights.bytes() as u64 + 4 * h.norm.len() as u64);
+        Bytes(embedding + head) + self.blocks.iter().map(Block::bytes).sum()
+    }
+
+    /// An empty KV cache of `blocks` blocks for this slice.
+    pub fn kv_cache(&self, blocks: usize) -> KvCache {
+        let head_dim = self.config.shape.head_dim;
+        let kv_heads = self.slice.keys(&self.config.shape).len() / head_dim;
+        KvCache::new(KvLayout { kv_heads, head_dim }, self.slice.layers.len(), blocks)
+    }
+
+    /// Buffers for steps of up to `rows` rows.
+    pub fn workspace(&self, rows: usize) -> Workspace {
+        let shape = &self.config.shape;
+        let (hidden, size) = (shape.hidden_size, self.slice.tensor_parallel_size);
+        let (q, kv) = (self.slice.queries(shape).len(), self.slice.keys(shape).len());
+        let ff = self.slice.feed_forward(shape).len();
+        let logits = if self.slice.last { LOGIT_ROWS_MAX } else { 0 };
+        let whole_logits = if self.slice.tensor_rank == 0 { logits * shape.vocab_size } else { 0 };
+        Workspace {
+            x: vec![0.0; rows * hidden],
+            normed: vec![0.0; rows * hidden],
+            wide: vec![0.0; rows * (q + 2 * kv).max(2 * ff)],
+            narrow: vec![0.0; rows * q.max(ff)],
+            gathered: vec![0.0; if size > 1 { rows * hidden * size } else { 0 }],
+            cos: vec![0.0; rows * shape.head_dim / 2],
+            sin: vec![0.0; rows * shape.head_dim / 2],
+            positions: Vec::with_capacity(rows),
+            head_rows: vec![0.0; 2 * logits * hidden],
+            local_logits: vec![0.0; logits * self.slice.vocabulary(shape).len()],
+            logits: vec![0.0; whole_logits],
+            hidden,
+        }
+    }
+
+    /// Runs this stage over `rows`; the result is in [`Workspace::activations`]. `beat` is called between layers.
+    pub fn forward(
+        &self,
+        rows: &[RowContext<'_>],
+        input: StageInput<'_>,
+        cache: &mut KvCache,
+        group: &mut dyn Collective,
+        work: &mut Workspace,
+        beat: &mut dyn FnMut(),
+    ) -> Result<(), ForwardError> {
+        let (count, hidden) = (rows.len(), self.config.shape.hidden_size);
+        match input {
+            StageInput::Activations(values) => work.x[..count * hidden].copy_from_slice(values),
+            StageInput::Tokens(tokens) => self.embed(tokens, group, work)?,
+        }
+        work.positions.clear();
+        work.positions.extend(rows.iter().map(|row| row.position));
+        let half = self.config.shape.head_dim / 2;
+        let (cos, sin) = (&mut work.cos[..count * half], &mut work.sin[..count * half]);
+        self.kernels.rope_angles(&work.positions, &self.inv_freq, 1.0, cos, sin);
+        for (index, block) in self.blocks.iter().enumerate() {
+            block.forward(&self.kernels, rows, cache.layer_mut(index), group, work)?;
+            beat();
+        }
+        Ok(())
+    }
+
+    /// Logits of up to [`LOGIT_ROWS_MAX`] of the rows last computed: `rows.len() × vocabulary` values on rank 0 of the
+    /// last stage, `None` on its other ranks.
+    pub fn logits<'w>(
+        &self,
+        rows: &[usize],
+        group: &mut dyn Collective,
+        work: &'w mut Workspace,
+    ) -> Result<Option<&'w mut [f32]>, ForwardError> {
+        let Some(head) = &self.head else { return Ok(None) };
+        let shape = &self.config.shape;
+        let (hidden, vocab, count) = (shape.hidden_size, shape.vocab_size, rows.len());
+        let (picked, normed) = work.head_rows.split_at_mut(LOGIT_ROWS_MAX * hidden);
+        for (slot, &row) in picked.chunks_exact_mut(hidden).zip(rows) {
+            slot.copy_from_slice(&work.x[row * hidden..(row + 1) * hidden]);
+        }
+        let (picked, normed) = (&picked[..count * hidden], &mut normed[..count * hidden]);
+        self.kernels.rms_norm(count, hidden, picked, &head.norm, self.config.rms_norm_eps, normed);
+        if group.size() == 1 {
+            let logits = &mut work.logits[..count * vocab];
+            self.kernels.matmul(count, normed, &head.weights, &[0..hidden], None, logits);
+            return Ok(Some(logits));
+        }
+        let local = &mut work.local_logits[..count * head.weights.n()];
+        self.kernels.matmul(count, normed, &head.weights, &[0..hidden], None, local);
+        let widths: Vec<usize> =
+            (0..group.size()).map(|rank| shape.vocab_cut().rank(rank, group.size()).len()).collect();
+        let lengths: Vec<usize> = widths.iter().map(|width| width * count).collect();
+        if group.rank() > 0 {
+            group.gather(local, &lengths, &mut [])?;
+            return Ok(None);
+        }
+        // Contributions arrive rank after rank; rows are put together from them.
+        let mut all = vec![0.0; count * vocab];
+        group.gather(local, &lengths, &mut all)?;
+        let logits = &mut work.logits[..count * vocab];
+        let (mut source, mut column) = (0, 0);
+        for width in widths {
+            for row in 0..count {
+                let to = row * vocab + column;
+                logits[to..to + width].copy_from_slice(&all[source..source + width]);
+                source += width;
+            }
+            column += width;
+        }
+        Ok(Some(logits))
+    }
+
+    fn embed(
+        &self,
+        tokens: &[TokenId],
+        group: &mut dyn Collective,
+        work: &mut Workspace,
+    ) -> Result<(), ForwardError> {
+        let shape = &self.config.shape;
+        let hidden = shape.hidden_size;
+        if let Some(&token) = tokens.iter().find(|&&token| token as usize >= shape.vocab_size) {
+            return Err(ForwardError::Token(token));
+        }
+        let own = self.slice.vocabulary(shape);
+        let size = tokens.len() * hidden;
+        for (&token, row) in tokens.iter().zip(work.x.chunks_exact_mut(hidden)) {
+            match (&self.embedding, &self.head) {
+                (Some(Embedding::Tied), Some(head)) => head.weights.row(token as usize, row),
+                (Some(Embedding::Table { dtype, bytes }), _) if own.contains(&(token as usize)) => {
+                    let width = hidden * dtype.bytes();
+                    let at = (token as usize - own.start) * width;
+                    dtype.widen(&bytes[at..at + width], row);
+                }
+                _ => row.fill(0.0),
+            }
+        }
+        if group.size() > 1 {
+            let all = &mut work.gathered[..size * group.size()];
+            group.all_gather(&work.x[..size], all)?;
+            for (index, (&token, row)) in tokens.iter().zip(work.x.chunks_exact_mut(hidden)).enumerate() {
+                let owner = (0..group.size())
+                    .find(|&rank| shape.vocab_cut().rank(rank, group.size()).contains(&(token as usize)))
+                    .unwrap_or(0);
+                let at = owner * size + index * hidden;
+                row.copy_from_slice(&all[at..at + hidden]);
+            }
+        }
+        Ok(())
+    }
+}
+
+fn inverse_frequencies(config: &ModelConfig) -> Vec<f32> {
+    let mut frequencies = inv_freq(config.rope_theta, config.shape.head_dim);
+    match config.rope_scaling {
+        RopeScaling::None => {}
+        RopeScaling::Linear { factor } => scale_inv_freq_linear(&mut frequencies, factor),
+        RopeScaling::Llama3 {
+            factor,
+            low_freq_factor,
+            high_freq_factor,
+            original_max_position_embeddings,
+        } => scale_inv_freq_llama3(
+            &mut frequencies,
+            Llama3Scaling {
+                factor,
+                low_freq_factor,
+                high_freq_factor,
+                original_max_position: original_max_position_embeddings,
+            },
+        ),
+    }
+    frequencies
+}
+
+/// Weight memory of a slice by shape, for progress bars and ledgers.
+pub fn expected_bytes(config: &ModelConfig, slice: &RankSlice) -> Bytes {
+    let shape = &config.shape;
+    let (hidden, size) = (shape.hidden_size, slice.tensor_parallel_size);
+    let (q, kv) = (slice.queries(shape).len(), slice.keys(shape).len());
+    let ff = slice.feed_forward(shape).len();
+    let layer = hidden * (2 * q + 2 * kv + 3 * ff + 2);
+    let vocabulary = slice.vocabulary(shape).len() * hidden;
+    let shares_table = shape.tied_head && slice.first && slice.last && size == 1;
+    let table = if slice.first && !shares_table { vocabulary * shape.file_bytes_per_weight } else { 0 };
+    let head = if slice.last { 4 * (vocabulary + hidden) } else { 0 };
+    Bytes((4 * layer * slice.layers.len() + table + head) as u64)
+}

@@ -1,0 +1,318 @@
+//! Weight files: safetensors, one file or an index of shards, read by position.
+//!
+//! Only headers are kept in memory. A reader asks for rows (or a column range of a row) of a named tensor and gets f32;
+//! f16 and bf16 widen exactly.
+
+use half::{bf16, f16};
+use safetensors::{Dtype, SafeTensors};
+use serde::Deserialize;
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+/// Longest safetensors header accepted, in bytes.
+const HEADER_BYTES_MAX: u64 = 100 << 20;
+
+/// What is wrong with a model's weights.
+#[derive(Debug, thiserror::Error)]
+pub enum WeightError {
+    /// The directory has no weights.
+    #[error("no model.safetensors or model.safetensors.index.json in {0}")]
+    Missing(PathBuf),
+    /// A file cannot be read.
+    #[error("cannot read {path}: {source}")]
+    Read {
+        /// Which file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// A file is not valid safetensors, or is shorter than its header says.
+    #[error("{path} is corrupt: {reason}; fetch it again")]
+    Corrupt {
+        /// Which file.
+        path: PathBuf,
+        /// What is wrong, with the offset where known.
+        reason: String,
+    },
+    /// The index names a file outside the model's directory.
+    #[error("{path} names the file `{name}`: only plain file names are allowed")]
+    UnsafeName {
+        /// The index.
+        path: PathBuf,
+        /// The offending name.
+        name: String,
+    },
+    /// A tensor that the architecture needs is absent.
+    #[error("tensor `{name}` is missing from {directory}")]
+    NoTensor {
+        /// The tensor.
+        name: String,
+        /// Where it was looked for.
+        directory: PathBuf,
+    },
+    /// A tensor has another shape than the configuration demands.
+    #[error("tensor `{name}` in {path} has shape {found:?}, config.json demands {expected:?}")]
+    Shape {
+        /// The tensor.
+        name: String,
+        /// Its file.
+        path: PathBuf,
+        /// The file's shape.
+        found: Vec<usize>,
+        /// The configuration's.
+        expected: Vec<usize>,
+    },
+    /// A tensor's element type is not supported.
+    #[error("tensor `{name}` in {path} is {dtype}: f32, f16 and bf16 are supported")]
+    Dtype {
+        /// The tensor.
+        name: String,
+        /// Its file.
+        path: PathBuf,
+        /// Its type.
+        dtype: String,
+    },
+}
+
+/// Element types that weights may have in a file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FileDtype {
+    /// 32-bit float.
+    F32,
+    /// IEEE half.
+    F16,
+    /// Brain float.
+    Bf16,
+}
+
+impl FileDtype {
+    /// Bytes of one element.
+    pub fn bytes(self) -> usize {
+        match self {
+            FileDtype::F32 => 4,
+            FileDtype::F16 | FileDtype::Bf16 => 2,
+        }
+    }
+
+    /// Widens little-endian elements to f32, exactly.
+    pub fn widen(self, bytes: &[u8], out: &mut [f32]) {
+        match self {
+            FileDtype::F32 => {
+                for (value, b) in out.iter_mut().zip(bytes.chunks_exact(4)) {
+                    *value = f32::from_le_bytes([b[0], b[1], b[2], b[3]]);
+                }
+            }
+            FileDtype::F16 => {
+                for (value, b) in out.iter_mut().zip(bytes.chunks_exact(2)) {
+                    *value = f16::from_le_bytes([b[0], b[1]]).to_f32();
+                }
+            }
+            FileDtype::Bf16 => {
+                for (value, b) in out.iter_mut().zip(bytes.chunks_exact(2)) {
+                    *value = bf16::from_le_bytes([b[0], b[1]]).to_f32();
+                }
+            }
+        }
+    }
+}
+
+#[derive(Debug)]
+struct WeightFile {
+    path: PathBuf,
+    file: File,
+}
+
+#[derive(Debug, Clone)]
+struct Entry {
+    file: usize,
+    dtype: Dtype,
+    shape: Vec<usize>,
+    offset: u64,
+}
+
+/// The weight files of one model.
+#[derive(Debug)]
+pub struct WeightFiles {
+    directory: PathBuf,
+    files: Vec<WeightFile>,
+    tensors: BTreeMap<String, Entry>,
+}
+
+#[derive(Deserialize)]
+struct ShardIndex {
+    weight_map: BTreeMap<String, String>,
+}
+
+impl WeightFiles {
+    /// Opens the files in `directory` and reads their headers.
+    pub fn open(directory: &Path) -> Result<WeightFiles, WeightError> {
+        let mut weights =
+            WeightFiles { directory: directory.to_owned(), files: Vec::new(), tensors: BTreeMap::new() };
+        for name in file_names(directory)? {
+            weights.add(directory.join(name))?;
+        }
+        Ok(weights)
+    }
+
+    fn add(&mut self, path: PathBuf) -> Result<(), WeightError> {
+        let read = |source| WeightError::Read { path: path.clone(), source };
+        let corrupt = |reason: String| WeightError::Corrupt { path: path.clone(), reason };
+        let file = File::open(&path).map_err(read)?;
+        let metadata = file.metadata().map_err(read)?;
+        if !metadata.is_file() {
+            return Err(corrupt("not a regular file".into()));
+        }
+        let length = metadata.len();
+        if length < 8 {
+            return Err(corrupt(format!("{length} bytes are too few for a safetensors file")));
+        }
+        let mut prefix = [0u8; 8];
+        file.read_exact_at(&mut prefix, 0).map_err(read)?;
+        let header_bytes = u64::from_le_bytes(prefix);
+        if header_bytes > HEADER_BYTES_MAX || header_bytes > length - 8 {
+            return Err(corrupt(format!("header claims {header_bytes} bytes of a {length}-byte file")));
+        }
+        let mut header = vec![0u8; 8 + header_bytes as usize];
+        file.read_exact_at(&mut header, 0).map_err(read)?;
+        let (_, parsed) =
+            SafeTensors::read_metadata(&header).map_err(|error| corrupt(format!("bad header: {error}")))?;
+        let data_start = 8 + header_bytes;
+        for (name, info) in parsed.tensors() {
+            let (start, end) = info.data_offsets;
+            let (start, end) = (data_start + start as u64, data_start + end as u64);
+            if end > length {
+                return Err(corrupt(format!(
+                    "tensor `{name}` ends at byte {end}, the file at {length} (truncated)"
+                )));
+            }
+            let entry =
+                Entry { file: self.files.len(), dtype: info.dtype, shape: info.shape.clone(), offset: start };
+            self.tensors.insert(name.clone(), entry);
+        }
+        self.files.push(WeightFile { path, file });
+        Ok(())
+    }
+
+    /// Where the files are.
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    /// Whether a tensor is present.
+    pub fn has(&self, name: &str) -> bool {
+        self.tensors.contains_key(name)
+    }
+
+    /// Names, shapes and element types of all tensors, sorted by name; bytes of the element type as `usize`.
+    pub fn list(&self) -> impl Iterator<Item = (&str, &[usize], String)> {
+        self.tensors.iter().map(|(name, e)| (name.as_str(), e.shape.as_slice(), format!("{:?}", e.dtype)))
+    }
+
+    /// A reader for the tensor `name`, which must have `shape`.
+    pub fn tensor(&self, name: &str, shape: &[usize]) -> Result<TensorReader<'_>, WeightError> {
+        let entry = self.tensors.get(name).ok_or_else(|| WeightError::NoTensor {
+            name: name.to_owned(),
+            directory: self.directory.clone(),
+        })?;
+        let file = &self.files[entry.file];
+        if entry.shape != shape {
+            return Err(WeightError::Shape {
+                name: name.to_owned(),
+                path: file.path.clone(),
+                found: entry.shape.clone(),
+                expected: shape.to_vec(),
+            });
+        }
+        let dtype = match entry.dtype {
+            Dtype::F32 => FileDtype::F32,
+            Dtype::F16 => FileDtype::F16,
+            Dtype::BF16 => FileDtype::Bf16,
+            other => {
+                return Err(WeightError::Dtype {
+                    name: name.to_owned(),
+                    path: file.path.clone(),
+                    dtype: format!("{other:?}"),
+                });
+            }
+        };
+        let columns = shape.last().copied().unwrap_or(1);
+        Ok(TensorReader { file, name: name.to_owned(), dtype, columns, offset: entry.offset })
+    }
+}
+
+/// Reads rows of one tensor; a vector counts as one row.
+#[derive(Debug)]
+pub struct TensorReader<'a> {
+    file: &'a WeightFile,
+    name: String,
+    dtype: FileDtype,
+    columns: usize,
+    offset: u64,
+}
+
+impl TensorReader<'_> {
+    /// Element type in the file.
+    pub fn dtype(&self) -> FileDtype {
+        self.dtype
+    }
+
+    /// Raw little-endian bytes of `columns` of the rows `rows`, row after row; whole rows are one read.
+    pub fn read_bytes(&self, rows: Range<usize>, columns: Range<usize>) -> Result<Vec<u8>, WeightError> {
+        let width = self.dtype.bytes();
+        let mut bytes = vec![0u8; rows.len() * columns.len() * width];
+        if columns.len() == self.columns {
+            self.read_at(&mut bytes, (rows.start * self.columns * width) as u64)?;
+        } else {
+            for (row, chunk) in rows.zip(bytes.chunks_exact_mut((columns.len() * width).max(1))) {
+                self.read_at(chunk, ((row * self.columns + columns.start) * width) as u64)?;
+            }
+        }
+        Ok(bytes)
+    }
+
+    /// The elements `columns` of the rows `rows`, widened to f32.
+    pub fn read(&self, rows: Range<usize>, columns: Range<usize>) -> Result<Vec<f32>, WeightError> {
+        let mut values = vec![0f32; rows.len() * columns.len()];
+        self.dtype.widen(&self.read_bytes(rows, columns)?, &mut values);
+        Ok(values)
+    }
+
+    fn read_at(&self, buffer: &mut [u8], relative: u64) -> Result<(), WeightError> {
+        let offset = self.offset + relative;
+        self.file.file.read_exact_at(buffer, offset).map_err(|source| WeightError::Corrupt {
+            path: self.file.path.clone(),
+            reason: format!("tensor `{}` at byte {offset}: {source}", self.name),
+        })
+    }
+}
+
+/// File names of the weights in `directory`: the single file, or the shards its index names.
+pub(crate) fn file_names(directory: &Path) -> Result<Vec<String>, WeightError> {
+    let index = directory.join("model.safetensors.index.json");
+    if !index.exists() {
+        return if directory.join("model.safetensors").exists() {
+            Ok(vec!["model.safetensors".into()])
+        } else {
+            Err(WeightError::Missing(directory.to_owned()))
+        };
+    }
+    let text = std::fs::read_to_string(&index)
+        .map_err(|source| WeightError::Read { path: index.clone(), source })?;
+    let parsed: ShardIndex = serde_json::from_str(&text)
+        .map_err(|error| WeightError::Corrupt { path: index.clone(), reason: error.to_string() })?;
+    let mut names: Vec<String> = parsed.weight_map.into_values().collect();
+    names.sort();
+    names.dedup();
+    for name in &names {
+        let plain = !name.is_empty()
+            && !name.starts_with('.')
+            && name.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'));
+        if !plain {
+            return Err(WeightError::UnsafeName { path: index, name: name.clone() });
+        }
+    }
+    Ok(names)
+}

@@ -1,0 +1,441 @@
+//! The compute thread: loads an assignment's slice, then applies plans strictly in order.
+
+use crate::beat::Beat;
+use crate::config::NodeConfig;
+use crate::fence::Fence;
+use crate::links::{Inbound, LinkBreaker, Links, PendingLinks, Waiting};
+use crate::sampling::Samplers;
+use crate::sequencer::{Effect, Event, Row, Sequencer, StepWork};
+use ashlar_grammar::GrammarCompiler;
+use ashlar_kernels::{Kernels, RowContext};
+use ashlar_model::stage::LOGIT_ROWS_MAX;
+use ashlar_model::{KvCache, RankSlice, StageInput, StageModel, Workspace, digest, hub};
+use ashlar_protocol::data::{PayloadHeader, PayloadKind};
+use ashlar_protocol::membership::{Assignment, FromNode, HeldSlice};
+use ashlar_protocol::step::{PromptLogprobs, StepPlan, StepResult, StepTiming};
+use ashlar_tokenizer::Tokenizer;
+use ashlar_vocabulary::{Bytes, ModelDigest, ReplicaRevision, SequenceId, TokenId};
+use std::collections::BTreeSet;
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+use tokio::sync::mpsc;
+use tracing::{info, warn};
+
+/// What reaches the compute thread.
+#[derive(Debug)]
+pub enum Command {
+    /// Take this place.
+    Assign(Box<Assignment>),
+    /// Give the place up; also sent when the scheduler is lost.
+    Release,
+    /// Execute a step.
+    Step(Box<StepPlan>),
+    /// Another rank has connected.
+    Link(Inbound),
+    /// End the thread.
+    Shutdown,
+}
+
+/// How long links of a new layout may take to stand once the weights are loaded.
+const LINK_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// What the rest of the node may know of the compute thread.
+#[derive(Debug, Default, Clone)]
+pub struct Shared {
+    held: Arc<Mutex<Option<HeldSlice>>>,
+}
+
+impl Shared {
+    /// The slice in memory, if any.
+    pub fn held(&self) -> Option<HeldSlice> {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn set(&self, held: Option<HeldSlice>) {
+        *self.held.lock().unwrap_or_else(PoisonError::into_inner) = held;
+    }
+}
+
+/// Weights in memory, kept from one layout to the next if they stay the same.
+struct Loaded {
+    digest: ModelDigest,
+    model: StageModel,
+    compiler: Option<GrammarCompiler>,
+}
+
+/// A place in a replica, with everything to work there.
+struct Place {
+    assignment: Assignment,
+    samples: bool,
+    cache: KvCache,
+    work: Workspace,
+    input: Vec<f32>,
+    samplers: Samplers,
+    /// Sequences whose prompt tokens are scored; every rank of the last stage must agree on the rows it multiplies.
+    scored: BTreeSet<SequenceId>,
+    links: PlaceLinks,
+}
+
+enum PlaceLinks {
+    Pending(Box<PendingLinks>, Instant),
+    Up(Box<Links>),
+}
+
+/// The compute thread's state.
+pub struct Executor {
+    config: NodeConfig,
+    kernels: Arc<Kernels>,
+    out: mpsc::Sender<FromNode>,
+    beat: Beat,
+    breaker: LinkBreaker,
+    shared: Shared,
+    fence: Fence,
+    waiting: Waiting,
+    sequencer: Sequencer,
+    loaded: Option<Loaded>,
+    place: Option<Place>,
+}
+
+impl Executor {
+    /// A rank without a place.
+    pub fn new(
+        config: NodeConfig,
+        kernels: Arc<Kernels>,
+        out: mpsc::Sender<FromNode>,
+        breaker: LinkBreaker,
+        shared: Shared,
+        fence: Fence,
+    ) -> Executor {
+        Executor {
+            config,
+            kernels,
+            beat: Beat::new(out.clone()),
+            out,
+            breaker,
+            shared,
+            fence,
+            waiting: Waiting::default(),
+            sequencer: Sequencer::default(),
+            loaded: None,
+            place: None,
+        }
+    }
+
+    /// Applies commands until told to stop.
+    pub fn run(mut self, commands: &Receiver<Command>) {
+        loop {
+            match commands.recv_timeout(Beat::interval()) {
+                Ok(Command::Assign(assignment)) => self.assign(*assignment),
+                Ok(Command::Release) => self.place = None,
+                Ok(Command::Step(plan)) => self.step(*plan),
+                Ok(Command::Link(inbound)) => self.waiting.keep(inbound),
+                Err(RecvTimeoutError::Timeout) => {}
+                Ok(Command::Shutdown) | Err(RecvTimeoutError::Disconnected) => return,
+            }
+            // A beat cannot fail: its queue being full means that others speak.
+            let _ = self.beat.tick();
+            self.finish_links();
+        }
+    }
+
+    fn send(&self, message: FromNode) {
+        // The queue is drained by the control connection; without one, messages are of no use to anybody.
+        let _ = self.out.blocking_send(message);
+    }
+
+    fn fail(&mut self, revision: ReplicaRevision, message: String) {
+        warn!(%revision, "{message}");
+        self.place = None;
+        self.breaker.break_all();
+        self.send(FromNode::Failed { revision, message });
+    }
+
+    fn assign(&mut self, assignment: Assignment) {
+        self.place = None;
+        let revision = assignment.revision;
+        match self.fence.accept(assignment.term, &assignment.holder) {
+            Ok(true) => {}
+            Ok(false) => return self.send(FromNode::Refused { revision, term: self.fence.term() }),
+            Err(error) => return self.fail(revision, format!("cannot persist the lease term: {error}")),
+        }
+        let mut effects = Vec::new();
+        let event = Event::Assigned {
+            term: assignment.term,
+            revision,
+            kv_blocks: assignment.kv_blocks,
+            max_rows: assignment.max_num_batched_tokens,
+        };
+        self.sequencer.handle(event, &mut effects);
+        match self.take_place(assignment) {
+            Ok(place) => self.place = Some(place),
+            Err(message) => self.fail(revision, message),
+        }
+    }
+
+    fn take_place(&mut self, assignment: Assignment) -> Result<Place, String> {
+        self.load(&assignment)?;
+        let loaded = self.loaded.as_ref().ok_or("no weights")?;
+        let links = PendingLinks::connect(&assignment, self.config.link_faults)
+            .map_err(|error| format!("cannot reach another rank: {error}"))?;
+        let model = &loaded.model;
+        let last = model.slice().last;
+        let rows = assignment.max_num_batched_tokens as usize;
+        Ok(Place {
+            samples: last && assignment.tensor_rank.0 == 0,
+            cache: model.kv_cache(assignment.kv_blocks as usize),
+            work: model.workspace(rows),
+            input: Vec::new(),
+            samplers: Samplers::new(model.config().shape.vocab_size, loaded.compiler.clone()),
+            scored: BTreeSet::new(),
+            links: PlaceLinks::Pending(Box::new(links), Instant::now()),
+            assignment,
+        })
+    }
+
+    /// Brings the assignment's slice into memory unless it is there.
+    fn load(&mut self, assignment: &Assignment) -> Result<(), String> {
+        let slice = RankSlice {
+            layers: assignment.layers,
+            first: assignment.stage.0 == 0,
+            last: assignment.stage.0 + 1 == assignment.num_stages,
+            tensor_rank: assignment.tensor_rank.0 as usize,
+            tensor_parallel_size: assignment.tensor_parallel_size as usize,
+        };
+        if let Some(loaded) = &self.loaded {
+            if loaded.digest == assignment.model_digest && *loaded.model.slice() == slice {
+                return Ok(());
+            }
+        }
+        self.loaded = None;
+        self.shared.set(None);
+        let name = self.config.model.as_deref().unwrap_or(&assignment.model);
+        let directory = hub::resolve(name, &mut |file| info!("fetching {file} of {name}"))
+            .map_err(|error| error.to_string())?;
+        let digest = digest::model_digest(&directory).map_err(|error| error.to_string())?;
+        if digest != assignment.model_digest {
+            return Err(format!(
+                "{} has digest {digest}, the cluster serves {}: give every node the same model",
+                directory.display(),
+                assignment.model_digest
+            ));
+        }
+        let (revision, out, beat) = (assignment.revision, self.out.clone(), self.beat.clone());
+        let mut last_report: Option<Instant> = None;
+        let started = Instant::now();
+        let model =
+            StageModel::load(&directory, slice.clone(), self.kernels.clone(), &mut |loaded, total| {
+                let _ = beat.tick();
+                let due = last_report.is_none_or(|at| at.elapsed() > Duration::from_millis(200));
+                if due || loaded == total {
+                    last_report = Some(Instant::now());
+                    let _ = out.blocking_send(FromNode::Loading { revision, loaded, total });
+                }
+            })
+            .map_err(|error| error.to_string())?;
+        let samples = slice.last && slice.tensor_rank == 0;
+        let compiler = if samples { self.compiler(&directory, &model) } else { None };
+        info!(
+            layers = %slice.layers, rank = slice.tensor_rank, weights = %model.bytes(),
+            "loaded in {:.1} s", started.elapsed().as_secs_f32()
+        );
+        self.shared.set(Some(HeldSlice {
+            model_digest: digest,
+            layers: slice.layers,
+            tensor_rank: assignment.tensor_rank,
+            tensor_parallel_size: assignment.tensor_parallel_size,
+        }));
+        self.loaded = Some(Loaded { digest, model, compiler });
+        Ok(())
+    }
+
+    fn compiler(&self, directory: &std::path::Path, model: &StageModel) -> Option<GrammarCompiler> {
+        let tokenizer = Tokenizer::from_dir(directory)
+            .map_err(|error| warn!("grammars are unavailable: {error}"))
+            .ok()?;
+        GrammarCompiler::new(&tokenizer, model.config().shape.vocab_size)
+            .map_err(|error| warn!("grammars are unavailable: {error}"))
+            .ok()
+    }
+
+    fn finish_links(&mut self) {
+        let Some(place) = &mut self.place else { return };
+        let PlaceLinks::Pending(pending, since) = &mut place.links else { return };
+        let revision = place.assignment.revision;
+        if !pending.collect(&mut self.waiting) {
+            if since.elapsed() > LINK_TIMEOUT {
+                let message = format!("other ranks did not connect within {} s", LINK_TIMEOUT.as_secs());
+                self.fail(revision, message);
+            }
+            return;
+        }
+        let Some(mut place) = self.place.take() else { return };
+        let PlaceLinks::Pending(pending, _) = place.links else { return };
+        match pending.finish(&self.breaker, &self.beat) {
+            Err(error) => self.fail(revision, format!("a link broke while it was made: {error}")),
+            Ok(links) => {
+                place.links = PlaceLinks::Up(Box::new(links));
+                let weights = self.loaded.as_ref().map_or(Bytes(0), |loaded| loaded.model.bytes());
+                let reserved = weights + place.cache.bytes() + place.work.bytes();
+                self.place = Some(place);
+                let resident = ashlar_service_kit::memory::resident_bytes().unwrap_or_default();
+                self.send(FromNode::Ready { revision, reserved, resident });
+            }
+        }
+    }
+
+    fn step(&mut self, plan: StepPlan) {
+        let mut effects = Vec::new();
+        self.sequencer.handle(Event::Plan(plan), &mut effects);
+        let revision = self.sequencer.revision();
+        for effect in effects {
+            let Some(place) = &mut self.place else { return };
+            match effect {
+                Effect::Begin(new) => {
+                    if new.sampling.prompt_logprobs {
+                        place.scored.insert(new.id);
+                    }
+                    if place.samples {
+                        place.samplers.begin(new);
+                    }
+                }
+                Effect::Observe(id, tokens) => place.samplers.observe(id, &tokens),
+                Effect::End(id) => {
+                    place.samplers.end(id);
+                    place.scored.remove(&id);
+                }
+                Effect::Compute(work) => match self.compute(&work) {
+                    Ok(message) => self.send(message),
+                    Err(message) => self.fail(revision, message),
+                },
+                Effect::Diverged(reason) => self.fail(revision, format!("plan refused: {reason}")),
+            }
+        }
+    }
+
+    fn compute(&mut self, work: &StepWork) -> Result<FromNode, String> {
+        let place = self.place.as_mut().ok_or("no assignment")?;
+        let loaded = self.loaded.as_ref().ok_or("no weights")?;
+        let PlaceLinks::Up(links) = &mut place.links else { return Err("links are not up".into()) };
+        let (model, beat) = (&loaded.model, &self.beat);
+        let (revision, step) = (place.assignment.revision, work.step);
+        let started = Instant::now();
+        let mut timing = StepTiming::default();
+        let mut result = StepResult {
+            term: place.assignment.term,
+            revision,
+            step,
+            sampled: Vec::new(),
+            prompt_logprobs: Vec::new(),
+            failed: Vec::new(),
+            timing,
+        };
+        if !work.rows.is_empty() {
+            let rows = contexts(&self.sequencer, &work.rows);
+            let tokens: Vec<TokenId> = work.rows.iter().map(|row| row.token).collect();
+            let header = PayloadHeader { kind: PayloadKind::Activations, revision, step, sequence: 0 };
+            let input = match &mut links.previous {
+                None => StageInput::Tokens(&tokens),
+                Some(previous) => {
+                    place.input.resize(rows.len() * model.config().shape.hidden_size, 0.0);
+                    previous
+                        .receive(header, &mut place.input, &mut || beat.tick())
+                        .map_err(|error| format!("lost the previous stage: {error}"))?;
+                    timing.wait_us = started.elapsed().as_micros() as u64;
+                    StageInput::Activations(&place.input)
+                }
+            };
+            links.group.begin(step);
+            model
+                .forward(&rows, input, &mut place.cache, &mut links.group, &mut place.work, &mut || {
+                    let _ = beat.tick();
+                })
+                .map_err(|error| error.to_string())?;
+            if let Some(next) = &links.next {
+                let sending = Instant::now();
+                next.send(header, place.work.activations(rows.len()))
+                    .map_err(|error| format!("lost the next stage: {error}"))?;
+                timing.send_us = sending.elapsed().as_micros() as u64;
+            } else {
+                let wanted = wanted_logits(&self.sequencer, &place.scored, work);
+                for chunk in wanted.chunks(LOGIT_ROWS_MAX) {
+                    let picked: Vec<usize> = chunk.iter().map(|wanted| wanted.row).collect();
+                    let logits = model
+                        .logits(&picked, &mut links.group, &mut place.work)
+                        .map_err(|error| error.to_string())?;
+                    let Some(logits) = logits else { continue };
+                    let vocab = model.config().shape.vocab_size;
+                    for (wanted, logits) in chunk.iter().zip(logits.chunks_exact_mut(vocab)) {
+                        let row = work.rows[wanted.row];
+                        sample_row(&self.kernels, &mut place.samplers, row, wanted, logits, &mut result);
+                    }
+                }
+            }
+            timing.collective_us = links.group.spent().as_micros() as u64;
+        }
+        let spent = started.elapsed().as_micros() as u64;
+        timing.compute_us = spent.saturating_sub(timing.wait_us + timing.collective_us + timing.send_us);
+        result.timing = timing;
+        Ok(match place.samples {
+            true => FromNode::StepResult(result),
+            false => FromNode::StepDone { revision, step, timing },
+        })
+    }
+}
+
+/// A row whose logits are needed.
+struct WantedLogits {
+    row: usize,
+    /// The prompt token that follows, to be scored; `None` to sample.
+    score: Option<TokenId>,
+}
+
+fn wanted_logits(sequencer: &Sequencer, scored: &BTreeSet<SequenceId>, work: &StepWork) -> Vec<WantedLogits> {
+    let mut wanted: Vec<WantedLogits> = Vec::new();
+    if !scored.is_empty() {
+        for (index, row) in work.rows.iter().enumerate().filter(|(_, row)| scored.contains(&row.sequence)) {
+            let next = row.position as usize + 1;
+            let follower = sequencer.sequence(row.sequence).filter(|s| next < s.prompt_len);
+            if let Some(sequence) = follower {
+                wanted.push(WantedLogits { row: index, score: sequence.tokens.get(next).copied() });
+            }
+        }
+    }
+    wanted.extend(work.samples.iter().map(|&(_, row)| WantedLogits { row, score: None }));
+    wanted
+}
+
+fn sample_row(
+    kernels: &Kernels,
+    samplers: &mut Samplers,
+    row: Row,
+    wanted: &WantedLogits,
+    logits: &mut [f32],
+    result: &mut StepResult,
+) {
+    if let Some(token) = wanted.score {
+        let Some(logprobs) = samplers.score(kernels, row.sequence, logits, token) else { return };
+        match result.prompt_logprobs.last_mut() {
+            Some(run) if run.id == row.sequence => run.logprobs.push(logprobs),
+            _ => result.prompt_logprobs.push(PromptLogprobs {
+                id: row.sequence,
+                position: row.position + 1,
+                logprobs: vec![logprobs],
+            }),
+        }
+        return;
+    }
+    match samplers.sample(kernels, row.sequence, row.position, logits) {
+        Ok(sampled) => result.sampled.push(sampled),
+        Err(failed) => result.failed.push(failed),
+    }
+}
+
+fn contexts<'a>(sequencer: &'a Sequencer, rows: &[Row]) -> Vec<RowContext<'a>> {
+    rows.iter()
+        .map(|row| RowContext {
+            position: row.position,
+            block_table: sequencer.sequence(row.sequence).map_or(&[], |s| s.block_table.as_slice()),
+        })
+        .collect()
+}

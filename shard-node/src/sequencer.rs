@@ -1,0 +1,313 @@
+//! Pure: which plans a rank may execute, and what it knows of every sequence.
+//!
+//! `handle` takes an event and yields effects; the executor performs them. No I/O, clock or randomness, so that the
+//! simulation runs exactly this.
+
+use ashlar_protocol::step::{NewSequence, SequenceSlice, StepPlan};
+use ashlar_vocabulary::{BlockId, LeaseTerm, ReplicaRevision, SequenceId, StepId, TokenId};
+use std::collections::BTreeMap;
+
+/// What a rank keeps of a sequence: its tokens and where their keys and values are.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct RankSequence {
+    /// Prompt and continuation as far as known.
+    pub tokens: Vec<TokenId>,
+    /// Length of the prompt.
+    pub prompt_len: usize,
+    /// Blocks of the KV cache, in order.
+    pub block_table: Vec<BlockId>,
+}
+
+/// What happens to the sequencer.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Event {
+    /// A new place in a replica: everything known is forgotten.
+    Assigned {
+        /// The lease it came under.
+        term: LeaseTerm,
+        /// The layout.
+        revision: ReplicaRevision,
+        /// Blocks of KV cache.
+        kv_blocks: u32,
+        /// Longest step in rows.
+        max_rows: u32,
+    },
+    /// A plan arrived.
+    Plan(StepPlan),
+}
+
+/// What the executor must do.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Effect {
+    /// Start tracking how a sequence is sampled.
+    Begin(NewSequence),
+    /// These tokens became part of a sequence: advance its sampler and grammar.
+    Observe(SequenceId, Vec<TokenId>),
+    /// Drop what is tracked of a sequence.
+    End(SequenceId),
+    /// Compute these rows; block tables are in the sequencer.
+    Compute(StepWork),
+    /// The plan cannot be executed: the scheduler and this rank disagree. The layout must be renewed.
+    Diverged(String),
+}
+
+/// The rows of one step.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StepWork {
+    /// The step.
+    pub step: StepId,
+    /// Rows in order; a sequence's rows are consecutive.
+    pub rows: Vec<Row>,
+    /// Sequences to sample after this step, with the row that holds their last token.
+    pub samples: Vec<(SequenceId, usize)>,
+}
+
+/// One row: a token of a sequence at its position.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Row {
+    /// Which sequence.
+    pub sequence: SequenceId,
+    /// Position in the sequence.
+    pub position: u32,
+    /// The token there.
+    pub token: TokenId,
+}
+
+/// Tokens per KV block.
+pub const BLOCK_TOKENS: usize = ashlar_kernels::BLOCK_TOKENS;
+
+/// A rank's view of its replica.
+#[derive(Debug, Default)]
+pub struct Sequencer {
+    term: LeaseTerm,
+    revision: ReplicaRevision,
+    step: StepId,
+    kv_blocks: u32,
+    max_rows: u32,
+    sequences: BTreeMap<SequenceId, RankSequence>,
+}
+
+impl Sequencer {
+    /// The layout in force.
+    pub fn revision(&self) -> ReplicaRevision {
+        self.revision
+    }
+
+    /// The lease in force.
+    pub fn term(&self) -> LeaseTerm {
+        self.term
+    }
+
+    /// What is known of a sequence.
+    pub fn sequence(&self, id: SequenceId) -> Option<&RankSequence> {
+        self.sequences.get(&id)
+    }
+
+    /// How many sequences are known.
+    pub fn len(&self) -> usize {
+        self.sequences.len()
+    }
+
+    /// Whether no sequence is known.
+    pub fn is_empty(&self) -> bool {
+        self.sequences.is_empty()
+    }
+
+    /// Applies `event`.
+    pub fn handle(&mut self, event: Event, effects: &mut Vec<Effect>) {
+        match event {
+            Event::Assigned { term, revision, kv_blocks, max_rows } => {
+                effects.extend(self.sequences.keys().map(|id| Effect::End(*id)));
+                *self = Sequencer { term, revision, kv_blocks, max_rows, ..Sequencer::default() };
+            }
+            Event::Plan(plan) => {
+                // Late plans of a former layout or leader, and duplicates, are dropped.
+                let current = plan.term == self.term && plan.revision == self.revision;
+                if current && plan.step > self.step {
+                    if let Err(reason) = self.apply(plan, effects) {
+                        effects.push(Effect::Diverged(reason));
+                    }
+                }
+            }
+        }
+    }
+
+    fn apply(&mut self, plan: StepPlan, effects: &mut Vec<Effect>) -> Result<(), String> {
+        if plan.step.0 != self.step.0 + 1 {
+            return Err(format!("step {} arrived after step {}", plan.step, self.step));
+        }
+        self.step = plan.step;
+        for id in plan.ended_sequences {
+            if self.sequences.remove(&id).is_some() {
+                effects.push(Effect::End(id));
+            }
+        }
+        for new in plan.new_sequences {
+            let mut tokens = new.prompt.clone();
+            tokens.extend(&new.generated);
+            let sequence = RankSequence { tokens, prompt_len: new.prompt.len(), block_table: Vec::new() };
+            if self.sequences.insert(new.id, sequence).is_some() {
+                return Err(format!("sequence {} is not new", new.id));
+            }
+            effects.push(Effect::Begin(new));
+        }
+        let mut work = StepWork { step: plan.step, rows: Vec::new(), samples: Vec::new() };
+        for slice in plan.slices {
+            self.apply_slice(slice, &mut work, effects)?;
+        }
+        if work.rows.len() > self.max_rows as usize {
+            return Err(format!("a step of {} rows, at most {} were agreed", work.rows.len(), self.max_rows));
+        }
+        effects.push(Effect::Compute(work));
+        Ok(())
+    }
+
+    fn apply_slice(
+        &mut self,
+        slice: SequenceSlice,
+        work: &mut StepWork,
+        effects: &mut Vec<Effect>,
+    ) -> Result<(), String> {
+        let id = slice.id;
+        let kv_blocks = self.kv_blocks;
+        let sequence = self.sequences.get_mut(&id).ok_or_else(|| format!("sequence {id} is unknown"))?;
+        if !slice.append.is_empty() {
+            sequence.tokens.extend(&slice.append);
+            effects.push(Effect::Observe(id, slice.append));
+        }
+        if slice.reset_blocks {
+            sequence.block_table.clear();
+        }
+        if let Some(block) = slice.new_blocks.iter().find(|block| block.0 >= kv_blocks) {
+            return Err(format!("block {block} of {kv_blocks}"));
+        }
+        sequence.block_table.extend(&slice.new_blocks);
+        let (start, end) = (slice.start as usize, slice.start as usize + slice.count as usize);
+        let covered = sequence.block_table.len() * BLOCK_TOKENS;
+        if slice.count == 0 || end > sequence.tokens.len() || end > covered {
+            return Err(format!(
+                "sequence {id}: positions {start}..{end} of {} tokens and {covered} reserved places",
+                sequence.tokens.len()
+            ));
+        }
+        if slice.sample && end != sequence.tokens.len() {
+            return Err(format!("sequence {id} is to be sampled before its last token"));
+        }
+        for (position, &token) in sequence.tokens.iter().enumerate().take(end).skip(start) {
+            work.rows.push(Row { sequence: id, position: position as u32, token });
+        }
+        if slice.sample {
+            work.samples.push((id, work.rows.len() - 1));
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ashlar_vocabulary::SamplingParams;
+
+    fn assigned() -> Sequencer {
+        let mut sequencer = Sequencer::default();
+        let event =
+            Event::Assigned { term: LeaseTerm(1), revision: ReplicaRevision(1), kv_blocks: 4, max_rows: 32 };
+        sequencer.handle(event, &mut Vec::new());
+        sequencer
+    }
+
+    fn plan(step: u64) -> StepPlan {
+        StepPlan {
+            term: LeaseTerm(1),
+            revision: ReplicaRevision(1),
+            step: StepId(step),
+            new_sequences: vec![],
+            slices: vec![],
+            ended_sequences: vec![],
+        }
+    }
+
+    fn slice(start: u32, count: u32) -> SequenceSlice {
+        SequenceSlice {
+            id: SequenceId(7),
+            append: vec![],
+            reset_blocks: false,
+            new_blocks: vec![],
+            start,
+            count,
+            sample: false,
+        }
+    }
+
+    fn first_plan() -> StepPlan {
+        let new = NewSequence {
+            id: SequenceId(7),
+            prompt: vec![5, 6, 7],
+            generated: vec![],
+            sampling: SamplingParams::default(),
+            traceparent: None,
+        };
+        let first = SequenceSlice { new_blocks: vec![BlockId(2)], sample: true, ..slice(0, 3) };
+        StepPlan { new_sequences: vec![new], slices: vec![first], ..plan(1) }
+    }
+
+    fn run(sequencer: &mut Sequencer, plan: StepPlan) -> Vec<Effect> {
+        let mut effects = Vec::new();
+        sequencer.handle(Event::Plan(plan), &mut effects);
+        effects
+    }
+
+    #[test]
+    fn a_prompt_is_computed_and_then_continued_by_deltas() {
+        let mut sequencer = assigned();
+        let effects = run(&mut sequencer, first_plan());
+        let Some(Effect::Compute(work)) = effects.last() else { panic!("{effects:?}") };
+        assert_eq!(
+            work.rows.iter().map(|r| (r.position, r.token)).collect::<Vec<_>>(),
+            [(0, 5), (1, 6), (2, 7)]
+        );
+        assert_eq!(work.samples, [(SequenceId(7), 2)]);
+        let next = SequenceSlice { append: vec![9], sample: true, ..slice(3, 1) };
+        let effects = run(&mut sequencer, StepPlan { slices: vec![next], ..plan(2) });
+        assert_eq!(effects[0], Effect::Observe(SequenceId(7), vec![9]));
+        assert_eq!(sequencer.sequence(SequenceId(7)).map(|s| s.tokens.clone()), Some(vec![5, 6, 7, 9]));
+    }
+
+    #[test]
+    fn duplicates_and_plans_of_another_layout_do_nothing() {
+        let mut sequencer = assigned();
+        run(&mut sequencer, first_plan());
+        assert_eq!(run(&mut sequencer, first_plan()), []);
+        assert_eq!(run(&mut sequencer, StepPlan { revision: ReplicaRevision(0), ..plan(2) }), []);
+        assert_eq!(run(&mut sequencer, StepPlan { term: LeaseTerm(0), ..plan(2) }), []);
+    }
+
+    #[test]
+    fn a_gap_or_an_impossible_slice_is_a_divergence() {
+        let diverges = |change: &dyn Fn(&mut StepPlan)| {
+            let mut sequencer = assigned();
+            let mut first = first_plan();
+            change(&mut first);
+            matches!(run(&mut sequencer, first).last(), Some(Effect::Diverged(_)))
+        };
+        assert!(!diverges(&|_| {}));
+        assert!(diverges(&|p| p.step = StepId(2)));
+        assert!(diverges(&|p| p.slices[0].new_blocks = vec![BlockId(4)]));
+        assert!(diverges(&|p| p.slices[0].new_blocks = vec![]));
+        assert!(diverges(&|p| p.slices[0].count = 4));
+        assert!(diverges(&|p| p.slices[0].count = 2));
+        assert!(diverges(&|p| p.slices[0].id = SequenceId(8)));
+    }
+
+    #[test]
+    fn a_new_layout_forgets_every_sequence() {
+        let mut sequencer = assigned();
+        run(&mut sequencer, first_plan());
+        let mut effects = Vec::new();
+        let event =
+            Event::Assigned { term: LeaseTerm(1), revision: ReplicaRevision(2), kv_blocks: 4, max_rows: 32 };
+        sequencer.handle(event, &mut effects);
+        assert_eq!(effects, [Effect::End(SequenceId(7))]);
+        assert!(sequencer.is_empty());
+    }
+}

@@ -1,0 +1,240 @@
+//! The thin shell: measures the machine, listens for other ranks, keeps the connection to the scheduler.
+
+use crate::config::NodeConfig;
+use crate::executor::{Command, Executor, Shared};
+use crate::fence::Fence;
+use crate::links::{self, LinkBreaker};
+use ashlar_kernels::{Isa, Kernels};
+use ashlar_protocol::frame::{self, FrameError};
+use ashlar_protocol::membership::{FromNode, Join, ToNode};
+use ashlar_service_kit::memory;
+use ashlar_vocabulary::Bytes;
+use std::future::Future;
+use std::net::{SocketAddr, TcpListener};
+use std::sync::Arc;
+use std::sync::mpsc::SyncSender;
+use std::time::Duration;
+use tokio::net::TcpStream;
+use tokio::sync::mpsc;
+use tracing::{info, warn};
+
+/// Plans and links waiting for the compute thread; the scheduler keeps far fewer steps in flight.
+const COMMAND_QUEUE: usize = 256;
+/// Messages waiting for the control connection.
+const OUTBOUND_QUEUE: usize = 256;
+const RECONNECT_MIN: Duration = Duration::from_millis(50);
+const RECONNECT_MAX: Duration = Duration::from_secs(2);
+
+/// Why a node cannot run.
+#[derive(Debug, thiserror::Error)]
+pub enum NodeError {
+    /// The data port.
+    #[error(
+        "cannot listen on {address}: {source}; choose another port with `listen` in the node's configuration"
+    )]
+    Listen {
+        /// The configured address.
+        address: String,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The fencing term.
+    #[error("cannot use the state directory {path}: {source}")]
+    State {
+        /// Where.
+        path: std::path::PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// An unknown or unavailable instruction set.
+    #[error("isa `{0}` is unknown or not available on this machine: use avx512, avx2 or portable")]
+    Isa(String),
+    /// The scheduler refused this node.
+    #[error("the scheduler refused this node: {0}")]
+    Rejected(String),
+}
+
+/// Runs a node until `shutdown` completes.
+pub async fn serve(config: NodeConfig, shutdown: impl Future<Output = ()>) -> Result<(), NodeError> {
+    let kernels = Arc::new(make_kernels(&config)?);
+    let fence = Fence::open(config.state.join(format!("{}.fence.toml", config.name)))
+        .map_err(|source| NodeError::State { path: config.state.clone(), source })?;
+    let listener = TcpListener::bind(&config.listen)
+        .map_err(|source| NodeError::Listen { address: config.listen.clone(), source })?;
+    let bound = listener
+        .local_addr()
+        .map_err(|source| NodeError::Listen { address: config.listen.clone(), source })?;
+    let (commands, inbox) = std::sync::mpsc::sync_channel(COMMAND_QUEUE);
+    let (out, mut outbound) = mpsc::channel(OUTBOUND_QUEUE);
+    let (breaker, shared) = (LinkBreaker::default(), Shared::default());
+    accept_links(listener, commands.clone());
+    let term = fence.term();
+    let join = join_message(&config, &kernels, bound, term);
+    let executor = Executor::new(config.clone(), kernels, out, breaker.clone(), shared.clone(), fence);
+    let compute = std::thread::Builder::new()
+        .name("compute".into())
+        .spawn(move || executor.run(&inbox))
+        .map_err(|source| NodeError::State { path: config.state.clone(), source })?;
+    let session = Session { config: &config, join, commands: &commands, breaker: &breaker, shared: &shared };
+    tokio::pin!(shutdown);
+    let result = tokio::select! {
+        () = &mut shutdown => Ok(()),
+        rejected = session.keep(&mut outbound) => Err(rejected),
+    };
+    breaker.break_all();
+    drop(outbound);
+    let _ = commands.send(Command::Shutdown);
+    // Joined off the runtime: the thread may be in the middle of a layer.
+    let _ = tokio::task::spawn_blocking(move || compute.join()).await;
+    result
+}
+
+fn make_kernels(config: &NodeConfig) -> Result<Kernels, NodeError> {
+    let isa = match &config.isa {
+        None => Isa::best(),
+        Some(name) => match name.parse::<Isa>() {
+            Ok(isa) if isa.is_available() => isa,
+            _ => return Err(NodeError::Isa(name.clone())),
+        },
+    };
+    let threads = config.threads.unwrap_or_else(ashlar_kernels::available_threads).max(1);
+    Ok(Kernels::new(isa, threads))
+}
+
+fn join_message(
+    config: &NodeConfig,
+    kernels: &Kernels,
+    bound: SocketAddr,
+    term: ashlar_vocabulary::LeaseTerm,
+) -> Join {
+    let host = config.advertise_host.clone().unwrap_or_else(|| bound.ip().to_string());
+    let memory = config
+        .memory_bytes
+        .unwrap_or_else(|| memory::available_memory().map_or(1 << 30, |bytes| bytes.0 / 10 * 9));
+    let measuring = Duration::from_millis(100);
+    Join {
+        node: config.name.clone(),
+        data_address: format!("{host}:{}", bound.port()),
+        memory: Bytes(memory),
+        bandwidth_bytes_per_s: ashlar_kernels::measure::read_bandwidth_bytes_per_s(
+            kernels,
+            256 << 20,
+            measuring,
+        ),
+        flops_per_s: ashlar_kernels::measure::fma_flops_per_s(kernels, measuring),
+        threads: kernels.threads() as u32,
+        isa: kernels.isa().to_string(),
+        layers: config.layers,
+        holds: None,
+        term,
+    }
+}
+
+/// Accepts data connections for the life of the process; a bad greeting concerns only its connection.
+fn accept_links(listener: TcpListener, commands: SyncSender<Command>) {
+    std::thread::spawn(move || {
+        for socket in listener.incoming().flatten() {
+            let commands = commands.clone();
+            std::thread::spawn(move || match links::accept(socket) {
+                Ok(inbound) => {
+                    let _ = commands.send(Command::Link(inbound));
+                }
+                Err(error) => warn!("refused a data connection: {error}"),
+            });
+        }
+    });
+}
+
+struct Session<'a> {
+    config: &'a NodeConfig,
+    join: Join,
+    commands: &'a SyncSender<Command>,
+    breaker: &'a LinkBreaker,
+    shared: &'a Shared,
+}
+
+impl Session<'_> {
+    /// Keeps a connection to the scheduler; returns only when it refuses this node for good.
+    async fn keep(&self, outbound: &mut mpsc::Receiver<FromNode>) -> NodeError {
+        let mut pause = RECONNECT_MIN;
+        loop {
+            match self.connect_and_serve(outbound, &mut pause).await {
+                Ok(rejected) => return NodeError::Rejected(rejected),
+                Err(error) => warn!("scheduler {}: {error}; reconnecting", self.config.scheduler),
+            }
+            self.breaker.break_all();
+            let _ = self.commands.try_send(Command::Release);
+            // What the compute thread says without a scheduler is of no use; drain it so that it never blocks.
+            let deadline = tokio::time::sleep(pause);
+            tokio::pin!(deadline);
+            loop {
+                tokio::select! {
+                    () = &mut deadline => break,
+                    _ = outbound.recv() => {}
+                }
+            }
+            pause = (pause * 2).min(RECONNECT_MAX);
+        }
+    }
+
+    async fn connect_and_serve(
+        &self,
+        outbound: &mut mpsc::Receiver<FromNode>,
+        pause: &mut Duration,
+    ) -> Result<String, FrameError> {
+        let mut socket = TcpStream::connect(&self.config.scheduler).await?;
+        socket.set_nodelay(true)?;
+        frame::greet(&mut socket, &format!("node {}", self.config.name)).await?;
+        let join = Join { holds: self.shared.held(), ..self.join.clone() };
+        frame::write(&mut socket, &FromNode::Join(join)).await?;
+        info!(scheduler = %self.config.scheduler, "joined");
+        *pause = RECONNECT_MIN;
+        let (mut reader, mut writer) = socket.into_split();
+        // Reading is not cancellation-safe, so it has a task of its own.
+        let (deliver, mut arrived) = mpsc::channel::<Result<ToNode, FrameError>>(64);
+        let reading = tokio::spawn(async move {
+            loop {
+                let message = frame::read(&mut reader).await;
+                let ended = message.is_err();
+                if deliver.send(message).await.is_err() || ended {
+                    return;
+                }
+            }
+        });
+        let ended = loop {
+            tokio::select! {
+                message = arrived.recv() => match message.unwrap_or(Err(FrameError::Closed)) {
+                    Err(error) => break Err(error),
+                    Ok(ToNode::Rejected(reason)) => break Ok(reason),
+                    Ok(message) => if !self.dispatch(message) {
+                        break Err(FrameError::Io(std::io::ErrorKind::ResourceBusy.into()));
+                    },
+                },
+                Some(message) = outbound.recv() => {
+                    if let Err(error) = frame::write(&mut writer, &message).await {
+                        break Err(error);
+                    }
+                }
+            }
+        };
+        reading.abort();
+        ended
+    }
+
+    /// Hands a message to the compute thread; `false` if its queue is full, which an honest scheduler never causes.
+    fn dispatch(&self, message: ToNode) -> bool {
+        let command = match message {
+            ToNode::Assign(assignment) => {
+                self.breaker.break_all();
+                Command::Assign(assignment)
+            }
+            ToNode::Release { .. } => {
+                self.breaker.break_all();
+                Command::Release
+            }
+            ToNode::Step(plan) => Command::Step(plan),
+            ToNode::Rejected(_) => return true,
+        };
+        self.commands.try_send(command).is_ok()
+    }
+}
