@@ -1,7 +1,7 @@
 //! Jinja's `safe`, whose result escapes every plain string that it is joined to.
 //!
 //! Templates are rendered without escaping, yet in Jinja2 `'"' + (x|tojson|safe)` is `&#34;…`: `safe` makes a `Markup`
-//! string and adding to that escapes the other side. Some templates (Mistral's v3) do this, and a model is served the
+//! string and adding to that with `+` escapes the other side. Some templates (Mistral's v3) do this, and a model is served the
 //! prompt that Transformers would build, so it is followed here: `safe` brackets its value with two noncharacters,
 //! and printing escapes what a bracketed string has outside of its brackets.
 

@@ -109,7 +109,9 @@ impl ChatTemplate {
         special_tokens: Map<String, Json>,
     ) -> Result<ChatTemplate, TemplateError> {
         let mut env = environment();
-        if [Some(source), tool_source].into_iter().flatten().any(|source| source.contains("safe")) {
+        let all = || [Some(source), tool_source].into_iter().flatten();
+        // Jinja's other way to join strings, `~`, gives plain text; a template that uses it needs no markup.
+        if all().any(|source| source.contains("safe")) && !all().any(|source| source.contains(" ~ ")) {
             env.add_filter("safe", markup::safe);
             env.set_formatter(markup::print);
         }

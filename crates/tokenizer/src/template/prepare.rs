@@ -61,7 +61,9 @@ pub(super) fn prepare(messages: &Value, accepts: Accepts) -> Result<Value, Templ
         match message.get("content") {
             Some(Value::Array(parts)) => {
                 let texts = part_texts(parts, index)?;
-                let content = if accepts.parts {
+                // Templates that take parts from a user still take a tool's answer as a string.
+                let of_tool = message.get("role").and_then(Value::as_str) == Some("tool");
+                let content = if accepts.parts && !(of_tool && accepts.strings) {
                     texts.into_iter().map(|text| json!({"type": "text", "text": text})).collect()
                 } else {
                     // One line per part, as vLLM joins them.
