@@ -32,8 +32,8 @@ pub enum GrammarError {
         /// Its limit.
         limit: usize,
     },
-    /// Following the grammar became too expensive in the middle of an answer.
-    #[error("the grammar became too complex to follow: {0}; simplify it")]
+    /// Following the grammar became too expensive in the middle of an answer, or came to a point where no token fits.
+    #[error("the grammar cannot be followed any further: {0}; simplify it")]
     TooComplex(String),
     /// A token was given that the grammar does not allow here.
     #[error("token {token} is not allowed by the grammar at this point")]
@@ -146,10 +146,7 @@ impl GrammarCompiler {
                 TopLevelGrammar::from_json_schema(with_options(schema, false))
             }
             GrammarSpec::Lark(source) => {
-                limits::check_source(source, &['"', '/'])?;
-                for schema in embedded_schemas(source) {
-                    limits::check_schema(&schema)?;
-                }
+                limits::check_lark(source)?;
                 TopLevelGrammar::from_lark(source.clone())
             }
         };
@@ -203,13 +200,6 @@ pub(crate) fn with_options(schema: Value, lenient: bool) -> Value {
     };
     options.apply_to(&mut schema);
     schema
-}
-
-/// Schemas written after `%json` in a Lark grammar.
-fn embedded_schemas(source: &str) -> impl Iterator<Item = Value> {
-    source.match_indices("%json").filter_map(|(at, keyword)| {
-        serde_json::Deserializer::from_str(&source[at + keyword.len()..]).into_iter().next()?.ok()
-    })
 }
 
 /// The bytes by which the trie knows a token. Special tokens are marked with 0xFF, which no text contains.

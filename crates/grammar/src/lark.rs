@@ -24,14 +24,11 @@ pub(crate) fn literal(text: &str) -> String {
     quoted
 }
 
-/// Text as the inside of a regular expression between slashes.
+/// Text as the inside of a regular expression between slashes. Only what has a meaning there is escaped, because an
+/// escaped `<` or `>` is a word boundary.
 pub(crate) fn escape_regex(text: &str) -> String {
-    text.chars()
-        .flat_map(|c| {
-            let plain = c.is_ascii_alphanumeric() || !c.is_ascii() || c == '_';
-            (!plain).then_some('\\').into_iter().chain([c])
-        })
-        .collect()
+    let escape = |c: char| r"\.+*?()|[]{}^$/&~#-".contains(c);
+    text.chars().flat_map(|c| escape(c).then_some('\\').into_iter().chain([c])).collect()
 }
 
 /// A marker of the model: one special token where the vocabulary has it as such, else text.

@@ -13,8 +13,14 @@ pub(crate) const SOURCE_BYTES_MAX: usize = 256 << 10;
 pub(crate) const DEPTH_MAX: usize = 64;
 /// Schemas visited, counting each alternative that merging creates.
 const EXPANSION_MAX: usize = 20_000;
-/// Largest count in `minItems`, `maxLength` and the like.
-const COUNT_MAX: u64 = 10_000;
+/// Largest number of items or properties in a bound.
+const COUNT_MAX: usize = 10_000;
+/// Largest length of a string in a bound; repetition is unfolded only as far as an answer goes.
+const LENGTH_MAX: usize = 1_000_000;
+/// Longest regular expression; compiling one takes time quadratic in its length.
+const PATTERN_BYTES_MAX: usize = 4 << 10;
+/// Longest Lark source without its schemas, for the same reason.
+const LARK_BYTES_MAX: usize = 32 << 10;
 /// Most values in one `enum`.
 const ENUM_MAX: usize = 5_000;
 
@@ -49,6 +55,27 @@ pub(crate) fn check_source(source: &str, quotes: &[char]) -> Result<(), GrammarE
     Ok(())
 }
 
+/// Checks a Lark grammar and the schemas written in it after `%json`.
+pub(crate) fn check_lark(source: &str) -> Result<(), GrammarError> {
+    check_source(source, &['"', '/'])?;
+    let mut schema_bytes = 0;
+    for (at, keyword) in source.match_indices("%json") {
+        let rest = &source[at + keyword.len()..];
+        let mut values = serde_json::Deserializer::from_str(rest).into_iter::<Value>();
+        if let Some(Ok(schema)) = values.next() {
+            schema_bytes += values.byte_offset();
+            check_schema(&schema)?;
+        }
+    }
+    if source.len().saturating_sub(schema_bytes) > LARK_BYTES_MAX {
+        return Err(GrammarError::TooLarge {
+            what: "Lark source in bytes, without schemas",
+            limit: LARK_BYTES_MAX,
+        });
+    }
+    Ok(())
+}
+
 /// Refuses schemas whose merged form is too large. The schema has been parsed, so its depth is bounded.
 pub(crate) fn check_schema(schema: &Value) -> Result<(), GrammarError> {
     check_values(schema)?;
@@ -65,14 +92,27 @@ fn check_values(value: &Value) -> Result<(), GrammarError> {
         Value::Array(items) => items.iter().try_for_each(check_values),
         Value::Object(object) => {
             for (key, item) in object {
-                let counts = matches!(
-                    key.as_str(),
-                    "minItems" | "maxItems" | "minLength" | "maxLength" | "minProperties" | "maxProperties"
-                );
-                if counts && item.as_f64().is_some_and(|n| n > COUNT_MAX as f64) {
+                let (what, limit) = match key.as_str() {
+                    "minItems" | "maxItems" | "minProperties" | "maxProperties" => {
+                        ("number of items", COUNT_MAX)
+                    }
+                    "minLength" | "maxLength" => ("length of strings", LENGTH_MAX),
+                    _ => ("", usize::MAX),
+                };
+                if item.as_f64().is_some_and(|bound| bound > limit as f64) {
+                    return Err(GrammarError::TooLarge { what, limit });
+                }
+                let pattern = match (key.as_str(), item) {
+                    ("pattern", Value::String(pattern)) => pattern.len(),
+                    ("patternProperties", Value::Object(named)) => {
+                        named.keys().map(String::len).max().unwrap_or(0)
+                    }
+                    _ => 0,
+                };
+                if pattern > PATTERN_BYTES_MAX {
                     return Err(GrammarError::TooLarge {
-                        what: "minItems, maxItems, minLength, maxLength, minProperties or maxProperties",
-                        limit: COUNT_MAX as usize,
+                        what: "pattern in bytes",
+                        limit: PATTERN_BYTES_MAX,
                     });
                 }
                 if key == "enum" && item.as_array().is_some_and(|values| values.len() > ENUM_MAX) {

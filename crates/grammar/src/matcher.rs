@@ -2,7 +2,6 @@
 
 use crate::compiler::{GrammarCompiler, GrammarError, guarded};
 use ashlar_vocabulary::sampling::GrammarSpec;
-use llguidance::api::StopReason;
 
 /// Follows one sequence through its grammar.
 ///
@@ -106,15 +105,7 @@ impl Matcher {
     }
 
     fn failure(&self) -> Result<(), GrammarError> {
-        match self.engine.stop_reason() {
-            reason if reason.is_ok() => Ok(()),
-            reason @ (StopReason::LexerTooComplex | StopReason::ParserTooComplex) => {
-                Err(GrammarError::TooComplex(reason.to_string()))
-            }
-            reason => {
-                Err(GrammarError::Internal(self.engine.get_error().unwrap_or_else(|| reason.to_string())))
-            }
-        }
+        self.engine.get_error().map_or(Ok(()), |reason| Err(GrammarError::TooComplex(reason)))
     }
 }
 

@@ -141,11 +141,11 @@ impl ToolCallParser {
         let marker = self.format.markers()[0];
         if let Some(before) = self.held.strip_suffix(marker) {
             let before = before.to_string();
-            // White space alone before a call says nothing; after text it has to stay to keep the text as it was.
+            // White space alone is kept until it is known whether a call follows it.
             if !before.trim().is_empty() || self.text_begun {
                 self.content(&before, events);
+                self.held = marker.to_string();
             }
-            self.held = marker.to_string();
             match self.format {
                 ToolFormat::Mistral => self.state = State::MistralList,
                 ToolFormat::Hermes | ToolFormat::Llama3Json => self.begin_call(),
