@@ -1,1 +1,30 @@
-//! Placeholder.
+//! The edge of the cluster: OpenAI's HTTP API in, token events of the scheduler out of which answers are made.
+//!
+//! Layout, in the order of a request: [`server`](serve) (bind, accept, drain), `router` and `context` (paths, layers,
+//! ids, traces), [`openai`] (the schema: requests, answers, errors), `text` (tokenizer, templates, grammars),
+//! `generation` (a request in flight), [`transcript`] (one choice, pure), [`scheduler_client`] (the connection),
+//! `metrics` and `system` (what operators see).
+//!
+//! **Invariants:** only this crate knows OpenAI's schema; it knows no tensor and no placement. [`transcript`] has no
+//! clock, no I/O and no async, so that the simulation runs exactly it. Bad input never becomes a 500, and never
+//! disturbs another request: parsing, templates and tokenizing run away from the threads that serve streams. Prompts
+//! and answers are never logged.
+#![forbid(unsafe_code)]
+
+mod app;
+mod config;
+mod context;
+mod error;
+mod generation;
+mod metrics;
+pub mod openai;
+mod router;
+pub mod scheduler_client;
+mod server;
+mod system;
+mod text;
+pub mod transcript;
+
+pub use config::GatewayConfig;
+pub use error::GatewayError;
+pub use server::{Gateway, serve};

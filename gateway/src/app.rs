@@ -1,0 +1,122 @@
+//! What all handlers share, and the work that must not run on the threads that serve streams.
+
+use crate::config::GatewayConfig;
+use crate::metrics::Metrics;
+use crate::openai::error::ApiError;
+use crate::scheduler_client::SchedulerClient;
+use crate::text::ModelText;
+use ashlar_protocol::serving::ClusterSnapshot;
+use ashlar_vocabulary::NUMERIC_VERSION;
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use tokio::sync::{Semaphore, watch};
+
+/// The gateway's life, as its handlers see it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Phase {
+    /// Requests are taken.
+    Serving,
+    /// Requests in flight may end; new ones are refused.
+    Draining,
+    /// Requests in flight are ended with an error.
+    Ending,
+}
+
+/// Waits until the gateway has come to `phase`, or is gone altogether.
+pub(crate) async fn reached(seen: &mut watch::Receiver<Phase>, phase: Phase) {
+    let _ = seen.wait_for(|now| *now >= phase).await;
+}
+
+/// Shared by all handlers. Immutable but for what its parts synchronise themselves.
+#[derive(Debug)]
+pub(crate) struct App {
+    pub(crate) config: GatewayConfig,
+    /// Names of the served model; at least one.
+    pub(crate) names: Vec<String>,
+    pub(crate) text: Arc<ModelText>,
+    pub(crate) scheduler: SchedulerClient,
+    pub(crate) metrics: Metrics,
+    pub(crate) phase: watch::Receiver<Phase>,
+    /// Unix seconds of the start.
+    pub(crate) created: u64,
+    origin: Instant,
+    workers: Semaphore,
+}
+
+impl App {
+    pub(crate) fn new(
+        config: GatewayConfig,
+        names: Vec<String>,
+        text: ModelText,
+        scheduler: SchedulerClient,
+        metrics: Metrics,
+        phase: watch::Receiver<Phase>,
+    ) -> App {
+        let workers = std::thread::available_parallelism().map_or(1, usize::from);
+        App {
+            config,
+            names,
+            text: Arc::new(text),
+            scheduler,
+            metrics,
+            phase,
+            created: unix_seconds(),
+            origin: Instant::now(),
+            workers: Semaphore::new(workers),
+        }
+    }
+
+    /// Time since the start, which transcripts count in.
+    pub(crate) fn now(&self) -> Duration {
+        self.origin.elapsed()
+    }
+
+    /// The name that answers carry.
+    pub(crate) fn model_name(&self) -> &str {
+        self.names.first().map_or("", String::as_str)
+    }
+
+    /// Refuses a model that is not served. An absent one means the only one there is.
+    pub(crate) fn check_model(&self, model: Option<&str>) -> Result<(), ApiError> {
+        match model {
+            Some(model) if !self.names.iter().any(|name| name == model) => {
+                Err(ApiError::unknown_model(model, &self.names))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The cluster, or 503.
+    pub(crate) fn cluster(&self) -> Result<Arc<ClusterSnapshot>, ApiError> {
+        if *self.phase.borrow() != Phase::Serving {
+            return Err(ApiError::unavailable("this server is shutting down: retry elsewhere or in a moment"));
+        }
+        self.scheduler.link().live_cluster().cloned().map_err(ApiError::unavailable)
+    }
+
+    /// Runs work that takes more than microseconds (parsing, templates, tokenizing) where it disturbs no stream; as many
+    /// at once as there are cores.
+    pub(crate) async fn work<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
+    ) -> Result<T, ApiError> {
+        let _permit = self.workers.acquire().await.map_err(|_| ApiError::unavailable("shutting down"))?;
+        match tokio::task::spawn_blocking(work).await {
+            Ok(done) => done,
+            Err(panic) => {
+                tracing::error!(%panic, "a request panicked while it was prepared");
+                Err(ApiError::internal("the server failed on this request: please report it"))
+            }
+        }
+    }
+}
+
+/// What identifies the bits that produced an answer: weights, format, numeric version.
+pub(crate) fn system_fingerprint(cluster: &ClusterSnapshot) -> String {
+    format!("fp_{}_n{NUMERIC_VERSION}", cluster.model_digest)
+}
+
+/// Seconds since 1970.
+pub(crate) fn unix_seconds() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}

@@ -1,0 +1,97 @@
+//! Configuration of the gateway. Every value has a default except those that name something of the deployment.
+
+use serde::Deserialize;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+/// What a gateway is told when it starts.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct GatewayConfig {
+    /// Where to listen for HTTP. Default `127.0.0.1:8000`.
+    pub listen: SocketAddr,
+    /// The scheduler's gateway port (`host:port`). Default `127.0.0.1:7000`.
+    pub scheduler: String,
+    /// Names under which the model is offered; the first is the one that answers carry. Default: the name of the
+    /// model's directory.
+    pub served_model_name: Vec<String>,
+    /// Largest request body in bytes. Default 16 MiB.
+    pub request_body_bytes_max: usize,
+    /// Most choices (`n`) of one prompt. Default 128.
+    pub n_max: u32,
+    /// Most prompts of one `/v1/completions` request. Default 128.
+    pub prompts_max: usize,
+    /// Most choices of one request over all its prompts. Default 256.
+    pub choices_max: usize,
+    /// Most stop strings. Default 16.
+    pub stop_strings_max: usize,
+    /// Longest stop string in bytes. Default 1024.
+    pub stop_string_bytes_max: usize,
+    /// Most entries of `logit_bias`. Default 1024.
+    pub logit_bias_max: usize,
+    /// Most tools. Default 128.
+    pub tools_max: usize,
+    /// Most choices in flight over all requests; more are answered 429. Default 1024.
+    pub choices_in_flight_max: usize,
+    /// Most client connections; more are answered 503. Default 1024.
+    pub connections_max: usize,
+    /// Tokens of one choice that may wait for a slow reader before the choice is dropped. Default 4096.
+    pub unread_tokens_max: usize,
+    /// Milliseconds from arrival until a request is failed. Default 600000.
+    pub deadline_ms: u64,
+    /// Milliseconds in which a client has to send a request's head; also how long a connection may idle. Default 60000.
+    pub head_timeout_ms: u64,
+    /// Milliseconds in which a client has to send a request's body. Default 30000.
+    pub body_timeout_ms: u64,
+    /// Milliseconds for which a client may take no byte of an answer. Default 60000.
+    pub write_timeout_ms: u64,
+    /// Milliseconds without output after which a stream gets a comment, to keep it alive. Default 10000.
+    pub keep_alive_ms: u64,
+    /// Milliseconds that running requests get when the gateway shuts down. Default 30000.
+    pub drain_grace_ms: u64,
+    /// Longest wait in milliseconds between two attempts to reach the scheduler. Default 1000.
+    pub reconnect_ms_max: u64,
+    /// Whether a client may set `priority`. Default true.
+    pub accept_priority: bool,
+}
+
+impl Default for GatewayConfig {
+    fn default() -> GatewayConfig {
+        GatewayConfig {
+            listen: SocketAddr::from(([127, 0, 0, 1], 8000)),
+            scheduler: "127.0.0.1:7000".to_owned(),
+            served_model_name: Vec::new(),
+            request_body_bytes_max: 16 << 20,
+            n_max: 128,
+            prompts_max: 128,
+            choices_max: 256,
+            stop_strings_max: 16,
+            stop_string_bytes_max: 1024,
+            logit_bias_max: 1024,
+            tools_max: 128,
+            choices_in_flight_max: 1024,
+            connections_max: 1024,
+            unread_tokens_max: 4096,
+            deadline_ms: 600_000,
+            head_timeout_ms: 60_000,
+            body_timeout_ms: 30_000,
+            write_timeout_ms: 60_000,
+            keep_alive_ms: 10_000,
+            drain_grace_ms: 30_000,
+            reconnect_ms_max: 1_000,
+            accept_priority: true,
+        }
+    }
+}
+
+impl GatewayConfig {
+    /// From arrival until a request is failed.
+    pub fn deadline(&self) -> Duration {
+        Duration::from_millis(self.deadline_ms)
+    }
+
+    /// Silence after which a stream gets a comment.
+    pub fn keep_alive(&self) -> Duration {
+        Duration::from_millis(self.keep_alive_ms.max(1))
+    }
+}

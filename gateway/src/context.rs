@@ -1,0 +1,101 @@
+//! Who a request is: its id, its trace, and the span under which all of it happens.
+
+use crate::app::App;
+use crate::openai::error::ApiError;
+use ashlar_service_kit::{current_traceparent, set_parent};
+use ashlar_vocabulary::{RequestId, SamplingParams};
+use axum::extract::{Request, State};
+use axum::http::{HeaderName, HeaderValue};
+use axum::middleware::Next;
+use axum::response::{IntoResponse, Response};
+use std::any::Any;
+use std::sync::Arc;
+use tracing::field::Empty;
+use tracing::{Instrument, Span};
+use uuid::Uuid;
+
+const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
+const REQUEST_ID_BYTES_MAX: usize = 128;
+
+/// Travels with a request as an extension.
+#[derive(Debug, Clone)]
+pub(crate) struct RequestContext {
+    pub(crate) id: RequestId,
+    pub(crate) traceparent: Option<String>,
+    pub(crate) span: Span,
+}
+
+impl RequestContext {
+    /// Writes down what was asked for, in OpenTelemetry's GenAI names. Never the text.
+    pub(crate) fn record(&self, model: &str, sampling: &SamplingParams, max_tokens: u32) {
+        self.span
+            .record("gen_ai.request.model", model)
+            .record("gen_ai.response.model", model)
+            .record("gen_ai.request.max_tokens", max_tokens)
+            .record("gen_ai.request.temperature", f64::from(sampling.temperature))
+            .record("gen_ai.request.top_p", f64::from(sampling.top_p))
+            .record("gen_ai.request.seed", sampling.seed);
+    }
+}
+
+/// Middleware: gives every request a context, and every response its `x-request-id`.
+pub(crate) async fn with_context(State(app): State<Arc<App>>, mut request: Request, next: Next) -> Response {
+    let id = RequestId(Uuid::new_v4().as_u128());
+    let name = request.headers().get(&REQUEST_ID).filter(|name| is_plain(name)).cloned();
+    let name = name.or_else(|| HeaderValue::from_str(&id.to_string()).ok());
+    let (operation, title) = operation(request.uri().path());
+    let span = tracing::info_span!(
+        "request",
+        otel.name = if title { format!("{operation} {}", app.model_name()) } else { operation.to_owned() },
+        otel.kind = "server",
+        request_id = %id,
+        gen_ai.operation.name = operation,
+        gen_ai.provider.name = "ashlar",
+        gen_ai.request.model = Empty,
+        gen_ai.request.max_tokens = Empty,
+        gen_ai.request.temperature = Empty,
+        gen_ai.request.top_p = Empty,
+        gen_ai.request.seed = Empty,
+        gen_ai.response.model = Empty,
+        gen_ai.usage.input_tokens = Empty,
+        gen_ai.usage.output_tokens = Empty,
+        http.response.status_code = Empty,
+    );
+    let parent = request.headers().get(&TRACEPARENT).and_then(|parent| parent.to_str().ok()).map(str::to_owned);
+    if let Some(parent) = &parent {
+        set_parent(&span, parent);
+    }
+    let traceparent = span.in_scope(current_traceparent);
+    request.extensions_mut().insert(RequestContext { id, traceparent, span: span.clone() });
+    let mut response = next.run(request).instrument(span.clone()).await;
+    span.record("http.response.status_code", response.status().as_u16());
+    if let Some(name) = name {
+        response.headers_mut().insert(REQUEST_ID, name);
+    }
+    response
+}
+
+/// What a handler's panic looks like from outside.
+pub(crate) fn panic_response(panic: Box<dyn Any + Send + 'static>) -> Response {
+    let cause = panic
+        .downcast_ref::<String>()
+        .map(String::as_str)
+        .or_else(|| panic.downcast_ref::<&str>().copied())
+        .unwrap_or("unknown");
+    tracing::error!(cause, "a request panicked");
+    ApiError::internal("the server failed on this request: please report it").into_response()
+}
+
+/// GenAI's operation of a path, and whether spans name the model too.
+fn operation(path: &str) -> (&'static str, bool) {
+    match path {
+        "/v1/chat/completions" => ("chat", true),
+        "/v1/completions" => ("text_completion", true),
+        _ => ("http", false),
+    }
+}
+
+fn is_plain(name: &HeaderValue) -> bool {
+    (1..=REQUEST_ID_BYTES_MAX).contains(&name.len()) && name.as_bytes().iter().all(u8::is_ascii_graphic)
+}

@@ -1,0 +1,39 @@
+//! Why a gateway does not start, or stops.
+
+use std::io;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+/// A gateway that cannot serve.
+#[derive(Debug, thiserror::Error)]
+pub enum GatewayError {
+    /// Somebody else listens there.
+    #[error(
+        "port {} is in use on {}: stop the process that listens there, or choose another port with `listen`",
+        address.port(),
+        address.ip()
+    )]
+    PortInUse {
+        /// The address asked for.
+        address: SocketAddr,
+    },
+    /// The address cannot be listened on for another reason.
+    #[error("cannot listen on {address}: {source}")]
+    Listen {
+        /// The address asked for.
+        address: SocketAddr,
+        /// What the system says.
+        source: io::Error,
+    },
+    /// The model's text files (tokenizer, templates) cannot be used.
+    #[error("cannot load the tokenizer of {}: {reason}", model_dir.display())]
+    Model {
+        /// The model's directory.
+        model_dir: PathBuf,
+        /// What is wrong and what to do.
+        reason: String,
+    },
+    /// The metrics recorder refused its buckets: a fault in this crate.
+    #[error("cannot set up metrics: {0}")]
+    Metrics(String),
+}

@@ -1,0 +1,223 @@
+//! One client request in flight: its choices' transcripts, fed by the scheduler, watched by a deadline.
+
+use crate::app::{App, Phase, reached};
+use crate::openai::error::ApiError;
+use crate::scheduler_client::RequestEvents;
+use crate::text::AnswerDecoder;
+use crate::transcript::{Delta, Effect, End, Transcript, TranscriptEvent, TranscriptSpec};
+use ashlar_protocol::serving::{ChoiceId, ClusterSnapshot, FailureKind, RequestFailure, Submit};
+use ashlar_tokenizer::{SpecialTokens, TextStart};
+use ashlar_vocabulary::{RequestId, SamplingParams, TokenId, TokenLogprobs};
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+/// The scheduler enforces the deadline; the gateway does too, a little later, should the scheduler hang.
+const DEADLINE_SLACK: Duration = Duration::from_secs(2);
+
+/// A validated request, complete.
+#[derive(Debug)]
+pub(crate) struct GenerationSpec {
+    pub(crate) id: RequestId,
+    pub(crate) prompts: Vec<PromptSpec>,
+    /// Choices per prompt.
+    pub(crate) n: u32,
+    /// As for choice 0.
+    pub(crate) sampling: SamplingParams,
+    pub(crate) stop_strings: Vec<String>,
+    pub(crate) include_stop: bool,
+    pub(crate) stop_tokens: Vec<TokenId>,
+    pub(crate) special: SpecialTokens,
+    pub(crate) start: TextStart,
+    pub(crate) priority: i32,
+    pub(crate) traceparent: Option<String>,
+}
+
+/// One prompt of a request.
+#[derive(Debug)]
+pub(crate) struct PromptSpec {
+    pub(crate) tokens: Arc<[TokenId]>,
+    pub(crate) max_new_tokens: u32,
+}
+
+/// Something for the client; `choice` counts over all prompts.
+#[derive(Debug)]
+pub(crate) enum Output {
+    Delta { choice: usize, delta: Delta },
+    End { choice: usize, end: End },
+}
+
+/// A request in flight. Dropping it cancels what is still running.
+#[derive(Debug)]
+pub(crate) struct Generation {
+    app: Arc<App>,
+    events: RequestEvents,
+    transcripts: Vec<Transcript<AnswerDecoder>>,
+    outputs: VecDeque<Output>,
+    effects: Vec<Effect>,
+    deadline: Instant,
+    phase: watch::Receiver<Phase>,
+    started: Duration,
+}
+
+/// What a generation waits for.
+enum Happened {
+    Event((ChoiceId, TranscriptEvent)),
+    /// The reader fell so far behind that its events were dropped.
+    Lagged,
+    Deadline,
+    Ending,
+}
+
+impl Generation {
+    /// Submits all choices.
+    pub(crate) fn start(
+        app: &Arc<App>,
+        cluster: &ClusterSnapshot,
+        spec: GenerationSpec,
+    ) -> Result<Generation, ApiError> {
+        let now = app.now();
+        let mut submits = Vec::new();
+        let mut transcripts = Vec::new();
+        let mut unread_max = 0;
+        for prompt in &spec.prompts {
+            for choice_index in 0..spec.n {
+                let id = ChoiceId { request: spec.id, choice: submits.len() as u32 };
+                unread_max += app.config.unread_tokens_max.min(prompt.max_new_tokens as usize + 2);
+                let sampling = SamplingParams { choice_index, ..spec.sampling.clone() };
+                submits.push(spec.submit(id, prompt, sampling, cluster, app.config.deadline_ms));
+                let decoder = app.text.decoder(spec.special, spec.start);
+                transcripts.push(Transcript::new(now, spec.transcript(id, prompt), decoder));
+            }
+        }
+        let events = app.scheduler.submit(submits, unread_max)?;
+        Ok(Generation {
+            app: app.clone(),
+            events,
+            transcripts,
+            outputs: VecDeque::new(),
+            effects: Vec::new(),
+            deadline: Instant::now() + app.config.deadline() + DEADLINE_SLACK,
+            phase: app.phase.clone(),
+            started: now,
+        })
+    }
+
+    /// The next output; `None` once every choice has ended. Cancellation-safe.
+    pub(crate) async fn next(&mut self) -> Option<Output> {
+        loop {
+            if let Some(output) = self.outputs.pop_front() {
+                return Some(output);
+            }
+            if self.transcripts.iter().all(Transcript::ended) {
+                return None;
+            }
+            let happened = tokio::select! {
+                event = self.events.next() => event.map_or(Happened::Lagged, Happened::Event),
+                () = tokio::time::sleep_until(self.deadline) => Happened::Deadline,
+                () = reached(&mut self.phase, Phase::Ending) => Happened::Ending,
+            };
+            match happened {
+                Happened::Event((id, event)) => self.handle(id.choice as usize, event),
+                Happened::Lagged => self.fail_all(
+                    FailureKind::Unavailable,
+                    "the connection was too slow to take the answer: read faster, or ask for less",
+                ),
+                Happened::Deadline => self.fail_all(
+                    FailureKind::DeadlineExceeded,
+                    "the request took too long: ask for less, or retry later",
+                ),
+                Happened::Ending => self.fail_all(
+                    FailureKind::Unavailable,
+                    "the server is shutting down: retry elsewhere or in a moment",
+                ),
+            }
+        }
+    }
+
+    /// Prompt log-probabilities of a choice, by position.
+    pub(crate) fn prompt_logprobs(&self, choice: usize) -> &[Option<TokenLogprobs>] {
+        self.transcripts.get(choice).map_or(&[], Transcript::prompt_logprobs)
+    }
+
+    /// Tokens that all choices have generated so far.
+    pub(crate) fn generated_in_all(&self) -> usize {
+        self.transcripts.iter().map(|transcript| transcript.delivered().len()).sum()
+    }
+
+    fn fail_all(&mut self, kind: FailureKind, message: &str) {
+        for choice in 0..self.transcripts.len() {
+            let ended = self.transcripts.get(choice).is_none_or(Transcript::ended);
+            if !ended {
+                let failure = RequestFailure { kind, message: message.to_owned(), retry_after_ms: None };
+                self.handle(choice, TranscriptEvent::Failed(failure));
+            }
+        }
+    }
+
+    fn handle(&mut self, choice: usize, event: TranscriptEvent) {
+        let Some(transcript) = self.transcripts.get_mut(choice) else { return };
+        let now = self.app.now();
+        let (before, last_token_at) = (transcript.delivered().len(), transcript.last_token_at());
+        transcript.handle(now, event, &mut self.effects);
+        if transcript.delivered().len() > before {
+            match last_token_at {
+                None => self.app.metrics.first_token(now.saturating_sub(self.started)),
+                Some(last) => self.app.metrics.next_token(now.saturating_sub(last)),
+            }
+        }
+        let id = transcript.id();
+        for effect in self.effects.drain(..) {
+            match effect {
+                Effect::Deliver(delta) => self.outputs.push_back(Output::Delta { choice, delta }),
+                Effect::Cancel => self.events.cancel(id),
+                Effect::End(end) => {
+                    if matches!(end, End::Failed(_)) {
+                        // Whatever failed it, the scheduler may still be computing.
+                        self.events.cancel(id);
+                    }
+                    self.app.metrics.ended(&end, now.saturating_sub(self.started));
+                    self.outputs.push_back(Output::End { choice, end });
+                }
+            }
+        }
+    }
+}
+
+impl GenerationSpec {
+    fn submit(
+        &self,
+        id: ChoiceId,
+        prompt: &PromptSpec,
+        sampling: SamplingParams,
+        cluster: &ClusterSnapshot,
+        deadline_ms: u64,
+    ) -> Submit {
+        Submit {
+            id,
+            model_digest: cluster.model_digest,
+            prompt: prompt.tokens.to_vec(),
+            forced: Vec::new(),
+            max_new_tokens: prompt.max_new_tokens,
+            stop_tokens: self.stop_tokens.clone(),
+            sampling,
+            tenant_salt: 0,
+            priority: self.priority,
+            deadline_ms,
+            traceparent: self.traceparent.clone(),
+        }
+    }
+
+    fn transcript(&self, id: ChoiceId, prompt: &PromptSpec) -> TranscriptSpec {
+        TranscriptSpec {
+            id,
+            prompt: prompt.tokens.clone(),
+            stop_strings: self.stop_strings.clone(),
+            include_stop: self.include_stop,
+            stop_tokens: self.stop_tokens.clone(),
+            min_tokens: self.sampling.min_tokens,
+        }
+    }
+}

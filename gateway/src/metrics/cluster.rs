@@ -1,0 +1,114 @@
+//! The scheduler's snapshot in Prometheus' text format, rendered afresh for each scrape: a node that has left leaves no
+//! stale series behind.
+
+use ashlar_protocol::serving::{ClusterSnapshot, NodeView};
+use std::fmt::Write;
+
+/// Renders `snapshot` for the model served as `model_name`.
+pub(super) fn render(snapshot: &ClusterSnapshot, model_name: &str) -> String {
+    let mut page = Page { text: String::new(), model: escaped(model_name) };
+    let counters = &snapshot.counters;
+    page.model("vllm:num_requests_running", "gauge", "Sequences being computed.", counters.running as f64);
+    page.model("vllm:num_requests_waiting", "gauge", "Sequences waiting for room.", counters.waiting as f64);
+    page.model("vllm:kv_cache_usage_perc", "gauge", "Share of KV blocks in use, 0 to 1.", kv_usage(snapshot));
+    page.model("vllm:num_preemptions_total", "counter", "Preemptions.", counters.preemptions as f64);
+    page.model(
+        "vllm:prefix_cache_queries_total",
+        "counter",
+        "Prompt tokens looked up in the prefix cache.",
+        counters.prefix_cache_queries as f64,
+    );
+    page.model(
+        "vllm:prefix_cache_hits_total",
+        "counter",
+        "Prompt tokens found in the prefix cache.",
+        counters.prefix_cache_hits as f64,
+    );
+    page.plain("ashlar_lease_term", "gauge", "The scheduler's lease term.", snapshot.term.0 as f64);
+    page.plain("ashlar_nodes", "gauge", "Joined nodes.", snapshot.nodes.len() as f64);
+    page.plain("ashlar_replicas", "gauge", "Replicas, whole or in the making.", snapshot.replicas.len() as f64);
+    let ready = snapshot.replicas.iter().filter(|replica| replica.ready).count();
+    page.plain("ashlar_replicas_ready", "gauge", "Replicas that serve.", ready as f64);
+    page.plain("ashlar_steps_total", "counter", "Scheduler steps.", counters.steps as f64);
+    page.plain(
+        "ashlar_scheduled_tokens_total",
+        "counter",
+        "Tokens computed, of prompts and answers.",
+        counters.scheduled_tokens as f64,
+    );
+
+    let bytes: [NodeSeries; 4] = [
+        ("ashlar_node_memory_offered_bytes", "Memory that the node offered.", |n| n.memory.0 as f64),
+        ("ashlar_ledger_reserved_bytes", "Memory that the ledger has reserved.", |n| n.reserved.0 as f64),
+        ("ashlar_ledger_resident_bytes", "Memory that is really resident.", |n| n.resident.0 as f64),
+        ("ashlar_node_loaded_ratio", "Share of the node's weights that is loaded.", |n| f64::from(n.loaded)),
+    ];
+    for series in bytes {
+        page.nodes(&snapshot.nodes, "gauge", series);
+    }
+    let seconds: [NodeSeries; 4] = [
+        ("ashlar_stage_compute_seconds_total", "Time spent computing.", |n| n.busy.compute_us as f64 / 1e6),
+        ("ashlar_stage_wait_seconds_total", "Time spent waiting for work (bubbles).", |n| {
+            n.busy.wait_us as f64 / 1e6
+        }),
+        ("ashlar_stage_collective_seconds_total", "Time spent exchanging within the stage.", |n| {
+            n.busy.collective_us as f64 / 1e6
+        }),
+        ("ashlar_stage_send_seconds_total", "Time spent sending activations on.", |n| n.busy.send_us as f64 / 1e6),
+    ];
+    for series in seconds {
+        page.nodes(&snapshot.nodes, "counter", series);
+    }
+    page.text
+}
+
+/// Name, help, and value of one node.
+type NodeSeries = (&'static str, &'static str, fn(&NodeView) -> f64);
+
+struct Page {
+    text: String,
+    model: String,
+}
+
+impl Page {
+    fn head(&mut self, name: &str, kind: &str, help: &str) {
+        // Writing to a string does not fail.
+        let _ = write!(self.text, "# HELP {name} {help}\n# TYPE {name} {kind}\n");
+    }
+
+    fn model(&mut self, name: &str, kind: &str, help: &str, value: f64) {
+        self.head(name, kind, help);
+        let _ = writeln!(self.text, "{name}{{model_name=\"{}\",engine=\"0\"}} {value}", self.model);
+    }
+
+    fn plain(&mut self, name: &str, kind: &str, help: &str, value: f64) {
+        self.head(name, kind, help);
+        let _ = writeln!(self.text, "{name} {value}");
+    }
+
+    fn nodes(&mut self, nodes: &[NodeView], kind: &str, (name, help, value): NodeSeries) {
+        self.head(name, kind, help);
+        for node in nodes {
+            let (replica, stage, rank) = match node.place {
+                Some((replica, stage, rank)) => (replica.to_string(), stage.to_string(), rank.to_string()),
+                None => (String::new(), "standby".to_owned(), String::new()),
+            };
+            let _ = writeln!(
+                self.text,
+                "{name}{{node=\"{}\",replica=\"{replica}\",stage=\"{stage}\",rank=\"{rank}\"}} {}",
+                escaped(&node.node.0),
+                value(node)
+            );
+        }
+    }
+}
+
+fn kv_usage(snapshot: &ClusterSnapshot) -> f64 {
+    let total: u64 = snapshot.replicas.iter().map(|replica| u64::from(replica.kv_blocks.0)).sum();
+    let used: u64 = snapshot.replicas.iter().map(|replica| u64::from(replica.kv_blocks.1)).sum();
+    if total == 0 { 0.0 } else { used as f64 / total as f64 }
+}
+
+fn escaped(label: &str) -> String {
+    label.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n")
+}

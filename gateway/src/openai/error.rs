@@ -1,0 +1,126 @@
+//! The error envelope, and the one place where failures become HTTP statuses.
+
+use ashlar_protocol::serving::{FailureKind, RequestFailure};
+use axum::Json;
+use axum::http::{HeaderValue, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use serde_json::{Value, json};
+
+/// An error as a client sees it: `{"error": {"message", "type", "param", "code"}}`.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{message}")]
+pub struct ApiError {
+    /// HTTP status.
+    pub status: StatusCode,
+    /// Says what is wrong and what to do.
+    pub message: String,
+    /// OpenAI's class of error.
+    pub kind: &'static str,
+    /// The field at fault.
+    pub param: Option<String>,
+    /// OpenAI's code, where it has one.
+    pub code: Option<&'static str>,
+    /// Seconds after which to try again.
+    pub retry_after_s: Option<u64>,
+}
+
+impl ApiError {
+    fn new(status: StatusCode, kind: &'static str, message: impl Into<String>) -> ApiError {
+        ApiError { status, message: message.into(), kind, param: None, code: None, retry_after_s: None }
+    }
+
+    /// 400: the request is malformed as a whole.
+    pub fn invalid(message: impl Into<String>) -> ApiError {
+        ApiError::new(StatusCode::BAD_REQUEST, "invalid_request_error", message)
+    }
+
+    /// 400: the field `param` is wrong.
+    pub fn field(param: impl Into<String>, message: impl Into<String>) -> ApiError {
+        ApiError { param: Some(param.into()), ..ApiError::invalid(message) }
+    }
+
+    /// 404: this model is not served here.
+    pub fn unknown_model(model: &str, served: &[String]) -> ApiError {
+        let shown: String = model.chars().take(128).collect();
+        let message = format!("the model `{shown}` does not exist: use one of {}", served.join(", "));
+        ApiError { param: Some("model".to_owned()), ..ApiError::not_found(message, "model_not_found") }
+    }
+
+    /// 404.
+    pub fn not_found(message: impl Into<String>, code: &'static str) -> ApiError {
+        ApiError {
+            code: Some(code),
+            ..ApiError::new(StatusCode::NOT_FOUND, "invalid_request_error", message)
+        }
+    }
+
+    /// 405.
+    pub fn method_not_allowed(message: impl Into<String>) -> ApiError {
+        ApiError::new(StatusCode::METHOD_NOT_ALLOWED, "invalid_request_error", message)
+    }
+
+    /// 408: the client did not send its request in time.
+    pub fn request_timeout(message: impl Into<String>) -> ApiError {
+        ApiError::new(StatusCode::REQUEST_TIMEOUT, "invalid_request_error", message)
+    }
+
+    /// 413: the body is larger than `max` bytes.
+    pub fn body_too_large(max: usize) -> ApiError {
+        let message = format!("the request body exceeds {max} bytes: send less at once");
+        ApiError {
+            code: Some("request_too_large"),
+            ..ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, "invalid_request_error", message)
+        }
+    }
+
+    /// 503, to be tried again after a second.
+    pub fn unavailable(message: impl Into<String>) -> ApiError {
+        ApiError {
+            retry_after_s: Some(1),
+            ..ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "service_unavailable_error", message)
+        }
+    }
+
+    /// 500: a fault of ours. The cause belongs in the log.
+    pub fn internal(message: impl Into<String>) -> ApiError {
+        ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, "server_error", message)
+    }
+
+    /// The envelope.
+    pub fn envelope(&self) -> Value {
+        json!({"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}})
+    }
+}
+
+impl From<RequestFailure> for ApiError {
+    fn from(failure: RequestFailure) -> ApiError {
+        let message = failure.message;
+        let retry_after_s = failure.retry_after_ms.map(|ms| ms.div_ceil(1_000).max(1)).or(Some(1));
+        match failure.kind {
+            FailureKind::Invalid => ApiError::invalid(message),
+            FailureKind::UnknownModel => {
+                ApiError { param: Some("model".to_owned()), ..ApiError::not_found(message, "model_not_found") }
+            }
+            FailureKind::Overloaded => ApiError {
+                code: Some("rate_limit_exceeded"),
+                retry_after_s,
+                ..ApiError::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", message)
+            },
+            FailureKind::Unavailable => ApiError { retry_after_s, ..ApiError::unavailable(message) },
+            FailureKind::DeadlineExceeded => {
+                ApiError::new(StatusCode::GATEWAY_TIMEOUT, "timeout_error", message)
+            }
+            FailureKind::Internal => ApiError::internal(message),
+        }
+    }
+}
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        let mut response = (self.status, Json(self.envelope())).into_response();
+        if let Some(seconds) = self.retry_after_s {
+            response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds));
+        }
+        response
+    }
+}

@@ -1,0 +1,35 @@
+//! `GET /v1/models` and `/v1/models/{id}`.
+
+use super::error::ApiError;
+use crate::app::App;
+use axum::Json;
+use axum::extract::{Path, State};
+use serde_json::{Value, json};
+use std::sync::Arc;
+
+pub(crate) async fn list_models(State(app): State<Arc<App>>) -> Json<Value> {
+    let cards: Vec<Value> = app.names.iter().map(|name| card(&app, name)).collect();
+    Json(json!({"object": "list", "data": cards}))
+}
+
+pub(crate) async fn show_model(
+    State(app): State<Arc<App>>,
+    Path(id): Path<String>,
+) -> Result<Json<Value>, ApiError> {
+    app.check_model(Some(&id))?;
+    Ok(Json(card(&app, &id)))
+}
+
+fn card(app: &App, name: &str) -> Value {
+    let link = app.scheduler.link();
+    let cluster = link.cluster.as_deref();
+    json!({
+        "id": name,
+        "object": "model",
+        "created": app.created,
+        "owned_by": "ashlar",
+        "root": cluster.map_or(app.model_name(), |cluster| &cluster.model),
+        "parent": null,
+        "max_model_len": cluster.map(|cluster| cluster.max_context_tokens),
+    })
+}

@@ -1,0 +1,36 @@
+//! Which path goes where, and the layers around all of them.
+
+use crate::app::App;
+use crate::context::{panic_response, with_context};
+use crate::openai::chat::chat_completions;
+use crate::openai::models::{list_models, show_model};
+use crate::system;
+use axum::Router;
+use axum::extract::DefaultBodyLimit;
+use axum::middleware::from_fn_with_state;
+use axum::routing::{get, post};
+use std::sync::Arc;
+use tower::ServiceBuilder;
+use tower_http::catch_panic::CatchPanicLayer;
+
+/// The whole HTTP surface.
+pub(crate) fn router(app: Arc<App>) -> Router {
+    let layers = ServiceBuilder::new()
+        .layer(from_fn_with_state(app.clone(), with_context))
+        .layer(CatchPanicLayer::custom(panic_response))
+        // Bodies are limited where they are read, so that the answer is the envelope.
+        .layer(DefaultBodyLimit::disable());
+    Router::new()
+        .route("/v1/chat/completions", post(chat_completions))
+        .route("/v1/models", get(list_models))
+        .route("/v1/models/{*id}", get(show_model))
+        .route("/health", get(system::health))
+        .route("/ready", get(system::ready))
+        .route("/metrics", get(system::metrics))
+        .route("/admin/cluster", get(system::cluster))
+        .route("/", get(system::index))
+        .fallback(system::unknown_path)
+        .method_not_allowed_fallback(system::wrong_method)
+        .layer(layers)
+        .with_state(app)
+}

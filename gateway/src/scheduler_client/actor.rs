@@ -1,0 +1,282 @@
+//! The actor: connect, relay, and when the connection ends fail what was in flight and connect again.
+
+use super::{Command, EventSender, Link, SchedulerClientSettings};
+use crate::transcript::TranscriptEvent;
+use ashlar_protocol::frame::{self, FrameError};
+use ashlar_protocol::serving::{
+    ChoiceId, ClusterSnapshot, FailureKind, FromScheduler, RequestFailure, ToScheduler,
+};
+use ashlar_vocabulary::LeaseTerm;
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::net::TcpStream;
+use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::sync::{OwnedSemaphorePermit, mpsc, watch};
+use tokio::task::JoinSet;
+
+/// Messages that may wait for a scheduler that does not read.
+const OUTBOX_MESSAGES_MAX: usize = 8_192;
+const INBOX_MESSAGES_MAX: usize = 256;
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+const RECONNECT_MIN: Duration = Duration::from_millis(20);
+
+pub(super) struct Actor {
+    settings: SchedulerClientSettings,
+    commands: mpsc::UnboundedReceiver<Command>,
+    publish: watch::Sender<Link>,
+    in_flight: HashMap<ChoiceId, InFlight>,
+    highest_term: LeaseTerm,
+}
+
+struct InFlight {
+    events: EventSender,
+    _permit: OwnedSemaphorePermit,
+}
+
+/// An open connection: a task per direction, because reading a frame must not be interrupted.
+struct Connection {
+    inbound: mpsc::Receiver<Result<FromScheduler, FrameError>>,
+    outbound: mpsc::Sender<ToScheduler>,
+    outbox: VecDeque<ToScheduler>,
+    _tasks: JoinSet<()>,
+}
+
+/// What a connection waits for.
+enum Happened {
+    Command(Option<Command>),
+    Message(Option<Result<FromScheduler, FrameError>>),
+}
+
+/// Why a connection was given up.
+#[derive(Debug, thiserror::Error)]
+enum LinkError {
+    #[error("cannot reach the scheduler at {address}: {reason}")]
+    Connect { address: String, reason: String },
+    #[error("lost the scheduler: {0}")]
+    Frame(#[from] FrameError),
+    #[error("the scheduler does not read: {OUTBOX_MESSAGES_MAX} messages are waiting for it")]
+    OutboxFull,
+    #[error("the scheduler's term {theirs} is over, term {seen} has been seen")]
+    StaleTerm { theirs: LeaseTerm, seen: LeaseTerm },
+}
+
+impl Actor {
+    pub(super) fn new(
+        settings: SchedulerClientSettings,
+        commands: mpsc::UnboundedReceiver<Command>,
+        publish: watch::Sender<Link>,
+    ) -> Actor {
+        Actor { settings, commands, publish, in_flight: HashMap::new(), highest_term: LeaseTerm(0) }
+    }
+
+    /// Runs until every handle is gone.
+    pub(super) async fn run(mut self) {
+        let mut wait = RECONNECT_MIN;
+        let mut last_problem = String::new();
+        loop {
+            let problem = match self.connect().await {
+                Ok(Some(connection)) => {
+                    last_problem.clear();
+                    wait = RECONNECT_MIN;
+                    match self.relay(connection).await {
+                        Some(error) => error.to_string(),
+                        None => return,
+                    }
+                }
+                Ok(None) => return,
+                Err(error) => error.to_string(),
+            };
+            self.disconnected(&problem);
+            if problem != last_problem {
+                tracing::warn!(%problem, "no scheduler; trying again");
+                last_problem = problem;
+            }
+            if !self.refuse_until(tokio::time::sleep(wait)).await {
+                return;
+            }
+            wait = (wait * 2).min(self.settings.reconnect_max.max(RECONNECT_MIN));
+        }
+    }
+
+    /// Connects and greets, refusing commands meanwhile; `None` when every handle is gone.
+    async fn connect(&mut self) -> Result<Option<Connection>, LinkError> {
+        let address = self.settings.address.clone();
+        let (done, mut socket) = tokio::sync::oneshot::channel();
+        let attempt = async move {
+            let _ = done.send(tokio::time::timeout(CONNECT_TIMEOUT, open(&address)).await);
+        };
+        if !self.refuse_until(attempt).await {
+            return Ok(None);
+        }
+        match socket.try_recv() {
+            Ok(Ok(Ok(socket))) => Ok(Some(Connection::start(socket))),
+            Ok(Ok(Err(error))) => Err(self.connect_error(error.to_string())),
+            _ => Err(self.connect_error("no answer within 5 s".to_owned())),
+        }
+    }
+
+    fn connect_error(&self, reason: String) -> LinkError {
+        LinkError::Connect { address: self.settings.address.clone(), reason }
+    }
+
+    /// Drives `until`, failing submissions as they come; false when every handle is gone.
+    async fn refuse_until(&mut self, until: impl Future<Output = ()>) -> bool {
+        tokio::pin!(until);
+        loop {
+            tokio::select! {
+                () = &mut until => return true,
+                command = self.commands.recv() => match command {
+                    None => return false,
+                    Some(Command::Cancel(_)) => {}
+                    Some(Command::Submit { submit, events, .. }) => {
+                        let problem = self.publish.borrow().problem.clone();
+                        let _ = events.try_send((submit.id, TranscriptEvent::Failed(unavailable(problem))));
+                    }
+                },
+            }
+        }
+    }
+
+    /// Relays both ways until the connection ends; `None` when every handle is gone.
+    async fn relay(&mut self, mut connection: Connection) -> Option<LinkError> {
+        loop {
+            let has_mail = !connection.outbox.is_empty();
+            let happened = tokio::select! {
+                command = self.commands.recv() => Happened::Command(command),
+                message = connection.inbound.recv() => Happened::Message(message),
+                sent = connection.outbound.reserve(), if has_mail => match sent {
+                    Ok(permit) => {
+                        if let Some(message) = connection.outbox.pop_front() {
+                            permit.send(message);
+                        }
+                        continue;
+                    }
+                    Err(_) => Happened::Message(None),
+                },
+            };
+            let done = match happened {
+                Happened::Command(None) => return None,
+                Happened::Command(Some(command)) => self.command(command, &mut connection),
+                Happened::Message(None) => Err(LinkError::Frame(FrameError::Closed)),
+                Happened::Message(Some(Err(error))) => Err(LinkError::Frame(error)),
+                Happened::Message(Some(Ok(message))) => self.message(message, &mut connection),
+            };
+            if let Err(error) = done {
+                return Some(error);
+            }
+        }
+    }
+
+    fn command(&mut self, command: Command, connection: &mut Connection) -> Result<(), LinkError> {
+        match command {
+            Command::Submit { submit, events, permit } => {
+                self.in_flight.insert(submit.id, InFlight { events, _permit: permit });
+                connection.post(ToScheduler::Submit(submit))
+            }
+            Command::Cancel(id) => match self.in_flight.remove(&id) {
+                Some(_) => connection.post(ToScheduler::Cancel(id)),
+                None => Ok(()),
+            },
+        }
+    }
+
+    fn message(&mut self, message: FromScheduler, connection: &mut Connection) -> Result<(), LinkError> {
+        let (id, event) = match message {
+            FromScheduler::Cluster(snapshot) => return self.cluster(*snapshot),
+            FromScheduler::Token(token) => (token.id, TranscriptEvent::Token(token)),
+            FromScheduler::PromptLogprobs { id, position, logprobs } => {
+                (id, TranscriptEvent::PromptLogprobs { position, logprobs })
+            }
+            FromScheduler::Finished { id, reason, receipt } => {
+                (id, TranscriptEvent::Finished { reason, receipt })
+            }
+            FromScheduler::Failed { id, error } => (id, TranscriptEvent::Failed(error)),
+        };
+        let last = matches!(event, TranscriptEvent::Finished { .. } | TranscriptEvent::Failed(_));
+        let Some(in_flight) = self.in_flight.get(&id) else { return Ok(()) };
+        let delivered = in_flight.events.try_send((id, event)).is_ok();
+        if delivered && !last {
+            return Ok(());
+        }
+        self.in_flight.remove(&id);
+        if delivered || last {
+            return Ok(());
+        }
+        tracing::info!(request = %id.request, choice = id.choice, "client reads too slowly; dropped");
+        connection.post(ToScheduler::Cancel(id))
+    }
+
+    fn cluster(&mut self, snapshot: ClusterSnapshot) -> Result<(), LinkError> {
+        if snapshot.term < self.highest_term {
+            return Err(LinkError::StaleTerm { theirs: snapshot.term, seen: self.highest_term });
+        }
+        self.highest_term = snapshot.term;
+        let cluster = Some(Arc::new(snapshot));
+        self.publish.send_replace(Link { connected: true, cluster, problem: String::new() });
+        Ok(())
+    }
+
+    fn disconnected(&mut self, problem: &str) {
+        self.publish.send_modify(|link| {
+            link.connected = false;
+            link.problem = problem.to_owned();
+        });
+        for (id, in_flight) in self.in_flight.drain() {
+            let failure = TranscriptEvent::Failed(unavailable(problem.to_owned()));
+            // Full: the dropped sender tells the reader, once it has caught up.
+            let _ = in_flight.events.try_send((id, failure));
+        }
+    }
+}
+
+impl Connection {
+    fn start(socket: TcpStream) -> Connection {
+        let (read, write) = socket.into_split();
+        let (inbound_sender, inbound) = mpsc::channel(INBOX_MESSAGES_MAX);
+        let (outbound, outbound_receiver) = mpsc::channel(1);
+        let mut tasks = JoinSet::new();
+        tasks.spawn(read_messages(read, inbound_sender));
+        tasks.spawn(write_messages(write, outbound_receiver));
+        Connection { inbound, outbound, outbox: VecDeque::new(), _tasks: tasks }
+    }
+
+    fn post(&mut self, message: ToScheduler) -> Result<(), LinkError> {
+        if self.outbox.len() >= OUTBOX_MESSAGES_MAX {
+            return Err(LinkError::OutboxFull);
+        }
+        self.outbox.push_back(message);
+        Ok(())
+    }
+}
+
+async fn open(address: &str) -> Result<TcpStream, FrameError> {
+    let mut socket = TcpStream::connect(address).await?;
+    // Token events are small and late ones are useless: never wait to fill a segment.
+    socket.set_nodelay(true)?;
+    frame::greet(&mut socket, "gateway").await?;
+    Ok(socket)
+}
+
+async fn read_messages(socket: OwnedReadHalf, sender: mpsc::Sender<Result<FromScheduler, FrameError>>) {
+    let mut socket = tokio::io::BufReader::new(socket);
+    loop {
+        let message = frame::read(&mut socket).await;
+        let failed = message.is_err();
+        if sender.send(message).await.is_err() || failed {
+            return;
+        }
+    }
+}
+
+async fn write_messages(mut socket: OwnedWriteHalf, mut messages: mpsc::Receiver<ToScheduler>) {
+    while let Some(message) = messages.recv().await {
+        if frame::write(&mut socket, &message).await.is_err() {
+            return;
+        }
+    }
+}
+
+fn unavailable(message: String) -> RequestFailure {
+    RequestFailure { kind: FailureKind::Unavailable, message, retry_after_ms: Some(1_000) }
+}

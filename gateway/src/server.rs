@@ -1,0 +1,162 @@
+//! The life of the process's HTTP side: bind, accept, drain.
+
+mod connection;
+mod stall;
+
+use crate::app::{App, Phase};
+use crate::config::GatewayConfig;
+use crate::error::GatewayError;
+use crate::metrics::Metrics;
+use crate::router::router;
+use crate::scheduler_client::{SchedulerClient, SchedulerClientSettings};
+use crate::text::ModelText;
+use ashlar_protocol::serving::SchedulerCounters;
+use ashlar_service_kit::Shutdown;
+use connection::{ConnectionSettings, refuse, serve_connection};
+use std::io;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::net::TcpListener;
+use tokio::sync::{Semaphore, watch};
+use tokio::task::JoinSet;
+
+/// Time that streams get to send their last event when the grace period is over.
+const LAST_WORDS: Duration = Duration::from_secs(2);
+
+/// Serves until `shutdown` is requested, then drains.
+///
+/// # Errors
+/// [`GatewayError`], before the first request is taken.
+pub async fn serve(config: GatewayConfig, model_dir: PathBuf, shutdown: Shutdown) -> Result<(), GatewayError> {
+    Gateway::bind(config, &model_dir).await?.run(shutdown).await;
+    Ok(())
+}
+
+/// A gateway that listens and is not yet serving.
+#[derive(Debug)]
+pub struct Gateway {
+    app: Arc<App>,
+    listener: TcpListener,
+    address: SocketAddr,
+    phase: watch::Sender<Phase>,
+}
+
+impl Gateway {
+    /// Loads the model's text files, binds the port and starts connecting to the scheduler.
+    ///
+    /// # Errors
+    /// [`GatewayError`].
+    pub async fn bind(config: GatewayConfig, model_dir: &Path) -> Result<Gateway, GatewayError> {
+        // The port first: a second gateway should fail at once.
+        let address = config.listen;
+        let listener = TcpListener::bind(address).await.map_err(|source| match source.kind() {
+            io::ErrorKind::AddrInUse => GatewayError::PortInUse { address },
+            _ => GatewayError::Listen { address, source },
+        })?;
+        let address = listener.local_addr().map_err(|source| GatewayError::Listen { address, source })?;
+        let text = ModelText::load(model_dir)?;
+        let names = served_names(&config, model_dir);
+        let metrics = Metrics::new(names.first().map_or("", String::as_str))?;
+        let scheduler = SchedulerClient::start(SchedulerClientSettings {
+            address: config.scheduler.clone(),
+            choices_in_flight_max: config.choices_in_flight_max,
+            reconnect_max: Duration::from_millis(config.reconnect_ms_max),
+        });
+        let (phase, seen) = watch::channel(Phase::Serving);
+        let app = Arc::new(App::new(config, names, text, scheduler, metrics, seen));
+        Ok(Gateway { app, listener, address, phase })
+    }
+
+    /// Where it listens; tells the port that the system chose for port 0.
+    pub fn local_address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Serves until `shutdown` is requested, then drains.
+    pub async fn run(self, shutdown: Shutdown) {
+        let Gateway { app, listener, address, phase } = self;
+        tracing::info!(%address, model = app.model_name(), "gateway listens");
+        let watcher = tokio::spawn(count_steps(app.clone()));
+        let mut connections = JoinSet::new();
+        let reason = {
+            let accepting = accept(&app, &listener, &mut connections);
+            tokio::select! {
+                reason = shutdown.requested() => reason,
+                () = accepting => unreachable!("accepting ends only when it is dropped"),
+            }
+        };
+        drop(listener);
+        tracing::info!(%reason, connections = connections.len(), "gateway drains");
+        phase.send_replace(Phase::Draining);
+        let grace = Duration::from_millis(app.config.drain_grace_ms);
+        if !all_end_within(&mut connections, grace).await {
+            phase.send_replace(Phase::Ending);
+            all_end_within(&mut connections, LAST_WORDS).await;
+        }
+        connections.shutdown().await;
+        watcher.abort();
+    }
+}
+
+async fn accept(app: &Arc<App>, listener: &TcpListener, connections: &mut JoinSet<()>) {
+    let router = router(app.clone());
+    let places = Arc::new(Semaphore::new(app.config.connections_max));
+    let settings = ConnectionSettings {
+        head_timeout: Duration::from_millis(app.config.head_timeout_ms.max(1)),
+        write_timeout: Duration::from_millis(app.config.write_timeout_ms.max(1)),
+    };
+    loop {
+        // Ended connections are collected as new ones come.
+        while connections.try_join_next().is_some() {}
+        let socket = match listener.accept().await {
+            Ok((socket, _)) => socket,
+            Err(error) => {
+                // Out of file descriptors, most likely; some connection will end.
+                tracing::warn!(%error, "cannot accept a connection");
+                tokio::time::sleep(Duration::from_millis(50)).await;
+                continue;
+            }
+        };
+        match places.clone().try_acquire_owned() {
+            Ok(place) => {
+                let (router, settings, phase) = (router.clone(), settings, app.phase.clone());
+                connections.spawn(async move {
+                    serve_connection(socket, router, settings, phase).await;
+                    drop(place);
+                });
+            }
+            Err(_) => {
+                connections.spawn(refuse(socket));
+            }
+        }
+    }
+}
+
+/// True when they have all ended.
+async fn all_end_within(connections: &mut JoinSet<()>, time: Duration) -> bool {
+    let all = async { while connections.join_next().await.is_some() {} };
+    tokio::time::timeout(time, all).await.is_ok()
+}
+
+/// Counts scheduler steps as snapshots tell of them.
+async fn count_steps(app: Arc<App>) {
+    let mut link = app.scheduler.watch();
+    let mut last: Option<SchedulerCounters> = None;
+    while link.changed().await.is_ok() {
+        let counters = link.borrow_and_update().cluster.as_ref().map(|cluster| cluster.counters);
+        if let (Some(last), Some(now)) = (&last, &counters) {
+            app.metrics.steps(last, now);
+        }
+        last = counters.or(last);
+    }
+}
+
+fn served_names(config: &GatewayConfig, model_dir: &Path) -> Vec<String> {
+    if !config.served_model_name.is_empty() {
+        return config.served_model_name.clone();
+    }
+    let resolved = model_dir.canonicalize().unwrap_or_else(|_| model_dir.to_owned());
+    vec![resolved.file_name().map_or_else(|| "model".to_owned(), |name| name.to_string_lossy().into_owned())]
+}

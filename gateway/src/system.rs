@@ -1,0 +1,90 @@
+//! Endpoints about the server itself: health, readiness, metrics, the cluster, and a page that points at the rest.
+
+use crate::app::{App, Phase};
+use crate::openai::error::ApiError;
+use axum::Json;
+use axum::extract::State;
+use axum::http::{Method, StatusCode, Uri, header};
+use axum::response::{Html, IntoResponse, Response};
+use serde_json::{Value, json};
+use std::sync::Arc;
+
+/// The process runs.
+pub(crate) async fn health() -> Json<Value> {
+    Json(json!({"status": "ok"}))
+}
+
+/// A request would be computed now; else 503 with what is missing.
+pub(crate) async fn ready(State(app): State<Arc<App>>) -> Response {
+    match readiness(&app) {
+        Ok(()) => Json(json!({"status": "ready"})).into_response(),
+        Err(problem) => {
+            let body = Json(json!({"status": "unready", "problem": problem}));
+            (StatusCode::SERVICE_UNAVAILABLE, [(header::RETRY_AFTER, "1")], body).into_response()
+        }
+    }
+}
+
+fn readiness(app: &App) -> Result<(), String> {
+    if *app.phase.borrow() != Phase::Serving {
+        return Err("this server is shutting down".to_owned());
+    }
+    app.scheduler.link().ready()
+}
+
+/// Prometheus' text format.
+pub(crate) async fn metrics(State(app): State<Arc<App>>) -> Response {
+    let link = app.scheduler.link();
+    let page = app.metrics.render(link.cluster.as_deref());
+    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], page).into_response()
+}
+
+/// The scheduler's view of the cluster.
+pub(crate) async fn cluster(State(app): State<Arc<App>>) -> Result<Json<Value>, ApiError> {
+    let link = app.scheduler.link();
+    let mut cluster = Value::Null;
+    if let Some(snapshot) = link.cluster.as_deref() {
+        cluster = serde_json::to_value(snapshot)
+            .map_err(|error| ApiError::internal(format!("the cluster cannot be shown: {error}")))?;
+        // 32 numbers say less than the hexadecimal form that logs use.
+        cluster["model_digest"] = Value::from(snapshot.model_digest.to_string());
+    }
+    Ok(Json(json!({
+        "connected": link.connected,
+        "ready": link.ready().is_ok(),
+        "problem": link.ready().err(),
+        "cluster": cluster,
+    })))
+}
+
+/// A page for people.
+pub(crate) async fn index(State(app): State<Arc<App>>) -> Html<String> {
+    let state = match readiness(&app) {
+        Ok(()) => "ready".to_owned(),
+        Err(problem) => format!("not ready: {problem}"),
+    };
+    Html(format!(
+        "<!doctype html><meta charset=\"utf-8\"><title>Ashlar</title><h1>Ashlar</h1>\
+         <p>Model <code>{}</code>, {}.</p>\
+         <p>OpenAI's API under <code>/v1</code>: <code>/v1/chat/completions</code>, <code>/v1/completions</code>, \
+         <a href=\"/v1/models\">/v1/models</a>; also <code>/tokenize</code>, <code>/detokenize</code>.</p>\
+         <p><a href=\"/health\">/health</a>, <a href=\"/ready\">/ready</a>, <a href=\"/metrics\">/metrics</a>, \
+         <a href=\"/admin/cluster\">/admin/cluster</a></p>",
+        escaped(app.model_name()),
+        escaped(&state),
+    ))
+}
+
+pub(crate) async fn unknown_path(method: Method, uri: Uri) -> ApiError {
+    let path: String = uri.path().chars().take(128).collect();
+    ApiError::not_found(format!("there is no {method} {path} here: see / for what there is"), "unknown_url")
+}
+
+pub(crate) async fn wrong_method(method: Method, uri: Uri) -> ApiError {
+    let path: String = uri.path().chars().take(128).collect();
+    ApiError::method_not_allowed(format!("{path} does not take {method}: inference takes POST, the rest GET"))
+}
+
+fn escaped(text: &str) -> String {
+    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
+}
