@@ -120,11 +120,15 @@ fn key_at(text: &str, offset: usize) -> String {
 /// `invalid type: string "hunter2", expected u16` → `expected u16, found a string`; other messages lose what stands
 /// between quotation marks.
 fn without_values(message: &str) -> String {
-    let detail =
-        ["invalid type: ", "invalid value: ", "invalid length: "].iter().find_map(|p| message.strip_prefix(p));
+    let detail = ["invalid type: ", "invalid value: ", "invalid length: "]
+        .iter()
+        .find_map(|p| message.strip_prefix(p));
     if let Some((found, expected)) = detail.and_then(|detail| detail.rsplit_once(", expected ")) {
         let kind = found.split(['"', '`']).next().unwrap_or_default().trim();
-        return format!("expected {expected}, found {}", if kind.is_empty() { "something else" } else { kind });
+        return format!(
+            "expected {expected}, found {}",
+            if kind.is_empty() { "something else" } else { kind }
+        );
     }
     let mut parts = message.split('"');
     let mut text = parts.next().unwrap_or_default().to_owned();

@@ -7,13 +7,13 @@
 //! **Invariants:** nothing here knows a role, a message or a model. Time-outs and leases never use the wall clock.
 #![forbid(unsafe_code)]
 
+pub mod clock;
 pub mod config;
-pub mod telemetry;
-pub mod trace_context;
 pub mod drain;
 pub mod health;
-pub mod clock;
 pub mod memory;
+pub mod telemetry;
+pub mod trace_context;
 
 mod otlp_client;
 

@@ -32,9 +32,8 @@ fn cgroup_room(root: &Path) -> Option<Bytes> {
 
 /// What one cgroup has left: its limit without what is in use. Pages of files that can be dropped are not in use.
 fn room_of(folder: &Path) -> Option<Bytes> {
-    let number = |name: &str| -> Option<u64> {
-        std::fs::read_to_string(folder.join(name)).ok()?.trim().parse().ok()
-    };
+    let number =
+        |name: &str| -> Option<u64> { std::fs::read_to_string(folder.join(name)).ok()?.trim().parse().ok() };
     let max = number("memory.max")?;
     let current = number("memory.current")?;
     let stat = std::fs::read_to_string(folder.join("memory.stat")).unwrap_or_default();

@@ -46,8 +46,9 @@ fn send(request: &Request<Bytes>) -> Result<Response<Bytes>, HttpError> {
     stream.set_write_timeout(Some(TIMEOUT))?;
     let path = uri.path_and_query().map_or("/", |path| path.as_str());
     let authority = uri.authority().map_or(host, |authority| authority.as_str());
-    let mut head = format!("{} {path} HTTP/1.1\r\nhost: {authority}\r\nconnection: close\r\n", request.method())
-        .into_bytes();
+    let mut head =
+        format!("{} {path} HTTP/1.1\r\nhost: {authority}\r\nconnection: close\r\n", request.method())
+            .into_bytes();
     for (name, value) in request.headers() {
         if !matches!(name.as_str(), "host" | "connection" | "content-length" | "transfer-encoding") {
             head.extend_from_slice(name.as_str().as_bytes());

@@ -82,7 +82,8 @@ pub fn init(role: &str, config: &TelemetryConfig) -> Result<TelemetryGuard, Tele
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal());
     let lines = if config.json { lines.json().boxed() } else { lines.compact().boxed() };
-    let provider = config.otlp_endpoint.as_deref().map(|endpoint| provider(role, endpoint, config)).transpose()?;
+    let provider =
+        config.otlp_endpoint.as_deref().map(|endpoint| provider(role, endpoint, config)).transpose()?;
     let traces = provider.as_ref().map(|provider| {
         // Spans of dependencies (HTTP, HTTP/2) would drown ours.
         let ours = tracing_subscriber::filter::filter_fn(|metadata| metadata.target().starts_with("ashlar"));

@@ -111,8 +111,7 @@ impl CostModel<'_> {
         (0..stages.len())
             .map(|index| {
                 let (group, layers) = &stages[index];
-                let seconds =
-                    self.stage_seconds(group, *layers, index == 0, index + 1 == stages.len(), load);
+                let seconds = self.stage_seconds(group, *layers, index == 0, index + 1 == stages.len(), load);
                 match index.checked_sub(1) {
                     Some(before) => {
                         seconds + self.hop_seconds(&stages[before].0[0].node, &group[0].node, load)

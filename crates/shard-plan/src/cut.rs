@@ -30,6 +30,7 @@ pub struct Candidate {
 ///
 /// Work: O(stages · groups² · layers²) combinations, O(stages · groups · layers²) prices where the price depends on
 /// the stage before only by a term that the caller keeps cheap.
+#[allow(clippy::needless_range_loop, reason = "the indices are those of the recurrence")]
 pub fn best_cut(
     stages: usize,
     groups: usize,

@@ -37,7 +37,9 @@ pub enum PlanError {
         present: usize,
     },
     /// More stages than layers.
-    #[error("{stages} stages for {layers} layers: a stage holds at least one layer, lower the number of stages")]
+    #[error(
+        "{stages} stages for {layers} layers: a stage holds at least one layer, lower the number of stages"
+    )]
     TooManyStages {
         /// As asked for.
         stages: usize,

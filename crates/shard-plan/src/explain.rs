@@ -19,7 +19,8 @@ pub(crate) fn does_not_fit(planner: &Planner<'_>, stages: Option<usize>) -> Plan
     };
     let blocks = planner.blocks_needed(planner.request.max_context_tokens);
     let lacks = |ledger: &MemoryLedger| ledger.total.0 as f64 - ledger.capacity.0 as f64;
-    let worst_rank = planner.by_position(blocks, |_, _, _, ledgers| ledgers.iter().map(lacks).reduce(f64::max));
+    let worst_rank =
+        planner.by_position(blocks, |_, _, _, ledgers| ledgers.iter().map(lacks).reduce(f64::max));
     let cut = counts
         .filter_map(|stages| best_cut(stages, groups, layers, |c| worst_rank.of(c), f64::max))
         .reduce(|a, b| if b.0 < a.0 { b } else { a });

@@ -9,13 +9,13 @@
 //! contiguous, non-empty layer ranges are ever produced, and no ledger exceeds its capacity.
 #![forbid(unsafe_code)]
 
-pub mod request;
-pub mod layout;
-pub mod ledger;
 pub mod cost;
 pub mod cut;
-pub mod plan;
 pub mod error;
+pub mod layout;
+pub mod ledger;
+pub mod plan;
+pub mod request;
 
 mod explain;
 mod overrides;

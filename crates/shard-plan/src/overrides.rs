@@ -41,7 +41,10 @@ pub(crate) fn plan_fixed_ranges(
         return refuse(format!("ranges end at layer {next}, the model has {} layers", shape.num_layers));
     }
     if let Some(stages) = request.stages.filter(|&stages| stages != holders.len()) {
-        return refuse(format!("they make {} stages, {stages} are asked for: drop one of the two", holders.len()));
+        return refuse(format!(
+            "they make {} stages, {stages} are asked for: drop one of the two",
+            holders.len()
+        ));
     }
     let most = holders.values().map(|devices| devices.len() / ranks).min().unwrap_or(0);
     let replicas = request.replicas.unwrap_or(most);
@@ -63,11 +66,8 @@ pub(crate) fn plan_fixed_ranges(
                 .copied()
                 .collect();
             let planner = Planner::new(shape, links, request, &chosen, ranks);
-            let cut: Vec<CutStage> = holders
-                .keys()
-                .enumerate()
-                .map(|(group, &layers)| CutStage { group, layers })
-                .collect();
+            let cut: Vec<CutStage> =
+                holders.keys().enumerate().map(|(group, &layers)| CutStage { group, layers }).collect();
             let blocks = planner.blocks_needed(request.max_context_tokens);
             for (index, stage) in cut.iter().enumerate() {
                 let (first, last) = (index == 0, index + 1 == cut.len());

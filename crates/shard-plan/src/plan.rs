@@ -313,7 +313,9 @@ impl<'a> Planner<'a> {
             };
             (0..=self.shape.num_layers).map(of).collect()
         };
-        ByPosition((0..self.groups.len()).map(|group| POSITIONS.map(|position| of(group, position))).collect())
+        ByPosition(
+            (0..self.groups.len()).map(|group| POSITIONS.map(|position| of(group, position))).collect(),
+        )
     }
 
     /// The exact cut of this order.

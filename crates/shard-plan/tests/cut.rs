@@ -43,14 +43,14 @@ fn candidates(cut: &[CutStage]) -> impl Iterator<Item = Candidate> + '_ {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(300))]
+    #![proptest_config(ProptestConfig::with_cases(1000))]
 
     #[test]
     fn the_program_finds_what_brute_force_finds(
         stages in 1usize..5,
         layers in 1usize..9,
         speeds in prop::collection::vec(1u32..40, 1..6),
-        rooms in prop::collection::vec(0usize..9, 6),
+        rooms in prop::collection::vec(1usize..14, 6),
         hops in prop::collection::vec(0u32..20, 36),
         (embedding, head) in (0usize..3, 0usize..5),
     ) {

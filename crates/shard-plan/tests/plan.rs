@@ -58,7 +58,8 @@ fn refusal(shape: &ModelShape, devices: &[DeviceReport], request: &PlanRequest) 
 
 #[test]
 fn one_node_with_room_holds_all_and_shares_tied_weights() {
-    let layout = plan(&llama_1b(), &devices(1, 8 * GIB), &Links::default(), &PlanRequest::default()).unwrap();
+    let layout =
+        plan(&llama_1b(), &devices(1, 8 * GIB), &Links::default(), &PlanRequest::default()).expect("planned");
     let stage = &layout.replicas[0].stages[0];
     assert_eq!(stage.layers, LayerRange { start: 0, end: 16 });
     let ledger = stage.ledgers[0];
@@ -75,7 +76,8 @@ fn one_node_with_room_holds_all_and_shares_tied_weights() {
 
 #[test]
 fn two_nodes_hold_the_tied_matrix_at_both_ends() {
-    let layout = plan(&llama_1b(), &devices(2, 4 * GIB), &Links::default(), &PlanRequest::default()).unwrap();
+    let layout =
+        plan(&llama_1b(), &devices(2, 4 * GIB), &Links::default(), &PlanRequest::default()).expect("planned");
     let stages = &layout.replicas[0].stages;
     assert_eq!(stages.len(), 2);
     let ends = [&stages[0].ledgers[0], &stages[1].ledgers[0]];
@@ -87,14 +89,15 @@ fn two_nodes_hold_the_tied_matrix_at_both_ends() {
 
 #[test]
 fn the_fewest_stages_then_replicas_then_standbys() {
-    let layout = plan(&llama_1b(), &devices(5, 4 * GIB), &Links::default(), &PlanRequest::default()).unwrap();
+    let layout =
+        plan(&llama_1b(), &devices(5, 4 * GIB), &Links::default(), &PlanRequest::default()).expect("planned");
     assert_eq!(layout.replicas.iter().map(|r| r.stages.len()).collect::<Vec<_>>(), [2, 2]);
     assert_eq!(layout.standbys, [NodeId("n4".into())]);
     let all = devices(5, 4 * GIB);
     let losses = survivable_losses(&llama_1b(), &all, &Links::default(), &PlanRequest::default(), &layout);
     assert_eq!(losses.len(), 4);
     let two = devices(2, 4 * GIB);
-    let layout = plan(&llama_1b(), &two, &Links::default(), &PlanRequest::default()).unwrap();
+    let layout = plan(&llama_1b(), &two, &Links::default(), &PlanRequest::default()).expect("planned");
     let losses = survivable_losses(&llama_1b(), &two, &Links::default(), &PlanRequest::default(), &layout);
     assert_eq!(losses, []);
 }
@@ -107,7 +110,7 @@ fn explicit_numbers_are_kept() {
         replicas: Some(1),
         ..PlanRequest::default()
     };
-    let layout = plan(&llama_1b(), &devices(8, 8 * GIB), &Links::default(), &request).unwrap();
+    let layout = plan(&llama_1b(), &devices(8, 8 * GIB), &Links::default(), &request).expect("planned");
     assert_eq!(layout.tensor_parallel_size, 2);
     assert_eq!(layout.replicas.len(), 1);
     assert_eq!(layout.replicas[0].stages.len(), 3);
@@ -120,7 +123,7 @@ fn replicas_share_out_unequal_nodes_when_asked_for() {
     let memories = [("a", 4 * GIB), ("b", 4 * GIB), ("c", 3 * GIB), ("d", 3 * GIB)];
     let nodes: Vec<DeviceReport> = memories.iter().map(|(name, memory)| device(name, *memory)).collect();
     let request = PlanRequest { replicas: Some(2), ..PlanRequest::default() };
-    let layout = plan(&llama_1b(), &nodes, &Links::default(), &request).unwrap();
+    let layout = plan(&llama_1b(), &nodes, &Links::default(), &request).expect("planned");
     assert_eq!(layout.replicas.len(), 2);
     for replica in &layout.replicas {
         let memory: u64 = replica.stages.iter().flat_map(|s| &s.ledgers).map(|l| l.capacity.0).sum();
@@ -140,7 +143,7 @@ fn a_slow_node_gets_fewer_layers_and_a_far_one_none() {
         bytes_per_s: 1e6,
     };
     let links = Links { pairs: vec![far("n0"), far("n1")], ..Links::default() };
-    let layout = plan(&llama_1b(), &nodes, &links, &request).unwrap();
+    let layout = plan(&llama_1b(), &nodes, &links, &request).expect("planned");
     let slow = layout.replicas[0].stages.iter().find(|s| s.ranks[0].0 == "n0").expect("n2 is too far");
     assert!(slow.layers.len() < 8, "{slow:?}");
     assert_eq!(layout.standbys, [NodeId("n2".into())]);
@@ -157,10 +160,10 @@ fn uneven_slices_of_every_axis_add_up_to_the_whole() {
         kv_tokens_wanted: 64,
         ..PlanRequest::default()
     };
-    let whole = plan(&shape, &devices(1, GIB), &Links::default(), &request(1)).unwrap();
+    let whole = plan(&shape, &devices(1, GIB), &Links::default(), &request(1)).expect("planned");
     let whole = whole.replicas[0].stages[0].ledgers[0];
     for ranks in [2, 4] {
-        let layout = plan(&shape, &devices(ranks, GIB), &Links::default(), &request(ranks)).unwrap();
+        let layout = plan(&shape, &devices(ranks, GIB), &Links::default(), &request(ranks)).expect("planned");
         let ledgers = &layout.replicas[0].stages[0].ledgers;
         // Norms (two per layer and the final one) are whole on every rank.
         let norms = ((ranks - 1) * (4 * 2 + 1) * 64 * 4) as u64;
@@ -175,7 +178,7 @@ fn uneven_slices_of_every_axis_add_up_to_the_whole() {
 fn less_kv_cache_than_wished_is_taken_where_memory_is_short() {
     let request =
         PlanRequest { kv_tokens_wanted: 1 << 20, max_context_tokens: 1024, ..PlanRequest::default() };
-    let layout = plan(&llama_1b(), &devices(1, 6 * GIB), &Links::default(), &request).unwrap();
+    let layout = plan(&llama_1b(), &devices(1, 6 * GIB), &Links::default(), &request).expect("planned");
     let replica = &layout.replicas[0];
     assert!(replica.kv_blocks >= 64 && replica.kv_blocks < 65_536, "{}", replica.kv_blocks);
     let ledger = replica.stages[0].ledgers[0];
@@ -188,7 +191,7 @@ fn ranges_fixed_by_hand_decide_alone() {
     let mut nodes = devices(4, 8 * GIB);
     nodes[2].layers = Some(LayerRange { start: 0, end: 5 });
     nodes[0].layers = Some(LayerRange { start: 5, end: 16 });
-    let layout = plan(&llama_1b(), &nodes, &Links::default(), &PlanRequest::default()).unwrap();
+    let layout = plan(&llama_1b(), &nodes, &Links::default(), &PlanRequest::default()).expect("planned");
     let stages = &layout.replicas[0].stages;
     assert_eq!(stages.iter().map(|s| s.ranks[0].0.as_str()).collect::<Vec<_>>(), ["n2", "n0"]);
     assert_eq!(stages[1].layers, LayerRange { start: 5, end: 16 });
@@ -257,7 +260,8 @@ fn predictions_follow_the_slowest_resource() {
     let speed = |bandwidth: f64, flops: f64| {
         let mut nodes = devices(1, 8 * GIB);
         (nodes[0].bandwidth_bytes_per_s, nodes[0].flops_per_s) = (bandwidth, flops);
-        plan(&llama_1b(), &nodes, &Links::default(), &PlanRequest::default()).unwrap().replicas[0].prediction
+        plan(&llama_1b(), &nodes, &Links::default(), &PlanRequest::default()).expect("planned").replicas[0]
+            .prediction
     };
     let (slow, fast) = (speed(10e9, 1e12), speed(20e9, 1e12));
     // All weights once, at 10 GB/s, and a little KV cache.
@@ -280,7 +284,8 @@ fn sixty_four_nodes_and_eighty_layers_are_planned_in_seconds() {
         ..llama_1b()
     };
     let start = std::time::Instant::now();
-    let layout = plan(&shape, &devices(64, 40 * GIB), &Links::default(), &PlanRequest::default()).unwrap();
+    let layout =
+        plan(&shape, &devices(64, 40 * GIB), &Links::default(), &PlanRequest::default()).expect("planned");
     assert!(layout.replicas.len() >= 7, "{}", layout.replicas.len());
     refusal(&shape, &devices(64, 4 * GIB), &PlanRequest::default());
     assert!(start.elapsed().as_secs() < 20, "{:?}", start.elapsed());

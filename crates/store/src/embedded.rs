@@ -110,7 +110,9 @@ fn open_database(path: &Path) -> Result<Database, StoreError> {
     let opened = Database::builder().set_cache_size(CACHE_BYTES).create(path);
     opened.map_err(|error| match error {
         DatabaseError::DatabaseAlreadyOpen => StoreError::Locked { path: path.to_owned() },
-        DatabaseError::Storage(StorageError::Io(error)) if error.kind() != std::io::ErrorKind::InvalidData => {
+        DatabaseError::Storage(StorageError::Io(error))
+            if error.kind() != std::io::ErrorKind::InvalidData =>
+        {
             disk(error)
         }
         other => StoreError::Corrupt(format!("{}: {other}", path.display())),
@@ -121,9 +123,7 @@ impl Inner {
     /// Sorts errors of the database into those of the disk and those of the file.
     fn error(&self, error: impl Into<redb::Error>) -> StoreError {
         match error.into() {
-            redb::Error::Io(error) => {
-                StoreError::Disk { path: self.path.clone(), reason: error.to_string() }
-            }
+            redb::Error::Io(error) => StoreError::Disk { path: self.path.clone(), reason: error.to_string() },
             redb::Error::PreviousIo => {
                 let reason = "an earlier write failed, restart to recover".to_owned();
                 StoreError::Disk { path: self.path.clone(), reason }

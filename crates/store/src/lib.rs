@@ -10,11 +10,11 @@
 #![forbid(unsafe_code)]
 
 pub mod api;
+pub mod embedded;
 pub mod error;
 pub mod limits;
-pub mod embedded;
-pub mod remote;
 pub mod open;
+pub mod remote;
 pub mod typed;
 
 pub use api::{Entry, Expected, Lease, LeaseAnswer, Store, StoreFuture, Version};

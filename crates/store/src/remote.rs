@@ -75,9 +75,7 @@ impl RedisStore {
     async fn within<T>(&self, work: impl Future<Output = Result<T, RedisError>>) -> Result<T, StoreError> {
         match tokio::time::timeout(self.options.timeout, work).await {
             Ok(result) => result.map_err(error),
-            Err(_) => {
-                Err(StoreError::Unavailable(format!("no answer within {:?}", self.options.timeout)))
-            }
+            Err(_) => Err(StoreError::Unavailable(format!("no answer within {:?}", self.options.timeout))),
         }
     }
 

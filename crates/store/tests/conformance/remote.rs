@@ -121,7 +121,8 @@ async fn a_lease_that_the_clock_prolonged_ends_after_one_time_to_live() {
 #[tokio::test]
 async fn nobody_there_is_unavailable_at_once() {
     let options = RedisOptions { timeout: Duration::from_millis(300), ..RedisOptions::default() };
-    let error = RedisStore::connect("redis://:hidden-word@127.0.0.1:1/", options).await.err().expect("refused");
+    let error =
+        RedisStore::connect("redis://:hidden-word@127.0.0.1:1/", options).await.err().expect("refused");
     assert!(error.is_retryable(), "{error}");
     assert!(!error.to_string().contains("hidden-word"), "{error}");
 }

@@ -158,7 +158,10 @@ async fn lists_are_by_prefix_and_in_order(a: &dyn Store, b: &dyn Store) {
     assert_eq!(keys("nothing/").await, Vec::<String>::new());
     assert!(keys("").await.len() >= 6);
     let (key, entry) = b.list("list/b").await.expect("list").remove(0);
-    assert_eq!((key.as_bytes(), Some(&entry)), (entry.bytes.as_slice(), a.get("list/b").await.unwrap().as_ref()));
+    assert_eq!(
+        (key.as_bytes(), Some(&entry)),
+        (entry.bytes.as_slice(), a.get("list/b").await.expect("read").as_ref())
+    );
     a.delete("list/a", Expected::Any).await.expect("deleted");
     assert_eq!(keys("list/a").await, ["list/a/1"]);
 }
