@@ -26,8 +26,10 @@ use std::collections::BTreeMap;
 pub const TICK_MS: u64 = 50;
 /// A gap between ticks that means that this process itself stood still; silence is then not held against anybody.
 const STALLED_MS: u64 = 300;
-/// Longest silence of a node that loads weights.
-const LOADING_SILENCE_MS: u64 = 30_000;
+/// Longest silence of a node without work.
+const IDLE_SILENCE_MS: u64 = 10_000;
+/// Longest silence of a node that fetches, verifies and loads weights; its death is seen as the end of its connection.
+const LOADING_SILENCE_MS: u64 = 600_000;
 /// Revisions of one term: `term × REVISIONS_PER_TERM + n`, so that they rise over all terms.
 const REVISIONS_PER_TERM: u64 = 1_000_000;
 
@@ -277,7 +279,8 @@ impl Cluster {
         let silent = |node: &&Node| {
             let limit = match node.observed {
                 Observed::Ready { .. } => ready_limit,
-                Observed::Standby | Observed::Loading { .. } | Observed::Failed { .. } => LOADING_SILENCE_MS,
+                Observed::Standby | Observed::Failed { .. } => ready_limit.max(IDLE_SILENCE_MS),
+                Observed::Loading { .. } => LOADING_SILENCE_MS,
             };
             now.since(node.heard) > limit
         };

@@ -1,0 +1,10 @@
+//! The engine against ranks of our own, whose KV cache remembers what was written where.
+
+mod lifecycle;
+mod limits;
+mod micro_batches;
+mod preemption;
+mod prefix;
+mod random;
+mod rank;
+mod world;
