@@ -144,7 +144,7 @@ fn specs() -> Vec<GrammarSpec> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(60))]
+    #![proptest_config(ProptestConfig { cases: 60, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn masks_agree_with_trying_every_token(choices in prop::collection::vec(any::<u32>(), 0..14), which in 0usize..14) {

@@ -6,7 +6,10 @@ use ashlar_grammar::{ToolCallParser, ToolEvent};
 use ashlar_tokenizer::ToolFormat::{self, Hermes, Llama3Json, Mistral};
 use proptest::prelude::*;
 
-fn parse(format: ToolFormat, names: &[&str], text: &str, step: usize) -> (String, Vec<(String, String)>) {
+/// A name and its arguments.
+type Call = (String, String);
+
+fn parse(format: ToolFormat, names: &[&str], text: &str, step: usize) -> (String, Vec<Call>) {
     let mut parser = ToolCallParser::new(format, names.iter().map(ToString::to_string).collect());
     let chars: Vec<char> = text.chars().collect();
     let mut events = Vec::new();
@@ -15,7 +18,7 @@ fn parse(format: ToolFormat, names: &[&str], text: &str, step: usize) -> (String
     }
     events.extend(parser.finish());
     let mut content = String::new();
-    let mut calls: Vec<(String, String)> = Vec::new();
+    let mut calls: Vec<Call> = Vec::new();
     for event in events {
         match event {
             ToolEvent::Content(text) => content.push_str(&text),
@@ -35,7 +38,7 @@ fn parse(format: ToolFormat, names: &[&str], text: &str, step: usize) -> (String
 #[test]
 fn calls_are_read_in_every_format_at_any_step() {
     let f = |arguments: &str| ("f".to_string(), arguments.to_string());
-    let cases: Vec<(ToolFormat, &str, &str, Vec<(String, String)>)> = vec![
+    let cases: Vec<(ToolFormat, &str, &str, Vec<Call>)> = vec![
         (
             Hermes,
             "<tool_call>\n{\"name\": \"f\", \"arguments\": {\"a\": [1, \"}\\\"\"]}}\n</tool_call>",
@@ -123,7 +126,7 @@ fn what_is_no_call_is_content() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(3000))]
+    #![proptest_config(ProptestConfig { cases: 3000, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn any_text_comes_out_the_same_in_any_steps_and_nothing_is_lost(

@@ -55,7 +55,7 @@ fn stream(tokenizer: &Tokenizer, ids: &[u32], special: SpecialTokens) -> String 
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(400))]
+    #![proptest_config(ProptestConfig { cases: 400, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn increments_concatenate_to_the_whole(seeds in prop::collection::vec(any::<u32>(), 0..40), low in any::<bool>()) {

@@ -18,8 +18,8 @@ use serde_json::{Map, Value as Json};
 use std::borrow::Cow;
 use std::sync::Arc;
 
-/// Instructions that one rendering may take: far more than a full context needs, about a second of work.
-const FUEL: u64 = 20_000_000;
+/// Instructions that one rendering may take: thousands of messages need less, and it is about half a second of work.
+const FUEL: u64 = 10_000_000;
 
 /// Why a chat could not be rendered. All but [`TemplateError::Syntax`] and [`TemplateError::Failed`] are the
 /// client's to mend.

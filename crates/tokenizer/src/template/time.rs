@@ -1,16 +1,10 @@
 //! The time that a template shows, given by the caller.
 
-/// A date and time of day, UTC.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// A date and time of day, UTC. The default is 1970-01-01T00:00:00Z.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 pub struct TemplateTime {
     /// Seconds since 1970-01-01T00:00:00Z.
     unix_seconds: u64,
-}
-
-impl Default for TemplateTime {
-    fn default() -> TemplateTime {
-        TemplateTime { unix_seconds: 0 }
-    }
 }
 
 const MONTHS: [&str; 12] = [
