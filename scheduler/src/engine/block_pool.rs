@@ -194,3 +194,77 @@ impl BlockPool {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::prefix_cache::PrefixChain;
+    use ashlar_vocabulary::ModelDigest;
+    use proptest::prelude::*;
+
+    fn hashes(count: usize) -> Vec<BlockHash> {
+        let mut chain = PrefixChain::new(&ModelDigest([0; 32]), 0);
+        chain.extend(count * 16, |position| position as u32);
+        (0..count).filter_map(|index| chain.get(index).copied()).collect()
+    }
+
+    #[test]
+    fn free_blocks_are_used_before_cached_ones_are_evicted() {
+        let mut pool = BlockPool::new(2);
+        let hash = hashes(1)[0];
+        let first = pool.allocate().unwrap();
+        pool.register(first, hash);
+        pool.release(first);
+        let second = pool.allocate().unwrap();
+        assert_ne!(first, second);
+        assert_eq!(pool.lookup(&hash), Some(false));
+        assert_eq!(pool.allocate(), Some(first));
+        assert_eq!(pool.lookup(&hash), None);
+        assert_eq!(pool.allocate(), None);
+    }
+
+    #[test]
+    fn a_shared_block_is_given_back_by_its_last_holder() {
+        let mut pool = BlockPool::new(1);
+        let hash = hashes(1)[0];
+        let block = pool.allocate().unwrap();
+        pool.register(block, hash);
+        assert_eq!(pool.share(&hash), Some(block));
+        pool.release(block);
+        assert_eq!((pool.held(), pool.lookup(&hash)), (1, Some(true)));
+        pool.release(block);
+        assert_eq!((pool.held(), pool.lookup(&hash)), (0, Some(false)));
+    }
+
+    #[test]
+    fn a_forgotten_block_cannot_be_hit() {
+        let mut pool = BlockPool::new(1);
+        let hash = hashes(1)[0];
+        let block = pool.allocate().unwrap();
+        pool.register(block, hash);
+        pool.forget(block);
+        assert_eq!(pool.lookup(&hash), None);
+        pool.release(block);
+        assert!(pool.check(std::iter::empty()).is_ok());
+    }
+
+    proptest! {
+        #[test]
+        fn blocks_are_conserved(count in 1u32..12, actions in prop::collection::vec((0u8..5, 0usize..16), 0..200)) {
+            let mut pool = BlockPool::new(count);
+            let hashes = hashes(16);
+            let mut held: Vec<BlockId> = Vec::new();
+            for (action, index) in actions {
+                match action {
+                    0 => held.extend(pool.allocate()),
+                    1 => held.extend(pool.share(&hashes[index])),
+                    2 if !held.is_empty() => pool.register(held[index % held.len()], hashes[index]),
+                    3 if !held.is_empty() => pool.forget(held[index % held.len()]),
+                    _ if !held.is_empty() => pool.release(held.swap_remove(index % held.len())),
+                    _ => {}
+                }
+                pool.check(held.iter().copied()).map_err(TestCaseError::fail)?;
+            }
+        }
+    }
+}

@@ -93,6 +93,9 @@ impl CostModel {
     }
 }
 
+/// Where one row alone exceeds the target, a step may take this much longer than that row.
+const SINGLE_ROW_SLACK: f64 = 1.1;
+
 /// What a step under construction may still take.
 #[derive(Debug, Clone)]
 pub struct Budget {
@@ -104,10 +107,10 @@ pub struct Budget {
 
 impl Budget {
     /// An empty step. Where a single row already exceeds the target (weights that take longer to read than that), the
-    /// target is what a single row takes: rows that hide behind the reading are free.
+    /// target is little more than what a single row takes: rows that hide behind the reading are nearly free.
     pub fn new(model: CostModel, step_target_ms: u64, max_num_batched_tokens: u32) -> Budget {
         let single_us = model.predict_us(Work::default().and(0, 1));
-        let target_us = (step_target_ms as f64 * 1000.0).max(single_us);
+        let target_us = (step_target_ms as f64 * 1000.0).max(SINGLE_ROW_SLACK * single_us);
         Budget { model, target_us, rows_max: u64::from(max_num_batched_tokens), work: Work::default() }
     }
 
@@ -138,5 +141,61 @@ impl Budget {
     /// Predicted time of the step so far, in microseconds.
     pub fn predicted_us(&self) -> f64 {
         self.model.predict_us(self.work)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn model() -> CostModel {
+        CostModel::new(&[StageCost { weights_us: 10_000.0, row_us: 500.0, position_us: 0.5 }])
+    }
+
+    #[test]
+    fn rows_that_hide_behind_the_weights_are_free() {
+        let budget = Budget::new(model(), 1, 512);
+        // Reading takes 10 ms and hides 20 rows; one more is within the slack.
+        assert_eq!(budget.room(0, 100, 0), 21);
+    }
+
+    #[test]
+    fn the_row_limit_holds_even_for_the_least() {
+        let mut budget = Budget::new(model(), 1, 30);
+        assert_eq!(budget.room(0, 100, 64), 30);
+        budget.take(0, 25);
+        assert_eq!(budget.room(0, 100, 64), 5);
+    }
+
+    #[test]
+    fn observations_correct_the_term_that_dominated() {
+        let mut corrected = model();
+        let (decode, prefill) = (Work::default().and(0, 1), Work::default().and(0, 400));
+        for _ in 0..100 {
+            corrected.observe(0, prefill, 400_000);
+        }
+        assert!((corrected.predict_us(prefill) / 400_000.0 - 1.0).abs() < 0.05);
+        assert_eq!(corrected.predict_us(decode), model().predict_us(decode));
+        for _ in 0..100 {
+            corrected.observe(0, decode, 5_000);
+        }
+        assert!((corrected.predict_us(decode) / 5_000.0 - 1.0).abs() < 0.05);
+    }
+
+    proptest! {
+        #[test]
+        fn room_is_the_most_that_fits(target in 1u64..300, start in 0usize..3000, taken in 0usize..100) {
+            let mut budget = Budget::new(model(), target, 512);
+            budget.take(0, taken);
+            let room = budget.room(start, 512, 0);
+            let with = |count: usize| {
+                let mut full = budget.clone();
+                full.take(start, count);
+                full
+            };
+            prop_assert!(room == 0 || with(room).predicted_us() <= budget.target_us);
+            prop_assert!(taken + room >= 512 || with(room + 1).predicted_us() > budget.target_us);
+        }
     }
 }

@@ -170,7 +170,7 @@ impl Scheduler {
     fn holder(&self) -> String {
         let address = self.nodes_address().map(|address| address.to_string()).unwrap_or_default();
         let started = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
-        format!("scheduler {address} pid {} started {}", std::process::id(), started.as_nanos())
+        format!("{address}/pid-{}/started-{}", std::process::id(), started.as_nanos())
     }
 
     fn cluster_config(&self, lease: &Lease) -> ClusterConfig {

@@ -1,0 +1,397 @@
+//! Membership and layout, event by event.
+
+use ashlar_protocol::membership::{Assignment, Join};
+use ashlar_scheduler::cluster::{Cluster, ClusterConfig, Effect, Event, NodeConnection};
+use ashlar_scheduler::time::Millis;
+use ashlar_shard_plan::Links;
+use ashlar_vocabulary::{Bytes, LeaseTerm, ModelDigest, ModelShape, NodeId, ReplicaRevision};
+
+fn config() -> ClusterConfig {
+    ClusterConfig {
+        model: "demo".into(),
+        model_digest: ModelDigest([1; 32]),
+        shape: ModelShape {
+            hidden_size: 64,
+            intermediate_size: 256,
+            num_layers: 8,
+            num_heads: 8,
+            num_kv_heads: 8,
+            head_dim: 8,
+            vocab_size: 1024,
+            max_position_embeddings: 512,
+            tied_head: true,
+            file_bytes_per_weight: 4,
+        },
+        max_context_tokens: 512,
+        term: LeaseTerm(3),
+        holder: "test".into(),
+        stages: Some(2),
+        tensor_parallel_size: None,
+        replicas: Some(1),
+        expected_nodes: None,
+        settle_ms: 500,
+        max_num_seqs: 8,
+        max_num_batched_tokens: 128,
+        kv_memory_share: 0.25,
+        silence_ms_max: 1000,
+        replan_after_ms: 5000,
+        links: Links::default(),
+    }
+}
+
+struct Test {
+    cluster: Cluster,
+    now: u64,
+    next_connection: u64,
+    seen: Vec<Effect>,
+}
+
+impl Test {
+    fn new(config: ClusterConfig) -> Test {
+        Test { cluster: Cluster::new(config), now: 0, next_connection: 0, seen: Vec::new() }
+    }
+
+    fn send(&mut self, event: Event) -> Vec<Effect> {
+        let mut effects = Vec::new();
+        self.cluster.handle(Millis(self.now), event, &mut effects);
+        self.seen.extend(effects.clone());
+        effects
+    }
+
+    fn join_with(&mut self, name: &str, memory: u64) -> (NodeConnection, Vec<Effect>) {
+        self.next_connection += 1;
+        let connection = NodeConnection(self.next_connection);
+        let join = Join {
+            node: NodeId(name.into()),
+            data_address: format!("{name}:1"),
+            memory: Bytes(memory),
+            bandwidth_bytes_per_s: 1e10,
+            flops_per_s: 1e11,
+            threads: 1,
+            isa: "portable".into(),
+            layers: None,
+            holds: None,
+            term: LeaseTerm(0),
+        };
+        let effects = self.send(Event::Join { connection, join: Box::new(join) });
+        (connection, effects)
+    }
+
+    fn join(&mut self, name: &str) -> (NodeConnection, Vec<Effect>) {
+        self.join_with(name, 1 << 30)
+    }
+
+    fn ready(&mut self, connection: NodeConnection, revision: ReplicaRevision) -> Vec<Effect> {
+        self.send(Event::Ready { connection, revision, reserved: Bytes(1), resident: Bytes(2) })
+    }
+
+    fn lose(&mut self, connection: NodeConnection) -> Vec<Effect> {
+        self.send(Event::Lost { connection, reason: "connection closed by the peer".into() })
+    }
+
+    fn tick(&mut self, ms: u64) -> Vec<Effect> {
+        let mut effects = Vec::new();
+        for _ in 0..ms.div_ceil(50) {
+            self.now += 50;
+            effects.extend(self.send(Event::Tick { slowest_step_ms: 10 }));
+        }
+        effects
+    }
+
+    /// Two nodes, serving.
+    fn up() -> (Test, NodeConnection, NodeConnection) {
+        let mut test = Test::new(config());
+        let (a, _) = test.join("a");
+        let (b, effects) = test.join("b");
+        let revision = assignments(&effects)[0].1.revision;
+        test.ready(a, revision);
+        let effects = test.ready(b, revision);
+        assert!(came_up(&effects));
+        (test, a, b)
+    }
+}
+
+fn assignments(effects: &[Effect]) -> Vec<(NodeConnection, Assignment)> {
+    let assignment = |effect: &Effect| match effect {
+        Effect::Assign { connection, assignment } => Some((*connection, (**assignment).clone())),
+        _ => None,
+    };
+    effects.iter().filter_map(assignment).collect()
+}
+
+fn came_up(effects: &[Effect]) -> bool {
+    effects.iter().any(|effect| matches!(effect, Effect::ReplicaUp(_)))
+}
+
+fn down(effects: &[Effect]) -> Option<String> {
+    effects.iter().find_map(|effect| match effect {
+        Effect::ReplicaDown { reason, .. } => Some(reason.clone()),
+        _ => None,
+    })
+}
+
+#[test]
+fn a_replica_is_laid_out_once_enough_nodes_have_joined() {
+    let mut test = Test::new(config());
+    let (a, effects) = test.join("a");
+    assert!(assignments(&effects).is_empty());
+    assert_eq!(test.cluster.problem(), Some("waiting for nodes: 1 of 2 have joined"));
+    let (b, effects) = test.join("b");
+    let assigned = assignments(&effects);
+    assert_eq!(assigned.len(), 2);
+    let find = |node| assigned.iter().find(|(to, _)| *to == node).map(|(_, assignment)| assignment).unwrap();
+    let (first, last) = if find(a).stage.0 == 0 { (find(a), find(b)) } else { (find(b), find(a)) };
+    assert_eq!((first.layers.start, last.layers.end), (0, 8));
+    assert_eq!(first.layers.end, last.layers.start);
+    assert_eq!(first.next.as_ref(), last.group.first());
+    assert_eq!((last.next.as_ref(), first.group.len(), first.term), (None, 1, LeaseTerm(3)));
+    assert_eq!(first.revision, last.revision);
+}
+
+#[test]
+fn it_serves_only_when_every_rank_is_ready_at_the_present_revision() {
+    let mut test = Test::new(config());
+    let (a, _) = test.join("a");
+    let (b, effects) = test.join("b");
+    let revision = assignments(&effects)[0].1.revision;
+    assert!(!came_up(&test.ready(a, revision)));
+    assert!(!came_up(&test.ready(b, ReplicaRevision(revision.0 - 1))));
+    assert!(test.cluster.problem().is_some());
+    let effects = test.ready(b, revision);
+    assert!(came_up(&effects));
+    assert!(effects.contains(&Effect::Problem(None)));
+    assert!(!came_up(&test.ready(b, revision)), "once");
+}
+
+#[test]
+fn a_lost_node_stops_its_replica_and_gets_its_place_back() {
+    let (mut test, a, b) = Test::up();
+    let before = assignments(&test.seen.clone());
+    let effects = test.lose(b);
+    assert_eq!(down(&effects).as_deref(), Some("node b was lost: connection closed by the peer"));
+    assert!(test.cluster.problem().is_some_and(|problem| problem.contains("waiting for node b")));
+    let (again, effects) = test.join("b");
+    let assigned = assignments(&effects);
+    assert_eq!(assigned.len(), 2, "the other rank gets the new revision and links, too");
+    assert!(assigned.iter().all(|(_, new)| new.revision > before[0].1.revision));
+    for (connection, new) in &assigned {
+        let former = if *connection == again { b } else { a };
+        let (_, old) = before.iter().find(|(to, _)| *to == former).unwrap();
+        assert_eq!((new.stage, new.layers), (old.stage, old.layers));
+    }
+}
+
+#[test]
+fn a_standby_takes_a_vacant_place_at_once() {
+    let (mut test, _, b) = Test::up();
+    let (standby, effects) = test.join("c");
+    assert!(assignments(&effects).is_empty());
+    let effects = test.lose(b);
+    assert!(down(&effects).is_some());
+    assert!(assignments(&effects).iter().any(|(to, _)| *to == standby));
+}
+
+#[test]
+fn a_standby_without_the_memory_is_left_alone() {
+    let (mut test, _, b) = Test::up();
+    test.join_with("tiny", 1000);
+    assert!(assignments(&test.lose(b)).is_empty());
+}
+
+#[test]
+fn silence_is_noticed_within_a_second_and_the_schedulers_own_stall_is_forgiven() {
+    let (mut test, a, b) = Test::up();
+    for _ in 0..5 {
+        test.now += 200;
+        test.send(Event::Heard { connection: a, timing: None });
+        assert!(down(&test.send(Event::Tick { slowest_step_ms: 10 })).is_none());
+    }
+    test.send(Event::Heard { connection: a, timing: None });
+    let effects = test.tick(100);
+    assert!(down(&effects).is_some_and(|reason| reason.contains("node b was lost: nothing heard")));
+    assert!(
+        effects
+            .iter()
+            .any(|effect| matches!(effect, Effect::Disconnect { connection, .. } if *connection == b))
+    );
+
+    let (mut test, ..) = Test::up();
+    test.tick(50);
+    test.now += 60_000;
+    assert!(down(&test.send(Event::Tick { slowest_step_ms: 10 })).is_none());
+}
+
+#[test]
+fn a_slow_step_may_be_silent_for_four_times_its_prediction() {
+    let (mut test, ..) = Test::up();
+    test.send(Event::Tick { slowest_step_ms: 500 });
+    for _ in 0..9 {
+        test.now += 200;
+        assert!(down(&test.send(Event::Tick { slowest_step_ms: 500 })).is_none());
+    }
+    test.now += 250;
+    assert!(down(&test.send(Event::Tick { slowest_step_ms: 500 })).is_some());
+}
+
+#[test]
+fn a_failed_assignment_is_tried_again_after_a_growing_pause() {
+    let mut test = Test::new(config());
+    let (a, _) = test.join("a");
+    let (b, effects) = test.join("b");
+    let mut revision = assignments(&effects)[0].1.revision;
+    let mut pauses = Vec::new();
+    for _ in 0..3 {
+        let message = "model.safetensors is truncated".to_owned();
+        test.send(Event::Failed { connection: b, revision, message });
+        assert!(test.cluster.problem().is_some_and(|p| p.contains("node b failed: model.safetensors")));
+        let started = test.now;
+        loop {
+            test.send(Event::Heard { connection: a, timing: None });
+            test.send(Event::Heard { connection: b, timing: None });
+            if let Some((_, assignment)) = assignments(&test.tick(50)).first() {
+                assert!(assignment.revision > revision);
+                revision = assignment.revision;
+                break;
+            }
+        }
+        pauses.push(test.now - started);
+    }
+    assert_eq!(pauses, [250, 500, 1000]);
+}
+
+#[test]
+fn a_rank_that_loses_a_peer_while_serving_stops_the_replica() {
+    let (mut test, a, _) = Test::up();
+    let revision = assignments(&test.seen)[0].1.revision;
+    let message = "lost the next stage: connection closed by the peer".to_owned();
+    let effects = test.send(Event::Failed { connection: a, revision, message });
+    assert!(down(&effects).is_some_and(|reason| reason.contains("node a failed: lost the next stage")));
+}
+
+#[test]
+fn what_is_reported_about_a_former_assignment_is_ignored() {
+    let (mut test, a, _) = Test::up();
+    let message = "late".to_owned();
+    let effects = test.send(Event::Failed { connection: a, revision: ReplicaRevision(1), message });
+    assert!(effects.is_empty());
+}
+
+#[test]
+fn a_node_that_connects_anew_replaces_its_former_connection() {
+    let (mut test, _, b) = Test::up();
+    let (again, effects) = test.join("b");
+    assert!(
+        effects
+            .iter()
+            .any(|effect| matches!(effect, Effect::Disconnect { connection, .. } if *connection == b))
+    );
+    assert!(down(&effects).is_some());
+    assert!(assignments(&effects).iter().any(|(to, _)| *to == again));
+    assert!(test.lose(b).is_empty(), "the former connection's end says nothing any more");
+}
+
+#[test]
+fn a_node_that_obeys_a_higher_term_fences_this_scheduler() {
+    let mut test = Test::new(config());
+    let connection = NodeConnection(1);
+    let join = Join {
+        node: NodeId("a".into()),
+        data_address: "a:1".into(),
+        memory: Bytes(1 << 30),
+        bandwidth_bytes_per_s: 1e10,
+        flops_per_s: 1e11,
+        threads: 1,
+        isa: "portable".into(),
+        layers: None,
+        holds: None,
+        term: LeaseTerm(9),
+    };
+    let effects = test.send(Event::Join { connection, join: Box::new(join) });
+    assert!(effects.contains(&Effect::Fenced { by: LeaseTerm(9) }));
+    let (mut test, a, _) = Test::up();
+    let effects = test.send(Event::Refused { connection: a, term: LeaseTerm(7) });
+    assert!(effects.contains(&Effect::Fenced { by: LeaseTerm(7) }));
+    assert!(down(&effects).is_some());
+}
+
+#[test]
+fn a_model_that_does_not_fit_is_a_problem_with_the_ledgers_words() {
+    let mut test = Test::new(config());
+    test.join_with("a", 100_000);
+    let (_, effects) = test.join_with("b", 100_000);
+    assert!(assignments(&effects).is_empty());
+    let problem = test.cluster.problem().unwrap().to_owned();
+    assert!(problem.contains("does not fit") && problem.contains("missing"), "{problem}");
+    test.join("c");
+    let (_, effects) = test.join("d");
+    assert_eq!(assignments(&effects).len(), 2, "planned anew with the nodes that joined: {problem}");
+}
+
+#[test]
+fn without_a_given_number_of_nodes_the_first_layout_waits_until_nobody_joins_any_more() {
+    let mut test = Test::new(ClusterConfig { stages: None, replicas: None, ..config() });
+    test.join("a");
+    test.tick(400);
+    test.join("b");
+    assert!(assignments(&test.tick(450)).is_empty());
+    let assigned = assignments(&test.tick(100));
+    assert_eq!(assigned.len(), 2, "two replicas of one stage");
+    assert!(assigned.iter().all(|(_, assignment)| assignment.num_stages == 1));
+}
+
+#[test]
+fn expected_nodes_are_waited_for() {
+    let mut test = Test::new(ClusterConfig { stages: None, expected_nodes: Some(3), ..config() });
+    test.join("a");
+    test.join("b");
+    assert!(assignments(&test.tick(5000)).is_empty());
+    let (_, effects) = test.join("c");
+    assert!(!assignments(&effects).is_empty());
+}
+
+#[test]
+fn where_the_layout_is_left_open_what_is_left_is_laid_out_anew_in_the_end() {
+    let mut test = Test::new(ClusterConfig { stages: None, replicas: None, ..config() });
+    // Neither has room for the whole model.
+    let half = 3_500_000;
+    let (_, _) = test.join_with("a", half);
+    let (b, _) = test.join_with("b", half);
+    let assigned = assignments(&test.tick(600));
+    assert_eq!(assigned.iter().map(|(_, a)| a.num_stages).collect::<Vec<_>>(), [2, 2]);
+    test.join_with("big", 1 << 30);
+    let before = test.seen.len();
+    test.lose(b);
+    let assigned = assignments(&test.seen[before..]);
+    assert_eq!(assigned.len(), 2, "the big one stands in");
+    let (big, _) = assigned.iter().find(|(to, _)| to.0 == 3).cloned().unwrap();
+    let (a, _) = assigned.iter().find(|(to, _)| to.0 == 1).cloned().unwrap();
+    test.lose(a);
+    let mut effects = Vec::new();
+    for _ in 0..60 {
+        test.send(Event::Heard { connection: big, timing: None });
+        effects.extend(test.tick(100));
+    }
+    let anew = assignments(&effects);
+    assert_eq!(anew.len(), 1);
+    assert_eq!((anew[0].0, anew[0].1.num_stages), (big, 1));
+}
+
+#[test]
+fn tensor_parallel_ranks_are_told_of_their_group_and_successors() {
+    let mut test = Test::new(ClusterConfig { tensor_parallel_size: Some(2), ..config() });
+    for name in ["a", "b", "c"] {
+        assert!(assignments(&test.join(name).1).is_empty());
+    }
+    let assigned = assignments(&test.join("d").1);
+    assert_eq!(assigned.len(), 4);
+    let at = |stage, rank| {
+        let found = assigned.iter().find(|(_, a)| (a.stage.0, a.tensor_rank.0) == (stage, rank));
+        found.map(|(_, assignment)| assignment.clone()).unwrap()
+    };
+    for rank in 0..2 {
+        assert_eq!(at(0, rank).group.len(), 2);
+        assert_eq!(at(0, rank).next, at(1, 0).group.get(rank as usize).cloned());
+        assert_eq!(at(1, rank).next, None);
+    }
+    assert!(assigned.iter().all(|(_, a)| a.kv_blocks == assigned[0].1.kv_blocks && a.kv_blocks >= 32));
+}
