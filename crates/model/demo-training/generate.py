@@ -15,15 +15,17 @@ import random
 
 from facts import ALSO_WRONG, FACT_TEMPLATES, FACTS, YES_NO_TEMPLATES
 
-TASKS = {
-    "sum": 0.31,
-    "reverse": 0.30,
-    "upper": 0.12,
-    "fact": 0.08,
-    "yes_no": 0.09,
-    "greeting": 0.04,
-    "unknown": 0.06,
-}
+TASKS = ("sum", "reverse", "upper", "fact", "yes_no", "greeting", "unknown")
+# Training goes from a broad mixture, until the forms of the questions are known, to the tasks that take
+# long to learn. A phase: its first step, conversations per step, the shares of the tasks in per cent, how
+# often there is a system message or an earlier turn (see `conversation`), the weights of the loss of a
+# Yes or No and of a sum, and how often a number to add is a single digit.
+PHASES = [
+    (0, 128, (31, 30, 12, 8, 9, 4, 6), 1.0, 1, 1, 0.08),
+    (200, 96, (35, 33, 10, 6, 8, 3, 5), 0.6, 1, 1, 0.08),
+    (800, 112, (44, 28, 8, 4, 10, 3, 3), 0.5, 6, 1, 0.08),
+    (1200, 112, (46, 26, 10, 4, 8, 3, 3), 0.5, 6, 3, 0.5),
+]
 MAX_TOKENS = 500
 
 UNKNOWN = "Sorry, I don't know that. I can add, reverse words and recall a few facts."
@@ -98,10 +100,10 @@ SUM_TEMPLATES = [
 ]
 
 
-def ask_sum(rng, out):
+def ask_sum(rng, out, single=0.08):
     while True:
-        a = rng.randint(0, 9) if rng.random() < 0.08 else rng.randint(0, 99)
-        b = rng.randint(0, 9) if rng.random() < 0.08 else rng.randint(0, 99)
+        a = rng.randint(0, 9) if rng.random() < single else rng.randint(0, 99)
+        b = rng.randint(0, 9) if rng.random() < single else rng.randint(0, 99)
         if held_out(f"sum:{min(a, b)}:{max(a, b)}") == out:
             break
     return rng.choice(SUM_TEMPLATES).format(a=a, b=b), str(a + b)
@@ -423,33 +425,36 @@ def casual(rng, task, text):
     return text
 
 
-def ask(rng, task, out):
-    text, answer = ASK[task](rng, out)
+def ask(rng, task, out, **how):
+    text, answer = ASK[task](rng, out, **how)
     return casual(rng, task, text), answer
 
 
-def pick_task(rng):
-    return rng.choices(list(TASKS), list(TASKS.values()))[0]
+def pick_task(rng, shares=PHASES[0][2]):
+    return rng.choices(TASKS, shares)[0]
 
 
-def conversation(rng, task, out):
-    """Messages ending in a user's question, and the answer. Earlier turns are never held out."""
+def conversation(rng, task, out, context=1.0, **how):
+    """Messages ending in a user's question, and the answer. Earlier turns are never held out.
+
+    `context` scales how often there is a system message and how often there are earlier turns.
+    """
     messages = []
-    if rng.random() < 0.08:
+    if rng.random() < 0.08 * context:
         text = rng.choice(SYSTEM)
         if rng.random() < 0.2:
             text += " " + rng.choice(SYSTEM)
         messages.append({"role": "system", "content": text})
     turns = 0
     kind = rng.random()
-    if kind < 0.004:
+    if kind < 0.004 * context:
         turns = rng.randint(4, 8)
-    elif kind < 0.08:
+    elif kind < 0.08 * context:
         turns = rng.randint(1, 2)
     for _ in range(turns):
         q, a = ask(rng, pick_task(rng), False)
         messages += [{"role": "user", "content": q}, {"role": "assistant", "content": a}]
-    q, a = ask(rng, task, out)
+    q, a = ask(rng, task, out, **how)
     messages.append({"role": "user", "content": q})
     while sum(len(m["content"].encode()) + 2 for m in messages) + len(a) > MAX_TOKENS - 4:
         at = 1 if messages[0]["role"] == "system" else 0
@@ -463,13 +468,18 @@ PAD, BOS, END, SYSTEM_ID, USER_ID, ASSISTANT_ID = range(256, 262)
 ROLE_IDS = {"system": SYSTEM_ID, "user": USER_ID, "assistant": ASSISTANT_ID}
 
 
-def encode(messages, answer):
-    """Token ids as the chat template makes them, and which of them carry loss: all the answers."""
+def encode(messages, answer, verdict=1, number=1):
+    """Token ids as the chat template makes them, and the weights of their losses: those of the answers count."""
     ids, loss = [BOS], [0]
     for message in messages + [{"role": "assistant", "content": answer}]:
         text = list(message["content"].encode()) + [END]
         ids += [ROLE_IDS[message["role"]]] + text
-        loss += [0] + [int(message["role"] == "assistant")] * len(text)
+        weights = [int(message["role"] == "assistant")] * len(text)
+        if message["role"] == "assistant" and message["content"].startswith(("Yes. ", "No. ")):
+            weights[0] = verdict
+        if message["role"] == "assistant" and message["content"].isdigit():
+            weights = [number] * len(text)
+        loss += [0] + weights
     return ids, loss
 
 
@@ -490,10 +500,17 @@ def completion(rng):
     return ids, [0] * (1 + len(start)) + [1] * (len(rest) + 1)
 
 
-def training_example(rng):
+def phase(step):
+    return [p for p in PHASES if p[0] <= step][-1]
+
+
+def training_example(rng, step=0):
+    _, _, shares, context, verdict, number, single = phase(step)
     if rng.random() < 0.02:
         return completion(rng)
-    return encode(*conversation(rng, pick_task(rng), False))
+    task = pick_task(rng, shares)
+    how = {"single": single} if task == "sum" else {}
+    return encode(*conversation(rng, task, False, context, **how), verdict, number)
 
 
 def evaluation(seed, per_task):
