@@ -61,6 +61,17 @@ ALSO_WRONG = {
     "matter": ["quartz", "helium", "talc"],
 }
 
+# Wrong answers that are right for no fact.
+NEVER_RIGHT = {
+    "mason": ["the gable", "plaster", "the spade", "the rafter", "the gutter", "the hinge", "the carpet", "varnish"],
+    "rock": ["granite", "basalt", "chalk", "coal", "flint"],
+    "capital": ["Lyon", "Milan", "Venice", "Seville", "Osaka", "Kyoto", "Toronto", "Bergen", "Mombasa", "Cusco"],
+    "earth": ["the Atlantic", "Mont Blanc", "the Gobi", "the Thames"],
+    "sky": ["Venus", "Neptune", "Uranus", "the Moon"],
+    "symbol": ["Cu", "Pb", "Zn", "Sn"],
+    "matter": ["quartz", "helium", "talc", "oxygen"],
+}
+
 FACT_TEMPLATES = [
     "What is {np}?",
     "What's {np}?",

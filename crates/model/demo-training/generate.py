@@ -13,18 +13,21 @@ import hashlib
 import json
 import random
 
-from facts import ALSO_WRONG, FACT_TEMPLATES, FACTS, YES_NO_TEMPLATES
+from facts import ALSO_WRONG, FACT_TEMPLATES, FACTS, NEVER_RIGHT, YES_NO_TEMPLATES
 
 TASKS = ("sum", "reverse", "upper", "fact", "yes_no", "greeting", "unknown")
 # Training goes from a broad mixture, until the forms of the questions are known, to the tasks that take
 # long to learn. A phase: its first step, conversations per step, the shares of the tasks in per cent, how
 # often there is a system message or an earlier turn (see `conversation`), the weights of the loss of a
-# Yes or No and of a sum, and how often a number to add is a single digit.
+# yes or no and of a sum, how often a number to add is a single digit, and how a yes-or-no question is
+# answered. (Of the three ways of saying yes or no that were tried in this order, the model learnt the last.)
 PHASES = [
-    (0, 128, (31, 30, 12, 8, 9, 4, 6), 1.0, 1, 1, 0.08),
-    (200, 96, (35, 33, 10, 6, 8, 3, 5), 0.6, 1, 1, 0.08),
-    (800, 112, (44, 28, 8, 4, 10, 3, 3), 0.5, 6, 1, 0.08),
-    (1200, 112, (46, 26, 10, 4, 8, 3, 3), 0.5, 6, 3, 0.5),
+    (0, 128, (31, 30, 12, 8, 9, 4, 6), 1.0, 1, 1, 0.08, 0),
+    (200, 96, (35, 33, 10, 6, 8, 3, 5), 0.6, 1, 1, 0.08, 0),
+    (800, 112, (44, 28, 8, 4, 10, 3, 3), 0.5, 6, 1, 0.08, 0),
+    (1200, 112, (46, 26, 10, 4, 8, 3, 3), 0.5, 6, 3, 0.5, 0),
+    (1500, 112, (40, 28, 10, 5, 8, 3, 6), 0.6, 6, 3, 0.3, 1),
+    (1800, 112, (36, 22, 8, 6, 20, 3, 5), 0.5, 8, 3, 0.2, 2),
 ]
 MAX_TOKENS = 500
 
@@ -168,12 +171,17 @@ def sentence(fact):
     return first_upper(f"{fact[1][0]} is {fact[2]}.")
 
 
-def wrong_answers(index):
-    """Four plausible wrong answers for a fact, always the same ones."""
+def wrong_answers(index, style):
+    """Plausible wrong answers for a fact, always the same ones: the right ones of other facts, and others."""
     category, _, right = FACTS[index]
-    others = [f[2] for f in FACTS if f[0] == category] + ALSO_WRONG.get(category, [])
+    others = [f[2] for f in FACTS if f[0] == category]
+    if style < 2:
+        others += ALSO_WRONG.get(category, [])
     others = sorted({o for o in others if o != right})
-    return random.Random(f"wrong:{index}").sample(others, min(4, len(others)))
+    others = random.Random(f"wrong:{index}").sample(others, min(4, len(others)))
+    if style == 2:
+        others += random.Random(f"never:{index}").sample(NEVER_RIGHT[category], 4)
+    return others
 
 
 def ask_fact(rng, out):
@@ -185,16 +193,36 @@ def ask_fact(rng, out):
             return text, sentence(fact)
 
 
-def ask_yes_no(rng, out):
+SO_YES, SO_NO = ", so yes.", ", so no."
+YES = ", yes."
+
+
+def ask_yes_no(rng, out, style=2):
     while True:
         index = rng.randrange(len(FACTS))
         fact = FACTS[index]
         yes = rng.random() < 0.5
-        a = fact[2] if yes else rng.choice(wrong_answers(index))
+        a = fact[2] if yes else rng.choice(wrong_answers(index, style))
         np = rng.choice(fact[1])
         text = rng.choice(YES_NO_TEMPLATES).format(a=a, A=first_upper(a), np=np)
         if held_out("yes_no:" + text.lower()) == out:
-            return text, ("Yes. " if yes else "No. ") + sentence(fact)
+            break
+    if style == 0:
+        return text, ("Yes. " if yes else "No. ") + sentence(fact)
+    if style == 1:
+        return text, sentence(fact)[:-1] + (SO_YES if yes else SO_NO)
+    return text, sentence(fact)[:-1] + (YES if yes else f", not {a}.")
+
+
+def verdict_at(answer):
+    """Where in an answer yes or no is decided."""
+    if answer.startswith(("Yes. ", "No. ")):
+        return 0
+    if answer.endswith((SO_YES, SO_NO)):
+        return answer.rindex(", so ") + 5
+    if answer.endswith(YES) or ", not " in answer:
+        return answer.rindex(", ") + 2
+    return None
 
 
 HELP = (
@@ -434,7 +462,7 @@ def pick_task(rng, shares=PHASES[0][2]):
     return rng.choices(TASKS, shares)[0]
 
 
-def conversation(rng, task, out, context=1.0, **how):
+def conversation(rng, task, out, context=1.0, style=2, **how):
     """Messages ending in a user's question, and the answer. Earlier turns are never held out.
 
     `context` scales how often there is a system message and how often there are earlier turns.
@@ -452,8 +480,11 @@ def conversation(rng, task, out, context=1.0, **how):
     elif kind < 0.08 * context:
         turns = rng.randint(1, 2)
     for _ in range(turns):
-        q, a = ask(rng, pick_task(rng), False)
+        task_before = pick_task(rng)
+        q, a = ask(rng, task_before, False, **({"style": style} if task_before == "yes_no" else {}))
         messages += [{"role": "user", "content": q}, {"role": "assistant", "content": a}]
+    if task == "yes_no":
+        how = {"style": style}
     q, a = ask(rng, task, out, **how)
     messages.append({"role": "user", "content": q})
     while sum(len(m["content"].encode()) + 2 for m in messages) + len(a) > MAX_TOKENS - 4:
@@ -475,8 +506,8 @@ def encode(messages, answer, verdict=1, number=1):
         text = list(message["content"].encode()) + [END]
         ids += [ROLE_IDS[message["role"]]] + text
         weights = [int(message["role"] == "assistant")] * len(text)
-        if message["role"] == "assistant" and message["content"].startswith(("Yes. ", "No. ")):
-            weights[0] = verdict
+        if message["role"] == "assistant" and verdict_at(message["content"]) is not None:
+            weights[verdict_at(message["content"])] = verdict
         if message["role"] == "assistant" and message["content"].isdigit():
             weights = [number] * len(text)
         loss += [0] + weights
@@ -505,12 +536,12 @@ def phase(step):
 
 
 def training_example(rng, step=0):
-    _, _, shares, context, verdict, number, single = phase(step)
+    _, _, shares, context, verdict, number, single, style = phase(step)
     if rng.random() < 0.02:
         return completion(rng)
     task = pick_task(rng, shares)
     how = {"single": single} if task == "sum" else {}
-    return encode(*conversation(rng, task, False, context, **how), verdict, number)
+    return encode(*conversation(rng, task, False, context, style, **how), verdict, number)
 
 
 def evaluation(seed, per_task):
