@@ -1,13 +1,17 @@
 //! Configuration of the gateway. Every value has a default except those that name something of the deployment.
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use std::net::SocketAddr;
 use std::time::Duration;
 
 /// What a gateway is told when it starts.
-#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct GatewayConfig {
+    /// Directory or hub id of the model whose tokenizer and chat template are used. Required by `ashlar gateway`.
+    pub model: String,
+    /// Where to send traces (OTLP over HTTP), for example `http://127.0.0.1:4318`. Off by default.
+    pub otlp_endpoint: Option<String>,
     /// Where to listen for HTTP. Default `127.0.0.1:8000`.
     pub listen: SocketAddr,
     /// The scheduler's gateway port (`host:port`). Default `127.0.0.1:7000`.
@@ -58,6 +62,8 @@ pub struct GatewayConfig {
 impl Default for GatewayConfig {
     fn default() -> GatewayConfig {
         GatewayConfig {
+            model: String::new(),
+            otlp_endpoint: None,
             listen: SocketAddr::from(([127, 0, 0, 1], 8000)),
             scheduler: "127.0.0.1:7000".to_owned(),
             served_model_name: Vec::new(),

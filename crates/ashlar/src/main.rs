@@ -1,1 +1,73 @@
-fn main() {}
+//! The one binary: every role, and the commands that talk to them.
+//!
+//! Layout: [`up`] (a small real cluster as supervised children), [`roles`] (gateway, scheduler, node), client commands
+//! ([`chat`], [`bench`]), and what needs no cluster ([`plan`], [`synth`]). [`demo`] holds the demo model, [`http`] a
+//! plain HTTP client, [`supervisor`] a child process kept alive.
+#![forbid(unsafe_code)]
+
+mod bench;
+mod chat;
+mod demo;
+mod http;
+mod plan;
+mod roles;
+mod supervisor;
+mod synth;
+mod up;
+
+use clap::{Parser, Subcommand};
+use std::process::ExitCode;
+
+/// Serve one large model from several ordinary machines, exactly.
+#[derive(Debug, Parser)]
+#[command(name = "ashlar", version, max_term_width = 110, after_help = "Examples:
+  ashlar up                                   a gateway, a scheduler and two nodes with the demo model
+  ashlar up --model ./llama-3.2-1b --tp 2     a model directory, cut over two tensor-parallel ranks
+  ashlar chat                                 talk to it
+  ashlar plan --model ./llama-3.2-1b          what would go where, and how fast it would be")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Start a whole cluster on this machine: gateway, scheduler and nodes, supervised.
+    Up(up::UpArgs),
+    /// Run the gateway: OpenAI's HTTP API.
+    Gateway(roles::RoleArgs),
+    /// Run the scheduler: admission, batching, placement.
+    Scheduler(roles::RoleArgs),
+    /// Run a shard node: one rank.
+    Node(roles::RoleArgs),
+    /// Chat with a served model in the terminal.
+    Chat(chat::ChatArgs),
+    /// Show which node would hold what, the memory ledger and the predicted speed, without starting anything.
+    Plan(plan::PlanArgs),
+    /// Measure: a model on this machine, layouts against each other, or a running service.
+    Bench(bench::BenchArgs),
+    /// Write a random-weight model of a real shape.
+    Synth(synth::SynthArgs),
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let result = match cli.command {
+        Command::Up(args) => up::run(args),
+        Command::Gateway(args) => roles::gateway(&args),
+        Command::Scheduler(args) => roles::scheduler(&args),
+        Command::Node(args) => roles::node(&args),
+        Command::Chat(args) => chat::run(args),
+        Command::Plan(args) => plan::run(args),
+        Command::Bench(args) => bench::run(args),
+        Command::Synth(args) => synth::run(args),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // The whole chain once, innermost cause last.
+            eprintln!("error: {error:#}");
+            ExitCode::from(roles::exit_code(&error))
+        }
+    }
+}

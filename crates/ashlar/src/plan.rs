@@ -1,0 +1,196 @@
+//! `ashlar plan`: which node would hold what, the memory ledger, the predicted speed. Starts nothing.
+
+use anyhow::{Context, Result, bail};
+use ashlar_kernels::{Isa, Kernels, measure};
+use ashlar_model::{ModelConfig, hub, synth};
+use ashlar_service_kit::memory;
+use ashlar_shard_plan::{DeviceReport, Layout, Links, PlanRequest, plan, survivable_losses};
+use ashlar_vocabulary::{Bytes, NodeId};
+use clap::Args;
+use std::time::Duration;
+
+/// Arguments of `ashlar plan`.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  ashlar plan --model ./llama-3.2-1b --nodes 2
+  ashlar plan --model llama-3.1-8b --device a=16GiB,40e9,500e9 --device b=16GiB,40e9,500e9
+A device is NAME=MEMORY,BYTES_PER_S,FLOP_PER_S. Without one, this machine is measured and shared out.")]
+pub(crate) struct PlanArgs {
+    /// Model directory, hub id, or the name of a shape (`llama-3.1-8b`).
+    #[arg(long, value_name = "DIR|HUB_ID|SHAPE")]
+    model: String,
+    /// Nodes of this machine to plan for.
+    #[arg(long, default_value_t = 2)]
+    nodes: usize,
+    /// A device of another machine; may be repeated.
+    #[arg(long, value_name = "NAME=MEM,BW,FLOPS", value_parser = parse_device)]
+    device: Vec<DeviceReport>,
+    /// Pipeline stages.
+    #[arg(long)]
+    stages: Option<usize>,
+    /// Tensor-parallel ranks per stage.
+    #[arg(long)]
+    tp: Option<usize>,
+    /// Replicas.
+    #[arg(long)]
+    replicas: Option<usize>,
+    /// Longest sequence in tokens.
+    #[arg(long, default_value_t = 4096)]
+    max_context: usize,
+    /// Link round trip in microseconds.
+    #[arg(long, default_value_t = 50.0)]
+    round_trip_us: f64,
+    /// Link speed in bytes per second.
+    #[arg(long, default_value_t = 4e9)]
+    link_bytes_per_s: f64,
+    /// Print JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+/// `4GiB`, `512MiB`, `16GB` or plain bytes.
+pub(crate) fn parse_bytes(text: &str) -> Result<Bytes, String> {
+    let units = [("KiB", 1u64 << 10), ("MiB", 1 << 20), ("GiB", 1 << 30), ("TiB", 1 << 40)];
+    let decimal = [("kB", 1_000), ("MB", 1_000_000), ("GB", 1_000_000_000), ("TB", 1_000_000_000_000)];
+    let (number, factor) = units
+        .iter()
+        .chain(&decimal)
+        .find_map(|(unit, factor)| text.strip_suffix(unit).map(|number| (number, *factor)))
+        .unwrap_or((text, 1));
+    match number.trim().parse::<f64>() {
+        Ok(value) if value > 0.0 && value.is_finite() => Ok(Bytes((value * factor as f64) as u64)),
+        _ => Err(format!("`{text}` is no size: write for example 4GiB")),
+    }
+}
+
+fn parse_device(text: &str) -> Result<DeviceReport, String> {
+    let usage = || format!("`{text}` is no device: write NAME=16GiB,40e9,500e9");
+    let (name, figures) = text.split_once('=').ok_or_else(usage)?;
+    let fields: Vec<&str> = figures.split(',').collect();
+    let [memory, bandwidth, flops] = fields[..] else { return Err(usage()) };
+    Ok(DeviceReport {
+        node: NodeId(name.to_owned()),
+        memory: parse_bytes(memory)?,
+        bandwidth_bytes_per_s: bandwidth.parse().map_err(|_| usage())?,
+        flops_per_s: flops.parse().map_err(|_| usage())?,
+        threads: 1,
+        layers: None,
+    })
+}
+
+pub(crate) fn run(args: PlanArgs) -> Result<()> {
+    if args.nodes == 0 {
+        bail!("--nodes must be at least 1");
+    }
+    let shape = match synth::named_config(&args.model) {
+        Some(config) => {
+            let directory = std::env::temp_dir().join(format!("ashlar-plan-{}", std::process::id()));
+            std::fs::create_dir_all(&directory)?;
+            let path = directory.join("config.json");
+            std::fs::write(&path, config.to_string())?;
+            let parsed = ModelConfig::from_file(&path);
+            std::fs::remove_dir_all(&directory)?;
+            parsed?.shape
+        }
+        None => {
+            let directory = hub::resolve(&args.model, &mut |file| eprintln!("fetching {file}"))?;
+            ModelConfig::from_dir(&directory)?.shape
+        }
+    };
+    let devices = if args.device.is_empty() { this_machine(args.nodes) } else { args.device.clone() };
+    let links = Links {
+        round_trip_s: args.round_trip_us * 1e-6,
+        bytes_per_s: args.link_bytes_per_s,
+        pairs: Vec::new(),
+    };
+    let request = PlanRequest {
+        stages: args.stages,
+        tensor_parallel_size: args.tp,
+        replicas: args.replicas,
+        max_context_tokens: args.max_context.min(shape.max_position_embeddings),
+        ..PlanRequest::default()
+    };
+    let layout = plan(&shape, &devices, &links, &request)?;
+    if args.json {
+        println!("{}", serde_json::to_string_pretty(&layout).context("json")?);
+        return Ok(());
+    }
+    print_layout(&layout, &devices);
+    let survivable = survivable_losses(&shape, &devices, &links, &request, &layout);
+    let names: Vec<String> = survivable.iter().map(ToString::to_string).collect();
+    match names.is_empty() {
+        true => println!("\nno node may be lost: add a standby or a replica"),
+        false => println!("\nsurvives the loss of any one of: {}", names.join(", ")),
+    }
+    Ok(())
+}
+
+/// This machine, measured and shared out over `nodes` equal nodes.
+fn this_machine(nodes: usize) -> Vec<DeviceReport> {
+    let threads = (ashlar_kernels::available_threads() / nodes).max(1);
+    let kernels = Kernels::new(Isa::best(), threads);
+    let duration = Duration::from_millis(200);
+    let (bandwidth, flops) = (
+        measure::read_bandwidth_bytes_per_s(&kernels, 256 << 20, duration),
+        measure::fma_flops_per_s(&kernels, duration),
+    );
+    let memory = memory::available_memory().unwrap_or(Bytes(1 << 30)).0 / 10 * 9 / nodes as u64;
+    (0..nodes)
+        .map(|index| DeviceReport {
+            node: NodeId(format!("node-{index}")),
+            memory: Bytes(memory),
+            bandwidth_bytes_per_s: bandwidth,
+            flops_per_s: flops,
+            threads: threads as u32,
+            layers: None,
+        })
+        .collect()
+}
+
+fn print_layout(layout: &Layout, devices: &[DeviceReport]) {
+    for device in devices {
+        println!(
+            "{:<10} {:>11} memory, {:>6.1} GB/s, {:>7.1} GFLOP/s",
+            device.node,
+            device.memory,
+            device.bandwidth_bytes_per_s / 1e9,
+            device.flops_per_s / 1e9
+        );
+    }
+    for (index, replica) in layout.replicas.iter().enumerate() {
+        println!("\nreplica {index}: {} KV blocks of 16 tokens", replica.kv_blocks);
+        println!(
+            "  {:<5} {:<4} {:<10} {:<8} {:>11} {:>11} {:>11} {:>11} {:>11} {:>11} {:>11}",
+            "stage", "rank", "node", "layers", "weights", "embedding", "head", "kv cache", "activations", "total",
+            "free"
+        );
+        for (stage, layout) in replica.stages.iter().enumerate() {
+            for (rank, (node, ledger)) in layout.ranks.iter().zip(&layout.ledgers).enumerate() {
+                println!(
+                    "  {stage:<5} {rank:<4} {node:<10} {:<8} {:>11} {:>11} {:>11} {:>11} {:>11} {:>11} {:>11}",
+                    layout.layers,
+                    ledger.weights,
+                    ledger.embedding,
+                    ledger.head,
+                    ledger.kv_cache,
+                    ledger.activations,
+                    ledger.total,
+                    ledger.free
+                );
+            }
+        }
+        let p = &replica.prediction;
+        println!(
+            "  predicted: {:.1} ms per token, {:.2} s to the first token of 512, {:.1} tokens/s at batch 16 \
+             (stage {} is the slowest)",
+            p.seconds_per_token * 1e3,
+            p.seconds_to_first_token,
+            p.tokens_per_s_batch_16,
+            p.slowest_stage
+        );
+    }
+    if !layout.standbys.is_empty() {
+        let names: Vec<String> = layout.standbys.iter().map(ToString::to_string).collect();
+        println!("\nstandbys: {}", names.join(", "));
+    }
+}

@@ -1,0 +1,112 @@
+//! One role per process: load its configuration, start telemetry, serve until asked to end.
+
+use anyhow::{Context, Result};
+use ashlar_gateway::GatewayConfig;
+use ashlar_model::{ModelConfig, digest, hub};
+use ashlar_scheduler::{ModelCard, SchedulerConfig};
+use ashlar_service_kit::telemetry::{self, TelemetryConfig, TelemetryGuard};
+use ashlar_service_kit::{Shutdown, config};
+use ashlar_shard_node::NodeConfig;
+use clap::Args;
+use std::path::PathBuf;
+
+/// Exit code of a process that will fail the same way when started again: a supervisor gives up.
+pub(crate) const EXIT_PERMANENT: u8 = 2;
+
+/// Arguments of every role.
+#[derive(Debug, Args)]
+#[command(after_help = "Commented examples are in configs/. Logs: ASHLAR_LOG=debug, or for example \
+    ASHLAR_LOG=ashlar_scheduler=debug,info.")]
+pub(crate) struct RoleArgs {
+    /// The role's configuration file (TOML).
+    #[arg(long, value_name = "FILE")]
+    config: PathBuf,
+}
+
+/// An error that starting again cannot mend.
+#[derive(Debug, thiserror::Error)]
+#[error(transparent)]
+pub(crate) struct Permanent(#[from] anyhow::Error);
+
+/// Which exit code an error ends the process with.
+pub(crate) fn exit_code(error: &anyhow::Error) -> u8 {
+    if error.chain().any(|cause| cause.is::<Permanent>()) { EXIT_PERMANENT } else { 1 }
+}
+
+fn permanent<T>(result: Result<T>) -> Result<T> {
+    result.map_err(|error| anyhow::Error::new(Permanent(error)))
+}
+
+fn load<C: serde::de::DeserializeOwned>(args: &RoleArgs) -> Result<C> {
+    permanent(config::load(&args.config).map_err(anyhow::Error::from))
+}
+
+fn start(role: &str, otlp_endpoint: Option<String>) -> Result<TelemetryGuard> {
+    let config = TelemetryConfig { otlp_endpoint, ..TelemetryConfig::default() };
+    permanent(telemetry::init(role, &config).map_err(anyhow::Error::from))
+}
+
+/// A runtime of few threads: roles wait for sockets, computing happens on threads of its own.
+pub(crate) fn runtime() -> Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .context("cannot start the asynchronous runtime")
+}
+
+fn resolve(model: &str) -> Result<PathBuf> {
+    permanent(
+        hub::resolve(model, &mut |file| tracing::info!("fetching {file} of {model}"))
+            .map_err(anyhow::Error::from),
+    )
+}
+
+pub(crate) fn gateway(args: &RoleArgs) -> Result<()> {
+    let config: GatewayConfig = load(args)?;
+    let _telemetry = start("gateway", config.otlp_endpoint.clone())?;
+    let directory = resolve(&config.model)?;
+    runtime()?.block_on(async {
+        let shutdown = Shutdown::listen().context("cannot listen to signals")?;
+        permanent(ashlar_gateway::serve(config, directory, shutdown).await.map_err(anyhow::Error::from))
+    })
+}
+
+pub(crate) fn scheduler(args: &RoleArgs) -> Result<()> {
+    let config: SchedulerConfig = load(args)?;
+    let _telemetry = start("scheduler", config.otlp_endpoint.clone())?;
+    let card = permanent(model_card(&config.model, config.max_context_tokens))?;
+    runtime()?.block_on(async {
+        let shutdown = Shutdown::listen().context("cannot listen to signals")?;
+        let asked = async move {
+            shutdown.requested().await;
+        };
+        permanent(ashlar_scheduler::serve(config, card, asked).await.map_err(anyhow::Error::from))
+    })
+}
+
+pub(crate) fn node(args: &RoleArgs) -> Result<()> {
+    let config: NodeConfig = load(args)?;
+    let _telemetry = start("node", config.otlp_endpoint.clone())?;
+    runtime()?.block_on(async {
+        let shutdown = Shutdown::listen().context("cannot listen to signals")?;
+        let asked = async move {
+            shutdown.requested().await;
+        };
+        permanent(ashlar_shard_node::serve(config, asked).await.map_err(anyhow::Error::from))
+    })
+}
+
+/// What the scheduler must know of a model, read from its files.
+pub(crate) fn model_card(model: &str, max_context_tokens: Option<u32>) -> Result<ModelCard> {
+    let directory = resolve(model)?;
+    let config = ModelConfig::from_dir(&directory)?;
+    let trained = u32::try_from(config.shape.max_position_embeddings).unwrap_or(u32::MAX);
+    let digest = digest::model_digest(&directory)?;
+    Ok(ModelCard {
+        source: model.to_owned(),
+        digest,
+        max_context_tokens: max_context_tokens.unwrap_or(trained).min(trained),
+        shape: config.shape,
+    })
+}

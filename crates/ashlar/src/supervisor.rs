@@ -1,0 +1,133 @@
+//! A child process kept alive: started again with growing pauses, told to end by closing its standard input.
+
+use crate::roles::EXIT_PERMANENT;
+use anyhow::{Context, Result};
+use ashlar_service_kit::drain::SUPERVISED_VARIABLE;
+use std::fs::{self, OpenOptions};
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+use tokio::process::{Child, Command};
+use tokio::sync::{mpsc, watch};
+
+const PAUSE_MIN: Duration = Duration::from_millis(50);
+const PAUSE_MAX: Duration = Duration::from_secs(5);
+/// A child that lived this long starts again without a pause.
+const STEADY: Duration = Duration::from_secs(10);
+const LOG_TAIL_LINES: usize = 12;
+
+/// A role to keep alive.
+#[derive(Debug, Clone)]
+pub(crate) struct Role {
+    /// What people call it (`gateway`, `node-0`).
+    pub(crate) name: String,
+    /// Sub-command of this binary.
+    pub(crate) command: &'static str,
+    /// Its configuration.
+    pub(crate) config: PathBuf,
+    /// Where its standard error goes.
+    pub(crate) log: PathBuf,
+}
+
+/// What a supervised role tells.
+#[derive(Debug)]
+pub(crate) enum Notice {
+    /// It runs, with this process id.
+    Started { name: String, pid: u32 },
+    /// It ended unasked and will be started again.
+    Ended { name: String, how: String },
+    /// It ended and starting it again would not help; the end of its log.
+    GaveUp { name: String, log_tail: String },
+}
+
+/// A supervised role.
+#[derive(Debug)]
+pub(crate) struct Supervised {
+    stop: watch::Sender<bool>,
+    task: tokio::task::JoinHandle<()>,
+}
+
+impl Supervised {
+    /// Starts supervising.
+    pub(crate) fn start(role: Role, notices: mpsc::Sender<Notice>) -> Supervised {
+        let (stop, stopped) = watch::channel(false);
+        Supervised { stop, task: tokio::spawn(supervise(role, notices, stopped)) }
+    }
+
+    /// Asks the child to drain and end; waits for it, then kills it after `grace`.
+    pub(crate) async fn end(self, grace: Duration) {
+        let _ = self.stop.send(true);
+        // The child was started with `kill_on_drop`: aborting its task kills it.
+        if tokio::time::timeout(grace, self.task).await.is_err() {
+            tracing::warn!("a role did not end within {} s and was killed", grace.as_secs());
+        }
+    }
+}
+
+async fn supervise(role: Role, notices: mpsc::Sender<Notice>, mut stop: watch::Receiver<bool>) {
+    let mut pause = PAUSE_MIN;
+    loop {
+        let started = Instant::now();
+        let how = match spawn(&role) {
+            Err(error) => format!("{error:#}"),
+            Ok(mut child) => {
+                let pid = child.id().unwrap_or_default();
+                let _ = notices.send(Notice::Started { name: role.name.clone(), pid }).await;
+                // Held open for as long as the child shall live; `wait` would close it.
+                let stdin = child.stdin.take();
+                let ended = tokio::select! {
+                    status = child.wait() => Some(status),
+                    _ = stop.changed() => None,
+                };
+                let Some(status) = ended else {
+                    drop(stdin);
+                    let _ = child.wait().await;
+                    return;
+                };
+                match status {
+                    Ok(status) if status.code() == Some(i32::from(EXIT_PERMANENT)) => {
+                        let log_tail = tail(&role.log);
+                        let _ = notices.send(Notice::GaveUp { name: role.name, log_tail }).await;
+                        return;
+                    }
+                    Ok(status) => status.to_string(),
+                    Err(error) => error.to_string(),
+                }
+            }
+        };
+        let _ = notices.send(Notice::Ended { name: role.name.clone(), how }).await;
+        pause = if started.elapsed() > STEADY { PAUSE_MIN } else { (pause * 2).min(PAUSE_MAX) };
+        tokio::select! {
+            () = tokio::time::sleep(pause) => {}
+            _ = stop.changed() => return,
+        }
+    }
+}
+
+fn spawn(role: &Role) -> Result<Child> {
+    let binary = std::env::current_exe().context("cannot find this program's own file")?;
+    let log = OpenOptions::new()
+        .create(true)
+        .append(true)
+        .open(&role.log)
+        .with_context(|| format!("cannot open {}", role.log.display()))?;
+    Command::new(binary)
+        .arg(role.command)
+        .arg("--config")
+        .arg(&role.config)
+        .env(SUPERVISED_VARIABLE, "1")
+        // Ctrl-C reaches only the supervisor, which ends the roles in order.
+        .process_group(0)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .stderr(log)
+        .kill_on_drop(true)
+        .spawn()
+        .with_context(|| format!("cannot start {}", role.name))
+}
+
+fn tail(log: &Path) -> String {
+    let text = fs::read_to_string(log).unwrap_or_default();
+    let lines: Vec<&str> = text.lines().collect();
+    lines[lines.len().saturating_sub(LOG_TAIL_LINES)..].join("\n")
+}

@@ -1,0 +1,73 @@
+//! `ashlar synth`: a random-weight model of a real shape.
+
+use anyhow::{Context, Result};
+use ashlar_model::synth::{SHAPES, SynthRequest, synthesize};
+use ashlar_model::weights::FileDtype;
+use clap::{Args, ValueEnum};
+use indicatif::{ProgressBar, ProgressStyle};
+use std::path::PathBuf;
+
+/// Arguments of `ashlar synth`.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  ashlar synth llama-3.2-1b --out ./synth-1b
+  ashlar synth ./config.json --dtype f32 --out ./mine
+Shapes: llama-3.2-1b, llama-3.1-8b, qwen2.5-0.5b, qwen3-0.6b, mistral-7b, or the path of a config.json.")]
+pub(crate) struct SynthArgs {
+    /// A named shape, or the path of a config.json.
+    shape: String,
+    /// Directory to write.
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+    /// Element type of the weights.
+    #[arg(long, value_enum, default_value = "bf16")]
+    dtype: Dtype,
+    /// Seed of the weights.
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// A tokenizer.json to copy (with the tokenizer_config.json beside it); default: byte-level, padded to the
+    /// vocabulary.
+    #[arg(long, value_name = "FILE")]
+    tokenizer: Option<PathBuf>,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Dtype {
+    F32,
+    F16,
+    Bf16,
+}
+
+pub(crate) fn run(args: SynthArgs) -> Result<()> {
+    let request = SynthRequest {
+        shape: args.shape,
+        dtype: match args.dtype {
+            Dtype::F32 => FileDtype::F32,
+            Dtype::F16 => FileDtype::F16,
+            Dtype::Bf16 => FileDtype::Bf16,
+        },
+        seed: args.seed,
+        tokenizer: args.tokenizer,
+    };
+    let bar = ProgressBar::new(0).with_style(
+        ProgressStyle::with_template("{bar:40} {bytes}/{total_bytes} {bytes_per_sec} {eta}")
+            .context("progress bar")?,
+    );
+    let config = synthesize(&args.out, &request, &mut |written, total| {
+        bar.set_length(total.0);
+        bar.set_position(written.0);
+    })
+    .with_context(|| format!("shapes known by name: {}", SHAPES.join(", ")))?;
+    bar.finish_and_clear();
+    let shape = &config.shape;
+    println!(
+        "{}: {} layers, hidden {}, vocabulary {}, random weights (seed {})",
+        args.out.display(),
+        shape.num_layers,
+        shape.hidden_size,
+        shape.vocab_size,
+        request.seed
+    );
+    println!("serve it:  ashlar up --model {}", args.out.display());
+    Ok(())
+}

@@ -1,0 +1,336 @@
+//! `ashlar up`: a small real cluster on this machine. Every role is a supervised child process.
+
+use crate::demo;
+use crate::http::Client;
+use crate::roles;
+use crate::supervisor::{Notice, Role, Supervised};
+use anyhow::{Context, Result, bail};
+use ashlar_gateway::GatewayConfig;
+use ashlar_model::hub;
+use ashlar_scheduler::SchedulerConfig;
+use ashlar_service_kit::{Shutdown, memory};
+use ashlar_shard_node::NodeConfig;
+use ashlar_vocabulary::{Bytes, NodeId};
+use clap::Args;
+use indicatif::{ProgressBar, ProgressStyle};
+use serde::Serialize;
+use serde_json::{Value, json};
+use std::fs::{self, File};
+use std::net::{SocketAddr, TcpListener};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+use tokio::sync::mpsc;
+
+/// Time that the gateway gets to let streams end, and the other roles to exit.
+const DRAIN_GRACE: Duration = Duration::from_secs(40);
+const EXIT_GRACE: Duration = Duration::from_secs(5);
+/// How often the cluster is asked whether it is ready.
+const POLL: Duration = Duration::from_millis(100);
+/// Contexts longer than this must be asked for: KV cache for one whole sequence is reserved.
+const DEFAULT_CONTEXT_MAX: u32 = 8192;
+
+/// Arguments of `ashlar up`.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  ashlar up                                        the demo model, cut over two nodes
+  ashlar up --model ./llama-3.2-1b --stages 2      a directory with config.json and safetensors
+  ashlar up --model Qwen/Qwen3-0.6B --tp 2         a hub id (HF_TOKEN, HF_HOME, HF_HUB_OFFLINE are honoured)
+  ashlar up --replicas 2 --nodes 5                 two replicas of two stages and one standby")]
+pub(crate) struct UpArgs {
+    /// Model directory or hub id (`org/name`, `org/name@revision`); default: the demo model.
+    #[arg(long, value_name = "DIR|HUB_ID")]
+    model: Option<String>,
+    /// Node processes; default: stages × tp × replicas. More are standbys.
+    #[arg(long)]
+    nodes: Option<usize>,
+    /// Pipeline stages per replica; default: 2 for the demo model, else the fewest that fit.
+    #[arg(long)]
+    stages: Option<usize>,
+    /// Tensor-parallel ranks per stage: 1, 2, 4 or 8.
+    #[arg(long, value_name = "N")]
+    tp: Option<usize>,
+    /// Full copies of the model.
+    #[arg(long)]
+    replicas: Option<usize>,
+    /// Where the HTTP API listens.
+    #[arg(long, default_value = "127.0.0.1:8080")]
+    listen: SocketAddr,
+    /// Where state, logs and configurations are kept.
+    #[arg(long, default_value = "./.ashlar", value_name = "DIR")]
+    state: PathBuf,
+    /// Longest sequence in tokens; default: what the model allows, at most 8192.
+    #[arg(long, value_name = "TOKENS")]
+    max_context: Option<u32>,
+    /// Compute threads of each node; default: the machine's, shared out.
+    #[arg(long, value_name = "N")]
+    threads: Option<usize>,
+    /// Memory of each node, for example 4GiB; default: nine tenths of what is available, shared out.
+    #[arg(long, value_name = "SIZE", value_parser = crate::plan::parse_bytes)]
+    memory: Option<Bytes>,
+    /// Force an instruction set: avx512, avx2 or portable. The bits are the same.
+    #[arg(long)]
+    isa: Option<String>,
+    /// Cluster state in Redis instead of the embedded store, for example redis://127.0.0.1:6379/0.
+    #[arg(long, value_name = "URL")]
+    store: Option<String>,
+    /// Send traces there (OTLP over HTTP), for example http://127.0.0.1:4318.
+    #[arg(long, value_name = "URL")]
+    otlp_endpoint: Option<String>,
+    /// More keys of the scheduler's configuration, `key=value` in TOML, for example max_num_seqs=16.
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    scheduler_settings: Vec<String>,
+}
+
+pub(crate) fn run(args: UpArgs) -> Result<()> {
+    fs::create_dir_all(&args.state)
+        .with_context(|| format!("cannot create the state directory {}", args.state.display()))?;
+    let state = fs::canonicalize(&args.state)?;
+    let _lock = lock(&state)?;
+    // Ask for the port before anything is loaded: the commonest mistake should cost no time.
+    drop(TcpListener::bind(args.listen).with_context(|| {
+        format!("cannot listen on {}: choose another address with --listen", args.listen)
+    })?);
+    let demo = args.model.is_none();
+    let directory = match &args.model {
+        None => demo::unpack(&state)?,
+        Some(model) => {
+            let found = hub::resolve(model, &mut |file| eprintln!("fetching {file} of {model}"))?;
+            fs::canonicalize(&found)?
+        }
+    };
+    let plan = Cluster::prepare(&args, &state, &directory, demo)?;
+    roles::runtime()?.block_on(plan.run(args.listen))
+}
+
+/// Holds the state directory for this process.
+fn lock(state: &Path) -> Result<File> {
+    let file = File::create(state.join("up.lock"))?;
+    if file.try_lock().is_err() {
+        bail!("the state directory {} is in use by another `ashlar up`: give this one --state DIR", state.display());
+    }
+    Ok(file)
+}
+
+/// What will be started.
+#[derive(Debug)]
+struct Cluster {
+    gateway: Role,
+    scheduler: Role,
+    nodes: Vec<Role>,
+    model_name: String,
+}
+
+impl Cluster {
+    fn prepare(args: &UpArgs, state: &Path, directory: &Path, demo: bool) -> Result<Cluster> {
+        let model_name = args.model.clone().unwrap_or_else(|| "ashlar-demo".into());
+        let served = Path::new(&model_name)
+            .file_name()
+            .filter(|_| Path::new(&model_name).exists())
+            .map_or(model_name.clone(), |name| name.to_string_lossy().into_owned());
+        let card = roles::model_card(&directory.to_string_lossy(), None)?;
+        let stages = args.stages.or(demo.then_some(2));
+        let (tp, replicas) = (args.tp.unwrap_or(1), args.replicas.unwrap_or(1));
+        let needed = stages.unwrap_or(1) * tp * replicas;
+        let nodes = args.nodes.unwrap_or(needed);
+        if nodes < needed {
+            bail!("--nodes {nodes} are too few for {needed} ranks (stages × tp × replicas)");
+        }
+        if stages.is_some_and(|stages| stages > card.shape.num_layers) {
+            bail!("the model has {} layers: --stages cannot be more", card.shape.num_layers);
+        }
+        let (nodes_port, gateways_port) = (free_port()?, free_port()?);
+        let context = args.max_context.unwrap_or(DEFAULT_CONTEXT_MAX).min(card.max_context_tokens);
+        let mut scheduler = SchedulerConfig::new(directory.to_string_lossy());
+        scheduler.listen_nodes = format!("127.0.0.1:{nodes_port}");
+        scheduler.listen_gateways = format!("127.0.0.1:{gateways_port}");
+        scheduler.store =
+            args.store.clone().unwrap_or_else(|| format!("redb:{}", state.join("cluster.redb").display()));
+        scheduler.max_context_tokens = Some(context);
+        scheduler.stages = stages;
+        scheduler.tensor_parallel_size = args.tp;
+        scheduler.replicas = args.replicas.or(args.nodes.is_none().then_some(1));
+        scheduler.expected_nodes = Some(nodes);
+        scheduler.otlp_endpoint = args.otlp_endpoint.clone();
+        let gateway = GatewayConfig {
+            model: directory.to_string_lossy().into_owned(),
+            listen: args.listen,
+            scheduler: scheduler.listen_gateways.clone(),
+            served_model_name: vec![served.clone()],
+            otlp_endpoint: args.otlp_endpoint.clone(),
+            ..GatewayConfig::default()
+        };
+        let threads = args
+            .threads
+            .unwrap_or_else(|| (ashlar_kernels::available_threads() / nodes).max(1));
+        let available = memory::available_memory().unwrap_or(Bytes(1 << 30)).0 / 10 * 9;
+        let memory = args.memory.map_or(available / nodes as u64, |bytes| bytes.0);
+        let roles = Writer { state };
+        let nodes = (0..nodes)
+            .map(|index| {
+                let name = format!("node-{index}");
+                let config = NodeConfig {
+                    name: NodeId(name.clone()),
+                    scheduler: scheduler.listen_nodes.clone(),
+                    listen: "127.0.0.1:0".into(),
+                    advertise_host: None,
+                    state: state.to_owned(),
+                    model: None,
+                    memory_bytes: Some(memory),
+                    threads: Some(threads),
+                    isa: args.isa.clone(),
+                    layers: None,
+                    otlp_endpoint: args.otlp_endpoint.clone(),
+                    link_faults: Default::default(),
+                };
+                roles.write(&name, "node", &config)
+            })
+            .collect::<Result<Vec<_>>>()?;
+        Ok(Cluster {
+            gateway: roles.write("gateway", "gateway", &gateway)?,
+            scheduler: roles.write(
+                "scheduler",
+                "scheduler",
+                &with_settings(&scheduler, &args.scheduler_settings)?,
+            )?,
+            nodes,
+            model_name: served,
+        })
+    }
+
+    async fn run(self, listen: SocketAddr) -> Result<()> {
+        let shutdown = Shutdown::listen().context("cannot listen to signals")?;
+        let (tell, mut notices) = mpsc::channel(64);
+        let scheduler = Supervised::start(self.scheduler.clone(), tell.clone());
+        let nodes: Vec<_> =
+            self.nodes.iter().map(|node| Supervised::start(node.clone(), tell.clone())).collect();
+        let gateway = Supervised::start(self.gateway.clone(), tell);
+        let base = format!("http://{listen}");
+        let client = Client::new(&base, None)?;
+        let watching = self.watch(&client, &base, &mut notices);
+        let result = tokio::select! {
+            reason = shutdown.requested() => {
+                eprintln!("\n{reason}: draining (again to stop at once)");
+                Ok(())
+            }
+            failure = watching => failure,
+        };
+        // From the edge inwards: streams may still end while the cluster behind them is whole.
+        gateway.end(if result.is_ok() { DRAIN_GRACE } else { EXIT_GRACE }).await;
+        scheduler.end(EXIT_GRACE).await;
+        for node in nodes {
+            node.end(EXIT_GRACE).await;
+        }
+        result
+    }
+
+    /// Shows progress until the cluster is ready, then reports what happens to it. Returns only on failure.
+    async fn watch(&self, client: &Client, base: &str, notices: &mut mpsc::Receiver<Notice>) -> Result<()> {
+        let bar = ProgressBar::new(1000).with_style(
+            ProgressStyle::with_template("{msg:36} {bar:40} {percent:>3} %").context("progress bar")?,
+        );
+        bar.set_message(format!("loading {}", self.model_name));
+        let mut ready = false;
+        let mut problem = String::new();
+        let mut poll = tokio::time::interval(POLL);
+        loop {
+            tokio::select! {
+                notice = notices.recv() => match notice {
+                    None => bail!("the supervisor stopped"),
+                    Some(Notice::Started { name, pid }) => bar.suspend(|| eprintln!("{name:<10} pid {pid}")),
+                    Some(Notice::Ended { name, how }) => {
+                        bar.suspend(|| eprintln!("{name} ended ({how}): starting it again"));
+                        ready = false;
+                    }
+                    Some(Notice::GaveUp { name, log_tail }) => {
+                        bar.finish_and_clear();
+                        bail!("{name} cannot run; the end of its log:\n{log_tail}");
+                    }
+                },
+                _ = poll.tick(), if !ready => {
+                    let ready_now = client.get("/ready").await.is_ok_and(|(status, _)| status == 200);
+                    let Ok((_, cluster)) = client.get("/admin/cluster").await else { continue };
+                    show_progress(&bar, &cluster, &mut problem);
+                    if ready_now {
+                        ready = true;
+                        bar.finish_and_clear();
+                        self.announce(base, &cluster);
+                    }
+                }
+            }
+        }
+    }
+
+    fn announce(&self, base: &str, cluster: &Value) {
+        let model = &self.model_name;
+        eprintln!("\n{model} is ready at {base}/v1");
+        for node in cluster["nodes"].as_array().into_iter().flatten() {
+            let name = node["node"].as_str().unwrap_or("?");
+            let place = match node["place"].as_array() {
+                Some(place) => format!(
+                    "replica {} stage {} rank {} layers {}..{}",
+                    place[0], place[1], place[2], node["layers"]["start"], node["layers"]["end"]
+                ),
+                None => "standby".into(),
+            };
+            eprintln!("  {name:<10} {place:<42} {}", Bytes(node["reserved"].as_u64().unwrap_or(0)));
+        }
+        let question = json!({"model": model, "messages": [{"role": "user", "content": "What is 12 + 34?"}]});
+        eprintln!("\n  curl {base}/v1/chat/completions -H 'content-type: application/json' -d '{question}'");
+        let here = if base.ends_with(":8080") { String::new() } else { format!(" --url {base}") };
+        eprintln!("  ashlar chat{here}\n\nCtrl-C drains and stops.");
+    }
+}
+
+fn show_progress(bar: &ProgressBar, cluster: &Value, problem: &mut String) {
+    let now = cluster["problem"].as_str().unwrap_or_default();
+    if now != problem {
+        if !now.is_empty() {
+            bar.suspend(|| eprintln!("not ready: {now}"));
+        }
+        *problem = now.to_owned();
+    }
+    let shares: Vec<f64> = cluster["nodes"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .filter(|node| !node["place"].is_null())
+        .filter_map(|node| node["loaded"].as_f64())
+        .collect();
+    if !shares.is_empty() {
+        bar.set_position((1000.0 * shares.iter().sum::<f64>() / shares.len() as f64) as u64);
+    }
+}
+
+/// Writes roles' configurations below the state directory.
+struct Writer<'a> {
+    state: &'a Path,
+}
+
+impl Writer<'_> {
+    fn write(&self, name: &str, command: &'static str, config: &impl Serialize) -> Result<Role> {
+        let (configs, logs) = (self.state.join("config"), self.state.join("logs"));
+        fs::create_dir_all(&configs)?;
+        fs::create_dir_all(&logs)?;
+        let path = configs.join(format!("{name}.toml"));
+        let text = toml::to_string(config).with_context(|| format!("configuration of {name}"))?;
+        fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
+        let log = logs.join(format!("{name}.log"));
+        // Each run starts a fresh log, so that the end of it is about this run.
+        File::create(&log)?;
+        Ok(Role { name: name.to_owned(), command, config: path, log })
+    }
+}
+
+fn with_settings(config: &SchedulerConfig, settings: &[String]) -> Result<toml::Table> {
+    let mut table = toml::Table::try_from(config).context("the scheduler's configuration")?;
+    for setting in settings {
+        let parsed: toml::Table =
+            setting.parse().with_context(|| format!("--set {setting}: write key=value, strings in quotes"))?;
+        table.extend(parsed);
+    }
+    Ok(table)
+}
+
+fn free_port() -> Result<u16> {
+    Ok(TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr())?.port())
+}
