@@ -16,6 +16,7 @@ use uuid::Uuid;
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
+const TRACEPARENT_BYTES: usize = 55;
 const REQUEST_ID_BYTES_MAX: usize = 128;
 
 /// Travels with a request as an extension.
@@ -66,7 +67,8 @@ pub(crate) async fn with_context(State(app): State<Arc<App>>, mut request: Reque
     if let Some(parent) = &parent {
         set_parent(&span, parent);
     }
-    let traceparent = span.in_scope(current_traceparent);
+    // Where no trace is made here, the client's own goes on to the nodes.
+    let traceparent = span.in_scope(current_traceparent).or(parent.filter(|parent| is_traceparent(parent)));
     request.extensions_mut().insert(RequestContext { id, traceparent, span: span.clone() });
     let mut response = next.run(request).instrument(span.clone()).await;
     span.record("http.response.status_code", response.status().as_u16());
@@ -94,6 +96,10 @@ fn operation(path: &str) -> (&'static str, bool) {
         "/v1/completions" => ("text_completion", true),
         _ => ("http", false),
     }
+}
+
+fn is_traceparent(text: &str) -> bool {
+    text.len() == TRACEPARENT_BYTES && text.bytes().all(|b| b.is_ascii_hexdigit() || b == b'-')
 }
 
 fn is_plain(name: &HeaderValue) -> bool {

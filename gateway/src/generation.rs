@@ -5,7 +5,7 @@ use crate::openai::error::ApiError;
 use crate::scheduler_client::RequestEvents;
 use crate::text::AnswerDecoder;
 use crate::transcript::{Delta, Effect, End, Transcript, TranscriptEvent, TranscriptSpec};
-use ashlar_protocol::serving::{ChoiceId, ClusterSnapshot, FailureKind, RequestFailure, Submit};
+use ashlar_protocol::serving::{ChoiceId, ClusterSnapshot, FailureKind, Receipt, RequestFailure, Submit};
 use ashlar_tokenizer::{SpecialTokens, TextStart};
 use ashlar_vocabulary::{RequestId, SamplingParams, TokenId, TokenLogprobs};
 use std::collections::VecDeque;
@@ -13,6 +13,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::Instant;
+use tracing::Span;
 
 /// The scheduler enforces the deadline; the gateway does too, a little later, should the scheduler hang.
 const DEADLINE_SLACK: Duration = Duration::from_secs(2);
@@ -57,9 +58,25 @@ pub(crate) struct Generation {
     transcripts: Vec<Transcript<AnswerDecoder>>,
     outputs: VecDeque<Output>,
     effects: Vec<Effect>,
+    /// By choice, once ended.
+    receipts: Vec<Option<Receipt>>,
+    /// Choices per prompt.
+    n: usize,
+    prompt_tokens: usize,
     deadline: Instant,
     phase: watch::Receiver<Phase>,
     started: Duration,
+    span: Span,
+}
+
+/// Token counts of a whole request so far.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct TokenCounts {
+    /// Each prompt counts once, however many choices it has.
+    pub(crate) prompt: usize,
+    pub(crate) generated: usize,
+    /// Prompt tokens found in the prefix cache by the first choice of each prompt.
+    pub(crate) cached: usize,
 }
 
 /// What a generation waits for.
@@ -96,12 +113,16 @@ impl Generation {
         Ok(Generation {
             app: app.clone(),
             events,
+            receipts: vec![None; transcripts.len()],
             transcripts,
             outputs: VecDeque::new(),
             effects: Vec::new(),
+            n: spec.n.max(1) as usize,
+            prompt_tokens: spec.prompts.iter().map(|prompt| prompt.tokens.len()).sum(),
             deadline: Instant::now() + app.config.deadline() + DEADLINE_SLACK,
             phase: app.phase.clone(),
             started: now,
+            span: Span::current(),
         })
     }
 
@@ -142,9 +163,19 @@ impl Generation {
         self.transcripts.get(choice).map_or(&[], Transcript::prompt_logprobs)
     }
 
-    /// Tokens that all choices have generated so far.
-    pub(crate) fn generated_in_all(&self) -> usize {
-        self.transcripts.iter().map(|transcript| transcript.delivered().len()).sum()
+    /// Token counts so far.
+    pub(crate) fn counts(&self) -> TokenCounts {
+        let first_choices = self.receipts.iter().step_by(self.n).flatten();
+        TokenCounts {
+            prompt: self.prompt_tokens,
+            generated: self.transcripts.iter().map(|transcript| transcript.delivered().len()).sum(),
+            cached: first_choices.map(|receipt| receipt.cached_tokens as usize).sum(),
+        }
+    }
+
+    /// Receipts of the choices that have ended.
+    pub(crate) fn receipts(&self) -> impl Iterator<Item = &Receipt> {
+        self.receipts.iter().flatten()
     }
 
     fn fail_all(&mut self, kind: FailureKind, message: &str) {
@@ -174,15 +205,29 @@ impl Generation {
                 Effect::Deliver(delta) => self.outputs.push_back(Output::Delta { choice, delta }),
                 Effect::Cancel => self.events.cancel(id),
                 Effect::End(end) => {
-                    if matches!(end, End::Failed(_)) {
+                    match &end {
                         // Whatever failed it, the scheduler may still be computing.
-                        self.events.cancel(id);
+                        End::Failed(_) => self.events.cancel(id),
+                        End::Finished { receipt, .. } => {
+                            if let Some(place) = self.receipts.get_mut(choice) {
+                                *place = Some(*receipt);
+                            }
+                        }
                     }
                     self.app.metrics.ended(&end, now.saturating_sub(self.started));
                     self.outputs.push_back(Output::End { choice, end });
                 }
             }
         }
+    }
+}
+
+impl Drop for Generation {
+    fn drop(&mut self) {
+        let counts = self.counts();
+        self.span
+            .record("gen_ai.usage.input_tokens", counts.prompt)
+            .record("gen_ai.usage.output_tokens", counts.generated);
     }
 }
 

@@ -3,7 +3,9 @@
 use crate::app::App;
 use crate::context::{panic_response, with_context};
 use crate::openai::chat::chat_completions;
+use crate::openai::completions::completions;
 use crate::openai::models::{list_models, show_model};
+use crate::openai::tokenize::{detokenize, tokenize};
 use crate::system;
 use axum::Router;
 use axum::extract::DefaultBodyLimit;
@@ -22,8 +24,11 @@ pub(crate) fn router(app: Arc<App>) -> Router {
         .layer(DefaultBodyLimit::disable());
     Router::new()
         .route("/v1/chat/completions", post(chat_completions))
+        .route("/v1/completions", post(completions))
         .route("/v1/models", get(list_models))
         .route("/v1/models/{*id}", get(show_model))
+        .route("/tokenize", post(tokenize))
+        .route("/detokenize", post(detokenize))
         .route("/health", get(system::health))
         .route("/ready", get(system::ready))
         .route("/metrics", get(system::metrics))

@@ -127,9 +127,11 @@ async fn accept(app: &Arc<App>, listener: &TcpListener, connections: &mut JoinSe
                     drop(place);
                 });
             }
-            Err(_) => {
+            Err(_) if connections.len() < 2 * app.config.connections_max => {
                 connections.spawn(refuse(socket));
             }
+            // A flood: not even a refusal.
+            Err(_) => drop(socket),
         }
     }
 }

@@ -347,3 +347,6 @@ impl Group {
         self.start_bytes < released_bytes
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -7,15 +7,15 @@ use super::chat_stream::ChatStream;
 use super::chat_tools::ToolChoice;
 use super::error::ApiError;
 use super::logprobs::chat_logprobs;
-use super::respond::{AnswerHead, add_headers, finish_reason, read_body, token_budget};
+use super::respond::{AnswerHead, add_headers, check_min_tokens, finish_reason, read_body, token_budget};
 use super::stream;
-use super::usage::{Usage, receipt_json};
+use super::usage::{receipt_json, usage_json};
 use crate::app::{App, unix_seconds};
 use crate::context::RequestContext;
 use crate::generation::{Generation, GenerationSpec, Output, PromptSpec};
 use crate::text::ModelText;
 use crate::transcript::{End, OutputToken};
-use ashlar_protocol::serving::{FinishReason, Receipt};
+use ashlar_protocol::serving::FinishReason;
 use ashlar_tokenizer::{RenderInput, SpecialTokens, TemplateError, TemplateTime, TextStart};
 use ashlar_vocabulary::{GrammarSpec, TokenId};
 use axum::Extension;
@@ -32,7 +32,6 @@ pub(crate) struct ChatForm {
     /// Alternatives per token, where log-probabilities are asked for.
     pub(crate) top_logprobs: Option<u32>,
     pub(crate) choices: usize,
-    pub(crate) prompt_tokens: usize,
     reading: AnswerGrammar,
 }
 
@@ -77,6 +76,7 @@ pub(crate) async fn chat_completions(
     let context_max = cluster.max_context_tokens;
     let max_new_tokens =
         token_budget(context_max, prompt.len(), request.max_tokens, request.max_tokens_param, "messages")?;
+    check_min_tokens(request.sampling.params.min_tokens, max_new_tokens)?;
     let seed = request.sampling.params.seed;
     context.record(app.model_name(), &request.sampling.params, max_new_tokens);
     let special = match (&request.tools.choice, request.sampling.skip_special_tokens) {
@@ -89,7 +89,6 @@ pub(crate) async fn chat_completions(
         head: AnswerHead::new(&app, &cluster, "chatcmpl-", context.id, object),
         top_logprobs: request.sampling.params.top_logprobs,
         choices: request.sampling.n as usize,
-        prompt_tokens: prompt.len(),
         reading,
     };
     let mut sampling = request.sampling;
@@ -158,7 +157,7 @@ struct Message {
     content: String,
     tool_calls: Vec<ToolCall>,
     tokens: Vec<OutputToken>,
-    end: Option<End>,
+    end: Option<FinishReason>,
 }
 
 struct ToolCall {
@@ -187,26 +186,20 @@ async fn collect(
                 }
             }
             Output::End { end: End::Failed(failure), .. } => return Err(failure.into()),
-            Output::End { choice, end } => {
+            Output::End { choice, end: End::Finished { reason, .. } } => {
                 if let Some(message) = messages.get_mut(choice) {
                     let pieces = message.parser.finish();
                     message.add(pieces);
-                    message.end = Some(end);
+                    message.end = Some(reason);
                 }
             }
         }
     }
-    let receipts: Vec<Receipt> = messages.iter().filter_map(Message::receipt).collect();
-    let usage = Usage {
-        prompt_tokens: form.prompt_tokens,
-        completion_tokens: generation.generated_in_all(),
-        cached_tokens: receipts.iter().map(|r| r.cached_tokens as usize).max().unwrap_or(0),
-    };
     let choices = messages.iter().enumerate().map(|(index, message)| message.json(index, &form, app)).collect();
     let mut answer = form.head.with_choices(choices);
-    answer["usage"] = usage.json();
+    answer["usage"] = usage_json(generation.counts());
     if wants_receipt {
-        answer["ashlar"] = receipt_json(&receipts);
+        answer["ashlar"] = receipt_json(&generation);
     }
     Ok(Json(answer))
 }
@@ -240,13 +233,6 @@ impl Message {
         }
     }
 
-    fn receipt(&self) -> Option<Receipt> {
-        match self.end {
-            Some(End::Finished { receipt, .. }) => Some(receipt),
-            _ => None,
-        }
-    }
-
     fn json(&self, index: usize, form: &ChatForm, app: &App) -> Value {
         let content = if self.content.is_empty() && !self.tool_calls.is_empty() {
             Value::Null
@@ -265,15 +251,8 @@ impl Message {
             "index": index,
             "message": message,
             "logprobs": logprobs,
-            "finish_reason": self.finish_reason(),
+            "finish_reason": self.end.map(|reason| chat_finish_reason(reason, !self.tool_calls.is_empty())),
         })
-    }
-
-    fn finish_reason(&self) -> Option<&'static str> {
-        match self.end {
-            Some(End::Finished { reason, .. }) => Some(chat_finish_reason(reason, !self.tool_calls.is_empty())),
-            _ => None,
-        }
     }
 }
 

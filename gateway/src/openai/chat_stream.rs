@@ -5,11 +5,11 @@ use super::chat::{ChatForm, chat_finish_reason};
 use super::logprobs::chat_logprobs;
 use super::sampling::Delivery;
 use super::stream::StreamForm;
-use super::usage::{Usage, receipt_json};
+use super::usage::{receipt_json, usage_json};
 use crate::app::App;
 use crate::generation::Generation;
 use crate::transcript::Delta;
-use ashlar_protocol::serving::{FinishReason, Receipt};
+use ashlar_protocol::serving::FinishReason;
 use serde_json::{Value, json};
 use std::sync::Arc;
 
@@ -18,7 +18,6 @@ pub(crate) struct ChatStream {
     form: ChatForm,
     delivery: Delivery,
     choices: Vec<ChoiceStream>,
-    receipts: Vec<Receipt>,
 }
 
 struct ChoiceStream {
@@ -30,7 +29,7 @@ impl ChatStream {
     pub(crate) fn new(app: Arc<App>, form: ChatForm, delivery: Delivery) -> ChatStream {
         let choices =
             (0..form.choices).map(|_| ChoiceStream { parser: form.parser(), role_sent: false }).collect();
-        ChatStream { app, form, delivery, choices, receipts: Vec::new() }
+        ChatStream { app, form, delivery, choices }
     }
 
     /// Appends pieces as chunks; the log-probabilities go with the first, or alone.
@@ -64,19 +63,11 @@ impl ChatStream {
             "finish_reason": finish_reason,
         })]);
         if self.delivery.continuous_usage {
-            chunk["usage"] = self.usage(out.generation).json();
+            chunk["usage"] = usage_json(out.generation.counts());
         } else if self.delivery.include_usage {
             chunk["usage"] = Value::Null;
         }
         out.chunks.push(chunk);
-    }
-
-    fn usage(&self, generation: &Generation) -> Usage {
-        Usage {
-            prompt_tokens: self.form.prompt_tokens,
-            completion_tokens: generation.generated_in_all(),
-            cached_tokens: self.receipts.iter().map(|r| r.cached_tokens as usize).max().unwrap_or(0),
-        }
     }
 }
 
@@ -100,11 +91,10 @@ impl StreamForm for ChatStream {
     fn end(
         &mut self,
         choice: usize,
-        (reason, receipt): (FinishReason, Receipt),
+        reason: FinishReason,
         generation: &Generation,
         chunks: &mut Vec<Value>,
     ) {
-        self.receipts.push(receipt);
         let Some(state) = self.choices.get_mut(choice) else { return };
         let pieces = state.parser.finish();
         let reason = chat_finish_reason(reason, state.parser.has_tool_calls());
@@ -120,10 +110,10 @@ impl StreamForm for ChatStream {
         }
         let mut chunk = self.form.head.with_choices(Vec::new());
         if self.delivery.include_usage {
-            chunk["usage"] = self.usage(generation).json();
+            chunk["usage"] = usage_json(generation.counts());
         }
         if self.delivery.receipt {
-            chunk["ashlar"] = receipt_json(&self.receipts);
+            chunk["ashlar"] = receipt_json(generation);
         }
         chunks.push(chunk);
     }

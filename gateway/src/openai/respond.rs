@@ -7,32 +7,51 @@ use ashlar_vocabulary::RequestId;
 use axum::body::Body;
 use axum::http::{HeaderMap, HeaderName, HeaderValue, header};
 use axum::response::Response;
-use bytes::Bytes;
-use http_body_util::{BodyExt, LengthLimitError, Limited};
+use bytes::{Bytes, BytesMut};
+use http_body_util::BodyExt;
 use serde_json::{Value, json};
 use std::time::Duration;
 
 const WARNING: HeaderName = HeaderName::from_static("x-ashlar-warning");
 const SEED: HeaderName = HeaderName::from_static("x-ashlar-seed");
+/// Bytes of a body that is too large, read so that its sender gets the answer.
+const DISCARDED_BYTES_MAX: usize = 64 << 20;
 const WARNING_CHARS_MAX: usize = 1_024;
 
 /// Reads a request's body within the configured size and time.
 pub(crate) async fn read_body(app: &App, headers: &HeaderMap, body: Body) -> Result<Bytes, ApiError> {
     let max = app.config.request_body_bytes_max;
     let announced = headers.get(header::CONTENT_LENGTH).and_then(|v| v.to_str().ok()?.parse::<u64>().ok());
-    if announced.is_some_and(|length| length > max as u64) {
-        return Err(ApiError::body_too_large(max));
-    }
     let timeout = Duration::from_millis(app.config.body_timeout_ms);
-    match tokio::time::timeout(timeout, Limited::new(body, max).collect()).await {
-        Ok(Ok(collected)) => Ok(collected.to_bytes()),
-        Ok(Err(error)) if error.is::<LengthLimitError>() => Err(ApiError::body_too_large(max)),
-        Ok(Err(_)) => Err(ApiError::invalid("the request body ended early: send it whole")),
+    match tokio::time::timeout(timeout, collect(body, max, announced)).await {
+        Ok(done) => done,
         Err(_) => Err(ApiError::request_timeout(format!(
             "the request body did not arrive within {} ms: send it faster, or less",
             app.config.body_timeout_ms
         ))),
     }
+}
+
+async fn collect(mut body: Body, max: usize, announced: Option<u64>) -> Result<Bytes, ApiError> {
+    let mut bytes = BytesMut::new();
+    let mut fits = announced.is_none_or(|length| length <= max as u64);
+    let mut left_to_discard = DISCARDED_BYTES_MAX;
+    while let Some(frame) = body.frame().await {
+        let frame = frame.map_err(|_| ApiError::invalid("the request body ended early: send it whole"))?;
+        let Ok(data) = frame.into_data() else { continue };
+        fits = fits && bytes.len() + data.len() <= max;
+        if fits {
+            bytes.extend_from_slice(&data);
+            continue;
+        }
+        // A client that is still sending would meet a closed connection and never read the answer.
+        bytes = BytesMut::new();
+        match left_to_discard.checked_sub(data.len()) {
+            Some(left) => left_to_discard = left,
+            None => break,
+        }
+    }
+    if fits { Ok(bytes.freeze()) } else { Err(ApiError::body_too_large(max)) }
 }
 
 /// How many tokens may be generated after a prompt of `prompt` tokens; `what` is what the prompt was given as.
@@ -69,6 +88,15 @@ pub(crate) fn token_budget(
         Some(max) => Ok(max),
         None => Ok(room),
     }
+}
+
+/// Refuses a `min_tokens` that the budget cannot hold.
+pub(crate) fn check_min_tokens(min_tokens: u32, budget: u32) -> Result<(), ApiError> {
+    if min_tokens > budget {
+        let message = format!("`min_tokens` is {min_tokens}, more than the {budget} tokens that may be generated: lower it");
+        return Err(ApiError::field("min_tokens", message));
+    }
+    Ok(())
 }
 
 /// What every object of one answer repeats.

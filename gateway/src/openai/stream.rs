@@ -5,7 +5,7 @@ use super::sse;
 use crate::app::App;
 use crate::generation::{Generation, Output};
 use crate::transcript::{Delta, End};
-use ashlar_protocol::serving::{FinishReason, Receipt};
+use ashlar_protocol::serving::FinishReason;
 use axum::response::Response;
 use bytes::Bytes;
 use serde_json::Value;
@@ -18,13 +18,7 @@ pub(crate) trait StreamForm: Send + 'static {
     /// A choice goes on.
     fn delta(&mut self, choice: usize, delta: Delta, generation: &Generation, chunks: &mut Vec<Value>);
     /// A choice has ended.
-    fn end(
-        &mut self,
-        choice: usize,
-        end: (FinishReason, Receipt),
-        generation: &Generation,
-        chunks: &mut Vec<Value>,
-    );
+    fn end(&mut self, choice: usize, reason: FinishReason, generation: &Generation, chunks: &mut Vec<Value>);
     /// All choices have ended.
     fn last(&mut self, generation: &Generation, chunks: &mut Vec<Value>);
 }
@@ -78,8 +72,8 @@ impl<F: StreamForm> Stream<F> {
         let mut chunks = Vec::new();
         match output {
             Output::Delta { choice, delta } => self.form.delta(choice, delta, &self.generation, &mut chunks),
-            Output::End { choice, end: End::Finished { reason, receipt } } => {
-                self.form.end(choice, (reason, receipt), &self.generation, &mut chunks);
+            Output::End { choice, end: End::Finished { reason, .. } } => {
+                self.form.end(choice, reason, &self.generation, &mut chunks);
             }
             Output::End { end: End::Failed(failure), .. } => {
                 chunks.push(ApiError::from(failure).envelope());

@@ -7,7 +7,7 @@ use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use std::time::Duration;
-use tokio::io::AsyncWriteExt;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::sync::watch;
 
@@ -63,9 +63,12 @@ pub(super) async fn refuse(mut socket: TcpStream) {
          connection: close\r\ncontent-length: {}\r\n\r\n{REFUSAL_BODY}",
         REFUSAL_BODY.len()
     );
-    let write = async {
+    let answer = async {
+        // A client that is answered before it has asked takes that for an error of the protocol.
+        let mut head = [0; 1_024];
+        socket.read(&mut head).await?;
         socket.write_all(response.as_bytes()).await?;
         socket.shutdown().await
     };
-    let _ = tokio::time::timeout(Duration::from_secs(1), write).await;
+    let _ = tokio::time::timeout(Duration::from_secs(1), answer).await;
 }

@@ -1,0 +1,172 @@
+//! What happens when somebody goes away, stalls or misbehaves.
+
+use crate::scheduler::{Action, say};
+use crate::world::{PLAIN_TEMPLATE, World, ask, write_model};
+use ashlar_gateway::{Gateway, GatewayConfig, GatewayError};
+use ashlar_protocol::serving::FinishReason;
+use serde_json::{Value, json};
+use tokio::io::AsyncWriteExt;
+use tokio::net::TcpStream;
+
+fn one_then_wait() -> Vec<Action> {
+    vec![Action::Token(97), Action::Gate, Action::Token(98), Action::Finish(FinishReason::Length)]
+}
+
+#[tokio::test]
+async fn a_client_that_goes_is_cancelled_at_the_scheduler() {
+    let world = World::new(|_| one_then_wait()).await;
+    let mut stream = world.http.stream("/v1/chat/completions", ask(json!({"stream": true, "n": 2}))).await;
+    stream.next().await.unwrap();
+    drop(stream);
+    world.scheduler.until(|seen| seen.cancels.len() == 2).await;
+
+    // Without a stream nothing has been sent yet, and the hang-up is seen all the same.
+    let mut socket = TcpStream::connect(world.http.address).await.unwrap();
+    let body = ask(json!({})).to_string();
+    let head = format!("POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {}\r\n\r\n", body.len());
+    socket.write_all((head + &body).as_bytes()).await.unwrap();
+    world.scheduler.until(|seen| seen.submits.len() == 3).await;
+    drop(socket);
+    world.scheduler.until(|seen| seen.cancels.len() == 3).await;
+}
+
+#[tokio::test]
+async fn a_reader_that_stops_reading_is_dropped_once_its_buffer_is_full() {
+    let world =
+        World::with(PLAIN_TEMPLATE, |config| config.unread_tokens_max = 16, |_| vec![Action::Flood(97)]).await;
+    let stream = world.http.stream("/v1/chat/completions", ask(json!({"stream": true}))).await;
+    world.scheduler.until(|seen| seen.cancels.len() == 1).await;
+    drop(stream);
+    let other = world.http.get("/health").await;
+    assert_eq!(other.status, 200);
+}
+
+#[tokio::test]
+async fn duplicates_are_dropped_and_gaps_are_errors() {
+    let world = World::new(|_| {
+        vec![
+            Action::TokenAt(0, 97),
+            Action::TokenAt(0, 97),
+            Action::TokenAt(1, 98),
+            Action::TokenAt(0, 97),
+            Action::Finish(FinishReason::Length),
+        ]
+    })
+    .await;
+    assert_eq!(world.chat(ask(json!({}))).await.json()["choices"][0]["message"]["content"], "ab");
+
+    let world = World::new(|_| vec![Action::TokenAt(0, 97), Action::TokenAt(2, 98)]).await;
+    let events = world.chat(ask(json!({"stream": true}))).await.events();
+    assert!(events.last().unwrap()["error"]["message"].as_str().unwrap().contains("expected token 1"));
+    world.scheduler.until(|seen| seen.cancels.len() == 1).await;
+}
+
+#[tokio::test]
+async fn a_lost_scheduler_fails_what_is_in_flight_and_is_found_again() {
+    let world = World::new(|submit| {
+        if submit.sampling.seed == 1 { vec![Action::Token(97), Action::Disconnect] } else { say("back") }
+    })
+    .await;
+    let events = world.chat(ask(json!({"seed": 1, "stream": true}))).await.events();
+    assert!(events.last().unwrap()["error"]["message"].as_str().unwrap().contains("scheduler"));
+    world.until_ready().await;
+    assert_eq!(world.chat(ask(json!({}))).await.json()["choices"][0]["message"]["content"], "back");
+}
+
+#[tokio::test]
+async fn without_a_scheduler_requests_are_503_at_once() {
+    let model = tempfile::tempdir().unwrap();
+    write_model(model.path(), PLAIN_TEMPLATE);
+    let config = GatewayConfig {
+        listen: "127.0.0.1:0".parse().unwrap(),
+        scheduler: "127.0.0.1:1".into(),
+        ..GatewayConfig::default()
+    };
+    let gateway = Gateway::bind(config, model.path()).await.unwrap();
+    let http = crate::http::Http { address: gateway.local_address() };
+    let shutdown = ashlar_service_kit::Shutdown::manual();
+    tokio::spawn(gateway.run(shutdown));
+    let answer = http.post("/v1/chat/completions", json!({"messages": [{"role": "user", "content": "x"}]})).await;
+    assert_eq!((answer.status, answer.header("retry-after")), (503, "1"));
+    assert_eq!(http.get("/ready").await.status, 503);
+    let name = model.path().file_name().unwrap().to_str().unwrap();
+    assert_eq!(http.get("/v1/models").await.json()["data"][0]["id"], name);
+}
+
+#[tokio::test]
+async fn a_port_in_use_is_named() {
+    let world = World::new(|_| say("x")).await;
+    let model = tempfile::tempdir().unwrap();
+    let config = GatewayConfig { listen: world.http.address, ..GatewayConfig::default() };
+    let error = Gateway::bind(config, model.path()).await.unwrap_err();
+    assert!(matches!(error, GatewayError::PortInUse { .. }));
+    let port = world.http.address.port().to_string();
+    assert!(error.to_string().contains(&port) && error.to_string().contains("choose another port"));
+}
+
+#[tokio::test]
+async fn a_directory_without_a_tokenizer_is_named() {
+    let empty = tempfile::tempdir().unwrap();
+    let config = GatewayConfig { listen: "127.0.0.1:0".parse().unwrap(), ..GatewayConfig::default() };
+    let error = Gateway::bind(config, empty.path()).await.unwrap_err().to_string();
+    assert!(error.contains("tokenizer.json") && error.contains(empty.path().to_str().unwrap()), "{error}");
+}
+
+#[tokio::test]
+async fn the_drain_lets_streams_end() {
+    let world = World::with(PLAIN_TEMPLATE, |config| config.drain_grace_ms = 60_000, |_| one_then_wait()).await;
+    let mut stream = world.http.stream("/v1/chat/completions", ask(json!({"stream": true}))).await;
+    stream.next().await.unwrap();
+    let (scheduler, address) = (world.scheduler.clone(), world.http.address);
+    let drained = tokio::spawn(world.drain());
+    // No new connection is taken.
+    while TcpStream::connect(address).await.is_ok() {}
+    scheduler.open_gate();
+    let rest = stream.rest().await;
+    assert!(rest.iter().any(|event| event.contains("\"content\":\"b\"")));
+    assert_eq!(rest.last().unwrap(), "data: [DONE]");
+    drained.await.unwrap();
+}
+
+#[tokio::test]
+async fn streams_that_outlast_the_grace_period_are_ended_with_an_error() {
+    let world = World::with(PLAIN_TEMPLATE, |config| config.drain_grace_ms = 50, |_| one_then_wait()).await;
+    let mut stream = world.http.stream("/v1/chat/completions", ask(json!({"stream": true}))).await;
+    stream.next().await.unwrap();
+    let drained = tokio::spawn(world.drain());
+    let rest = stream.rest().await;
+    let error: Value = serde_json::from_str(rest[rest.len() - 2].strip_prefix("data: ").unwrap()).unwrap();
+    assert!(error["error"]["message"].as_str().unwrap().contains("shutting down"));
+    assert_eq!(rest.last().unwrap(), "data: [DONE]");
+    drained.await.unwrap();
+}
+
+#[tokio::test]
+async fn too_many_choices_in_flight_are_429_and_too_many_connections_503() {
+    let world = World::with(
+        PLAIN_TEMPLATE,
+        |config| {
+            config.choices_in_flight_max = 1;
+            config.connections_max = 2;
+        },
+        |_| one_then_wait(),
+    )
+    .await;
+    let mut stream = world.http.stream("/v1/chat/completions", ask(json!({"stream": true}))).await;
+    stream.next().await.unwrap();
+    let refused = world.chat(ask(json!({}))).await;
+    assert_eq!((refused.status, refused.header("retry-after")), (429, "1"));
+
+    let mut held = Vec::new();
+    let refused = loop {
+        // The connection of the refused request may take a moment to end, so one may not be enough.
+        held.push(TcpStream::connect(world.http.address).await.unwrap());
+        let answer = world.http.raw(b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").await;
+        if answer.starts_with("HTTP/1.1 503") {
+            break answer;
+        }
+    };
+    assert!(refused.contains("too many connections"));
+    world.scheduler.open_gate();
+    assert_eq!(stream.rest().await.last().unwrap(), "data: [DONE]");
+}

@@ -1,0 +1,278 @@
+//! A scheduler that speaks the real protocol and answers from scripts.
+
+use crate::world::EOS;
+use ashlar_protocol::frame;
+use ashlar_protocol::serving::{
+    ChoiceId, ClusterSnapshot, FailureKind, FinishReason, FromScheduler, NodeView, Receipt, ReplicaView,
+    RequestFailure, SchedulerCounters, Submit, ToScheduler, TokenEvent,
+};
+use ashlar_protocol::step::StepTiming;
+use ashlar_vocabulary::{
+    Bytes, LayerRange, LeaseTerm, ModelDigest, NodeId, ReplicaId, ReplicaRevision, StageIndex, TensorRank,
+    TokenId, TokenLogprob, TokenLogprobs,
+};
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{Notify, mpsc, watch};
+
+pub(crate) const CONTEXT: u32 = 4096;
+
+/// What to do for one submission, in order.
+pub(crate) type Script = Vec<Action>;
+
+#[derive(Debug, Clone)]
+pub(crate) enum Action {
+    /// The next token.
+    Token(TokenId),
+    /// A token event with this index.
+    TokenAt(u32, TokenId),
+    /// Log-probabilities of prompt positions 1 to the end.
+    PromptLogprobs,
+    /// Wait until the gate opens.
+    Gate,
+    /// Let other tasks run.
+    Yield,
+    /// Tokens for ever.
+    Flood(TokenId),
+    Finish(FinishReason),
+    Fail(FailureKind, &'static str),
+    /// Cut the connection.
+    Disconnect,
+}
+
+/// Says `text`, then stops.
+pub(crate) fn say(text: &str) -> Script {
+    let mut script: Script = text.bytes().map(|byte| Action::Token(u32::from(byte))).collect();
+    script.extend([Action::Token(EOS), Action::Finish(FinishReason::Stop)]);
+    script
+}
+
+/// Says `text` and is cut off.
+pub(crate) fn say_until_length(text: &str) -> Script {
+    let mut script: Script = text.bytes().map(|byte| Action::Token(u32::from(byte))).collect();
+    script.push(Action::Finish(FinishReason::Length));
+    script
+}
+
+#[derive(Debug, Default)]
+pub(crate) struct Seen {
+    pub(crate) submits: Vec<Submit>,
+    pub(crate) cancels: Vec<ChoiceId>,
+}
+
+type Scripts = Arc<dyn Fn(&Submit) -> Script + Send + Sync>;
+
+#[derive(Clone)]
+pub(crate) struct FakeScheduler {
+    pub(crate) address: SocketAddr,
+    state: Arc<State>,
+}
+
+struct State {
+    scripts: Scripts,
+    seen: Mutex<Seen>,
+    changed: Notify,
+    gate: watch::Sender<bool>,
+    cluster: watch::Sender<ClusterSnapshot>,
+}
+
+impl FakeScheduler {
+    pub(crate) async fn start(scripts: impl Fn(&Submit) -> Script + Send + Sync + 'static) -> FakeScheduler {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let state = Arc::new(State {
+            scripts: Arc::new(scripts),
+            seen: Mutex::default(),
+            changed: Notify::new(),
+            gate: watch::Sender::new(false),
+            cluster: watch::Sender::new(cluster()),
+        });
+        let scheduler = FakeScheduler { address, state: state.clone() };
+        tokio::spawn(async move {
+            while let Ok((socket, _)) = listener.accept().await {
+                tokio::spawn(serve(socket, state.clone()));
+            }
+        });
+        scheduler
+    }
+
+    pub(crate) fn open_gate(&self) {
+        self.state.gate.send_replace(true);
+    }
+
+    pub(crate) fn change_cluster(&self, change: impl FnOnce(&mut ClusterSnapshot)) {
+        self.state.cluster.send_modify(change);
+    }
+
+    pub(crate) fn submits(&self) -> Vec<Submit> {
+        self.state.seen.lock().unwrap().submits.clone()
+    }
+
+
+    /// Waits until `condition` holds of what was seen.
+    pub(crate) async fn until(&self, condition: impl Fn(&Seen) -> bool) {
+        loop {
+            let changed = self.state.changed.notified();
+            if condition(&self.state.seen.lock().unwrap()) {
+                return;
+            }
+            changed.await;
+        }
+    }
+}
+
+async fn serve(mut socket: TcpStream, state: Arc<State>) {
+    if frame::greet(&mut socket, "scheduler").await.is_err() {
+        return;
+    }
+    let (mut read, mut write) = socket.into_split();
+    let (sender, mut outbox) = mpsc::channel::<Option<FromScheduler>>(64);
+    let writer = tokio::spawn(async move {
+        // `None` cuts the connection.
+        while let Some(Some(message)) = outbox.recv().await {
+            if frame::write(&mut write, &message).await.is_err() {
+                return;
+            }
+        }
+    });
+    let snapshots = sender.clone();
+    let mut cluster = state.cluster.subscribe();
+    let watcher = tokio::spawn(async move {
+        loop {
+            let snapshot = Box::new(cluster.borrow_and_update().clone());
+            if snapshots.send(Some(FromScheduler::Cluster(snapshot))).await.is_err() {
+                return;
+            }
+            if cluster.changed().await.is_err() {
+                return;
+            }
+        }
+    });
+    let mut plays = tokio::task::JoinSet::new();
+    let mut running: Vec<(ChoiceId, tokio::task::AbortHandle)> = Vec::new();
+    let reading = async {
+        while let Ok(message) = frame::read::<ToScheduler>(&mut read).await {
+            match message {
+                ToScheduler::Submit(submit) => {
+                    let script = (state.scripts)(&submit);
+                    state.seen.lock().unwrap().submits.push((*submit).clone());
+                    let play = play(*submit, script, sender.clone(), state.gate.subscribe());
+                    let submit_id = state.seen.lock().unwrap().submits.last().unwrap().id;
+                    running.push((submit_id, plays.spawn(play)));
+                }
+                ToScheduler::Cancel(id) => {
+                    running.iter().filter(|(running, _)| *running == id).for_each(|(_, play)| play.abort());
+                    state.seen.lock().unwrap().cancels.push(id);
+                }
+            }
+            state.changed.notify_waiters();
+        }
+    };
+    tokio::select! {
+        () = reading => {}
+        _ = writer => {}
+    }
+    watcher.abort();
+}
+
+async fn play(
+    submit: Submit,
+    script: Script,
+    sender: mpsc::Sender<Option<FromScheduler>>,
+    mut gate: watch::Receiver<bool>,
+) {
+    let id = submit.id;
+    let mut index = 0;
+    let describe = |token: TokenId| {
+        submit.sampling.top_logprobs.map(|top| TokenLogprobs {
+            logprob: -0.5,
+            top: (0..top).map(|rank| TokenLogprob { token: (token + rank) % 256, logprob: -0.5 - rank as f32 }).collect(),
+        })
+    };
+    for action in script {
+        let message = match action {
+            Action::Token(token) => {
+                index += 1;
+                let logprobs = describe(token);
+                FromScheduler::Token(TokenEvent { id, index: index - 1, token, logprobs })
+            }
+            Action::TokenAt(index, token) => {
+                FromScheduler::Token(TokenEvent { id, index, token, logprobs: describe(token) })
+            }
+            Action::PromptLogprobs => FromScheduler::PromptLogprobs {
+                id,
+                position: 1,
+                logprobs: submit.prompt[1..].iter().filter_map(|token| describe(*token)).collect(),
+            },
+            Action::Gate => {
+                gate.wait_for(|open| *open).await.unwrap();
+                continue;
+            }
+            Action::Yield => {
+                tokio::task::yield_now().await;
+                continue;
+            }
+            Action::Flood(token) => loop {
+                let event = TokenEvent { id, index, token, logprobs: None };
+                if sender.send(Some(FromScheduler::Token(event))).await.is_err() {
+                    return;
+                }
+                index += 1;
+            },
+            Action::Finish(reason) => {
+                let receipt = Receipt {
+                    prompt_tokens: submit.prompt.len() as u32,
+                    cached_tokens: 2,
+                    generated_tokens: index,
+                    queue_ms: 3,
+                    prefill_ms: 4,
+                    decode_ms: 5,
+                    preemptions: 0,
+                };
+                FromScheduler::Finished { id, reason, receipt }
+            }
+            Action::Fail(kind, message) => {
+                let error = RequestFailure { kind, message: message.into(), retry_after_ms: Some(2_500) };
+                FromScheduler::Failed { id, error }
+            }
+            Action::Disconnect => {
+                let _ = sender.send(None).await;
+                return;
+            }
+        };
+        if sender.send(Some(message)).await.is_err() {
+            return;
+        }
+    }
+}
+
+fn cluster() -> ClusterSnapshot {
+    ClusterSnapshot {
+        term: LeaseTerm(3),
+        model: "models/tiny".into(),
+        model_digest: ModelDigest([0xab; 32]),
+        max_context_tokens: CONTEXT,
+        nodes: vec![NodeView {
+            node: NodeId("a".into()),
+            memory: Bytes(1 << 30),
+            bandwidth_bytes_per_s: 1e9,
+            flops_per_s: 1e9,
+            place: Some((ReplicaId(0), StageIndex(0), TensorRank(0))),
+            layers: LayerRange { start: 0, end: 4 },
+            loaded: 1.0,
+            reserved: Bytes(1 << 20),
+            resident: Bytes(1 << 19),
+            busy: StepTiming { compute_us: 1_500_000, wait_us: 10, collective_us: 0, send_us: 5 },
+        }],
+        replicas: vec![ReplicaView {
+            replica: ReplicaId(0),
+            revision: ReplicaRevision(1),
+            ready: true,
+            kv_blocks: (100, 25),
+            steps: 7,
+        }],
+        problem: None,
+        counters: SchedulerCounters { running: 2, steps: 10, scheduled_tokens: 80, ..Default::default() },
+    }
+}
