@@ -40,7 +40,7 @@ pub(crate) struct App {
     /// Unix seconds of the start.
     pub(crate) created: u64,
     origin: Instant,
-    workers: Semaphore,
+    workers: Arc<Semaphore>,
 }
 
 impl App {
@@ -62,7 +62,7 @@ impl App {
             phase,
             created: unix_seconds(),
             origin: Instant::now(),
-            workers: Semaphore::new(workers),
+            workers: Arc::new(Semaphore::new(workers)),
         }
     }
 
@@ -89,7 +89,9 @@ impl App {
     /// The cluster, or 503.
     pub(crate) fn cluster(&self) -> Result<Arc<ClusterSnapshot>, ApiError> {
         if *self.phase.borrow() != Phase::Serving {
-            return Err(ApiError::unavailable("this server is shutting down: retry elsewhere or in a moment"));
+            return Err(ApiError::unavailable(
+                "this server is shutting down: retry elsewhere or in a moment",
+            ));
         }
         self.scheduler.link().live_cluster().cloned().map_err(ApiError::unavailable)
     }
@@ -100,8 +102,14 @@ impl App {
         &self,
         work: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
     ) -> Result<T, ApiError> {
-        let _permit = self.workers.acquire().await.map_err(|_| ApiError::unavailable("shutting down"))?;
-        match tokio::task::spawn_blocking(work).await {
+        let workers = self.workers.clone();
+        let permit = workers.acquire_owned().await.map_err(|_| ApiError::unavailable("shutting down"))?;
+        let guarded = move || {
+            // Held until the work ends, even if its client has gone meanwhile.
+            let _permit = permit;
+            work()
+        };
+        match tokio::task::spawn_blocking(guarded).await {
             Ok(done) => done,
             Err(panic) => {
                 tracing::error!(%panic, "a request panicked while it was prepared");

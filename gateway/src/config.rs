@@ -19,7 +19,7 @@ pub struct GatewayConfig {
     /// Names under which the model is offered; the first is the one that answers carry. Default: the name of the
     /// model's directory.
     pub served_model_name: Vec<String>,
-    /// Largest request body in bytes. Default 16 MiB.
+    /// Largest request body in bytes. Default 8 MiB.
     pub request_body_bytes_max: usize,
     /// Most choices (`n`) of one prompt. Default 128.
     pub n_max: u32,
@@ -67,7 +67,7 @@ impl Default for GatewayConfig {
             listen: SocketAddr::from(([127, 0, 0, 1], 8000)),
             scheduler: "127.0.0.1:7000".to_owned(),
             served_model_name: Vec::new(),
-            request_body_bytes_max: 16 << 20,
+            request_body_bytes_max: 8 << 20,
             n_max: 128,
             prompts_max: 128,
             choices_max: 256,

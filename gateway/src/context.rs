@@ -63,7 +63,8 @@ pub(crate) async fn with_context(State(app): State<Arc<App>>, mut request: Reque
         gen_ai.usage.output_tokens = Empty,
         http.response.status_code = Empty,
     );
-    let parent = request.headers().get(&TRACEPARENT).and_then(|parent| parent.to_str().ok()).map(str::to_owned);
+    let parent =
+        request.headers().get(&TRACEPARENT).and_then(|parent| parent.to_str().ok()).map(str::to_owned);
     if let Some(parent) = &parent {
         set_parent(&span, parent);
     }

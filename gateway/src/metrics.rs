@@ -1,4 +1,5 @@
-//! What `/metrics` shows: vLLM's names with vLLM's buckets, and the cluster under `ashlar_`.
+//! What `/metrics` shows: vLLM's names with vLLM's buckets, OpenTelemetry's GenAI names, and the cluster under
+//! `ashlar_`.
 //!
 //! Every label value comes from a closed set: the served name, finish reasons, joined nodes and replicas.
 
@@ -8,23 +9,32 @@ use crate::error::GatewayError;
 use crate::transcript::End;
 use ashlar_protocol::serving::{ClusterSnapshot, FinishReason, SchedulerCounters};
 use metrics::{Counter, Histogram, counter, histogram};
-use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, PrometheusHandle, PrometheusRecorder};
+use metrics_exporter_prometheus::{
+    BuildError, Matcher, PrometheusBuilder, PrometheusHandle, PrometheusRecorder,
+};
 use std::fmt;
 use std::time::Duration;
 
 const FIRST_TOKEN_S: [f64; 22] = [
-    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
-    160.0, 640.0, 2560.0,
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0,
+    80.0, 160.0, 640.0, 2560.0,
 ];
 const BETWEEN_TOKENS_S: [f64; 19] = [
     0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
 ];
 const REQUEST_S: [f64; 21] = [
-    0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0,
-    1920.0, 7680.0,
+    0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0,
+    960.0, 1920.0, 7680.0,
 ];
 const STEP_TOKENS: [f64; 13] =
     [1.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384.0];
+
+/// OpenTelemetry's advice for its GenAI histograms.
+const GEN_AI_REQUEST_S: [f64; 14] =
+    [0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92];
+const GEN_AI_FIRST_TOKEN_S: [f64; 16] =
+    [0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0];
+const GEN_AI_TOKEN_S: [f64; 13] = [0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5];
 
 /// The gateway's own recorder: not the process's global one, so that two gateways in one process do not mix.
 pub(crate) struct Metrics {
@@ -42,6 +52,9 @@ pub(crate) struct Metrics {
     prefill_s: Histogram,
     decode_s: Histogram,
     step_tokens: Histogram,
+    gen_ai_request_s: Histogram,
+    gen_ai_first_token_s: Histogram,
+    gen_ai_token_s: Histogram,
 }
 
 impl Metrics {
@@ -65,6 +78,9 @@ impl Metrics {
             prefill_s: histogram!("vllm:request_prefill_time_seconds"),
             decode_s: histogram!("vllm:request_decode_time_seconds"),
             step_tokens: histogram!("vllm:iteration_tokens_total"),
+            gen_ai_request_s: histogram!("gen_ai_server_request_duration_seconds"),
+            gen_ai_first_token_s: histogram!("gen_ai_server_time_to_first_token_seconds"),
+            gen_ai_token_s: histogram!("gen_ai_server_time_per_output_token_seconds"),
         }))
     }
 
@@ -91,11 +107,13 @@ impl Metrics {
     /// A choice's first token, this long after its request's arrival.
     pub(crate) fn first_token(&self, after: Duration) {
         self.first_token_s.record(after);
+        self.gen_ai_first_token_s.record(after);
     }
 
     /// A further token, this long after the one before it.
     pub(crate) fn next_token(&self, after: Duration) {
         self.between_tokens_s.record(after);
+        self.gen_ai_token_s.record(after);
     }
 
     /// A choice has ended, this long after its request's arrival.
@@ -109,6 +127,7 @@ impl Metrics {
                 self.prompt_tokens.increment(u64::from(receipt.prompt_tokens));
                 self.generation_tokens.increment(u64::from(receipt.generated_tokens));
                 self.e2e_s.record(after);
+                self.gen_ai_request_s.record(after);
                 self.queue_s.record(Duration::from_millis(receipt.queue_ms));
                 self.prefill_s.record(Duration::from_millis(receipt.prefill_ms));
                 self.decode_s.record(Duration::from_millis(receipt.decode_ms));
@@ -121,7 +140,7 @@ impl Metrics {
 fn recorder(model_name: &str) -> Result<PrometheusRecorder, BuildError> {
     let mut builder =
         PrometheusBuilder::new().add_global_label("model_name", model_name).add_global_label("engine", "0");
-    let buckets: [(&str, &[f64]); 7] = [
+    let buckets: [(&str, &[f64]); 10] = [
         ("vllm:time_to_first_token_seconds", &FIRST_TOKEN_S),
         ("vllm:inter_token_latency_seconds", &BETWEEN_TOKENS_S),
         ("vllm:e2e_request_latency_seconds", &REQUEST_S),
@@ -129,6 +148,9 @@ fn recorder(model_name: &str) -> Result<PrometheusRecorder, BuildError> {
         ("vllm:request_prefill_time_seconds", &REQUEST_S),
         ("vllm:request_decode_time_seconds", &REQUEST_S),
         ("vllm:iteration_tokens_total", &STEP_TOKENS),
+        ("gen_ai_server_request_duration_seconds", &GEN_AI_REQUEST_S),
+        ("gen_ai_server_time_to_first_token_seconds", &GEN_AI_FIRST_TOKEN_S),
+        ("gen_ai_server_time_per_output_token_seconds", &GEN_AI_TOKEN_S),
     ];
     for (name, buckets) in buckets {
         builder = builder.set_buckets_for_metric(Matcher::Full(name.to_owned()), buckets)?;

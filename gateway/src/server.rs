@@ -29,7 +29,11 @@ const LAST_WORDS: Duration = Duration::from_secs(2);
 ///
 /// # Errors
 /// [`GatewayError`], before the first request is taken.
-pub async fn serve(config: GatewayConfig, model_dir: PathBuf, shutdown: Shutdown) -> Result<(), GatewayError> {
+pub async fn serve(
+    config: GatewayConfig,
+    model_dir: PathBuf,
+    shutdown: Shutdown,
+) -> Result<(), GatewayError> {
     Gateway::bind(config, &model_dir).await?.run(shutdown).await;
     Ok(())
 }

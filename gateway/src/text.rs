@@ -1,8 +1,8 @@
 //! The model's text side: tokenizer, chat template, grammar checks and the defaults of its generation config.
 
 use crate::error::GatewayError;
-use crate::transcript::TokenDecoder;
 use crate::openai::error::ApiError;
+use crate::transcript::TokenDecoder;
 use ashlar_grammar::{GrammarCompiler, GrammarError};
 use ashlar_tokenizer::{IncrementalDecoder, SpecialTokens, TextStart, Tokenizer};
 use ashlar_vocabulary::{GrammarSpec, TokenId};

@@ -11,9 +11,7 @@ mod stop;
 
 pub use stop::{Released, StopMatcher};
 
-use ashlar_protocol::serving::{
-    ChoiceId, FailureKind, FinishReason, Receipt, RequestFailure, TokenEvent,
-};
+use ashlar_protocol::serving::{ChoiceId, FailureKind, FinishReason, Receipt, RequestFailure, TokenEvent};
 use ashlar_vocabulary::{TokenId, TokenLogprobs};
 use std::sync::Arc;
 use std::time::Duration;
@@ -283,12 +281,7 @@ impl<D: TokenDecoder> Transcript<D> {
         }
     }
 
-    fn describe_prompt(
-        &mut self,
-        position: u32,
-        logprobs: Vec<TokenLogprobs>,
-        effects: &mut Vec<Effect>,
-    ) {
+    fn describe_prompt(&mut self, position: u32, logprobs: Vec<TokenLogprobs>, effects: &mut Vec<Effect>) {
         let start = position as usize;
         if start < self.prompt_logprobs.len() {
             return;
@@ -327,7 +320,8 @@ impl<D: TokenDecoder> Transcript<D> {
     }
 
     fn receipt_so_far(&self) -> Receipt {
-        let decode = self.last_token_at.zip(self.first_token_at).map(|(last, first)| last.saturating_sub(first));
+        let decode =
+            self.last_token_at.zip(self.first_token_at).map(|(last, first)| last.saturating_sub(first));
         Receipt {
             prompt_tokens: self.spec.prompt.len() as u32,
             generated_tokens: self.delivered.len() as u32,

@@ -26,7 +26,12 @@ pub(super) fn render(snapshot: &ClusterSnapshot, model_name: &str) -> String {
     );
     page.plain("ashlar_lease_term", "gauge", "The scheduler's lease term.", snapshot.term.0 as f64);
     page.plain("ashlar_nodes", "gauge", "Joined nodes.", snapshot.nodes.len() as f64);
-    page.plain("ashlar_replicas", "gauge", "Replicas, whole or in the making.", snapshot.replicas.len() as f64);
+    page.plain(
+        "ashlar_replicas",
+        "gauge",
+        "Replicas, whole or in the making.",
+        snapshot.replicas.len() as f64,
+    );
     let ready = snapshot.replicas.iter().filter(|replica| replica.ready).count();
     page.plain("ashlar_replicas_ready", "gauge", "Replicas that serve.", ready as f64);
     page.plain("ashlar_steps_total", "counter", "Scheduler steps.", counters.steps as f64);
@@ -54,7 +59,9 @@ pub(super) fn render(snapshot: &ClusterSnapshot, model_name: &str) -> String {
         ("ashlar_stage_collective_seconds_total", "Time spent exchanging within the stage.", |n| {
             n.busy.collective_us as f64 / 1e6
         }),
-        ("ashlar_stage_send_seconds_total", "Time spent sending activations on.", |n| n.busy.send_us as f64 / 1e6),
+        ("ashlar_stage_send_seconds_total", "Time spent sending activations on.", |n| {
+            n.busy.send_us as f64 / 1e6
+        }),
     ];
     for series in seconds {
         page.nodes(&snapshot.nodes, "counter", series);

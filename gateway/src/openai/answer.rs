@@ -36,7 +36,8 @@ pub(crate) struct AnswerParser {
 
 impl AnswerParser {
     pub(crate) fn new(grammar: &AnswerGrammar) -> AnswerParser {
-        let reasoning = grammar.reasoning.clone().map(|(markers, opened)| ReasoningParser::new(markers, opened));
+        let reasoning =
+            grammar.reasoning.clone().map(|(markers, opened)| ReasoningParser::new(markers, opened));
         let tools = grammar.tools.clone().map(|(format, names)| ToolCallParser::new(format, names));
         AnswerParser { reasoning, tools, format: grammar.tools.as_ref().map(|(format, _)| *format) }
     }
@@ -99,9 +100,10 @@ impl AnswerParser {
             match (event, pieces.last_mut()) {
                 (ToolEvent::Content(more), Some(Piece::Content(text))) => text.push_str(&more),
                 (ToolEvent::Content(text), _) => pieces.push(Piece::Content(text)),
-                (ToolEvent::Arguments { index, text: more }, Some(Piece::Arguments { index: last, text }))
-                    if *last == index =>
-                {
+                (
+                    ToolEvent::Arguments { index, text: more },
+                    Some(Piece::Arguments { index: last, text }),
+                ) if *last == index => {
                     text.push_str(&more);
                 }
                 (ToolEvent::Arguments { index, text }, _) => pieces.push(Piece::Arguments { index, text }),

@@ -142,8 +142,10 @@ pub(crate) fn render_chat(
 
 /// Its tokens.
 pub(crate) fn encode_chat(text: &ModelText, rendered: &str) -> Result<Vec<TokenId>, ApiError> {
-    let tokens =
-        text.tokenizer.encode_chat(rendered).map_err(|error| ApiError::field("messages", error.to_string()))?;
+    let tokens = text
+        .tokenizer
+        .encode_chat(rendered)
+        .map_err(|error| ApiError::field("messages", error.to_string()))?;
     if tokens.is_empty() {
         return Err(ApiError::field("messages", "the conversation renders to no tokens: send some text"));
     }
@@ -195,7 +197,8 @@ async fn collect(
             }
         }
     }
-    let choices = messages.iter().enumerate().map(|(index, message)| message.json(index, &form, app)).collect();
+    let choices =
+        messages.iter().enumerate().map(|(index, message)| message.json(index, &form, app)).collect();
     let mut answer = form.head.with_choices(choices);
     answer["usage"] = usage_json(generation.counts());
     if wants_receipt {

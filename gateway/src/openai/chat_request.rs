@@ -98,7 +98,10 @@ fn check_message(message: &mut Value, path: &str) -> Result<(), ApiError> {
     let role = match message.get("role") {
         Some(Value::String(role)) => role.clone(),
         None | Some(Value::Null) => {
-            return Err(ApiError::field(&role_path, format!("`{role_path}` is missing: every message needs one")));
+            return Err(ApiError::field(
+                &role_path,
+                format!("`{role_path}` is missing: every message needs one"),
+            ));
         }
         Some(other) => return Err(mistyped(&role_path, "a string", other)),
     };
@@ -166,12 +169,18 @@ fn check_tool_calls(message: &Map<String, Value>, path: &str) -> Result<(), ApiE
     for (index, call) in calls.iter().enumerate() {
         let path = format!("{path}.tool_calls[{index}].function");
         let Some(Value::Object(function)) = call.get("function") else {
-            return Err(ApiError::field(&path, format!("`{path}` must be an object with `name` and `arguments`")));
+            return Err(ApiError::field(
+                &path,
+                format!("`{path}` must be an object with `name` and `arguments`"),
+            ));
         };
         if !function.get("name").is_some_and(Value::is_string) {
             return Err(ApiError::field(&path, format!("`{path}.name` must be a string")));
         }
-        if !matches!(function.get("arguments"), None | Some(Value::Null | Value::String(_) | Value::Object(_))) {
+        if !matches!(
+            function.get("arguments"),
+            None | Some(Value::Null | Value::String(_) | Value::Object(_))
+        ) {
             return Err(ApiError::field(&path, format!("`{path}.arguments` must be a string of JSON")));
         }
     }

@@ -55,7 +55,14 @@ impl ChatStream {
         }
     }
 
-    fn chunk(&self, choice: usize, delta: Value, logprobs: Value, finish_reason: Value, out: &mut Chunks<'_>) {
+    fn chunk(
+        &self,
+        choice: usize,
+        delta: Value,
+        logprobs: Value,
+        finish_reason: Value,
+        out: &mut Chunks<'_>,
+    ) {
         let mut chunk = self.form.head.with_choices(vec![json!({
             "index": choice,
             "delta": delta,
@@ -88,13 +95,7 @@ impl StreamForm for ChatStream {
         self.pieces(choice, pieces, logprobs, &mut Chunks { generation, chunks });
     }
 
-    fn end(
-        &mut self,
-        choice: usize,
-        reason: FinishReason,
-        generation: &Generation,
-        chunks: &mut Vec<Value>,
-    ) {
+    fn end(&mut self, choice: usize, reason: FinishReason, generation: &Generation, chunks: &mut Vec<Value>) {
         let Some(state) = self.choices.get_mut(choice) else { return };
         let pieces = state.parser.finish();
         let reason = chat_finish_reason(reason, state.parser.has_tool_calls());

@@ -84,7 +84,12 @@ fn tool_choice(choice: Option<Value>, names: &[String]) -> Result<ToolChoice, Ap
             "auto" if names.is_empty() => ToolChoice::None,
             "auto" => ToolChoice::Auto,
             "required" => ToolChoice::Required,
-            _ => return Err(ApiError::field(PARAM, "`tool_choice` must be none, auto, required or a function")),
+            _ => {
+                return Err(ApiError::field(
+                    PARAM,
+                    "`tool_choice` must be none, auto, required or a function",
+                ));
+            }
         },
         Some(value) => {
             let mut named = Fields::of(value, PARAM)?;
@@ -96,14 +101,18 @@ fn tool_choice(choice: Option<Value>, names: &[String]) -> Result<ToolChoice, Ap
             let name = function.string("name")?.ok_or_else(|| function.required("name"))?;
             if !names.contains(&name) {
                 let shown: String = name.chars().take(NAME_CHARS_MAX).collect();
-                let message = format!("`tool_choice` names `{shown}`, which is not among `tools`: add it there");
+                let message =
+                    format!("`tool_choice` names `{shown}`, which is not among `tools`: add it there");
                 return Err(ApiError::field(PARAM, message));
             }
             ToolChoice::Function(name)
         }
     };
     if choice == ToolChoice::Required && names.is_empty() {
-        return Err(ApiError::field(PARAM, "`tool_choice` is \"required\" but there are no `tools`: add some"));
+        return Err(ApiError::field(
+            PARAM,
+            "`tool_choice` is \"required\" but there are no `tools`: add some",
+        ));
     }
     Ok(choice)
 }

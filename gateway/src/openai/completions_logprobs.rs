@@ -62,7 +62,9 @@ impl LegacyLogprobs {
                 let mut top: Map<String, Value> = logprobs
                     .top
                     .iter()
-                    .map(|alternative| (token_name(alternative.token, text), json!(finite(alternative.logprob))))
+                    .map(|alternative| {
+                        (token_name(alternative.token, text), json!(finite(alternative.logprob)))
+                    })
                     .collect();
                 // OpenAI shows the token that was chosen among the alternatives, even when it is a lesser one.
                 top.entry(name.clone()).or_insert_with(|| json!(finite(logprobs.logprob)));

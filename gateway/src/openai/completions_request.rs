@@ -59,8 +59,9 @@ impl CompletionRequest {
         sampling.params.top_logprobs = logprobs;
         sampling.params.prompt_logprobs = echo && logprobs.is_some();
         let delivery = Delivery::take(&mut fields, &mut unknown)?;
-        let max_tokens =
-            fields.integer("max_tokens", i64::from(!echo), i64::from(u32::MAX))?.unwrap_or(MAX_TOKENS_DEFAULT);
+        let max_tokens = fields
+            .integer("max_tokens", i64::from(!echo), i64::from(u32::MAX))?
+            .unwrap_or(MAX_TOKENS_DEFAULT);
         let choices = prompts.len() * sampling.n as usize;
         if choices > config.choices_max {
             let message = format!(
@@ -103,7 +104,8 @@ fn prompts(
         None => Err(ApiError::field(PARAM, "`prompt` is empty: send at least one")),
         Some(Value::Number(_)) => Ok(vec![from_tokens(&list, text)?]),
         _ if list.len() > config.prompts_max => {
-            let message = format!("`prompt` may hold at most {} prompts, not {}", config.prompts_max, list.len());
+            let message =
+                format!("`prompt` may hold at most {} prompts, not {}", config.prompts_max, list.len());
             Err(ApiError::field(PARAM, message))
         }
         _ => list

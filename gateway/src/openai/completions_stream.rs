@@ -68,13 +68,7 @@ impl StreamForm for CompletionStream {
         self.chunk(choice, &delta, None, generation, chunks);
     }
 
-    fn end(
-        &mut self,
-        choice: usize,
-        reason: FinishReason,
-        generation: &Generation,
-        chunks: &mut Vec<Value>,
-    ) {
+    fn end(&mut self, choice: usize, reason: FinishReason, generation: &Generation, chunks: &mut Vec<Value>) {
         let reason = self.form.finish_reason(reason);
         self.chunk(choice, &Delta::default(), Some(reason), generation, chunks);
     }

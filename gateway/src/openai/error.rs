@@ -98,9 +98,10 @@ impl From<RequestFailure> for ApiError {
         let retry_after_s = failure.retry_after_ms.map(|ms| ms.div_ceil(1_000).max(1)).or(Some(1));
         match failure.kind {
             FailureKind::Invalid => ApiError::invalid(message),
-            FailureKind::UnknownModel => {
-                ApiError { param: Some("model".to_owned()), ..ApiError::not_found(message, "model_not_found") }
-            }
+            FailureKind::UnknownModel => ApiError {
+                param: Some("model".to_owned()),
+                ..ApiError::not_found(message, "model_not_found")
+            },
             FailureKind::Overloaded => ApiError {
                 code: Some("rate_limit_exceeded"),
                 retry_after_s,

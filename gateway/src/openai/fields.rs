@@ -26,9 +26,9 @@ impl Fields {
             Err(_) if body.iter().all(u8::is_ascii_whitespace) => {
                 Err(ApiError::invalid("the request body is empty: send a JSON object"))
             }
-            Err(error) => {
-                Err(ApiError::invalid(format!("the request body is not valid JSON: {error}. Correct it and retry")))
-            }
+            Err(error) => Err(ApiError::invalid(format!(
+                "the request body is not valid JSON: {error}. Correct it and retry"
+            ))),
         }
     }
 
@@ -88,9 +88,9 @@ impl Fields {
         let Some(value) = self.take(name) else { return Ok(None) };
         let Value::Number(number) = &value else { return Err(self.mistyped(name, "an integer", &value)) };
         // 5.0 is an integer to JSON.
-        let whole = number.as_i64().or_else(|| {
-            number.as_f64().filter(|n| n.fract() == 0.0 && n.abs() < 9e15).map(|n| n as i64)
-        });
+        let whole = number
+            .as_i64()
+            .or_else(|| number.as_f64().filter(|n| n.fract() == 0.0 && n.abs() < 9e15).map(|n| n as i64));
         if whole.is_none() && number.as_f64().is_some_and(|n| n.fract() != 0.0) {
             return Err(self.mistyped(name, "an integer", &value));
         }

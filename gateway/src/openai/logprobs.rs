@@ -21,8 +21,11 @@ pub(crate) fn chat_logprobs_content(tokens: &[OutputToken], top: u32, text: &Mod
             let described = token.logprobs.as_ref();
             let mut entry = token_json(text, token.token, described.map_or(LOGPROB_MIN, |l| l.logprob));
             let shown = described.map_or(&[][..], |l| &l.top);
-            entry["top_logprobs"] =
-                shown.iter().take(top as usize).map(|alternative| alternative_json(text, alternative)).collect();
+            entry["top_logprobs"] = shown
+                .iter()
+                .take(top as usize)
+                .map(|alternative| alternative_json(text, alternative))
+                .collect();
             entry
         })
         .collect()

@@ -93,7 +93,9 @@ pub(crate) fn token_budget(
 /// Refuses a `min_tokens` that the budget cannot hold.
 pub(crate) fn check_min_tokens(min_tokens: u32, budget: u32) -> Result<(), ApiError> {
     if min_tokens > budget {
-        let message = format!("`min_tokens` is {min_tokens}, more than the {budget} tokens that may be generated: lower it");
+        let message = format!(
+            "`min_tokens` is {min_tokens}, more than the {budget} tokens that may be generated: lower it"
+        );
         return Err(ApiError::field("min_tokens", message));
     }
     Ok(())

@@ -61,7 +61,8 @@ impl Sampling {
         };
         // Accepted and without effect here: who asks is told by the key, and scheduling by `priority`.
         fields.string("user")?;
-        let priority = fields.integer("priority", i64::from(i32::MIN), i64::from(i32::MAX))?.unwrap_or(0) as i32;
+        let priority =
+            fields.integer("priority", i64::from(i32::MIN), i64::from(i32::MAX))?.unwrap_or(0) as i32;
         Ok(Sampling {
             params,
             n: choices(fields, config)?,
@@ -114,7 +115,10 @@ fn top_k(fields: &mut Fields, default: Option<i64>) -> Result<u32, ApiError> {
 fn repetition_penalty(fields: &mut Fields) -> Result<Option<f32>, ApiError> {
     let penalty = real(fields, "repetition_penalty", 0.0, 10.0)?;
     if penalty.is_some_and(|penalty| penalty < 1e-3) {
-        return Err(ApiError::field("repetition_penalty", "`repetition_penalty` must be above 0: 1 means none"));
+        return Err(ApiError::field(
+            "repetition_penalty",
+            "`repetition_penalty` must be above 0: 1 means none",
+        ));
     }
     Ok(penalty)
 }
@@ -124,7 +128,10 @@ fn choices(fields: &mut Fields, config: &GatewayConfig) -> Result<u32, ApiError>
     if let Some(best_of) = fields.integer("best_of", 1, i64::from(config.n_max))?
         && best_of != i64::from(n)
     {
-        return Err(ApiError::field("best_of", "`best_of` is not supported unless it equals `n`: leave it out"));
+        return Err(ApiError::field(
+            "best_of",
+            "`best_of` is not supported unless it equals `n`: leave it out",
+        ));
     }
     Ok(n)
 }
@@ -137,7 +144,8 @@ fn stop_strings(fields: &mut Fields, config: &GatewayConfig) -> Result<Vec<Strin
         Some(other) => return Err(fields.mistyped("stop", "a string or an array of strings", &other)),
     };
     if list.len() > config.stop_strings_max {
-        let message = format!("`stop` may hold at most {} strings, not {}", config.stop_strings_max, list.len());
+        let message =
+            format!("`stop` may hold at most {} strings, not {}", config.stop_strings_max, list.len());
         return Err(ApiError::field("stop", message));
     }
     let mut stops = Vec::with_capacity(list.len());
@@ -149,11 +157,17 @@ fn stop_strings(fields: &mut Fields, config: &GatewayConfig) -> Result<Vec<Strin
             }
             Value::String(stop) if stop.len() > config.stop_string_bytes_max => {
                 let max = config.stop_string_bytes_max;
-                return Err(ApiError::field("stop", format!("`{path}` is longer than {max} bytes: shorten it")));
+                return Err(ApiError::field(
+                    "stop",
+                    format!("`{path}` is longer than {max} bytes: shorten it"),
+                ));
             }
             Value::String(stop) => stops.push(stop),
             other => {
-                return Err(ApiError { param: Some("stop".to_owned()), ..mistyped(&path, "a string", &other) });
+                return Err(ApiError {
+                    param: Some("stop".to_owned()),
+                    ..mistyped(&path, "a string", &other)
+                });
             }
         }
     }
@@ -172,7 +186,10 @@ fn stop_token_ids(fields: &mut Fields, text: &ModelText) -> Result<Vec<TokenId>,
 pub(crate) fn token_id(value: &Value, param: &str, text: &ModelText) -> Result<TokenId, ApiError> {
     let size = text.tokenizer.vocab_size();
     let id = value.as_u64().ok_or_else(|| {
-        ApiError::field(param, format!("`{param}` must hold token ids (integers from 0), not {}", shown(value)))
+        ApiError::field(
+            param,
+            format!("`{param}` must hold token ids (integers from 0), not {}", shown(value)),
+        )
     })?;
     TokenId::try_from(id).ok().filter(|id| (*id as usize) < size).ok_or_else(|| {
         ApiError::field(param, format!("token {id} of `{param}` is not in the vocabulary of {size} tokens"))
@@ -196,7 +213,10 @@ fn logit_bias(
     };
     if map.len() > config.logit_bias_max {
         let max = config.logit_bias_max;
-        return Err(ApiError::field(PARAM, format!("`logit_bias` may hold at most {max} tokens, not {}", map.len())));
+        return Err(ApiError::field(
+            PARAM,
+            format!("`logit_bias` may hold at most {max} tokens, not {}", map.len()),
+        ));
     }
     let mut bias = Vec::with_capacity(map.len());
     for (key, value) in map {

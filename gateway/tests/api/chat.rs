@@ -42,7 +42,8 @@ async fn a_stream_names_the_role_then_content_then_the_reason_then_usage() {
     let answer = world.chat(ask(json!({"stream": true, "stream_options": {"include_usage": true}}))).await;
     assert_eq!(answer.header("content-type"), "text/event-stream; charset=utf-8");
     let events = answer.events();
-    let deltas: Vec<&Value> = events.iter().filter_map(|e| e["choices"].get(0)).map(|c| &c["delta"]).collect();
+    let deltas: Vec<&Value> =
+        events.iter().filter_map(|e| e["choices"].get(0)).map(|c| &c["delta"]).collect();
     assert_eq!(
         deltas,
         [
@@ -63,7 +64,12 @@ async fn a_stream_names_the_role_then_content_then_the_reason_then_usage() {
 
 #[tokio::test]
 async fn stop_strings_end_the_answer_across_tokens_and_cancel_the_rest() {
-    let world = World::new(|_| say_until_length("keep<end>drop this too")).await;
+    let world = World::new(|_| {
+        let mut script = say_until_length("keep<end>drop this too");
+        script.insert(15, Action::Gate);
+        script
+    })
+    .await;
     let stop = json!({"stop": ["<end>", "never"], "logprobs": true});
     let body = world.chat(ask(stop)).await.json();
     let choice = &body["choices"][0];
@@ -98,10 +104,8 @@ async fn logprobs_describe_each_token_of_the_content() {
     assert_eq!(world.scheduler.submits()[0].sampling.top_logprobs, Some(2));
 
     let streamed = world.chat(ask(json!({"logprobs": true, "stream": true}))).await.events();
-    let tokens: usize = streamed
-        .iter()
-        .filter_map(|e| e["choices"][0]["logprobs"]["content"].as_array().map(Vec::len))
-        .sum();
+    let tokens: usize =
+        streamed.iter().filter_map(|e| e["choices"][0]["logprobs"]["content"].as_array().map(Vec::len)).sum();
     assert_eq!(tokens, 3);
 }
 
@@ -184,7 +188,8 @@ async fn a_receipt_comes_only_when_asked_for() {
     let world = World::new(|_| say("x")).await;
     assert!(world.chat(ask(json!({}))).await.json().get("ashlar").is_none());
     let body = world.chat(ask(json!({"ashlar_receipt": true}))).await.json();
-    let expected = json!({"queue_ms": 3, "prefill_ms": 4, "decode_ms": 5, "cached_tokens": 2, "preemptions": 0});
+    let expected =
+        json!({"queue_ms": 3, "prefill_ms": 4, "decode_ms": 5, "cached_tokens": 2, "preemptions": 0});
     assert_eq!(body["ashlar"], expected);
 }
 

@@ -44,8 +44,7 @@ async fn async_openai_streams() {
         .map(Result::unwrap)
         .collect()
         .await;
-    let text: String =
-        chunks.iter().filter_map(|c| c.choices.first()?.delta.content.clone()).collect();
+    let text: String = chunks.iter().filter_map(|c| c.choices.first()?.delta.content.clone()).collect();
     assert_eq!(text, "Hello");
     assert_eq!(chunks.last().unwrap().usage.as_ref().unwrap().completion_tokens, 6);
 }

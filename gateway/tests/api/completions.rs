@@ -24,7 +24,8 @@ async fn every_form_of_prompt_is_taken() {
         assert_eq!(indices, (0..expected.len() * 2).collect::<Vec<_>>());
         assert_eq!(body["usage"]["prompt_tokens"], expected.iter().map(Vec::len).sum::<usize>());
         let submits = world.scheduler.submits();
-        let prompts: Vec<_> = submits[before..].iter().step_by(2).map(|submit| submit.prompt.clone()).collect();
+        let prompts: Vec<_> =
+            submits[before..].iter().step_by(2).map(|submit| submit.prompt.clone()).collect();
         assert_eq!(prompts, expected);
         let choice: Vec<u32> = submits[before..].iter().map(|submit| submit.sampling.choice_index).collect();
         assert_eq!(choice, [0, 1].repeat(expected.len()), "a prompt samples alike alone and in a list");
@@ -65,8 +66,10 @@ async fn echo_with_logprobs_describes_prompt_and_answer() {
     let events = world.completion(streamed).await.events();
     let text: String = events.iter().map(|e| e["choices"][0]["text"].as_str().unwrap()).collect();
     assert_eq!(text, "ébc");
-    let tokens: Vec<Value> =
-        events.iter().flat_map(|e| e["choices"][0]["logprobs"]["tokens"].as_array().unwrap().clone()).collect();
+    let tokens: Vec<Value> = events
+        .iter()
+        .flat_map(|e| e["choices"][0]["logprobs"]["tokens"].as_array().unwrap().clone())
+        .collect();
     assert_eq!(Value::from(tokens), expected["tokens"]);
 }
 
@@ -77,7 +80,11 @@ async fn echo_alone_returns_the_prompt_and_nothing_else() {
         let answer = world
             .completion(json!({"prompt": bytes("ab"), "echo": true, "max_tokens": 0, "stream": stream}))
             .await;
-        let choice = if stream { answer.events()[0]["choices"][0].clone() } else { answer.json()["choices"][0].clone() };
+        let choice = if stream {
+            answer.events()[0]["choices"][0].clone()
+        } else {
+            answer.json()["choices"][0].clone()
+        };
         assert_eq!((&choice["text"], &choice["finish_reason"]), (&json!("ab"), &json!("length")));
         if !stream {
             assert_eq!(answer.json()["usage"]["completion_tokens"], 0);

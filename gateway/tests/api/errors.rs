@@ -17,12 +17,8 @@ fn assert_envelope(answer: &Answer, status: u16, param: Option<&str>, what: &str
 /// Fields that make a good chat request bad, and the parameter that is at fault.
 fn bad_chats() -> Vec<(Value, &'static str)> {
     let tool = |name: Value| json!({"tools": [{"type": "function", "function": {"name": name}}]});
-    let with_tool = |choice: Value| {
-        json!({"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": choice})
-    };
-    let schema = |schema: Value| {
-        json!({"response_format": {"type": "json_schema", "json_schema": {"name": "s", "schema": schema}}})
-    };
+    let with_tool = |choice: Value| json!({"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": choice});
+    let schema = |schema: Value| json!({"response_format": {"type": "json_schema", "json_schema": {"name": "s", "schema": schema}}});
     vec![
         (json!({"model": 5}), "model"),
         (json!({"messages": null}), "messages"),
@@ -33,7 +29,10 @@ fn bad_chats() -> Vec<(Value, &'static str)> {
         (json!({"messages": [{"role": "robot", "content": "hi"}]}), "messages[0].role"),
         (json!({"messages": [{"role": "user"}]}), "messages[0].content"),
         (json!({"messages": [{"role": "user", "content": 5}]}), "messages[0].content"),
-        (json!({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}), "messages[0].content[0]"),
+        (
+            json!({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}),
+            "messages[0].content[0]",
+        ),
         (json!({"messages": [{"role": "assistant", "tool_calls": {}}]}), "messages[0].tool_calls"),
         (json!({"temperature": "hot"}), "temperature"),
         (json!({"temperature": 2.1}), "temperature"),
@@ -146,14 +145,25 @@ async fn too_many_tokens_are_refused_with_the_numbers() {
 
 #[tokio::test]
 async fn malformed_bodies_are_400_and_unknown_things_404_405_413() {
-    let world =
-        World::with(crate::world::PLAIN_TEMPLATE, |config| config.request_body_bytes_max = 300_000, |_| say("x"))
-            .await;
+    let world = World::with(
+        crate::world::PLAIN_TEMPLATE,
+        |config| config.request_body_bytes_max = 300_000,
+        |_| say("x"),
+    )
+    .await;
     let path = "/v1/chat/completions";
     let deep = [vec![b'['; 100_000], vec![b']'; 100_000]].concat();
     let deep_in_field = [b"{\"messages\":".to_vec(), vec![b'['; 100_000]].concat();
-    let malformed: [&[u8]; 8] =
-        [b"", b"  ", b"{", b"[]", b"{\"messages\": \"\xff\xfe\"}", b"{\"model\": \"\\ud800\"}", &deep, &deep_in_field];
+    let malformed: [&[u8]; 8] = [
+        b"",
+        b"  ",
+        b"{",
+        b"[]",
+        b"{\"messages\": \"\xff\xfe\"}",
+        b"{\"model\": \"\\ud800\"}",
+        &deep,
+        &deep_in_field,
+    ];
     for body in malformed {
         let what = String::from_utf8_lossy(&body[..body.len().min(40)]).into_owned();
         assert_envelope(&world.http.post_bytes(path, body.to_vec()).await, 400, None, &what);
@@ -163,8 +173,9 @@ async fn malformed_bodies_are_400_and_unknown_things_404_405_413() {
     assert_envelope(&world.http.get(path).await, 405, None, "method");
     assert_envelope(&world.http.post_bytes(path, vec![b' '; 400_000]).await, 413, None, "size");
 
-    let chunked = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n";
-    let flood = [chunked.to_vec(), b"61A80\r\n".to_vec(), vec![b' '; 400_000], b"\r\n0\r\n\r\n".to_vec()].concat();
+    let chunked = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ntransfer-encoding: chunked\r\n\r\n";
+    let flood =
+        [chunked.to_vec(), b"61A80\r\n".to_vec(), vec![b' '; 400_000], b"\r\n0\r\n\r\n".to_vec()].concat();
     assert!(world.http.raw(&flood).await.starts_with("HTTP/1.1 413"), "an unannounced size is limited too");
     assert!(world.http.raw(b"nonsense\r\n\r\n").await.starts_with("HTTP/1.1 400"));
 }
@@ -191,7 +202,10 @@ async fn failures_of_the_scheduler_have_their_status() {
         let world = World::new(move |_| vec![Action::Fail(kind, "for this reason")]).await;
         for stream in [false, true] {
             let answer = world.chat(ask(json!({"stream": stream}))).await;
-            assert_eq!(answer.status, status, "before the first token, a stream's failure has its status too");
+            assert_eq!(
+                answer.status, status,
+                "before the first token, a stream's failure has its status too"
+            );
             assert_eq!(answer.header("retry-after"), retry_after);
             assert_eq!(answer.json()["error"]["message"], "for this reason");
         }
@@ -223,15 +237,21 @@ async fn a_stream_beside_bad_input_is_not_disturbed() {
     witness.next().await.unwrap();
     let mut attacks = Vec::new();
     for round in 0..4 {
-        for body in
-            [vec![b'['; 100_000], b"{\"messages\": [{\"role\": \"\xc3\"}]}".to_vec(), vec![b'x'; 1 << 20], vec![round; 9]]
-        {
+        for body in [
+            vec![b'['; 100_000],
+            b"{\"messages\": [{\"role\": \"\xc3\"}]}".to_vec(),
+            vec![b'x'; 1 << 20],
+            vec![round; 9],
+        ] {
             let http = world.http;
-            attacks.push(tokio::spawn(async move { http.post_bytes("/v1/chat/completions", body).await.status }));
+            attacks.push(tokio::spawn(
+                async move { http.post_bytes("/v1/chat/completions", body).await.status },
+            ));
         }
         let http = world.http;
         let alternatives = json!({"anyOf": (0..300).map(|i| json!({"const": i.to_string().repeat(50)})).collect::<Vec<_>>()});
-        let schema = ask(json!({"response_format": {"type": "json_schema", "json_schema": {"schema": alternatives}}}));
+        let schema =
+            ask(json!({"response_format": {"type": "json_schema", "json_schema": {"schema": alternatives}}}));
         attacks.push(tokio::spawn(async move { http.post("/v1/chat/completions", schema).await.status }));
     }
     world.scheduler.open_gate();

@@ -23,7 +23,8 @@ async fn a_client_that_goes_is_cancelled_at_the_scheduler() {
     // Without a stream nothing has been sent yet, and the hang-up is seen all the same.
     let mut socket = TcpStream::connect(world.http.address).await.unwrap();
     let body = ask(json!({})).to_string();
-    let head = format!("POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {}\r\n\r\n", body.len());
+    let head =
+        format!("POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {}\r\n\r\n", body.len());
     socket.write_all((head + &body).as_bytes()).await.unwrap();
     world.scheduler.until(|seen| seen.submits.len() == 3).await;
     drop(socket);
@@ -33,7 +34,8 @@ async fn a_client_that_goes_is_cancelled_at_the_scheduler() {
 #[tokio::test]
 async fn a_reader_that_stops_reading_is_dropped_once_its_buffer_is_full() {
     let world =
-        World::with(PLAIN_TEMPLATE, |config| config.unread_tokens_max = 16, |_| vec![Action::Flood(97)]).await;
+        World::with(PLAIN_TEMPLATE, |config| config.unread_tokens_max = 16, |_| vec![Action::Flood(97)])
+            .await;
     let stream = world.http.stream("/v1/chat/completions", ask(json!({"stream": true}))).await;
     world.scheduler.until(|seen| seen.cancels.len() == 1).await;
     drop(stream);
@@ -86,7 +88,8 @@ async fn without_a_scheduler_requests_are_503_at_once() {
     let http = crate::http::Http { address: gateway.local_address() };
     let shutdown = ashlar_service_kit::Shutdown::manual();
     tokio::spawn(gateway.run(shutdown));
-    let answer = http.post("/v1/chat/completions", json!({"messages": [{"role": "user", "content": "x"}]})).await;
+    let answer =
+        http.post("/v1/chat/completions", json!({"messages": [{"role": "user", "content": "x"}]})).await;
     assert_eq!((answer.status, answer.header("retry-after")), (503, "1"));
     assert_eq!(http.get("/ready").await.status, 503);
     let name = model.path().file_name().unwrap().to_str().unwrap();
@@ -114,7 +117,8 @@ async fn a_directory_without_a_tokenizer_is_named() {
 
 #[tokio::test]
 async fn the_drain_lets_streams_end() {
-    let world = World::with(PLAIN_TEMPLATE, |config| config.drain_grace_ms = 60_000, |_| one_then_wait()).await;
+    let world =
+        World::with(PLAIN_TEMPLATE, |config| config.drain_grace_ms = 60_000, |_| one_then_wait()).await;
     let mut stream = world.http.stream("/v1/chat/completions", ask(json!({"stream": true}))).await;
     stream.next().await.unwrap();
     let (scheduler, address) = (world.scheduler.clone(), world.http.address);

@@ -47,7 +47,11 @@ impl Http {
     }
 
     /// Sends a request and gives the response as soon as its head is there.
-    pub(crate) async fn begin(&self, request: hyper::http::request::Builder, body: Vec<u8>) -> Response<Incoming> {
+    pub(crate) async fn begin(
+        &self,
+        request: hyper::http::request::Builder,
+        body: Vec<u8>,
+    ) -> Response<Incoming> {
         let socket = TcpStream::connect(self.address).await.unwrap();
         let (mut sender, connection) = http1::handshake(TokioIo::new(socket)).await.unwrap();
         tokio::spawn(connection);
@@ -96,7 +100,8 @@ impl Answer {
     /// The events of a whole stream, which must end with `[DONE]`.
     pub(crate) fn events(&self) -> Vec<Value> {
         let text = self.text();
-        let mut events: Vec<&str> = text.split("\n\n").filter_map(|event| event.strip_prefix("data: ")).collect();
+        let mut events: Vec<&str> =
+            text.split("\n\n").filter_map(|event| event.strip_prefix("data: ")).collect();
         assert_eq!(events.pop(), Some("[DONE]"), "{text}");
         events.iter().map(|event| serde_json::from_str(event).unwrap()).collect()
     }

@@ -109,7 +109,6 @@ impl FakeScheduler {
         self.state.seen.lock().unwrap().submits.clone()
     }
 
-
     /// Waits until `condition` holds of what was seen.
     pub(crate) async fn until(&self, condition: impl Fn(&Seen) -> bool) {
         loop {
@@ -187,7 +186,9 @@ async fn play(
     let describe = |token: TokenId| {
         submit.sampling.top_logprobs.map(|top| TokenLogprobs {
             logprob: -0.5,
-            top: (0..top).map(|rank| TokenLogprob { token: (token + rank) % 256, logprob: -0.5 - rank as f32 }).collect(),
+            top: (0..top)
+                .map(|rank| TokenLogprob { token: (token + rank) % 256, logprob: -0.5 - rank as f32 })
+                .collect(),
         })
     };
     for action in script {

@@ -27,7 +27,8 @@ async fn text_becomes_tokens_and_back() {
         json!({"count": 4, "max_model_len": 4096, "tokens": [BOS, 110, 195, 169],
                "token_strs": ["<|bos|>", "n", "\u{fffd}", "\u{fffd}"]})
     );
-    let plain = world.http.post("/tokenize", json!({"prompt": "n", "add_special_tokens": false})).await.json();
+    let plain =
+        world.http.post("/tokenize", json!({"prompt": "n", "add_special_tokens": false})).await.json();
     assert_eq!(plain["tokens"], json!([110]));
     let chat = json!({"model": "tiny", "messages": [{"role": "user", "content": "hi"}]});
     assert_eq!(world.http.post("/tokenize", chat).await.json()["count"], 6);
@@ -80,6 +81,7 @@ async fn metrics_keep_vllms_names() {
         "vllm:inter_token_latency_seconds_bucket{",
         "vllm:e2e_request_latency_seconds_bucket{",
         "vllm:request_queue_time_seconds_sum{",
+        "gen_ai_server_request_duration_seconds_bucket{",
     ] {
         assert!(page.contains(series), "{series}\n{page}");
     }

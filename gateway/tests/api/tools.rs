@@ -19,7 +19,9 @@ const CALL: &str = "<tool_call>\n{\"name\": \"weather\", \"arguments\": {\"city\
 #[tokio::test]
 async fn a_tool_call_is_read_from_the_models_own_format() {
     let world = World::with(HERMES, |_| {}, |_| say(CALL)).await;
-    for choice in [json!("auto"), json!("required"), json!({"type": "function", "function": {"name": "weather"}})] {
+    for choice in
+        [json!("auto"), json!("required"), json!({"type": "function", "function": {"name": "weather"}})]
+    {
         let body = world.chat(ask(json!({"tools": tools(), "tool_choice": choice}))).await.json();
         let message = &body["choices"][0]["message"];
         assert_eq!(message["content"], Value::Null, "{body}");
@@ -30,7 +32,9 @@ async fn a_tool_call_is_read_from_the_models_own_format() {
         assert_eq!(arguments, json!({"city": "Oslo"}));
         assert_eq!(body["choices"][0]["finish_reason"], "tool_calls");
     }
-    assert!(world.scheduler.submits().iter().all(|s| matches!(s.sampling.grammar, Some(GrammarSpec::Lark(_)))));
+    assert!(
+        world.scheduler.submits().iter().all(|s| matches!(s.sampling.grammar, Some(GrammarSpec::Lark(_))))
+    );
 }
 
 #[tokio::test]

@@ -98,7 +98,8 @@ pub(crate) fn write_model(dir: &Path, template: &str) {
                    "normalized": false, "special": true})
         })
         .collect();
-    let level = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false});
+    let level =
+        json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false});
     let tokenizer = json!({
         "version": "1.0", "truncation": null, "padding": null, "added_tokens": added, "normalizer": null,
         "pre_tokenizer": level, "decoder": level,
