@@ -1,4 +1,5 @@
 //! Membership and layout, event by event.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
 use ashlar_protocol::membership::{Assignment, Join};
 use ashlar_scheduler::cluster::{Cluster, ClusterConfig, Effect, Event, NodeConnection};

@@ -1,4 +1,5 @@
 //! The shell over real sockets: nodes and gateways of our own, everything else as it runs.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
 #[allow(dead_code, reason = "shared with the engine's tests")]
 #[path = "engine/rank.rs"]

@@ -36,6 +36,11 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 /// How many ended choices are remembered, so that a repeated submission does not start them anew.
 const REMEMBERED: usize = 1024;
+/// A step unanswered for longer than this, in milliseconds, or than [`STUCK_STEP_FACTOR`] times what was predicted for all
+/// stages, will not be answered any more: a link between two ranks is broken without either having noticed.
+const STUCK_STEP_MS: u64 = 5_000;
+/// See [`STUCK_STEP_MS`].
+const STUCK_STEP_FACTOR: f64 = 16.0;
 /// When to try again after a replica was lost, in milliseconds.
 const RETRY_UNAVAILABLE_MS: u64 = 2_000;
 
@@ -109,7 +114,7 @@ impl Engine {
                     self.fail(now, id, FailureKind::Unavailable, reason.clone(), effects);
                 }
             }
-            Event::Tick => {}
+            Event::Tick => self.give_up_stuck_replicas(now, effects),
         }
         self.expire(now, effects);
     }
@@ -311,6 +316,24 @@ impl Engine {
             let message = format!("not complete within its deadline of {waited} ms");
             self.fail(now, id, FailureKind::DeadlineExceeded, message, effects);
             self.deadlines.remove(&(deadline, id));
+        }
+    }
+
+    /// Gives up replicas whose oldest step has been in flight for far longer than it can take.
+    fn give_up_stuck_replicas(&mut self, now: Millis, effects: &mut Vec<Effect>) {
+        let stuck = |replica: &&Replica| {
+            replica.in_flight.front().is_some_and(|oldest| {
+                let stages = (replica.num_stages + replica.in_flight.len()) as f64;
+                let predicted_ms = STUCK_STEP_FACTOR * stages * oldest.predicted_us / 1000.0;
+                now.since(oldest.sent) > STUCK_STEP_MS.max(predicted_ms as u64)
+            })
+        };
+        let stuck: Vec<_> =
+            self.replicas.values().filter(stuck).map(|replica| (replica.id, replica.revision)).collect();
+        for (replica, revision) in stuck {
+            let reason = "a step was never answered".to_owned();
+            self.replica_down(now, replica, &reason, effects);
+            effects.push(Effect::ReplicaFault { replica, revision, reason });
         }
     }
 

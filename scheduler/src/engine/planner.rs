@@ -341,6 +341,7 @@ impl Planner<'_> {
         self.replica.last_step = draft.step;
         self.replica.in_flight.push_back(InFlight {
             step: draft.step,
+            sent: self.now,
             sampling: draft.slices.iter().filter(|slice| slice.sample).map(|slice| slice.id).collect(),
             work,
             predicted_us: draft.budget.predicted_us(),

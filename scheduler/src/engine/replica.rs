@@ -5,6 +5,7 @@ use super::budget::{CostModel, Work};
 use super::events::ReplicaUp;
 use super::prefix_cache::BLOCK_TOKENS;
 use super::queue::Order;
+use crate::time::Millis;
 use ashlar_vocabulary::{LeaseTerm, ReplicaId, ReplicaRevision, SequenceId, StepId};
 use std::collections::{BTreeMap, VecDeque};
 
@@ -40,6 +41,8 @@ pub struct Replica {
 pub struct InFlight {
     /// Which.
     pub step: StepId,
+    /// When it was sent.
+    pub sent: Millis,
     /// Sequences whose next token it samples.
     pub sampling: Vec<SequenceId>,
     /// What it asks of every stage.

@@ -1,20 +1,21 @@
-//! The owner of all state while this process leads: select, let the cores handle, perform what they want done.
+//! The owner of all state while this process leads: select, let the director handle, perform what it wants done.
 
 use super::connection::{Arrival, Frame, GatewayArrival, NodeArrival, Peer};
 use super::spans::Spans;
-use crate::cluster::{self, Cluster, ClusterConfig, NodeConnection, TICK_MS};
-use crate::engine::{self, Engine, EngineConfig, GatewayId};
+use crate::cluster::{ClusterConfig, NodeConnection, TICK_MS};
+use crate::director::{Director, Input, Output};
+use crate::engine::{EngineConfig, GatewayId};
 use crate::time::Millis;
 use ashlar_protocol::frame;
 use ashlar_protocol::membership::{FromNode, ToNode};
 use ashlar_protocol::serving::{ClusterSnapshot, FromScheduler, ToScheduler};
 use ashlar_service_kit::{Clock, SystemClock};
-use ashlar_vocabulary::{LeaseTerm, ReplicaId};
+use ashlar_vocabulary::LeaseTerm;
 use std::collections::BTreeMap;
 use std::time::Duration;
 use tokio::sync::mpsc;
 
-/// Events handled together before the next steps are planned.
+/// Messages handled together before the next steps are planned.
 const BATCH_MAX: usize = 256;
 /// Least time between two snapshots that differ only in numbers.
 const SNAPSHOT_INTERVAL_MS: u64 = 250;
@@ -30,21 +31,19 @@ pub(super) enum Ended {
     Fenced(LeaseTerm),
 }
 
-/// Where events come from.
+/// Where messages come from.
 pub(super) struct Sources {
     pub(super) nodes: mpsc::Receiver<NodeArrival>,
     pub(super) gateways: mpsc::Receiver<GatewayArrival>,
 }
 
-/// The cores and their connections.
+/// The director and its connections.
 pub(super) struct Leader {
     clock: SystemClock,
-    cluster: Cluster,
-    engine: Engine,
+    director: Director,
     nodes: BTreeMap<NodeConnection, Peer>,
     gateways: BTreeMap<GatewayId, Peer>,
-    cluster_effects: Vec<cluster::Effect>,
-    engine_effects: Vec<engine::Effect>,
+    outputs: Vec<Output>,
     spans: Spans,
     fenced: Option<LeaseTerm>,
     last_snapshot: Option<ClusterSnapshot>,
@@ -56,12 +55,10 @@ impl Leader {
     pub(super) fn new(cluster: ClusterConfig, engine: EngineConfig) -> Leader {
         Leader {
             clock: SystemClock::new(),
-            cluster: Cluster::new(cluster),
-            engine: Engine::new(engine),
+            director: Director::new(cluster, engine),
             nodes: BTreeMap::new(),
             gateways: BTreeMap::new(),
-            cluster_effects: Vec::new(),
-            engine_effects: Vec::new(),
+            outputs: Vec::new(),
             spans: Spans::default(),
             fenced: None,
             last_snapshot: None,
@@ -96,7 +93,7 @@ impl Leader {
                 }
                 () = &mut shutdown, if drain_until.is_none() => {
                     drain_until = Some(self.now().plus(drain_grace.as_millis() as u64));
-                    self.engine_event(engine::Event::Drain);
+                    self.apply(Input::Drain);
                 }
             }
             for _ in 0..BATCH_MAX {
@@ -108,12 +105,11 @@ impl Leader {
                     break;
                 }
             }
-            self.engine.plan(self.now(), &mut self.engine_effects);
             self.perform();
             if let Some(term) = self.fenced.filter(|_| drain_until.is_none()) {
                 return self.end(Ended::Fenced(term)).await;
             }
-            if drain_until.is_some_and(|until| self.engine.is_idle() || until <= self.now()) {
+            if drain_until.is_some_and(|until| self.director.is_idle() || until <= self.now()) {
                 return self.end(Ended::Drained).await;
             }
         }
@@ -125,7 +121,7 @@ impl Leader {
             Ended::Drained => "the scheduler is shutting down",
             Ended::LeaseLost | Ended::Fenced(_) => "another scheduler leads",
         };
-        self.engine_event(engine::Event::Abort { reason: format!("{reason}: try again shortly") });
+        self.apply(Input::Abort(format!("{reason}: try again shortly")));
         self.perform();
         let peers = self.nodes.into_values().chain(self.gateways.into_values());
         for peer in peers {
@@ -138,73 +134,39 @@ impl Leader {
         Millis(self.clock.now().0)
     }
 
-    fn engine_event(&mut self, event: engine::Event) {
-        self.engine.apply(self.now(), event, &mut self.engine_effects);
-    }
-
-    fn cluster_event(&mut self, event: cluster::Event) {
-        self.cluster.handle(self.now(), event, &mut self.cluster_effects);
-        self.perform_cluster();
+    fn apply(&mut self, input: Input) {
+        self.director.apply(self.now(), input, &mut self.outputs);
     }
 
     fn tick(&mut self) {
-        self.engine_event(engine::Event::Tick);
-        let slowest_step_ms = self.engine.slowest_step_ms();
-        self.cluster_event(cluster::Event::Tick { slowest_step_ms });
+        self.apply(Input::Tick);
         if self.now().since(self.last_snapshot_at) >= SNAPSHOT_INTERVAL_MS {
             self.snapshot_due = true;
         }
     }
 
     fn node(&mut self, arrival: NodeArrival) {
-        use cluster::Event;
-        let (connection, message) = match arrival {
+        match arrival {
             Arrival::Opened(connection, peer) => {
                 self.nodes.insert(connection, peer);
-                return;
             }
             Arrival::Closed(connection, reason) => {
                 self.nodes.remove(&connection);
-                return self.cluster_event(Event::Lost { connection, reason });
+                self.apply(Input::NodeClosed(connection, reason));
             }
-            Arrival::Message(connection, message) => (connection, message),
-        };
-        let event = match message {
-            FromNode::Join(join) => {
-                tracing::info!(node = %join.node, address = %join.data_address, memory = %join.memory, "joined");
-                Event::Join { connection, join: Box::new(join) }
-            }
-            FromNode::Refused { revision: _, term } => Event::Refused { connection, term },
-            FromNode::Loading { revision, loaded, total } => {
-                Event::Loading { connection, revision, loaded, total }
-            }
-            FromNode::Ready { revision, reserved, resident } => {
-                Event::Ready { connection, revision, reserved, resident }
-            }
-            FromNode::Failed { revision, message } => Event::Failed { connection, revision, message },
-            FromNode::Beat => Event::Heard { connection, timing: None },
-            FromNode::Leaving => Event::Lost { connection, reason: "it is shutting down".to_owned() },
-            FromNode::StepResult(result) => {
-                let timing = Some(result.timing);
-                if let Some((replica, _)) = self.cluster.place_of(connection) {
-                    self.engine_event(engine::Event::StepResult { replica, result });
+            Arrival::Message(connection, message) => {
+                if let FromNode::Join(join) = &message {
+                    tracing::info!(node = %join.node, address = %join.data_address, memory = %join.memory, "joined");
                 }
-                Event::Heard { connection, timing }
+                self.apply(Input::Node(connection, Box::new(message)));
             }
-            FromNode::StepDone { revision, step, timing } => {
-                if let Some((replica, stage)) = self.cluster.place_of(connection) {
-                    self.engine_event(engine::Event::StepDone { replica, revision, stage, step, timing });
-                }
-                Event::Heard { connection, timing: Some(timing) }
-            }
-        };
-        self.cluster_event(event);
+        }
     }
 
     fn gateway(&mut self, arrival: GatewayArrival) {
         match arrival {
             Arrival::Opened(gateway, peer) => {
-                let snapshot = self.cluster.snapshot(&self.engine);
+                let snapshot = self.director.snapshot();
                 peer.send(encode(&FromScheduler::Cluster(Box::new(snapshot))));
                 self.gateways.insert(gateway, peer);
                 tracing::info!(%gateway, "gateway connected");
@@ -213,13 +175,12 @@ impl Leader {
                 tracing::info!(%gateway, %reason, "gateway disconnected");
                 self.drop_gateway(gateway);
             }
-            Arrival::Message(gateway, ToScheduler::Submit(mut submit)) => {
-                self.spans.open(gateway, &mut submit);
-                self.engine_event(engine::Event::Submit { gateway, submit });
-            }
-            Arrival::Message(gateway, ToScheduler::Cancel(id)) => {
-                self.spans.cancelled(id);
-                self.engine_event(engine::Event::Cancel { gateway, id });
+            Arrival::Message(gateway, mut message) => {
+                match &mut message {
+                    ToScheduler::Submit(submit) => self.spans.open(gateway, submit),
+                    ToScheduler::Cancel(id) => self.spans.cancelled(*id),
+                }
+                self.apply(Input::Gateway(gateway, message));
             }
         }
     }
@@ -227,76 +188,52 @@ impl Leader {
     fn drop_gateway(&mut self, gateway: GatewayId) {
         self.gateways.remove(&gateway);
         self.spans.gateway_gone(gateway);
-        self.engine_event(engine::Event::GatewayGone { gateway });
+        self.apply(Input::GatewayClosed(gateway));
     }
 
-    /// Performs until neither core wants anything more.
+    /// Performs until the director wants nothing more.
     fn perform(&mut self) {
-        while !self.engine_effects.is_empty() {
-            for effect in std::mem::take(&mut self.engine_effects) {
-                match effect {
-                    engine::Effect::SendStep { replica, plan } => {
-                        self.broadcast(replica, &encode(&ToNode::Step(plan)));
-                    }
-                    engine::Effect::ToGateway { gateway, message } => self.tell_gateway(gateway, &message),
-                    engine::Effect::ReplicaFault { replica, revision, reason } => {
-                        self.cluster_event(cluster::Event::ReplicaFault { replica, revision, reason });
-                    }
-                }
+        loop {
+            self.director.plan(self.now(), &mut self.outputs);
+            if self.outputs.is_empty() {
+                break;
             }
-            self.engine.plan(self.now(), &mut self.engine_effects);
+            for output in std::mem::take(&mut self.outputs) {
+                self.perform_one(output);
+            }
         }
         if self.snapshot_due {
             self.send_snapshot();
         }
     }
 
-    fn perform_cluster(&mut self) {
-        while !self.cluster_effects.is_empty() {
-            for effect in std::mem::take(&mut self.cluster_effects) {
-                match effect {
-                    cluster::Effect::Assign { connection, assignment } => {
-                        tracing::info!(
-                            replica = %assignment.replica, revision = %assignment.revision,
-                            stage = %assignment.stage, rank = %assignment.tensor_rank,
-                            layers = %assignment.layers, kv_blocks = assignment.kv_blocks, "assigning"
-                        );
-                        self.tell_node(connection, encode(&ToNode::Assign(assignment)));
-                    }
-                    cluster::Effect::Release { connection, revision } => {
-                        self.tell_node(connection, encode(&ToNode::Release { revision }));
-                    }
-                    cluster::Effect::Disconnect { connection, reason } => {
-                        tracing::warn!(%reason, "closing a node's connection");
-                        self.nodes.remove(&connection);
-                    }
-                    cluster::Effect::ReplicaUp(up) => {
-                        tracing::info!(replica = %up.replica, revision = %up.revision, "replica is up");
-                        self.snapshot_due = true;
-                        self.engine_event(engine::Event::ReplicaUp(up));
-                    }
-                    cluster::Effect::ReplicaDown { replica, reason } => {
-                        tracing::warn!(%replica, %reason, "replica is down");
-                        self.snapshot_due = true;
-                        self.engine_event(engine::Event::ReplicaDown { replica, reason });
-                    }
-                    cluster::Effect::Problem(problem) => {
-                        if let Some(problem) = &problem {
-                            tracing::warn!(%problem, "nothing can be served");
-                        }
-                        self.snapshot_due = true;
-                        self.engine_event(engine::Event::Problem(problem));
-                    }
-                    cluster::Effect::Fenced { by } => self.fenced = Some(by),
-                }
+    fn perform_one(&mut self, output: Output) {
+        match output {
+            Output::ToNodes(connections, message) => {
+                log_assignment(&message);
+                let frame = encode(&message);
+                connections.into_iter().for_each(|connection| self.tell_node(connection, frame.clone()));
             }
-        }
-    }
-
-    /// Sends to every rank; one that does not take it is lost.
-    fn broadcast(&mut self, replica: ReplicaId, frame: &Frame) {
-        for connection in self.cluster.connections_of(replica) {
-            self.tell_node(connection, frame.clone());
+            Output::CloseNode(connection, reason) => {
+                tracing::warn!(%reason, "closing a node's connection");
+                self.nodes.remove(&connection);
+            }
+            Output::ToGateway(gateway, message) => self.tell_gateway(gateway, &message),
+            Output::Up(up) => {
+                tracing::info!(replica = %up.replica, revision = %up.revision, "replica is up");
+                self.snapshot_due = true;
+            }
+            Output::Down(replica, reason) => {
+                tracing::warn!(%replica, %reason, "replica is down");
+                self.snapshot_due = true;
+            }
+            Output::Problem(problem) => {
+                if let Some(problem) = problem {
+                    tracing::warn!(%problem, "nothing can be served");
+                }
+                self.snapshot_due = true;
+            }
+            Output::Fenced(by) => self.fenced = Some(by),
         }
     }
 
@@ -304,12 +241,7 @@ impl Leader {
         let sent = self.nodes.get(&connection).is_some_and(|peer| peer.send(frame));
         if !sent && self.nodes.remove(&connection).is_some() {
             let reason = "it does not read what it is sent".to_owned();
-            self.cluster.handle(
-                self.now(),
-                cluster::Event::Lost { connection, reason },
-                &mut self.cluster_effects,
-            );
-            self.perform_cluster();
+            self.apply(Input::NodeClosed(connection, reason));
         }
     }
 
@@ -325,7 +257,7 @@ impl Leader {
     fn send_snapshot(&mut self) {
         self.snapshot_due = false;
         self.last_snapshot_at = self.now();
-        let snapshot = self.cluster.snapshot(&self.engine);
+        let snapshot = self.director.snapshot();
         if self.last_snapshot.as_ref() == Some(&snapshot) {
             return;
         }
@@ -337,9 +269,17 @@ impl Leader {
             .filter(|(_, peer)| !peer.send(frame.clone()))
             .map(|(gateway, _)| *gateway)
             .collect();
-        for gateway in slow {
-            self.drop_gateway(gateway);
-        }
+        slow.into_iter().for_each(|gateway| self.drop_gateway(gateway));
+    }
+}
+
+fn log_assignment(message: &ToNode) {
+    if let ToNode::Assign(assignment) = message {
+        tracing::info!(
+            replica = %assignment.replica, revision = %assignment.revision, stage = %assignment.stage,
+            rank = %assignment.tensor_rank, layers = %assignment.layers, kv_blocks = assignment.kv_blocks,
+            "assigning"
+        );
     }
 }
 

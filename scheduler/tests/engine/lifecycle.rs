@@ -235,6 +235,17 @@ fn a_lost_result_gives_the_replica_up() {
 }
 
 #[test]
+fn a_step_that_is_never_answered_gives_the_replica_up() {
+    let mut world = world();
+    let id = world.submit(submit(1, prompt(5, 1), 5));
+    world.wait(4_900);
+    assert!(world.faults.is_empty());
+    world.wait(200);
+    assert_eq!(world.faults, ["a step was never answered"]);
+    assert_eq!(world.failure(id).kind, FailureKind::Unavailable);
+}
+
+#[test]
 fn a_lost_replica_ends_its_requests_with_the_reason_and_a_time_to_retry() {
     let mut world = world();
     let id = world.submit(submit(1, prompt(40, 1), 100));
