@@ -248,12 +248,13 @@ impl Cluster {
                 },
                 _ = poll.tick(), if !ready => {
                     let ready_now = client.get("/ready").await.is_ok_and(|(status, _)| status == 200);
-                    let Ok((_, cluster)) = client.get("/admin/cluster").await else { continue };
-                    show_progress(&bar, &cluster, &mut problem);
+                    let Ok((_, state)) = client.get("/admin/cluster").await else { continue };
+                    let cluster = &state["cluster"];
+                    show_progress(&bar, cluster, &mut problem);
                     if ready_now {
                         ready = true;
                         bar.finish_and_clear();
-                        self.announce(base, &cluster);
+                        self.announce(base, cluster);
                     }
                 }
             }

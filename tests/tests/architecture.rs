@@ -1,0 +1,151 @@
+//! Who may import whom, and what stays out of the repository: the rules of `docs/ARCHITECTURE.md`, checked.
+#![allow(clippy::unwrap_used, missing_docs)]
+
+use serde_json::Value;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().to_owned()
+}
+
+/// Normal (not dev) dependencies of every workspace package.
+fn dependencies() -> BTreeMap<String, BTreeSet<String>> {
+    let output = Command::new(env!("CARGO"))
+        .args(["metadata", "--no-deps", "--format-version", "1", "--offline"])
+        .current_dir(root())
+        .output()
+        .unwrap();
+    let metadata: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let packages = metadata["packages"].as_array().unwrap();
+    packages
+        .iter()
+        .map(|package| {
+            let dependencies = package["dependencies"].as_array().unwrap();
+            let normal = dependencies.iter().filter(|d| d["kind"].is_null());
+            let names = normal.map(|d| d["name"].as_str().unwrap().to_owned()).collect();
+            (package["name"].as_str().unwrap().to_owned(), names)
+        })
+        .collect()
+}
+
+fn ours(names: &BTreeSet<String>) -> BTreeSet<&str> {
+    names.iter().map(String::as_str).filter(|name| name.starts_with("ashlar-")).collect()
+}
+
+#[test]
+fn the_vocabulary_imports_nothing_of_ours_and_pure_crates_only_it() {
+    let all = dependencies();
+    assert_eq!(ours(&all["ashlar-vocabulary"]), BTreeSet::new());
+    for name in ["ashlar-shard-plan", "ashlar-kernels", "ashlar-protocol"] {
+        assert_eq!(ours(&all[name]), BTreeSet::from(["ashlar-vocabulary"]), "{name}");
+    }
+}
+
+#[test]
+fn services_never_import_one_another() {
+    let all = dependencies();
+    let services = ["ashlar-gateway", "ashlar-scheduler", "ashlar-shard-node"];
+    for service in services {
+        for other in services.into_iter().filter(|other| *other != service) {
+            assert!(!all[service].contains(other), "{service} imports {other}");
+        }
+    }
+    for (name, imports) in &all {
+        let joins = services.into_iter().filter(|service| imports.contains(*service)).count();
+        let may_join = matches!(name.as_str(), "ashlar" | "ashlar-simulation");
+        assert!(may_join || joins == 0, "{name} joins services");
+    }
+}
+
+#[test]
+fn each_heavy_library_is_known_to_few() {
+    let all = dependencies();
+    let known_by = |library: &str| -> BTreeSet<&str> {
+        let knows = all.iter().filter(|(_, imports)| imports.contains(library));
+        knows.map(|(name, _)| name.as_str()).collect()
+    };
+    assert_eq!(known_by("redis"), BTreeSet::from(["ashlar-store"]));
+    assert_eq!(known_by("redb"), BTreeSet::from(["ashlar-store"]));
+    assert_eq!(known_by("axum"), BTreeSet::from(["ashlar-gateway"]));
+    assert_eq!(known_by("minijinja"), BTreeSet::from(["ashlar-tokenizer"]));
+    assert_eq!(known_by("llguidance"), BTreeSet::from(["ashlar-grammar"]));
+    assert_eq!(known_by("hf-hub"), BTreeSet::from(["ashlar-model"]));
+    assert_eq!(known_by("candle-core"), BTreeSet::new(), "candle is an oracle of tests");
+    assert_eq!(known_by("ashlar-store"), BTreeSet::from(["ashlar-scheduler"]));
+}
+
+fn rust_files(folder: &Path, found: &mut Vec<PathBuf>) {
+    for entry in fs::read_dir(folder).unwrap().flatten() {
+        let path = entry.path();
+        let name = entry.file_name().to_string_lossy().into_owned();
+        if path.is_dir() && name != "target" && !name.starts_with('.') {
+            rust_files(&path, found);
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            found.push(path);
+        }
+    }
+}
+
+/// Source lines of a file or folder, without comments and test modules.
+fn code_lines(place: &str) -> Vec<(PathBuf, String)> {
+    let mut files = Vec::new();
+    let path = root().join(place);
+    if path.is_file() {
+        files.push(path);
+    } else {
+        rust_files(&path, &mut files);
+    }
+    let mut lines = Vec::new();
+    for file in files.into_iter().filter(|file| !file.ends_with("tests.rs")) {
+        let text = fs::read_to_string(&file).unwrap();
+        let code = text.split("#[cfg(test)]").next().unwrap();
+        let kept = code.lines().filter(|line| !line.trim_start().starts_with("//"));
+        lines.extend(kept.map(|line| (file.clone(), line.to_owned())));
+    }
+    assert!(!lines.is_empty(), "{place} holds no code: has it moved?");
+    lines
+}
+
+#[test]
+fn pure_cores_have_no_runtime_clock_randomness_or_io() {
+    let cores = [
+        "scheduler/src/engine",
+        "scheduler/src/cluster",
+        "gateway/src/transcript",
+        "gateway/src/transcript.rs",
+        "shard-node/src/sequencer.rs",
+        "crates/shard-plan/src",
+    ];
+    let banned = [
+        "tokio",
+        "std::net",
+        "std::fs",
+        "SystemTime",
+        "Instant",
+        "HashMap",
+        "HashSet",
+        "rand::",
+        "std::thread",
+    ];
+    for core in cores {
+        for (file, line) in code_lines(core) {
+            for word in banned {
+                assert!(!line.contains(word), "{}: `{word}` in a pure core: {line}", file.display());
+            }
+        }
+    }
+}
+
+#[test]
+fn unsafe_code_lives_in_the_kernels_alone() {
+    let mut files = Vec::new();
+    rust_files(&root(), &mut files);
+    let roots = files.iter().filter(|file| file.ends_with("src/lib.rs") || file.ends_with("src/main.rs"));
+    for file in roots.filter(|file| !file.starts_with(root().join("crates/kernels"))) {
+        let text = fs::read_to_string(file).unwrap();
+        assert!(text.contains("#![forbid(unsafe_code)]"), "{} does not forbid unsafe code", file.display());
+    }
+}
