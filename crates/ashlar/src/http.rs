@@ -9,6 +9,17 @@ use hyper_util::client::legacy::Client as HyperClient;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
 use serde_json::Value;
+use std::time::Instant;
+
+/// The service answered with an error status.
+#[derive(Debug, thiserror::Error)]
+#[error("{status}: {message}")]
+pub(crate) struct StatusError {
+    /// The status.
+    pub(crate) status: hyper::StatusCode,
+    /// The service's message.
+    pub(crate) message: String,
+}
 
 /// A client of one service.
 #[derive(Debug, Clone)]
@@ -25,7 +36,10 @@ impl Client {
         if !base.starts_with("http://") {
             bail!("`{base}` is not an http:// address (TLS: put a local proxy in front)");
         }
-        let inner = HyperClient::builder(TokioExecutor::new()).build_http();
+        let mut connector = HttpConnector::new();
+        // A long body must not wait for the acknowledgement of its first part.
+        connector.set_nodelay(true);
+        let inner = HyperClient::builder(TokioExecutor::new()).build(connector);
         Ok(Client { inner, base: base.to_owned(), key })
     }
 
@@ -62,9 +76,9 @@ impl Client {
             let bytes = response.into_body().collect().await?.to_bytes();
             let json: Value = serde_json::from_slice(&bytes).unwrap_or(Value::Null);
             let message = json["error"]["message"].as_str().unwrap_or("no message").to_owned();
-            bail!("{status}: {message}");
+            return Err(StatusError { status, message }.into());
         }
-        Ok(EventStream { body: response.into_body(), buffer: Vec::new() })
+        Ok(EventStream { body: response.into_body(), buffer: Vec::new(), received: Instant::now() })
     }
 }
 
@@ -73,9 +87,15 @@ impl Client {
 pub(crate) struct EventStream {
     body: Incoming,
     buffer: Vec<u8>,
+    received: Instant,
 }
 
 impl EventStream {
+    /// When the bytes that completed the last event arrived, before it was parsed.
+    pub(crate) fn received(&self) -> Instant {
+        self.received
+    }
+
     /// The next event's JSON; `None` after `[DONE]` or the end. An error event becomes an error.
     pub(crate) async fn next(&mut self) -> Result<Option<Value>> {
         loop {
@@ -95,6 +115,7 @@ impl EventStream {
             match self.body.frame().await {
                 None => return Ok(None),
                 Some(frame) => {
+                    self.received = Instant::now();
                     if let Ok(data) = frame.context("the stream broke off")?.into_data() {
                         self.buffer.extend_from_slice(&data);
                     }

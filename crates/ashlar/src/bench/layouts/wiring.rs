@@ -1,0 +1,98 @@
+//! The links of a layout: the very connections that nodes make, over loopback.
+
+use anyhow::{Context, Result, bail};
+use ashlar_model::RankSlice;
+use ashlar_protocol::data::LinkFaults;
+use ashlar_protocol::membership::Assignment;
+use ashlar_shard_node::beat::Beat;
+use ashlar_shard_node::links::{self, Inbound, LinkBreaker, Links, PendingLinks, Waiting};
+use ashlar_vocabulary::{LeaseTerm, ModelDigest, ReplicaId, ReplicaRevision, StageIndex, TensorRank};
+use std::net::TcpListener;
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+/// The one layout that a bench's links belong to.
+pub(super) const REVISION: ReplicaRevision = ReplicaRevision(1);
+/// How long ranks may take to connect, on a busy machine.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// Where a rank listens.
+#[derive(Debug)]
+pub(super) struct Port {
+    listener: TcpListener,
+    address: String,
+}
+
+impl Port {
+    /// A free port of this machine.
+    pub(super) fn open() -> Result<Port> {
+        let listener = TcpListener::bind("127.0.0.1:0").context("cannot listen on loopback")?;
+        let address = listener.local_addr()?.to_string();
+        Ok(Port { listener, address })
+    }
+
+    /// Where its peers reach it.
+    pub(super) fn address(&self) -> &str {
+        &self.address
+    }
+}
+
+/// Makes the links of the rank with `slice`, in stage `stage`; `group` are the addresses of its stage's ranks, `next` that
+/// of the same rank in the next stage. Blocks until all stand, so every rank needs a thread of its own here.
+pub(super) fn connect(
+    port: Port,
+    slice: &RankSlice,
+    stage: usize,
+    group: Vec<String>,
+    next: Option<String>,
+    breaker: &LinkBreaker,
+) -> Result<Links> {
+    let assignment = Assignment {
+        term: LeaseTerm(1),
+        holder: "bench".to_owned(),
+        revision: REVISION,
+        replica: ReplicaId(0),
+        model: String::new(),
+        model_digest: ModelDigest([0; 32]),
+        stage: StageIndex(stage as u32),
+        num_stages: 2,
+        layers: slice.layers,
+        tensor_rank: TensorRank(slice.tensor_rank as u32),
+        tensor_parallel_size: slice.tensor_parallel_size as u32,
+        kv_blocks: 0,
+        max_num_batched_tokens: 0,
+        group,
+        next,
+    };
+    let expected = usize::from(stage > 0) + slice.tensor_parallel_size - 1 - slice.tensor_rank;
+    let inbound = accept_in_background(port.listener, expected);
+    let mut pending =
+        PendingLinks::connect(&assignment, LinkFaults::default()).context("cannot reach another rank")?;
+    let (mut waiting, deadline) = (Waiting::default(), Instant::now() + CONNECT_TIMEOUT);
+    while !pending.collect(&mut waiting) {
+        match inbound.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+            Ok(arrived) => waiting.keep(arrived?),
+            Err(_) => bail!("another rank did not connect within {} s", CONNECT_TIMEOUT.as_secs()),
+        }
+    }
+    // Nobody listens to the signs of life here.
+    let (beats, _) = tokio::sync::mpsc::channel(1);
+    pending.finish(breaker, &Beat::new(beats)).context("a link broke while it was made")
+}
+
+/// Accepts `expected` connections on a thread of its own, because a peer waits for our greeting while we wait for its.
+fn accept_in_background(listener: TcpListener, expected: usize) -> mpsc::Receiver<Result<Inbound>> {
+    let (arrivals, inbound) = mpsc::channel();
+    std::thread::spawn(move || {
+        for _ in 0..expected {
+            let accepted = listener
+                .accept()
+                .context("cannot accept a rank")
+                .and_then(|(socket, _)| links::accept(socket).context("a rank was not understood"));
+            if arrivals.send(accepted).is_err() {
+                return;
+            }
+        }
+    });
+    inbound
+}
