@@ -12,9 +12,9 @@ pub struct GatewayConfig {
     pub model: String,
     /// Where to send traces (OTLP over HTTP), for example `http://127.0.0.1:4318`. Off by default.
     pub otlp_endpoint: Option<String>,
-    /// Where to listen for HTTP. Default `127.0.0.1:8000`.
+    /// Where to listen for HTTP. Default `127.0.0.1:8080`.
     pub listen: SocketAddr,
-    /// The scheduler's gateway port (`host:port`). Default `127.0.0.1:7000`.
+    /// The scheduler's gateway port (`host:port`). Default `127.0.0.1:7402`.
     pub scheduler: String,
     /// Names under which the model is offered; the first is the one that answers carry. Default: the name of the
     /// model's directory.
@@ -64,8 +64,8 @@ impl Default for GatewayConfig {
         GatewayConfig {
             model: String::new(),
             otlp_endpoint: None,
-            listen: SocketAddr::from(([127, 0, 0, 1], 8000)),
-            scheduler: "127.0.0.1:7000".to_owned(),
+            listen: SocketAddr::from(([127, 0, 0, 1], 8080)),
+            scheduler: "127.0.0.1:7402".to_owned(),
             served_model_name: Vec::new(),
             request_body_bytes_max: 8 << 20,
             n_max: 128,

@@ -6,6 +6,7 @@ use crate::fence::Fence;
 use crate::links::{Inbound, LinkBreaker, Links, PendingLinks, Waiting};
 use crate::sampling::Samplers;
 use crate::sequencer::{Effect, Event, Row, Sequencer, StepWork};
+use crate::spans::Spans;
 use ashlar_grammar::GrammarCompiler;
 use ashlar_kernels::{Kernels, RowContext};
 use ashlar_model::stage::LOGIT_ROWS_MAX;
@@ -74,6 +75,7 @@ struct Place {
     samplers: Samplers,
     /// Sequences whose prompt tokens are scored; every rank of the last stage must agree on the rows it multiplies.
     scored: BTreeSet<SequenceId>,
+    spans: Spans,
     links: PlaceLinks,
 }
 
@@ -188,6 +190,7 @@ impl Executor {
             input: Vec::new(),
             samplers: Samplers::new(model.config().shape.vocab_size, loaded.compiler.clone()),
             scored: BTreeSet::new(),
+            spans: Spans::default(),
             links: PlaceLinks::Pending(Box::new(links), Instant::now()),
             assignment,
         })
@@ -292,6 +295,7 @@ impl Executor {
             let Some(place) = &mut self.place else { return };
             match effect {
                 Effect::Begin(new) => {
+                    place.spans.begin(&new, &place.assignment);
                     if new.sampling.prompt_logprobs {
                         place.scored.insert(new.id);
                     }
@@ -302,6 +306,7 @@ impl Executor {
                 Effect::Observe(id, tokens) => place.samplers.observe(id, &tokens),
                 Effect::End(id) => {
                     place.samplers.end(id);
+                    place.spans.end(id);
                     place.scored.remove(&id);
                 }
                 Effect::Compute(work) => match self.compute(&work) {
@@ -376,6 +381,10 @@ impl Executor {
         let spent = started.elapsed().as_micros() as u64;
         timing.compute_us = spent.saturating_sub(timing.wait_us + timing.collective_us + timing.send_us);
         result.timing = timing;
+        if !place.spans.is_empty() {
+            let ids: BTreeSet<SequenceId> = work.rows.iter().map(|row| row.sequence).collect();
+            ids.into_iter().for_each(|id| place.spans.step(id, &timing));
+        }
         Ok(match place.samples {
             true => FromNode::StepResult(result),
             false => FromNode::StepDone { revision, step, timing },

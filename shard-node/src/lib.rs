@@ -8,6 +8,7 @@
 //! * [`sampling`]: samplers and grammars of the last stage's rank 0.
 //! * [`links`]: data connections to other ranks; the tensor-parallel group's exchange.
 //! * [`fence`]: the persisted highest lease term.
+//! * [`spans`]: what traced requests cost this rank.
 //! * [`service`]: the thin shell: control connection, data listener, reconnects.
 //!
 //! **Invariants:** the sequencer performs no I/O and reads no clock. A rank obeys only the highest lease term it has
@@ -22,6 +23,7 @@ pub mod links;
 pub mod sampling;
 pub mod sequencer;
 pub mod service;
+pub mod spans;
 
 pub use config::NodeConfig;
 pub use service::{NodeError, serve};

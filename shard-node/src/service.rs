@@ -22,6 +22,8 @@ use tracing::{info, warn};
 const COMMAND_QUEUE: usize = 256;
 /// Messages waiting for the control connection.
 const OUTBOUND_QUEUE: usize = 256;
+/// How long connecting to the scheduler may take.
+const GREETING_TIMEOUT: Duration = Duration::from_secs(5);
 const RECONNECT_MIN: Duration = Duration::from_millis(50);
 const RECONNECT_MAX: Duration = Duration::from_secs(2);
 
@@ -133,7 +135,12 @@ fn join_message(
 /// Accepts data connections for the life of the process; a bad greeting concerns only its connection.
 fn accept_links(listener: TcpListener, commands: SyncSender<Command>) {
     std::thread::spawn(move || {
-        for socket in listener.incoming().flatten() {
+        for socket in listener.incoming() {
+            let Ok(socket) = socket else {
+                // Out of file descriptors, most likely: give others time to close some.
+                std::thread::sleep(RECONNECT_MIN);
+                continue;
+            };
             let commands = commands.clone();
             std::thread::spawn(move || match links::accept(socket) {
                 Ok(inbound) => {
@@ -182,9 +189,16 @@ impl Session<'_> {
         outbound: &mut mpsc::Receiver<FromNode>,
         pause: &mut Duration,
     ) -> Result<String, FrameError> {
-        let mut socket = TcpStream::connect(&self.config.scheduler).await?;
-        socket.set_nodelay(true)?;
-        frame::greet(&mut socket, &format!("node {}", self.config.name)).await?;
+        // A scheduler that stands by accepts the connection but does not greet: try again rather than wait for ever.
+        let speaker = format!("node {}", self.config.name);
+        let greeting = async {
+            let mut socket = TcpStream::connect(&self.config.scheduler).await?;
+            socket.set_nodelay(true)?;
+            frame::greet(&mut socket, &speaker).await?;
+            Ok::<_, FrameError>(socket)
+        };
+        let greeted = tokio::time::timeout(GREETING_TIMEOUT, greeting).await;
+        let mut socket = greeted.map_err(|_| FrameError::Io(std::io::ErrorKind::TimedOut.into()))??;
         let join = Join { holds: self.shared.held(), ..self.join.clone() };
         frame::write(&mut socket, &FromNode::Join(join)).await?;
         info!(scheduler = %self.config.scheduler, "joined");

@@ -20,11 +20,16 @@ use std::process::ExitCode;
 
 /// Serve one large model from several ordinary machines, exactly.
 #[derive(Debug, Parser)]
-#[command(name = "ashlar", version, max_term_width = 110, after_help = "Examples:
+#[command(
+    name = "ashlar",
+    version,
+    max_term_width = 110,
+    after_help = "Examples:
   ashlar up                                   a gateway, a scheduler and two nodes with the demo model
   ashlar up --model ./llama-3.2-1b --tp 2     a model directory, cut over two tensor-parallel ranks
   ashlar chat                                 talk to it
-  ashlar plan --model ./llama-3.2-1b          what would go where, and how fast it would be")]
+  ashlar plan --model ./llama-3.2-1b          what would go where, and how fast it would be"
+)]
 struct Cli {
     #[command(subcommand)]
     command: Command,

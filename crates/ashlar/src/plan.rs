@@ -161,7 +161,16 @@ fn print_layout(layout: &Layout, devices: &[DeviceReport]) {
         println!("\nreplica {index}: {} KV blocks of 16 tokens", replica.kv_blocks);
         println!(
             "  {:<5} {:<4} {:<10} {:<8} {:>11} {:>11} {:>11} {:>11} {:>11} {:>11} {:>11}",
-            "stage", "rank", "node", "layers", "weights", "embedding", "head", "kv cache", "activations", "total",
+            "stage",
+            "rank",
+            "node",
+            "layers",
+            "weights",
+            "embedding",
+            "head",
+            "kv cache",
+            "activations",
+            "total",
             "free"
         );
         for (stage, layout) in replica.stages.iter().enumerate() {

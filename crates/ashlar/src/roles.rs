@@ -3,7 +3,7 @@
 use anyhow::{Context, Result};
 use ashlar_gateway::GatewayConfig;
 use ashlar_model::{ModelConfig, digest, hub};
-use ashlar_scheduler::{ModelCard, SchedulerConfig};
+use ashlar_scheduler::{ModelCard, SchedulerConfig, SchedulerError};
 use ashlar_service_kit::telemetry::{self, TelemetryConfig, TelemetryGuard};
 use ashlar_service_kit::{Shutdown, config};
 use ashlar_shard_node::NodeConfig;
@@ -81,7 +81,13 @@ pub(crate) fn scheduler(args: &RoleArgs) -> Result<()> {
         let asked = async move {
             shutdown.requested().await;
         };
-        permanent(ashlar_scheduler::serve(config, card, asked).await.map_err(anyhow::Error::from))
+        match ashlar_scheduler::serve(config, card, asked).await {
+            // A store that is away for a moment is worth another start.
+            Err(SchedulerError::Store(error)) if error.is_retryable() => {
+                Err(anyhow::Error::new(SchedulerError::Store(error)))
+            }
+            result => permanent(result.map_err(anyhow::Error::from)),
+        }
     })
 }
 

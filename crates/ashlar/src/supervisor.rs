@@ -57,9 +57,11 @@ impl Supervised {
     /// Asks the child to drain and end; waits for it, then kills it after `grace`.
     pub(crate) async fn end(self, grace: Duration) {
         let _ = self.stop.send(true);
-        // The child was started with `kill_on_drop`: aborting its task kills it.
+        let abort = self.task.abort_handle();
         if tokio::time::timeout(grace, self.task).await.is_err() {
-            tracing::warn!("a role did not end within {} s and was killed", grace.as_secs());
+            // The child was started with `kill_on_drop`: ending its task kills it.
+            abort.abort();
+            eprintln!("a role did not end within {} s and was killed", grace.as_secs());
         }
     }
 }

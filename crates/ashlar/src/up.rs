@@ -106,7 +106,10 @@ pub(crate) fn run(args: UpArgs) -> Result<()> {
 fn lock(state: &Path) -> Result<File> {
     let file = File::create(state.join("up.lock"))?;
     if file.try_lock().is_err() {
-        bail!("the state directory {} is in use by another `ashlar up`: give this one --state DIR", state.display());
+        bail!(
+            "the state directory {} is in use by another `ashlar up`: give this one --state DIR",
+            state.display()
+        );
     }
     Ok(file)
 }
@@ -159,9 +162,7 @@ impl Cluster {
             otlp_endpoint: args.otlp_endpoint.clone(),
             ..GatewayConfig::default()
         };
-        let threads = args
-            .threads
-            .unwrap_or_else(|| (ashlar_kernels::available_threads() / nodes).max(1));
+        let threads = args.threads.unwrap_or_else(|| (ashlar_kernels::available_threads() / nodes).max(1));
         let available = memory::available_memory().unwrap_or(Bytes(1 << 30)).0 / 10 * 9;
         let memory = args.memory.map_or(available / nodes as u64, |bytes| bytes.0);
         let roles = Writer { state };
@@ -325,8 +326,9 @@ impl Writer<'_> {
 fn with_settings(config: &SchedulerConfig, settings: &[String]) -> Result<toml::Table> {
     let mut table = toml::Table::try_from(config).context("the scheduler's configuration")?;
     for setting in settings {
-        let parsed: toml::Table =
-            setting.parse().with_context(|| format!("--set {setting}: write key=value, strings in quotes"))?;
+        let parsed: toml::Table = setting
+            .parse()
+            .with_context(|| format!("--set {setting}: write key=value, strings in quotes"))?;
         table.extend(parsed);
     }
     Ok(table)

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 const BYTES_PER_ACTIVATION: usize = 4;
 
 /// Logits are computed for at most this many rows at a time.
-const LOGIT_ROWS: usize = 64;
+const LOGIT_ROWS: usize = 16;
 
 /// Bytes that one rank holds.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -103,18 +103,29 @@ impl Piece {
         self.layers * 2 * kv * BYTES_PER_ACTIVATION
     }
 
-    /// Bytes of the buffers that the largest step needs on this rank: residual stream and its copies, the projections
-    /// of one layer, attention scores per thread, and on the last stage a chunk of logits.
+    /// Whether one copy of a tied table serves as embedding and head: one stage of one rank.
+    fn shares_table(&self, shape: &ModelShape) -> bool {
+        shape.tied_head && self.first && self.last && self.tensor_parallel_size == 1
+    }
+
+    /// Bytes of the buffers that the largest step needs on this rank: the residual stream and its copy, the widest and
+    /// the narrowest product of a layer, rotation angles, the group's contributions, activations received and waiting to
+    /// be sent, attention's partial results per thread, and on the last stage a chunk of logits.
     fn activation_bytes(&self, shape: &ModelShape, request: &PlanRequest, threads: u32) -> usize {
         let slice = |cut: ashlar_vocabulary::AxisCut| cut.rank(self.rank, self.tensor_parallel_size).len();
-        let tokens = request.max_num_batched_tokens;
-        let per_token = 4 * shape.hidden_size
-            + 2 * slice(shape.attention_cut())
-            + 2 * slice(shape.key_cut())
-            + 3 * slice(shape.feed_forward_cut());
-        let scores = threads.max(1) as usize * request.max_context_tokens;
-        let logits = if self.last { tokens.min(LOGIT_ROWS) * shape.vocab_size } else { 0 };
-        (tokens * per_token + scores + logits) * BYTES_PER_ACTIVATION
+        let (q, kv) = (slice(shape.attention_cut()), slice(shape.key_cut()));
+        let (ff, vocab) = (slice(shape.feed_forward_cut()), slice(shape.vocab_cut()));
+        let size = self.tensor_parallel_size;
+        let gathered = if size > 1 { size } else { 0 };
+        let passed_on = usize::from(!self.first) + 2 * usize::from(!self.last);
+        let per_token = (2 + gathered + passed_on) * shape.hidden_size
+            + (q + 2 * kv).max(2 * ff)
+            + q.max(ff)
+            + shape.head_dim;
+        let partials = threads.max(1) as usize * request.max_context_tokens;
+        let whole_logits = if self.rank == 0 { (1 + usize::from(size > 1)) * shape.vocab_size } else { 0 };
+        let logits = if self.last { LOGIT_ROWS * (2 * shape.hidden_size + vocab + whole_logits) } else { 0 };
+        (request.max_num_batched_tokens * per_token + partials + logits) * BYTES_PER_ACTIVATION
     }
 
     /// The ledger of this piece on a node with `capacity` and `threads`, with `kv_blocks` blocks.
@@ -129,9 +140,11 @@ impl Piece {
         let weight = |elements: usize| Bytes((elements * request.bytes_per_weight) as u64);
         let final_norm = if self.last { shape.hidden_size } else { 0 };
         let weights = weight(self.layers * self.layer_weights(shape) + final_norm);
-        let embedding = weight(if self.first { shape.embedding_weights() } else { 0 });
-        let shared = shape.tied_head && self.first;
-        let head = weight(if shared { 0 } else { self.head_weights(shape) });
+        // The embedding is only looked up, never multiplied with: it stays in the file's type, a slice per rank.
+        let rows = shape.vocab_cut().rank(self.rank, self.tensor_parallel_size).len();
+        let table = if self.first && !self.shares_table(shape) { rows * shape.hidden_size } else { 0 };
+        let embedding = Bytes((table * shape.file_bytes_per_weight) as u64);
+        let head = weight(self.head_weights(shape));
         let kv_cache = Bytes((kv_blocks * request.block_tokens * self.kv_bytes_per_token(shape)) as u64);
         let activations = Bytes(self.activation_bytes(shape, request, threads) as u64);
         let total = weights + embedding + head + kv_cache + activations;

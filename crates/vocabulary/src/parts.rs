@@ -28,7 +28,7 @@ impl AxisCut {
 
     /// The feed-forward or vocabulary axis of `len` elements: granule 32, or 1 where 32 does not divide `len`.
     pub const fn wide(len: usize) -> AxisCut {
-        if len % WIDE_GRANULE == 0 {
+        if len.is_multiple_of(WIDE_GRANULE) {
             AxisCut { granules: len / WIDE_GRANULE, granule: WIDE_GRANULE }
         } else {
             AxisCut { granules: len, granule: 1 }

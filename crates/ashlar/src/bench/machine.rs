@@ -48,6 +48,16 @@ pub(crate) struct MachineReport {
     readings: usize,
 }
 
+impl Limits {
+    /// Of two readings around a measurement: what the machine could do meanwhile, as far as it tells.
+    pub(crate) fn between(before: Limits, after: Limits) -> Limits {
+        Limits {
+            bytes_per_s: (before.bytes_per_s + after.bytes_per_s) / 2.0,
+            flops_per_s: (before.flops_per_s + after.flops_per_s) / 2.0,
+        }
+    }
+}
+
 impl Machine {
     /// Memory that measuring takes.
     pub(crate) const BYTES: Bytes = Bytes(WORKING_SET as u64);

@@ -23,8 +23,8 @@ use std::time::Instant;
   ashlar bench model --model ./llama-3.2-1b --threads 1 --batches 1,8 --prefill 128 --json
   ashlar bench model --model ./llama-3.2-1b --isa avx2 --context 2048
 Tokens are random and not sampled. `of bandwidth` counts the weights that a step reads, `with KV` the cached keys and
-values too; `of peak` counts two operations per weight and row, attention excluded. Both limits are measured before every
-single measurement of the same run.")]
+values too; `of peak` counts two operations per weight and row, attention excluded. Both limits are measured before and after
+every single measurement of the same run.")]
 pub(crate) struct ModelArgs {
     /// Model directory or hub id.
     #[arg(long, value_name = "DIR|HUB_ID")]
@@ -324,9 +324,9 @@ struct Bench {
 }
 
 impl Bench {
-    /// Reads the limits, warms up with one step where steps are short, and times `steps` steps.
+    /// Warms up with one step where steps are short, and times `steps` steps between two readings of the limits.
     fn measure(&mut self, work: &Work, steps: usize) -> Result<Sample> {
-        let limits = self.machine.read(&self.kernels);
+        let before = self.machine.read(&self.kernels);
         if steps > 1 {
             self.step(work)?;
         }
@@ -341,6 +341,7 @@ impl Bench {
             head_s += self.step(&work)?;
         }
         let step_s = started.elapsed().as_secs_f64() / steps as f64;
+        let limits = Limits::between(before, self.machine.read(&self.kernels));
         Ok(Sample { step_s, head_s: head_s / steps as f64, limits })
     }
 
