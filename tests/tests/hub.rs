@@ -75,7 +75,8 @@ fn answer(
         (true, Some(body)) => ("206 Partial Content", body),
     };
     let total = body.len();
-    let (start, end) = range.map_or((0, total), |(start, end)| (start, end.map_or(total, |e| e + 1).min(total)));
+    let (start, end) =
+        range.map_or((0, total), |(start, end)| (start, end.map_or(total, |e| e + 1).min(total)));
     let part = &body[start.min(total)..end];
     write!(
         socket,
@@ -123,8 +124,16 @@ fn a_model_is_fetched_once_with_its_shards_and_then_served_from_the_cache() {
     let endpoint = [("HF_ENDPOINT", hub.address.as_str())];
     assert_planned(&plan("acme/tiny", home.path(), &endpoint));
     let asked = hub.asked();
-    for file in ["config.json", "tokenizer.json", "model-00001-of-00005.safetensors", "model-00005-of-00005.safetensors"] {
-        assert!(asked.iter().any(|path| path == &format!("/acme/tiny/resolve/main/{file}")), "{file}: {asked:?}");
+    for file in [
+        "config.json",
+        "tokenizer.json",
+        "model-00001-of-00005.safetensors",
+        "model-00005-of-00005.safetensors",
+    ] {
+        assert!(
+            asked.iter().any(|path| path == &format!("/acme/tiny/resolve/main/{file}")),
+            "{file}: {asked:?}"
+        );
     }
     // Offline: nothing is asked any more.
     let offline = [endpoint[0], ("HF_HUB_OFFLINE", "1")];
@@ -146,7 +155,10 @@ fn a_gated_model_needs_the_token() {
     let hub = Hub::start(files.path().to_owned(), Some("secret"));
     let refused = plan("acme/tiny", home.path(), &[("HF_ENDPOINT", &hub.address)]);
     let message = String::from_utf8_lossy(&refused.stderr).into_owned();
-    assert!(!refused.status.success() && message.contains("acme/tiny") && message.contains("401"), "{message}");
+    assert!(
+        !refused.status.success() && message.contains("acme/tiny") && message.contains("401"),
+        "{message}"
+    );
     assert_planned(&plan("acme/tiny", home.path(), &[("HF_ENDPOINT", &hub.address), ("HF_TOKEN", "secret")]));
 }
 

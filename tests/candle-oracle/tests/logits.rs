@@ -4,11 +4,11 @@
 #[path = "../../../crates/model/tests/common/mod.rs"]
 mod common;
 
-use common::{Grid, goldens, relative_error};
-use serde::Deserialize;
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use candle_transformers::models::{llama, qwen2, qwen3};
+use common::{Grid, goldens, relative_error};
+use serde::Deserialize;
 
 const TOLERANCE: f32 = 1e-4;
 
@@ -66,7 +66,8 @@ fn llama_equals_candle() {
 
 #[test]
 fn qwen2_equals_candle() {
-    let extra = serde_json::json!({"sliding_window": 4096, "max_window_layers": 99, "use_sliding_window": false});
+    let extra =
+        serde_json::json!({"sliding_window": 4096, "max_window_layers": 99, "use_sliding_window": false});
     let config: qwen2::Config = config("qwen2", extra);
     let mut model = qwen2::ModelForCausalLM::new(&config, weights("qwen2")).unwrap();
     compare("qwen2", &model.forward(&input("qwen2"), 0).unwrap());
@@ -74,7 +75,8 @@ fn qwen2_equals_candle() {
 
 #[test]
 fn qwen3_equals_candle() {
-    let extra = serde_json::json!({"sliding_window": null, "max_window_layers": 99, "use_sliding_window": false});
+    let extra =
+        serde_json::json!({"sliding_window": null, "max_window_layers": 99, "use_sliding_window": false});
     let config: qwen3::Config = config("qwen3", extra);
     let mut model = qwen3::ModelForCausalLM::new(&config, weights("qwen3")).unwrap();
     compare("qwen3", &model.forward(&input("qwen3"), 0).unwrap());

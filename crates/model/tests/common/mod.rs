@@ -89,13 +89,18 @@ pub struct Sequence {
 const ROWS_MAX: usize = 256;
 
 impl Grid {
-    pub fn new(directory: &Path, stages: usize, tensor_parallel_size: usize, isa: Isa, threads: usize) -> Grid {
+    pub fn new(
+        directory: &Path,
+        stages: usize,
+        tensor_parallel_size: usize,
+        isa: Isa,
+        threads: usize,
+    ) -> Grid {
         let config = ModelConfig::from_dir(directory).unwrap();
         let layers = config.shape.num_layers;
         let stages = (0..stages)
             .map(|stage| {
-                let range =
-                    LayerRange { start: stage * layers / stages, end: (stage + 1) * layers / stages };
+                let range = LayerRange { start: stage * layers / stages, end: (stage + 1) * layers / stages };
                 ThreadGroup::of(tensor_parallel_size)
                     .into_iter()
                     .map(|group| {
@@ -151,7 +156,9 @@ impl Grid {
             let outputs: Vec<_> = std::thread::scope(|scope| {
                 let running: Vec<_> = ranks
                     .iter_mut()
-                    .map(|rank| scope.spawn(move || run_rank(rank, index, index == last, tokens, contexts, input)))
+                    .map(|rank| {
+                        scope.spawn(move || run_rank(rank, index, index == last, tokens, contexts, input))
+                    })
                     .collect();
                 running.into_iter().map(|handle| handle.join().unwrap()).collect()
             });
