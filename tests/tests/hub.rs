@@ -1,7 +1,7 @@
 //! Models from a hub: a small hub on loopback, spoken to by the real client inside the real binary.
 #![allow(clippy::unwrap_used, missing_docs)]
 
-use ashlar_tests::binary;
+use ashlar_tests::cluster::binary;
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::net::{TcpListener, TcpStream};

@@ -69,7 +69,7 @@ fn a_request_leaves_one_trace_through_gateway_scheduler_and_every_stage() {
     socket.read_to_string(&mut answer).unwrap();
     assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
     // Roles flush what they have not exported yet when they end.
-    drop(cluster.interrupt());
+    cluster.interrupt();
     let mut exports = Vec::new();
     let deadline = Instant::now() + Duration::from_secs(20);
     let seen = |exports: &[Vec<u8>], name: &str| {

@@ -66,7 +66,9 @@ pub(super) async fn refuse(mut socket: TcpStream) {
     let answer = async {
         // A client that is answered before it has asked takes that for an error of the protocol.
         let mut head = [0; 1_024];
-        socket.read(&mut head).await?;
+        if socket.read(&mut head).await? == 0 {
+            return Ok(());
+        }
         socket.write_all(response.as_bytes()).await?;
         socket.shutdown().await
     };

@@ -1,0 +1,324 @@
+//! A gateway: the real transcripts, and clients that know what the model should say.
+
+use crate::oracle;
+use crate::process::{Action, Connection, Input, Message, Process, Purpose, Timer};
+use crate::random::Random;
+use ashlar_gateway::transcript::{Effect, End, TokenDecoder, Transcript, TranscriptEvent, TranscriptSpec};
+use ashlar_protocol::serving::{
+    ChoiceId, FailureKind, FinishReason, FromScheduler, RequestFailure, Submit, ToScheduler,
+};
+use ashlar_vocabulary::{LeaseTerm, ModelDigest, RequestId, SamplingParams, TokenId};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// The model that everybody serves.
+pub(crate) const DIGEST: ModelDigest = ModelDigest([9; 32]);
+
+/// A client's request, and what becomes of it.
+#[derive(Debug, Clone)]
+pub(crate) struct Request {
+    pub(crate) arrival_us: u64,
+    /// When its client goes away, if it does.
+    pub(crate) departure_us: Option<u64>,
+    pub(crate) prompt: Vec<TokenId>,
+    pub(crate) max_new_tokens: u32,
+    /// Ends on the token that the model says at this index.
+    pub(crate) stop_token_at: Option<usize>,
+    /// Ends on the text of the token that the model says at this index.
+    pub(crate) stop_string_at: Option<usize>,
+    pub(crate) seed: u64,
+    pub(crate) tenant_salt: u64,
+    pub(crate) priority: i32,
+    pub(crate) deadline_ms: u64,
+    /// Tokens that the client has received.
+    pub(crate) received: Vec<TokenId>,
+    pub(crate) outcome: Option<Outcome>,
+}
+
+/// How a request ended for its client.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) enum Outcome {
+    Finished(FinishReason),
+    Failed(FailureKind),
+    ClientLeft,
+    GatewayDied,
+}
+
+/// A gateway process. Its clients outlive it.
+pub(crate) struct Gateway {
+    number: usize,
+    serving: Option<Connection>,
+    highest_term: LeaseTerm,
+    transcripts: BTreeMap<ChoiceId, (usize, Transcript<Decoder>)>,
+    pub(crate) requests: Vec<Request>,
+}
+
+struct Decoder;
+
+fn text_of(token: TokenId) -> String {
+    format!("<{token}>")
+}
+
+impl TokenDecoder for Decoder {
+    fn push(&mut self, token: TokenId) -> String {
+        text_of(token)
+    }
+
+    fn finish(&mut self) -> String {
+        String::new()
+    }
+}
+
+impl Request {
+    /// All tokens that the client should receive.
+    fn expected(&self) -> (Vec<TokenId>, FinishReason) {
+        let mut tokens = oracle::continuation(&self.prompt, self.seed, self.max_new_tokens as usize);
+        let stops = [self.stop_token_at, self.stop_string_at];
+        let stops = stops.iter().flatten().filter_map(|&at| tokens.get(at).copied());
+        let first = stops.filter_map(|stop| tokens.iter().position(|token| *token == stop)).min();
+        match first {
+            Some(at) => {
+                tokens.truncate(at);
+                (tokens, FinishReason::Stop)
+            }
+            None => (tokens, FinishReason::Length),
+        }
+    }
+
+    fn stop_at(&self, at: Option<usize>) -> Option<TokenId> {
+        let tokens = oracle::continuation(&self.prompt, self.seed, self.max_new_tokens as usize);
+        at.and_then(|at| tokens.get(at).copied())
+    }
+
+    /// Whether what the client received is what the model says.
+    fn verify(&self) -> Result<(), String> {
+        let (expected, reason) = self.expected();
+        if !expected.starts_with(&self.received) {
+            return Err(format!("received {:?}, the model says {expected:?}", self.received));
+        }
+        if let Some(Outcome::Finished(finished)) = self.outcome
+            && (finished, self.received.len()) != (reason, expected.len())
+        {
+            return Err(format!(
+                "finished as {finished:?} after {} tokens, should be {reason:?} after {}",
+                self.received.len(),
+                expected.len()
+            ));
+        }
+        Ok(())
+    }
+}
+
+impl Gateway {
+    pub(crate) fn new(number: usize, requests: Vec<Request>) -> Gateway {
+        Gateway { number, serving: None, highest_term: LeaseTerm(0), transcripts: BTreeMap::new(), requests }
+    }
+
+    /// What a kill leaves: the clients, whose requests in progress are over.
+    pub(crate) fn killed(&self) -> Gateway {
+        let mut requests = self.requests.clone();
+        for (index, transcript) in self.transcripts.values() {
+            if let (Some(request), false) = (requests.get_mut(*index), transcript.ended()) {
+                request.outcome.get_or_insert(Outcome::GatewayDied);
+            }
+        }
+        Gateway::new(self.number, requests)
+    }
+
+    pub(crate) fn handle(
+        &mut self,
+        now_us: u64,
+        input: Input,
+        random: &mut Random,
+        actions: &mut Vec<Action>,
+    ) -> Result<(), String> {
+        match input {
+            Input::Timer(Timer::Start) => {
+                self.reach_scheduler(actions);
+                for (index, request) in self.requests.iter().enumerate() {
+                    if let Some(after_us) = request.arrival_us.checked_sub(now_us) {
+                        actions.push(Action::Wake { after_us, timer: Timer::Arrival(index) });
+                    } else if request.outcome.is_none() {
+                        // It came while no gateway was there: nobody took it.
+                        actions.push(Action::Wake { after_us: 0, timer: Timer::Arrival(index) });
+                    }
+                }
+            }
+            Input::Timer(Timer::Reconnect) if self.serving.is_none() => self.reach_scheduler(actions),
+            Input::Timer(Timer::Arrival(index)) => self.arrival(now_us, index, actions)?,
+            Input::Timer(Timer::Departure(index)) => {
+                let id = self.id(index);
+                self.feed(now_us, id, TranscriptEvent::ClientGone, actions)?;
+            }
+            Input::Timer(_) => {}
+            Input::Opened { connection, .. } => self.serving = Some(connection),
+            Input::Refused(_) => self.try_again(random, actions),
+            Input::Message(connection, Message::FromScheduler(message)) => {
+                if self.serving == Some(connection) {
+                    self.hear(now_us, connection, message, random, actions)?;
+                }
+            }
+            Input::Message(..) => return Err("a gateway received a foreign message".to_owned()),
+            Input::Closed(connection) if self.serving == Some(connection) => {
+                self.disconnected(now_us, random, actions)?;
+            }
+            Input::Closed(_) => {}
+        }
+        Ok(())
+    }
+
+    /// Verifies every client, once all is over: each request has ended, and with what the model says.
+    pub(crate) fn verify_all(&self) -> Result<(), String> {
+        for (index, request) in self.requests.iter().enumerate() {
+            let label = || format!("gateway {} request {index}", self.number);
+            request.verify().map_err(|why| format!("{}: {why}", label()))?;
+            if request.outcome.is_none() {
+                return Err(format!("{} never ended", label()));
+            }
+        }
+        Ok(())
+    }
+
+    fn id(&self, index: usize) -> ChoiceId {
+        ChoiceId { request: RequestId(((self.number as u128) << 64) | index as u128), choice: 0 }
+    }
+
+    fn reach_scheduler(&self, actions: &mut Vec<Action>) {
+        actions.push(Action::Connect { to: Process::Scheduler, purpose: Purpose::Serving });
+    }
+
+    fn try_again(&self, random: &mut Random, actions: &mut Vec<Action>) {
+        actions.push(Action::Wake { after_us: random.between(20_000, 200_000), timer: Timer::Reconnect });
+    }
+
+    fn arrival(&mut self, now_us: u64, index: usize, actions: &mut Vec<Action>) -> Result<(), String> {
+        let id = self.id(index);
+        let Some(request) = self.requests.get_mut(index) else { return Ok(()) };
+        let Some(serving) = self.serving else {
+            request.outcome = Some(Outcome::Failed(FailureKind::Unavailable));
+            return Ok(());
+        };
+        let stop_tokens: Vec<TokenId> = request.stop_at(request.stop_token_at).into_iter().collect();
+        let stop_strings = request.stop_at(request.stop_string_at).map(text_of).into_iter().collect();
+        let spec = TranscriptSpec {
+            id,
+            prompt: Arc::from(request.prompt.as_slice()),
+            stop_strings,
+            include_stop: false,
+            stop_tokens: stop_tokens.clone(),
+            min_tokens: 0,
+        };
+        let submit = Submit {
+            id,
+            model_digest: DIGEST,
+            prompt: request.prompt.clone(),
+            forced: Vec::new(),
+            max_new_tokens: request.max_new_tokens,
+            stop_tokens,
+            sampling: SamplingParams { seed: request.seed, ..SamplingParams::default() },
+            tenant_salt: request.tenant_salt,
+            priority: request.priority,
+            deadline_ms: request.deadline_ms,
+            traceparent: None,
+        };
+        if let Some(departure) = request.departure_us {
+            let after_us = departure.saturating_sub(now_us);
+            actions.push(Action::Wake { after_us, timer: Timer::Departure(index) });
+        }
+        let transcript = Transcript::new(Duration::from_micros(now_us), spec, Decoder);
+        self.transcripts.insert(id, (index, transcript));
+        actions.push(Action::Send(serving, Message::ToScheduler(ToScheduler::Submit(Box::new(submit)))));
+        Ok(())
+    }
+
+    fn hear(
+        &mut self,
+        now_us: u64,
+        connection: Connection,
+        message: FromScheduler,
+        random: &mut Random,
+        actions: &mut Vec<Action>,
+    ) -> Result<(), String> {
+        let (id, event) = match message {
+            FromScheduler::Cluster(snapshot) => {
+                if snapshot.term < self.highest_term {
+                    actions.push(Action::Close(connection));
+                    return self.disconnected(now_us, random, actions);
+                }
+                self.highest_term = snapshot.term;
+                return Ok(());
+            }
+            FromScheduler::Token(token) => (token.id, TranscriptEvent::Token(token)),
+            FromScheduler::PromptLogprobs { id, position, logprobs } => {
+                (id, TranscriptEvent::PromptLogprobs { position, logprobs })
+            }
+            FromScheduler::Finished { id, reason, receipt } => {
+                (id, TranscriptEvent::Finished { reason, receipt })
+            }
+            FromScheduler::Failed { id, error } => (id, TranscriptEvent::Failed(error)),
+        };
+        self.feed(now_us, id, event, actions)
+    }
+
+    fn disconnected(
+        &mut self,
+        now_us: u64,
+        random: &mut Random,
+        actions: &mut Vec<Action>,
+    ) -> Result<(), String> {
+        self.serving = None;
+        self.try_again(random, actions);
+        let open: Vec<ChoiceId> = self.transcripts.keys().copied().collect();
+        for id in open {
+            let failure = RequestFailure {
+                kind: FailureKind::Unavailable,
+                message: "lost the scheduler".to_owned(),
+                retry_after_ms: None,
+            };
+            self.feed(now_us, id, TranscriptEvent::Failed(failure), actions)?;
+        }
+        Ok(())
+    }
+
+    /// Gives an event to a transcript and performs what it wants.
+    fn feed(
+        &mut self,
+        now_us: u64,
+        id: ChoiceId,
+        event: TranscriptEvent,
+        actions: &mut Vec<Action>,
+    ) -> Result<(), String> {
+        let Some((index, transcript)) = self.transcripts.get_mut(&id) else { return Ok(()) };
+        let Some(request) = self.requests.get_mut(*index) else { return Ok(()) };
+        if event == TranscriptEvent::ClientGone && !transcript.ended() {
+            request.outcome = Some(Outcome::ClientLeft);
+        }
+        let mut effects = Vec::new();
+        transcript.handle(Duration::from_micros(now_us), event, &mut effects);
+        for effect in effects {
+            match effect {
+                Effect::Deliver(delta) => {
+                    request.received.extend(delta.tokens.iter().map(|token| token.token));
+                }
+                Effect::Cancel => {
+                    let cancel = Message::ToScheduler(ToScheduler::Cancel(id));
+                    actions.extend(self.serving.map(|serving| Action::Send(serving, cancel)));
+                }
+                Effect::End(End::Finished { reason, .. }) => {
+                    request.outcome = Some(Outcome::Finished(reason));
+                }
+                Effect::End(End::Failed(failure)) => {
+                    if failure.kind == FailureKind::Internal {
+                        return Err(format!("request {index} failed by our fault: {}", failure.message));
+                    }
+                    request.outcome = Some(Outcome::Failed(failure.kind));
+                }
+            }
+        }
+        if transcript.ended() {
+            self.transcripts.remove(&id);
+        }
+        request.verify().map_err(|why| format!("gateway {}: {why}", self.number))
+    }
+}

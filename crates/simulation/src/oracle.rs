@@ -1,0 +1,38 @@
+//! The "model": a hash of all tokens so far. Any misplaced, missing or foreign KV entry changes it.
+
+use ashlar_vocabulary::TokenId;
+
+/// Tokens of the vocabulary.
+const VOCAB: u64 = 500;
+const EMPTY: u64 = 0x9e37_79b9_7f4a_7c15;
+
+fn mix(state: u64, value: u64) -> u64 {
+    let mixed = (state ^ value.wrapping_mul(0xff51_afd7_ed55_8ccd)).rotate_left(29);
+    mixed.wrapping_mul(0xc4ce_b9fe_1a85_ec53).wrapping_add(1)
+}
+
+/// What a rank's KV cache holds at each position.
+pub(crate) fn states(tokens: &[TokenId]) -> Vec<u64> {
+    let step = |state: &mut u64, token: &TokenId| {
+        *state = mix(*state, u64::from(*token));
+        Some(*state)
+    };
+    tokens.iter().scan(EMPTY, step).collect()
+}
+
+/// The token sampled after a position with this state.
+pub(crate) fn sample(state: u64, seed: u64) -> TokenId {
+    (mix(state, seed) % VOCAB) as TokenId
+}
+
+/// What the model continues `prompt` with, whoever schedules it.
+pub(crate) fn continuation(prompt: &[TokenId], seed: u64, count: usize) -> Vec<TokenId> {
+    let mut state = states(prompt).pop().unwrap_or(EMPTY);
+    let mut generated = Vec::with_capacity(count);
+    for _ in 0..count {
+        let token = sample(state, seed);
+        generated.push(token);
+        state = mix(state, u64::from(token));
+    }
+    generated
+}

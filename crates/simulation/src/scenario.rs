@@ -1,0 +1,197 @@
+//! What a seed stands for: a layout, clients, a network and its faults.
+
+use crate::gateway::{DIGEST, Request};
+use crate::process::Process;
+use crate::random::Random;
+use ashlar_scheduler::cluster::ClusterConfig;
+use ashlar_scheduler::engine::EngineConfig;
+use ashlar_shard_plan::Links;
+use ashlar_vocabulary::{LeaseTerm, ModelShape};
+
+/// Faults happen before this moment; afterwards the world must heal.
+pub(crate) const FAULTS_END_US: u64 = 6_000_000;
+/// By this moment it must serve again.
+pub(crate) const PROBES_US: u64 = 30_000_000;
+/// By this moment everything must be over.
+pub(crate) const END_US: u64 = 40_000_000;
+
+/// Everything that a seed decides beforehand.
+pub(crate) struct Scenario {
+    pub(crate) stages: usize,
+    pub(crate) tensor_parallel_size: usize,
+    pub(crate) replicas: usize,
+    pub(crate) nodes: usize,
+    pub(crate) step_us: Vec<u64>,
+    pub(crate) clients: Vec<Vec<Request>>,
+    pub(crate) faults: Vec<(u64, Fault)>,
+    pub(crate) hostility: Hostility,
+    max_num_seqs: usize,
+    max_num_batched_tokens: u32,
+    step_target_ms: u64,
+    max_context_tokens: u32,
+    scarce_blocks: bool,
+    queue_max: usize,
+}
+
+/// Something goes wrong.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Fault {
+    /// `kill -9`, and a supervisor that starts the process again.
+    Kill { process: Process, for_us: u64 },
+    /// SIGSTOP, then SIGCONT.
+    Pause { process: Process, for_us: u64 },
+    /// Some connection breaks.
+    Break,
+    /// Some connection loses everything, unnoticed by either side, and breaks only later.
+    Blackhole { for_us: u64 },
+    /// The scheduler is killed and its store has forgotten its term.
+    ForgetTerm,
+}
+
+/// What the network does to single messages of the data plane, in millionths. TCP does none of it; bugs do.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Hostility {
+    pub(crate) lose: u64,
+    pub(crate) duplicate: u64,
+    pub(crate) reorder: u64,
+}
+
+impl Scenario {
+    pub(crate) fn new(random: &mut Random) -> Scenario {
+        let stages = random.between(1, 4) as usize;
+        let tensor_parallel_size = if random.chance(250_000) { 2 } else { 1 };
+        let replicas = if random.chance(250_000) { 2 } else { 1 };
+        let standbys = random.between(0, 2) as usize;
+        let nodes = stages * tensor_parallel_size * replicas + standbys;
+        let gateways = random.between(1, 3) as usize;
+        let max_context_tokens = [96, 160, 256][random.between(0, 3) as usize];
+        let clients = (0..gateways).map(|_| clients(random, max_context_tokens)).collect();
+        let calm = random.chance(150_000);
+        let hostile = !calm && random.chance(300_000);
+        let faults = if calm { 0 } else { random.between(1, 8) };
+        Scenario {
+            stages,
+            tensor_parallel_size,
+            replicas,
+            nodes,
+            step_us: (0..nodes).map(|_| random.between(300, 12_000)).collect(),
+            clients,
+            faults: (0..faults).map(|_| fault(random, nodes, gateways)).collect(),
+            hostility: if hostile {
+                Hostility {
+                    lose: random.between(0, 4_000),
+                    duplicate: 20_000,
+                    reorder: random.between(0, 4_000),
+                }
+            } else {
+                Hostility { duplicate: random.between(0, 30_000), ..Hostility::default() }
+            },
+            max_num_seqs: random.between(1, 10) as usize,
+            max_num_batched_tokens: random.between(16, 96) as u32,
+            step_target_ms: random.between(1, 60),
+            max_context_tokens,
+            scarce_blocks: random.chance(600_000),
+            queue_max: random.between(2, 40) as usize,
+        }
+    }
+
+    pub(crate) fn cluster(&self, term: LeaseTerm, holder: String) -> ClusterConfig {
+        ClusterConfig {
+            model: "simulated".into(),
+            model_digest: DIGEST,
+            shape: ModelShape {
+                hidden_size: 64,
+                intermediate_size: 256,
+                num_layers: 8,
+                num_heads: 8,
+                num_kv_heads: 8,
+                head_dim: 8,
+                vocab_size: 512,
+                max_position_embeddings: 512,
+                tied_head: true,
+                file_bytes_per_weight: 4,
+            },
+            max_context_tokens: self.max_context_tokens,
+            term,
+            holder,
+            stages: Some(self.stages),
+            tensor_parallel_size: Some(self.tensor_parallel_size),
+            replicas: Some(self.replicas),
+            expected_nodes: None,
+            settle_ms: 200,
+            max_num_seqs: self.max_num_seqs,
+            max_num_batched_tokens: self.max_num_batched_tokens,
+            // So small a share leaves the blocks of one sequence of full length.
+            kv_memory_share: if self.scarce_blocks { 1e-9 } else { 0.25 },
+            silence_ms_max: 1_000,
+            replan_after_ms: 5_000,
+            links: Links::default(),
+        }
+    }
+
+    pub(crate) fn engine(&self) -> EngineConfig {
+        EngineConfig {
+            model_digest: DIGEST,
+            max_context_tokens: self.max_context_tokens,
+            max_num_seqs: self.max_num_seqs,
+            max_num_batched_tokens: self.max_num_batched_tokens,
+            step_target_ms: self.step_target_ms,
+            queue_max: self.queue_max,
+            deadline_default_ms: 8_000,
+        }
+    }
+}
+
+fn clients(random: &mut Random, context: u32) -> Vec<Request> {
+    let count = random.between(4, 24);
+    let mut requests: Vec<Request> = (0..count).map(|_| request(random, context)).collect();
+    let mut probe = request(random, context);
+    (probe.arrival_us, probe.departure_us) = (PROBES_US, None);
+    (probe.deadline_ms, probe.priority) = (9_000, -1);
+    requests.push(probe);
+    requests
+}
+
+fn request(random: &mut Random, context: u32) -> Request {
+    let len = random.between(1, u64::from(context) * 2 / 3) as usize;
+    // Few prompts, so that prefixes are shared.
+    let family = random.between(0, 4) as u32;
+    let max_new_tokens = random.between(1, u64::from(context) - len as u64) as u32;
+    let arrival_us = random.between(100_000, FAULTS_END_US);
+    let some = |random: &mut Random, chance| {
+        random.chance(chance).then(|| random.between(0, u64::from(max_new_tokens)) as usize)
+    };
+    Request {
+        arrival_us,
+        departure_us: random.chance(200_000).then(|| arrival_us + random.between(0, 400_000)),
+        prompt: (0..len as u32).map(|at| (at * 31 + family * 1009) % 487).collect(),
+        max_new_tokens,
+        stop_token_at: some(random, 150_000),
+        stop_string_at: some(random, 150_000),
+        seed: random.next(),
+        tenant_salt: random.between(0, 2),
+        priority: random.between(0, 3) as i32 - 1,
+        deadline_ms: random.between(200, 8_000),
+        received: Vec::new(),
+        outcome: None,
+    }
+}
+
+fn fault(random: &mut Random, nodes: usize, gateways: usize) -> (u64, Fault) {
+    let at = random.between(200_000, FAULTS_END_US);
+    let node = Process::Node(random.between(0, nodes as u64) as usize);
+    let for_us = random.between(20_000, 2_500_000);
+    let fault = match random.between(0, 10) {
+        0..4 => Fault::Kill { process: node, for_us },
+        4 => Fault::Kill { process: Process::Scheduler, for_us: for_us / 4 },
+        5 => {
+            let process = Process::Gateway(random.between(0, gateways as u64) as usize);
+            Fault::Kill { process, for_us: for_us / 4 }
+        }
+        6 => Fault::Pause { process: node, for_us },
+        7 => Fault::Break,
+        8 => Fault::Blackhole { for_us },
+        _ => Fault::ForgetTerm,
+    };
+    (at, fault)
+}

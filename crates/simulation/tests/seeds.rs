@@ -1,0 +1,43 @@
+//! A thousand worlds. `ASHLAR_SEED=n` runs one of them, with its trace; `ASHLAR_SEEDS=n` runs more.
+
+use ashlar_simulation::{Report, replay, run};
+
+const SEEDS: u64 = 1_200;
+
+fn number(variable: &str) -> Option<u64> {
+    std::env::var(variable).ok()?.parse().ok()
+}
+
+#[test]
+fn whatever_breaks_tokens_are_exact_blocks_are_conserved_and_every_request_ends() {
+    let seeds = match number("ASHLAR_SEED") {
+        Some(seed) => seed..seed + 1,
+        None => 0..number("ASHLAR_SEEDS").unwrap_or(SEEDS),
+    };
+    let single = seeds.end - seeds.start == 1;
+    let mut sum = Report::default();
+    for seed in seeds {
+        match run(seed) {
+            Ok(report) => sum = sum.and(report),
+            Err(_) => match replay(seed) {
+                Err(violation) => panic!("{violation}\nrun it again with ASHLAR_SEED={seed}"),
+                Ok(_) => panic!("seed {seed} failed once and passed when it was replayed"),
+            },
+        }
+    }
+    eprintln!("{sum:?}");
+    if !single {
+        // The worlds are not so kind that nothing is tested, nor so hard that nothing is served.
+        assert!(sum.finished > sum.failed && sum.failed > SEEDS, "{sum:?}");
+        assert!(sum.preemptions > SEEDS && sum.cached_tokens > 100 * SEEDS, "{sum:?}");
+        assert!(sum.replica_losses > SEEDS && sum.duplicated > SEEDS, "{sum:?}");
+        assert!(sum.lost > 100 && sum.reordered > 100, "{sum:?}");
+    }
+}
+
+#[test]
+fn a_seed_always_gives_the_same_run() {
+    for seed in 0..20 {
+        assert_eq!(run(seed), replay(seed));
+    }
+}
