@@ -104,7 +104,8 @@ impl Generation {
             let described = if spec.sampling.prompt_logprobs { prompt.tokens.len() } else { 0 };
             for choice_index in 0..spec.n {
                 let id = ChoiceId { request: spec.id, choice: submits.len() as u32 };
-                unread_max += described + app.config.unread_tokens_max.min(prompt.max_new_tokens as usize + 2);
+                unread_max +=
+                    described + app.config.unread_tokens_max.min(prompt.max_new_tokens as usize + 2);
                 let sampling = SamplingParams { choice_index, ..spec.sampling.clone() };
                 submits.push(spec.submit(id, prompt, sampling, cluster, app.config.deadline_ms));
                 let decoder = app.text.decoder(spec.special, spec.start);

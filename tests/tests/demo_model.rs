@@ -52,7 +52,7 @@ fn the_demo_model_answers_what_its_card_promises() {
 }
 
 fn ask(cluster: &Cluster, item: &Value) -> String {
-    let asked = json!({"messages": item["messages"], "temperature": 0, "max_tokens": 128});
+    let asked = json!({"messages": item["messages"], "temperature": 0});
     let answer = cluster.post("/v1/chat/completions", &asked).ok();
     answer["choices"][0]["message"]["content"].as_str().unwrap_or_default().to_owned()
 }
