@@ -2,7 +2,7 @@
 
     python train.py --out ../demo
 
-The same seed, number of workers and version of PyTorch give the same weights. A step's questions
+The same seed, number of workers and version of PyTorch are meant to give the same weights. A step's questions
 depend on the seed and the step alone, so a run that was interrupted goes on from its checkpoint
 as if it had not been.
 """
