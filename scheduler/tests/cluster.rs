@@ -309,10 +309,12 @@ fn a_node_that_obeys_a_higher_term_fences_this_scheduler() {
     };
     let effects = test.send(Event::Join { connection, join: Box::new(join) });
     assert!(effects.contains(&Effect::Fenced { by: LeaseTerm(9) }));
-    let (mut test, a, _) = Test::up();
-    let effects = test.send(Event::Refused { connection: a, term: LeaseTerm(7) });
-    assert!(effects.contains(&Effect::Fenced { by: LeaseTerm(7) }));
-    assert!(down(&effects).is_some());
+    for term in [LeaseTerm(7), config().term] {
+        let (mut test, a, _) = Test::up();
+        let effects = test.send(Event::Refused { connection: a, term });
+        assert!(effects.contains(&Effect::Fenced { by: term }), "an equal term belongs to another holder");
+        assert!(down(&effects).is_some());
+    }
 }
 
 #[test]

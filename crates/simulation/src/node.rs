@@ -7,7 +7,7 @@ use ashlar_protocol::data::{LinkHello, LinkPurpose};
 use ashlar_protocol::membership::{Assignment, BEAT_INTERVAL_MS, FromNode, Join, ToNode};
 use ashlar_protocol::step::{SampledToken, StepPlan, StepResult, StepTiming};
 use ashlar_shard_node::sequencer::{BLOCK_TOKENS, Effect, Event, Sequencer, StepWork};
-use ashlar_vocabulary::{Bytes, LeaseTerm, NodeId, ReplicaRevision, SequenceId};
+use ashlar_vocabulary::{Bytes, LeaseTerm, NodeId, SequenceId};
 use std::collections::{BTreeMap, VecDeque};
 
 /// A node process, and what survives its death on disk.

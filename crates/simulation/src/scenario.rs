@@ -20,7 +20,7 @@ pub(crate) struct Scenario {
     pub(crate) stages: usize,
     pub(crate) tensor_parallel_size: usize,
     pub(crate) replicas: usize,
-    pub(crate) nodes: usize,
+    /// Time of a step on each node, standbys included.
     pub(crate) step_us: Vec<u64>,
     pub(crate) clients: Vec<Vec<Request>>,
     pub(crate) faults: Vec<(u64, Fault)>,
@@ -73,7 +73,6 @@ impl Scenario {
             stages,
             tensor_parallel_size,
             replicas,
-            nodes,
             step_us: (0..nodes).map(|_| random.between(300, 12_000)).collect(),
             clients,
             faults: (0..faults).map(|_| fault(random, nodes, gateways)).collect(),

@@ -50,7 +50,6 @@ struct Life {
 
 /// A connection between two processes.
 struct Wire {
-    purpose: Purpose,
     ends: [(Process, u64); 2],
     /// When the last message towards each end arrives: TCP keeps the order.
     arrival_us: [u64; 2],
@@ -276,7 +275,7 @@ impl World {
         let connection = Connection(self.numbers);
         let ends = [(from, own.incarnation), (to, other.incarnation)];
         let at = self.now_us + delay;
-        let wire = Wire { purpose, ends, arrival_us: [at, at], open: true, blackhole: false };
+        let wire = Wire { ends, arrival_us: [at, at], open: true, blackhole: false };
         self.connections.insert(connection, wire);
         for (side, (process, incarnation)) in ends.into_iter().enumerate() {
             let input = Input::Opened { connection, purpose, initiator: side == 0 };

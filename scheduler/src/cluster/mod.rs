@@ -246,7 +246,8 @@ impl Cluster {
         term: LeaseTerm,
         effects: &mut Vec<Effect>,
     ) {
-        if term > self.config.term {
+        // An equal term was granted to another holder, by a store that has forgotten it since: only a higher one helps.
+        if term >= self.config.term {
             effects.push(Effect::Fenced { by: term });
         }
         if let Some(name) = self.connections.get(&connection).cloned() {
