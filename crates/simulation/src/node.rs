@@ -116,17 +116,25 @@ impl Node {
                 self.control = Some(connection);
                 self.tell(FromNode::Join(self.join()), actions);
             }
-            Input::Opened { connection, purpose: Purpose::Link, initiator: true } => {
-                if let Some(place) = &mut self.place {
-                    place.next = Some(connection);
-                    let (term, revision) = (place.assignment.term, place.assignment.revision);
-                    let hello = LinkHello { term, revision, purpose: LinkPurpose::Activations };
-                    actions.push(Action::Send(connection, Message::Hello(hello)));
+            Input::Opened { connection, purpose: Purpose::Link(revision), initiator: true } => {
+                match self.place.as_mut().filter(|place| place.assignment.revision == revision) {
+                    Some(place) => {
+                        place.next = Some(connection);
+                        let term = place.assignment.term;
+                        let hello = LinkHello { term, revision, purpose: LinkPurpose::Activations };
+                        actions.push(Action::Send(connection, Message::Hello(hello)));
+                    }
+                    None => actions.push(Action::Close(connection)),
                 }
             }
             Input::Opened { .. } => {}
             Input::Refused(Purpose::Control) => self.try_again(random, actions),
-            Input::Refused(_) => self.fail("cannot reach another rank".to_owned(), actions),
+            Input::Refused(Purpose::Link(revision)) => {
+                if self.place.as_ref().is_some_and(|place| place.assignment.revision == revision) {
+                    self.fail("cannot reach another rank".to_owned(), actions);
+                }
+            }
+            Input::Refused(Purpose::Serving) => {}
             Input::Message(_, Message::ToNode(message)) => self.obey(message, random, actions),
             Input::Message(connection, Message::Hello(hello)) => self.early.push((connection, hello)),
             Input::Message(connection, Message::Activations(activations)) => {
@@ -212,7 +220,8 @@ impl Node {
         };
         self.sequencer.handle(assigned, &mut Vec::new());
         if let Some(next) = assignment.next.as_deref().and_then(number_of) {
-            actions.push(Action::Connect { to: Process::Node(next), purpose: Purpose::Link });
+            let purpose = Purpose::Link(assignment.revision);
+            actions.push(Action::Connect { to: Process::Node(next), purpose });
         }
         let loaded = Timer::Loaded(assignment.revision);
         actions.push(Action::Wake { after_us: random.between(5_000, 150_000), timer: loaded });

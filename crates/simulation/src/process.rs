@@ -24,8 +24,8 @@ pub(crate) enum Purpose {
     Control,
     /// Gateway to scheduler.
     Serving,
-    /// Rank to rank.
-    Link,
+    /// Rank to rank, within one layout.
+    Link(ReplicaRevision),
 }
 
 /// Whatever travels.

@@ -55,6 +55,8 @@ struct Wire {
     arrival_us: [u64; 2],
     open: bool,
     blackhole: bool,
+    /// Whether a message of the data plane has been lost, repeated or reordered.
+    tainted: bool,
 }
 
 impl World {
@@ -197,9 +199,12 @@ impl World {
                     return Ok(());
                 }
                 let lost = over.is_some_and(|wire| self.connections.get(&wire).is_none_or(|wire| !wire.open));
-                if lost {
-                    return Ok(());
-                }
+                let (over, input) = match input {
+                    // It broke before it stood.
+                    Input::Opened { purpose, initiator: true, .. } if lost => (None, Input::Refused(purpose)),
+                    _ if lost => return Ok(()),
+                    input => (over, input),
+                };
                 if life.paused_until_us > self.now_us {
                     self.push(life.paused_until_us, Happening::To { process, incarnation, over, input });
                     return Ok(());
@@ -275,7 +280,7 @@ impl World {
         let connection = Connection(self.numbers);
         let ends = [(from, own.incarnation), (to, other.incarnation)];
         let at = self.now_us + delay;
-        let wire = Wire { ends, arrival_us: [at, at], open: true, blackhole: false };
+        let wire = Wire { ends, arrival_us: [at, at], open: true, blackhole: false, tainted: false };
         self.connections.insert(connection, wire);
         for (side, (process, incarnation)) in ends.into_iter().enumerate() {
             let input = Input::Opened { connection, purpose, initiator: side == 0 };
@@ -298,11 +303,19 @@ impl World {
         let side = usize::from(wire.ends[0].0 == from);
         let (process, incarnation) = wire.ends[side];
         let data = is_data(&message);
-        if hostile && data && self.random.chance(hostility.lose) {
+        let lost = hostile && data && self.random.chance(hostility.lose);
+        let reordered = hostile && data && self.random.chance(hostility.reorder);
+        let repeated = hostile && may_repeat(&message) && self.random.chance(hostility.duplicate);
+        if data && (lost || reordered || repeated) && !std::mem::replace(&mut wire.tainted, true) {
+            // What is missing or left over shows at the next message only: a faithful network says so, at the latest
+            // when the faults end.
+            self.numbers += 1;
+            self.queue.insert((FAULTS_END_US, self.numbers), Happening::Mend(connection));
+        }
+        if lost {
             self.report.lost += 1;
             return;
         }
-        let reordered = hostile && data && self.random.chance(hostility.reorder);
         let at = match reordered {
             true => wire.arrival_us[side].max(self.now_us) + self.random.between(1_000, 30_000),
             false => {
@@ -312,7 +325,7 @@ impl World {
         };
         self.report.reordered += u64::from(reordered);
         let input = Input::Message(connection, message);
-        if hostile && may_repeat(&input) && self.random.chance(hostility.duplicate) {
+        if repeated {
             self.report.duplicated += 1;
             let again = at + self.random.between(0, 50_000);
             let input = input.clone();
@@ -418,12 +431,11 @@ fn is_data(message: &Message) -> bool {
 }
 
 /// Messages that may come twice.
-fn may_repeat(input: &Input) -> bool {
-    match input {
-        Input::Message(_, Message::FromScheduler(message)) => !matches!(message, FromScheduler::Cluster(_)),
-        Input::Message(_, Message::ToScheduler(_)) => true,
-        Input::Message(_, message) => is_data(message),
-        _ => false,
+fn may_repeat(message: &Message) -> bool {
+    match message {
+        Message::FromScheduler(message) => !matches!(message, FromScheduler::Cluster(_)),
+        Message::ToScheduler(_) => true,
+        message => is_data(message),
     }
 }
 
