@@ -86,6 +86,9 @@ impl Director {
             Input::Gateway(gateway, ToScheduler::Cancel(id)) => {
                 self.engine_event(now, engine::Event::Cancel { gateway, id });
             }
+            Input::Gateway(_, ToScheduler::Refused { term }) => {
+                self.cluster_event(now, cluster::Event::GatewayRefused { term });
+            }
             Input::GatewayClosed(gateway) => {
                 self.engine_event(now, engine::Event::GatewayGone { gateway });
             }

@@ -292,6 +292,15 @@ fn a_node_that_connects_anew_replaces_its_former_connection() {
 }
 
 #[test]
+fn a_gateway_that_has_heard_of_a_higher_term_fences_this_scheduler() {
+    let (mut test, ..) = Test::up();
+    let same = test.send(Event::GatewayRefused { term: config().term });
+    assert!(!same.iter().any(|effect| matches!(effect, Effect::Fenced { .. })), "{same:?}");
+    let effects = test.send(Event::GatewayRefused { term: LeaseTerm(7) });
+    assert_eq!(effects, [Effect::Fenced { by: LeaseTerm(7) }]);
+}
+
+#[test]
 fn a_node_that_obeys_a_higher_term_fences_this_scheduler() {
     let mut test = Test::new(config());
     let connection = NodeConnection(1);

@@ -24,6 +24,12 @@ pub enum ToScheduler {
     Submit(Box<Submit>),
     /// Stop: the client has gone, or a stop string has matched. Unknown ids are ignored. No event follows.
     Cancel(ChoiceId),
+    /// The gateway has heard of this higher term, and closes. A scheduler that leads on with a lower one has been
+    /// granted it by a store that has forgotten the higher.
+    Refused {
+        /// The highest term seen.
+        term: LeaseTerm,
+    },
 }
 
 /// One choice of a request, complete: nothing else is needed to compute it anywhere.

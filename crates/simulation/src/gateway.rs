@@ -243,7 +243,9 @@ impl Gateway {
         let (id, event) = match message {
             FromScheduler::Cluster(snapshot) => {
                 if snapshot.term < self.highest_term {
-                    actions.push(Action::Close(connection));
+                    let refusal = ToScheduler::Refused { term: self.highest_term };
+                    actions.push(Action::Send(connection, Message::ToScheduler(refusal)));
+                    // It hears this and ends every connection: closing here would outrun the message.
                     return self.disconnected(now_us, random, actions);
                 }
                 self.highest_term = snapshot.term;

@@ -9,7 +9,7 @@ use ashlar_shard_plan::Links;
 use ashlar_vocabulary::{LeaseTerm, ModelShape};
 
 /// Faults happen before this moment; afterwards the world must heal.
-pub(crate) const FAULTS_END_US: u64 = 6_000_000;
+pub(crate) const FAULTS_END_US: u64 = 12_000_000;
 /// By this moment it must serve again.
 pub(crate) const PROBES_US: u64 = 30_000_000;
 /// By this moment everything must be over.
@@ -156,7 +156,7 @@ fn request(random: &mut Random, context: u32) -> Request {
     // Few prompts, so that prefixes are shared.
     let family = random.between(0, 4) as u32;
     let max_new_tokens = random.between(1, u64::from(context) - len as u64) as u32;
-    let arrival_us = random.between(100_000, FAULTS_END_US);
+    let arrival_us = random.between(400_000, FAULTS_END_US);
     let some = |random: &mut Random, chance| {
         random.chance(chance).then(|| random.between(0, u64::from(max_new_tokens)) as usize)
     };

@@ -14,7 +14,7 @@ fn whatever_breaks_tokens_are_exact_blocks_are_conserved_and_every_request_ends(
         Some(seed) => seed..seed + 1,
         None => 0..number("ASHLAR_SEEDS").unwrap_or(SEEDS),
     };
-    let single = seeds.end - seeds.start == 1;
+    let count = seeds.end - seeds.start;
     let mut sum = Report::default();
     for seed in seeds {
         match run(seed) {
@@ -26,12 +26,12 @@ fn whatever_breaks_tokens_are_exact_blocks_are_conserved_and_every_request_ends(
         }
     }
     eprintln!("{sum:?}");
-    if !single {
+    if count >= SEEDS {
         // The worlds are not so kind that nothing is tested, nor so hard that nothing is served.
-        assert!(sum.finished > sum.failed && sum.failed > SEEDS, "{sum:?}");
-        assert!(sum.preemptions > SEEDS && sum.cached_tokens > 100 * SEEDS, "{sum:?}");
-        assert!(sum.replica_losses > SEEDS && sum.duplicated > SEEDS, "{sum:?}");
-        assert!(sum.lost > 100 && sum.reordered > 100, "{sum:?}");
+        assert!(sum.finished > 8 * count && sum.failed > count, "{sum:?}");
+        assert!(2 * sum.preemptions > count && sum.cached_tokens > 50 * count, "{sum:?}");
+        assert!(sum.replica_losses > count && sum.duplicated > 10 * count, "{sum:?}");
+        assert!(10 * sum.lost > count && 10 * sum.reordered > count, "{sum:?}");
     }
 }
 

@@ -15,6 +15,8 @@ use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{OwnedSemaphorePermit, mpsc, watch};
 use tokio::task::JoinSet;
 
+/// Longest wait for a refused scheduler to read why.
+const LAST_WORD_TIMEOUT: Duration = Duration::from_secs(1);
 /// Messages that may wait for a scheduler that does not read.
 const OUTBOX_MESSAGES_MAX: usize = 8_192;
 const INBOX_MESSAGES_MAX: usize = 256;
@@ -39,7 +41,8 @@ struct Connection {
     inbound: mpsc::Receiver<Result<FromScheduler, FrameError>>,
     outbound: mpsc::Sender<ToScheduler>,
     outbox: VecDeque<ToScheduler>,
-    _tasks: JoinSet<()>,
+    _reader: JoinSet<()>,
+    writer: JoinSet<()>,
 }
 
 /// What a connection waits for.
@@ -163,6 +166,9 @@ impl Actor {
                 Happened::Message(Some(Ok(message))) => self.message(message, &mut connection),
             };
             if let Err(error) = done {
+                if let LinkError::StaleTerm { seen: term, .. } = error {
+                    connection.close_with(ToScheduler::Refused { term }).await;
+                }
                 return Some(error);
             }
         }
@@ -235,10 +241,21 @@ impl Connection {
         let (read, write) = socket.into_split();
         let (inbound_sender, inbound) = mpsc::channel(INBOX_MESSAGES_MAX);
         let (outbound, outbound_receiver) = mpsc::channel(1);
-        let mut tasks = JoinSet::new();
-        tasks.spawn(read_messages(read, inbound_sender));
-        tasks.spawn(write_messages(write, outbound_receiver));
-        Connection { inbound, outbound, outbox: VecDeque::new(), _tasks: tasks }
+        let (mut reader, mut writer) = (JoinSet::new(), JoinSet::new());
+        reader.spawn(read_messages(read, inbound_sender));
+        writer.spawn(write_messages(write, outbound_receiver));
+        Connection { inbound, outbound, outbox: VecDeque::new(), _reader: reader, writer }
+    }
+
+    /// Sends one more message, if the other side still reads, and closes.
+    async fn close_with(self, message: ToScheduler) {
+        let Connection { outbound, mut writer, .. } = self;
+        let last = async {
+            let _ = outbound.send(message).await;
+            drop(outbound);
+            writer.join_next().await;
+        };
+        let _ = tokio::time::timeout(LAST_WORD_TIMEOUT, last).await;
     }
 
     fn post(&mut self, message: ToScheduler) -> Result<(), LinkError> {

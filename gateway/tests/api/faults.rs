@@ -4,6 +4,7 @@ use crate::scheduler::{Action, say};
 use crate::world::{PLAIN_TEMPLATE, World, ask, write_model};
 use ashlar_gateway::{Gateway, GatewayConfig, GatewayError};
 use ashlar_protocol::serving::FinishReason;
+use ashlar_vocabulary::LeaseTerm;
 use serde_json::{Value, json};
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
@@ -73,6 +74,14 @@ async fn a_lost_scheduler_fails_what_is_in_flight_and_is_found_again() {
     assert!(events.last().unwrap()["error"]["message"].as_str().unwrap().contains("scheduler"));
     world.until_ready().await;
     assert_eq!(world.chat(ask(json!({}))).await.json()["choices"][0]["message"]["content"], "back");
+}
+
+#[tokio::test]
+async fn a_scheduler_whose_term_is_over_hears_of_the_higher_one() {
+    let world = World::new(|_| vec![Action::Lead(8), Action::Lead(7), Action::Gate]).await;
+    let answer = world.chat(ask(json!({}))).await;
+    assert_eq!(answer.status, 503);
+    world.scheduler.until(|seen| seen.refusals == [LeaseTerm(8)]).await;
 }
 
 #[tokio::test]

@@ -39,6 +39,8 @@ pub(crate) enum Action {
     Fail(FailureKind, &'static str),
     /// Cut the connection.
     Disconnect,
+    /// Show the cluster as led in this term.
+    Lead(u64),
 }
 
 /// Says `text`, then stops.
@@ -59,6 +61,7 @@ pub(crate) fn say_until_length(text: &str) -> Script {
 pub(crate) struct Seen {
     pub(crate) submits: Vec<Submit>,
     pub(crate) cancels: Vec<ChoiceId>,
+    pub(crate) refusals: Vec<LeaseTerm>,
 }
 
 type Scripts = Arc<dyn Fn(&Submit) -> Script + Send + Sync>;
@@ -160,6 +163,7 @@ async fn serve(mut socket: TcpStream, state: Arc<State>) {
                     let submit_id = state.seen.lock().unwrap().submits.last().unwrap().id;
                     running.push((submit_id, plays.spawn(play)));
                 }
+                ToScheduler::Refused { term } => state.seen.lock().unwrap().refusals.push(term),
                 ToScheduler::Cancel(id) => {
                     running.iter().filter(|(running, _)| *running == id).for_each(|(_, play)| play.abort());
                     state.seen.lock().unwrap().cancels.push(id);
@@ -236,6 +240,9 @@ async fn play(
             Action::Fail(kind, message) => {
                 let error = RequestFailure { kind, message: message.into(), retry_after_ms: Some(2_500) };
                 FromScheduler::Failed { id, error }
+            }
+            Action::Lead(term) => {
+                FromScheduler::Cluster(Box::new(ClusterSnapshot { term: LeaseTerm(term), ..cluster() }))
             }
             Action::Disconnect => {
                 let _ = sender.send(None).await;

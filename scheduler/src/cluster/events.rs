@@ -104,6 +104,11 @@ pub enum Event {
         /// The term it has accepted.
         term: LeaseTerm,
     },
+    /// A gateway refuses to be served because it has heard of a higher term.
+    GatewayRefused {
+        /// The term it has heard of.
+        term: LeaseTerm,
+    },
     /// Any other sign of life.
     Heard {
         /// Which node.
@@ -162,7 +167,7 @@ pub enum Effect {
     },
     /// Why nothing can be served, has changed.
     Problem(Option<String>),
-    /// A node has accepted a higher term than ours: acquire one above it, or stop leading.
+    /// A node or a gateway has accepted a higher term than ours: acquire one above it, or stop leading.
     Fenced {
         /// The term that the node has accepted.
         by: LeaseTerm,

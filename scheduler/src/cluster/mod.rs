@@ -93,6 +93,7 @@ impl Cluster {
                 self.failed(now, connection, revision, message, effects);
             }
             Event::Refused { connection, term } => self.refused(now, connection, term, effects),
+            Event::GatewayRefused { term } => self.gateway_refused(term, effects),
             Event::Heard { connection, timing } => self.heard(now, connection, timing),
             Event::ReplicaFault { replica, revision, reason } => {
                 self.fault(now, replica, revision, reason, effects);
@@ -253,6 +254,12 @@ impl Cluster {
         if let Some(name) = self.connections.get(&connection).cloned() {
             self.lose(now, &name, &format!("it obeys the scheduler of term {term}"), effects);
             effects.push(Effect::Disconnect { connection, reason: format!("obeys term {term}") });
+        }
+    }
+
+    fn gateway_refused(&mut self, term: LeaseTerm, effects: &mut Vec<Effect>) {
+        if term > self.config.term {
+            effects.push(Effect::Fenced { by: term });
         }
     }
 

@@ -179,6 +179,7 @@ impl Leader {
                 match &mut message {
                     ToScheduler::Submit(submit) => self.spans.open(gateway, submit),
                     ToScheduler::Cancel(id) => self.spans.cancelled(*id),
+                    ToScheduler::Refused { .. } => {}
                 }
                 self.apply(Input::Gateway(gateway, message));
             }
