@@ -205,10 +205,11 @@ impl Executor {
             tensor_rank: assignment.tensor_rank.0 as usize,
             tensor_parallel_size: assignment.tensor_parallel_size as usize,
         };
-        if let Some(loaded) = &self.loaded {
-            if loaded.digest == assignment.model_digest && *loaded.model.slice() == slice {
-                return Ok(());
-            }
+        if let Some(loaded) = &self.loaded
+            && loaded.digest == assignment.model_digest
+            && *loaded.model.slice() == slice
+        {
+            return Ok(());
         }
         self.loaded = None;
         self.shared.set(None);

@@ -148,10 +148,10 @@ impl PendingLinks {
             self.previous = waiting.take(self.revision, LinkPurpose::Activations);
         }
         for peer in self.rank + 1..self.size {
-            if let std::collections::btree_map::Entry::Vacant(slot) = self.peers.entry(peer) {
-                if let Some(socket) = waiting.take(self.revision, LinkPurpose::Group { rank: peer as u32 }) {
-                    slot.insert(socket);
-                }
+            if let std::collections::btree_map::Entry::Vacant(slot) = self.peers.entry(peer)
+                && let Some(socket) = waiting.take(self.revision, LinkPurpose::Group { rank: peer as u32 })
+            {
+                slot.insert(socket);
             }
         }
         (!self.needs_previous || self.previous.is_some()) && self.peers.len() + 1 == self.size.max(1)

@@ -66,10 +66,10 @@ impl Samplers {
         let Some(sampling) = self.sequences.get_mut(&id) else { return };
         for &token in tokens {
             sampling.sampler.observe(token);
-            if let Some(matcher) = &mut sampling.matcher {
-                if let Err(error) = matcher.accept(token) {
-                    sampling.fault.get_or_insert(error.to_string());
-                }
+            if let Some(matcher) = &mut sampling.matcher
+                && let Err(error) = matcher.accept(token)
+            {
+                sampling.fault.get_or_insert(error.to_string());
             }
         }
     }

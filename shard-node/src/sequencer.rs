@@ -123,10 +123,11 @@ impl Sequencer {
             Event::Plan(plan) => {
                 // Late plans of a former layout or leader, and duplicates, are dropped.
                 let current = plan.term == self.term && plan.revision == self.revision;
-                if current && plan.step > self.step {
-                    if let Err(reason) = self.apply(plan, effects) {
-                        effects.push(Effect::Diverged(reason));
-                    }
+                if current
+                    && plan.step > self.step
+                    && let Err(reason) = self.apply(plan, effects)
+                {
+                    effects.push(Effect::Diverged(reason));
                 }
             }
         }

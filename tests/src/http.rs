@@ -161,7 +161,9 @@ fn read_answer(socket: TcpStream) -> io::Result<Answer> {
     Ok(Answer { status, headers, body })
 }
 
-fn head(socket: TcpStream) -> io::Result<(u16, Vec<(String, String)>, Body)> {
+type Headers = Vec<(String, String)>;
+
+fn head(socket: TcpStream) -> io::Result<(u16, Headers, Body)> {
     let mut reader = BufReader::new(socket);
     let status_line = text_line(&mut reader)?;
     let status = status_line

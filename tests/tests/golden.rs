@@ -3,7 +3,7 @@
 use ashlar_tests::{Cluster, shared};
 use ashlar_tokenizer::Tokenizer;
 use serde_json::{Value, json};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// The reference has four decimals and was computed in another order of additions.
 const LOGPROB_TOLERANCE: f64 = 3e-4;
@@ -12,7 +12,7 @@ fn stories(test: &str) -> Option<PathBuf> {
     Some(shared::data(test)?.join("models/stories260K"))
 }
 
-fn over_two_stages(model: &PathBuf) -> Cluster {
+fn over_two_stages(model: &Path) -> Cluster {
     let cluster = Cluster::start(&["--model", &model.to_string_lossy(), "--stages", "2"]);
     assert_eq!(cluster.view()["nodes"].as_array().map(Vec::len), Some(2));
     cluster

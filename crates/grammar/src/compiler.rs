@@ -135,15 +135,16 @@ impl GrammarCompiler {
 
     fn compile(&self, spec: &GrammarSpec) -> Result<llguidance::Matcher, GrammarError> {
         let grammar = match spec {
-            GrammarSpec::JsonObject => {
-                TopLevelGrammar::from_json_schema(with_options(json!({"type": "object"}), false))
-            }
+            GrammarSpec::JsonObject => TopLevelGrammar::from_json_schema(with_options(
+                json!({"type": "object"}),
+                &response_options(),
+            )),
             GrammarSpec::JsonSchema(source) => {
                 limits::check_source(source, &['"'])?;
                 let schema: Value =
                     serde_json::from_str(source).map_err(|e| GrammarError::NotJson(e.to_string()))?;
                 limits::check_schema(&schema)?;
-                TopLevelGrammar::from_json_schema(with_options(schema, false))
+                TopLevelGrammar::from_json_schema(with_options(schema, &response_options()))
             }
             GrammarSpec::Lark(source) => {
                 limits::check_lark(source)?;
@@ -182,21 +183,36 @@ fn limits_of_one_grammar() -> ParserLimits {
     }
 }
 
+/// How the JSON of a response may look.
+pub(crate) fn response_options() -> JsonCompileOptions {
+    JsonCompileOptions {
+        // A small model can stay in whitespace forever; this much serves any indentation.
+        whitespace_pattern: Some(r"[\x20\x0A\x0D\x09]{1,40}".to_string()),
+        // `oneOf` that cannot be proved exclusive is taken as `anyOf`.
+        coerce_one_of: true,
+        ..JsonCompileOptions::default()
+    }
+}
+
+/// How the arguments of a tool call look: on one line, as every chat template writes the calls that it shows the model.
+pub(crate) fn arguments_options() -> JsonCompileOptions {
+    JsonCompileOptions {
+        whitespace_flexible: false,
+        item_separator: ", ".to_string(),
+        key_separator: ": ".to_string(),
+        coerce_one_of: true,
+        lenient: true,
+        ..JsonCompileOptions::default()
+    }
+}
+
 /// Adds our compilation options to a schema, in the place of any that a client wrote there.
-pub(crate) fn with_options(schema: Value, lenient: bool) -> Value {
+pub(crate) fn with_options(schema: Value, options: &JsonCompileOptions) -> Value {
     let mut schema = match schema {
         Value::Object(object) => Value::Object(object),
         // `true` allows everything; other values are left for the compiler to refuse.
         Value::Bool(true) => json!({}),
         other => return other,
-    };
-    let options = JsonCompileOptions {
-        // A small model can stay in whitespace forever; this much serves any indentation.
-        whitespace_pattern: Some(r"[\x20\x0A\x0D\x09]{1,40}".to_string()),
-        // `oneOf` that cannot be proved exclusive is taken as `anyOf`.
-        coerce_one_of: true,
-        lenient,
-        ..JsonCompileOptions::default()
     };
     options.apply_to(&mut schema);
     schema

@@ -1,6 +1,6 @@
 //! Grammars for tool calls in the model's own format, and for answers after reasoning.
 
-use crate::compiler::with_options;
+use crate::compiler::{arguments_options, response_options, with_options};
 use crate::lark::{Marker, escape_regex, literal};
 use ashlar_tokenizer::{ReasoningMarkers, Tokenizer, ToolFormat};
 use ashlar_vocabulary::sampling::GrammarSpec;
@@ -82,11 +82,11 @@ pub fn after_reasoning(
     let head = if opened { "thought".to_string() } else { format!("({start} thought)?") };
     let answer = match spec {
         GrammarSpec::JsonObject => {
-            format!("answer: %json {}\n", with_options(json!({"type": "object"}), false))
+            format!("answer: %json {}\n", with_options(json!({"type": "object"}), &response_options()))
         }
         GrammarSpec::JsonSchema(source) => {
             let schema = serde_json::from_str(source).unwrap_or(Value::Null);
-            format!("answer: %json {}\n", with_options(schema, false))
+            format!("answer: %json {}\n", with_options(schema, &response_options()))
         }
         GrammarSpec::Lark(source) => {
             let renamed = source.strip_prefix("start:").map(|rest| format!("answer:{rest}"));
@@ -109,7 +109,7 @@ fn arguments_schema(parameters: &Value) -> Value {
         }
         _ => json!({"type": "object"}),
     };
-    with_options(schema, true)
+    with_options(schema, &arguments_options())
 }
 
 /// A rule that takes any text up to and including a marker.

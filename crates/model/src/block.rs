@@ -15,8 +15,8 @@ use ashlar_vocabulary::Bytes;
 use std::ops::Range;
 
 /// A column range of one stored matrix, `rows` of it, to be packed below its siblings into one fused product.
-pub(crate) struct PackSource<'a> {
-    pub(crate) name: &'a str,
+pub(crate) struct PackSource {
+    pub(crate) name: String,
     /// Shape of the stored tensor.
     pub(crate) shape: [usize; 2],
     pub(crate) rows: Range<usize>,
@@ -24,13 +24,13 @@ pub(crate) struct PackSource<'a> {
 }
 
 /// Packs the given pieces of stored matrices, one below the other, as one product.
-pub(crate) fn pack(files: &WeightFiles, sources: &[PackSource<'_>]) -> Result<PackedMatrix, WeightError> {
+pub(crate) fn pack(files: &WeightFiles, sources: &[PackSource]) -> Result<PackedMatrix, WeightError> {
     // Rows are read a few megabytes at a time, so that peak memory stays near the packed size.
     const CHUNK_VALUES: usize = 1 << 20;
     let outputs = sources.iter().map(|s| s.rows.len()).sum();
     let inputs = sources.first().map_or(0, |s| s.columns.len());
     let readers =
-        sources.iter().map(|s| files.tensor(s.name, &s.shape)).collect::<Result<Vec<_>, WeightError>>()?;
+        sources.iter().map(|s| files.tensor(&s.name, &s.shape)).collect::<Result<Vec<_>, WeightError>>()?;
     let mut failure = None;
     let mut chunk: Vec<f32> = Vec::new();
     let (mut source, mut source_start, mut chunk_start, mut chunk_end) = (0, 0, 0, 0);
@@ -117,25 +117,14 @@ impl Block {
             Ok(bias)
         };
         let piece = |suffix: &str, shape: [usize; 2], rows: &Range<usize>, columns: &Range<usize>| {
-            (name(suffix), shape, rows.clone(), columns.clone())
+            PackSource { name: name(suffix), shape, rows: rows.clone(), columns: columns.clone() }
         };
-        let load = |pieces: Vec<(String, [usize; 2], Range<usize>, Range<usize>)>| {
-            let sources: Vec<PackSource<'_>> = pieces
-                .iter()
-                .map(|(name, shape, rows, columns)| PackSource {
-                    name,
-                    shape: *shape,
-                    rows: rows.clone(),
-                    columns: columns.clone(),
-                })
-                .collect();
-            pack(files, &sources)
-        };
+        let load = |pieces: &[PackSource]| pack(files, pieces);
         let whole = 0..hidden;
         let ff_all = shape.intermediate_size;
         Ok(Block {
             input_norm: vector("input_layernorm.weight", hidden, 0..hidden)?,
-            qkv: load(vec![
+            qkv: load(&[
                 piece("self_attn.q_proj.weight", [all_q, hidden], &q, &whole),
                 piece("self_attn.k_proj.weight", [all_kv, hidden], &kv, &whole),
                 piece("self_attn.v_proj.weight", [all_kv, hidden], &kv, &whole),
@@ -159,13 +148,13 @@ impl Block {
                     ))
                 })
                 .transpose()?,
-            output: load(vec![piece("self_attn.o_proj.weight", [hidden, all_q], &whole, &q)])?,
+            output: load(&[piece("self_attn.o_proj.weight", [hidden, all_q], &whole, &q)])?,
             output_bias: config
                 .output_bias
                 .then(|| vector("self_attn.o_proj.bias", hidden, 0..hidden))
                 .transpose()?,
             feed_forward_norm: vector("post_attention_layernorm.weight", hidden, 0..hidden)?,
-            gate_up: load(vec![
+            gate_up: load(&[
                 piece("mlp.gate_proj.weight", [ff_all, hidden], &ff, &whole),
                 piece("mlp.up_proj.weight", [ff_all, hidden], &ff, &whole),
             ])?,
@@ -175,7 +164,7 @@ impl Block {
                     fused_bias(&[("mlp.gate_proj.bias", ff_all, &ff), ("mlp.up_proj.bias", ff_all, &ff)])
                 })
                 .transpose()?,
-            down: load(vec![piece("mlp.down_proj.weight", [hidden, ff_all], &whole, &ff)])?,
+            down: load(&[piece("mlp.down_proj.weight", [hidden, ff_all], &whole, &ff)])?,
             down_bias: config
                 .mlp_bias
                 .then(|| vector("mlp.down_proj.bias", hidden, 0..hidden))

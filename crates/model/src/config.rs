@@ -208,19 +208,19 @@ fn shape_of(raw: &RawConfig) -> Result<ModelShape, ConfigError> {
             return Err(ConfigError::Inconsistent(format!("{name} is {value}, expected 1 to {max}")));
         }
     }
-    if heads % kv_heads != 0 {
+    if !heads.is_multiple_of(kv_heads) {
         return Err(ConfigError::Inconsistent(format!(
             "{heads} attention heads cannot share {kv_heads} key/value heads evenly"
         )));
     }
-    if raw.head_dim.is_none() && raw.hidden_size % heads != 0 {
+    if raw.head_dim.is_none() && !raw.hidden_size.is_multiple_of(heads) {
         return Err(ConfigError::Inconsistent(format!(
             "hidden_size {} is not a multiple of {heads} heads",
             raw.hidden_size
         )));
     }
     let head_dim = raw.head_dim.unwrap_or(raw.hidden_size / heads);
-    if head_dim % 2 != 0 {
+    if !head_dim.is_multiple_of(2) {
         return Err(ConfigError::Inconsistent(format!(
             "head_dim {head_dim} is odd; rotary embedding pairs elements"
         )));

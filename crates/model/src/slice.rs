@@ -33,7 +33,7 @@ impl RankSlice {
     /// Why this slice is impossible for `shape`, if it is.
     pub fn problem(&self, shape: &ModelShape) -> Option<String> {
         let size = self.tensor_parallel_size;
-        if ![1, 2, 4, 8].contains(&size) || shape.num_kv_heads % size != 0 {
+        if ![1, 2, 4, 8].contains(&size) || !shape.num_kv_heads.is_multiple_of(size) {
             return Some(format!(
                 "tensor parallelism of {size} cannot cut {} key/value heads: use 1, 2, 4 or 8 that divides them",
                 shape.num_kv_heads

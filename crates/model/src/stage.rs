@@ -162,7 +162,8 @@ impl StageModel {
         }
         if slice.last {
             let name = if shape.tied_head { "model.embed_tokens.weight" } else { "lm_head.weight" };
-            let source = PackSource { name, shape: [vocab, hidden], rows, columns: 0..hidden };
+            let source =
+                PackSource { name: name.to_owned(), shape: [vocab, hidden], rows, columns: 0..hidden };
             let weights = pack(&files, &[source])?;
             let norm = files.tensor("model.norm.weight", &[hidden])?.read(0..1, 0..hidden)?;
             model.head = Some(Head { norm, weights });

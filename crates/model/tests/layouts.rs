@@ -29,7 +29,7 @@ fn every_cut_gives_the_same_bits() {
         let shape = ashlar_model::ModelConfig::from_dir(&directory).unwrap().shape;
         for stages in [1, 2, 4] {
             for size in [1, 2, 4] {
-                if stages > shape.num_layers || shape.num_kv_heads % size != 0 {
+                if stages > shape.num_layers || !shape.num_kv_heads.is_multiple_of(size) {
                     continue;
                 }
                 let grid = Grid::new(&directory, stages, size, Isa::best(), 1);

@@ -34,7 +34,7 @@ pub(crate) struct World {
 }
 
 enum Happening {
-    To { process: Process, incarnation: u64, over: Option<Connection>, input: Input },
+    To { process: Process, incarnation: u64, over: Option<Connection>, input: Box<Input> },
     Fault(Fault),
     Start(Process),
     Mend(Connection),
@@ -199,14 +199,17 @@ impl World {
                     return Ok(());
                 }
                 let lost = over.is_some_and(|wire| self.connections.get(&wire).is_none_or(|wire| !wire.open));
-                let (over, input) = match input {
+                let (over, input) = match *input {
                     // It broke before it stood.
                     Input::Opened { purpose, initiator: true, .. } if lost => (None, Input::Refused(purpose)),
                     _ if lost => return Ok(()),
                     input => (over, input),
                 };
                 if life.paused_until_us > self.now_us {
-                    self.push(life.paused_until_us, Happening::To { process, incarnation, over, input });
+                    self.push(
+                        life.paused_until_us,
+                        Happening::To { process, incarnation, over, input: input.into() },
+                    );
                     return Ok(());
                 }
                 self.deliver(process, input)
@@ -254,7 +257,8 @@ impl World {
         let incarnation = self.life(process).incarnation;
         match action {
             Action::Wake { after_us, timer } => {
-                let to = Happening::To { process, incarnation, over: None, input: Input::Timer(timer) };
+                let to =
+                    Happening::To { process, incarnation, over: None, input: Input::Timer(timer).into() };
                 self.push(self.now_us + after_us, to);
             }
             Action::Send(connection, message) => self.send(process, connection, message),
@@ -272,7 +276,7 @@ impl World {
                 process: from,
                 incarnation: own.incarnation,
                 over: None,
-                input: Input::Refused(purpose),
+                input: Input::Refused(purpose).into(),
             };
             return self.push(self.now_us + delay, to);
         }
@@ -284,7 +288,10 @@ impl World {
         self.connections.insert(connection, wire);
         for (side, (process, incarnation)) in ends.into_iter().enumerate() {
             let input = Input::Opened { connection, purpose, initiator: side == 0 };
-            self.push(at, Happening::To { process, incarnation, over: Some(connection), input });
+            self.push(
+                at,
+                Happening::To { process, incarnation, over: Some(connection), input: input.into() },
+            );
         }
     }
 
@@ -329,9 +336,12 @@ impl World {
             self.report.duplicated += 1;
             let again = at + self.random.between(0, 50_000);
             let input = input.clone();
-            self.push(again, Happening::To { process, incarnation, over: Some(connection), input });
+            self.push(
+                again,
+                Happening::To { process, incarnation, over: Some(connection), input: input.into() },
+            );
         }
-        self.push(at, Happening::To { process, incarnation, over: Some(connection), input });
+        self.push(at, Happening::To { process, incarnation, over: Some(connection), input: input.into() });
     }
 
     /// Ends a connection; both sides that still live hear of it.
@@ -343,7 +353,7 @@ impl World {
         for (process, incarnation) in ends {
             let at = self.now_us + self.random.between(20, 500);
             let input = Input::Closed(connection);
-            self.push(at, Happening::To { process, incarnation, over: None, input });
+            self.push(at, Happening::To { process, incarnation, over: None, input: input.into() });
         }
     }
 

@@ -95,12 +95,12 @@ impl Rank {
             let (start, end) = (slice.start as usize, (slice.start + slice.count) as usize);
             assert!(slice.count > 0 && end <= states.len() && end <= known.table.len() * BLOCK_TOKENS);
             let place = |position: usize| (known.table[position / BLOCK_TOKENS], position % BLOCK_TOKENS);
-            for position in 0..start {
+            for (position, state) in states.iter().enumerate().take(start) {
                 let found = self.kv.get(&place(position));
-                assert_eq!(found, Some(&states[position]), "{} reads foreign KV at {position}", slice.id);
+                assert_eq!(found, Some(state), "{} reads foreign KV at {position}", slice.id);
             }
-            for position in start..end {
-                self.kv.insert(place(position), states[position]);
+            for (position, state) in states.iter().enumerate().take(end).skip(start) {
+                self.kv.insert(place(position), *state);
             }
             self.computed += end - start;
             if !slice.sample {
