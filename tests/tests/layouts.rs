@@ -4,14 +4,19 @@
 //! Answers are compared as sent: the text of `choices`, with every log-probability's digits.
 
 use ashlar_kernels::Isa;
-use ashlar_tests::Cluster;
+use ashlar_tests::{Cluster, eventually};
 use serde_json::{Value, json};
 use std::sync::OnceLock;
+use std::time::Duration;
 
 /// Longest continuation of the mixed requests.
 const TOKENS_MAX: u32 = 24;
 /// A tenth of a thousandth of the offered memory leaves KV blocks for one sequence of full length.
 const TINY_KV: &str = "kv_memory_share=0.000001";
+
+const LONG: &str = "The masons of the valley cut their stones by hand and carried them down to the river. ";
+/// Within this time a counter of the scheduler is in the gateway's metrics.
+const METRIC_LIMIT: Duration = Duration::from_secs(10);
 
 struct Asked {
     path: &'static str,
@@ -42,8 +47,7 @@ fn merge(body: &mut Value, with: Value) {
 
 /// Greedy and sampled requests of every kind, some with long prompts in common.
 fn mixed() -> Vec<Asked> {
-    let long =
-        "The masons of the valley cut their stones by hand and carried them down to the river. ".repeat(3);
+    let long = LONG.repeat(3);
     let schema = json!({
         "type": "object",
         "properties": {"ok": {"type": "boolean"}},
@@ -135,14 +139,25 @@ fn assert_same(all: &[Asked], expected: &[String], got: &[String], how: &str) {
     }
 }
 
+/// Prompt tokens that an answer took from the prefix cache.
+#[track_caller]
+fn cached_tokens(cluster: &Cluster, asked: &Asked) -> u64 {
+    let answer = cluster.post(asked.path, &asked.body).ok();
+    answer["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64().expect("a count")
+}
+
 /// One node, one thread, one request after the other, nothing cached.
 fn reference() -> &'static (Vec<String>, Vec<String>) {
     static REFERENCE: OnceLock<(Vec<String>, Vec<String>)> = OnceLock::new();
     REFERENCE.get_or_init(|| {
-        let cluster = Cluster::start(&["--stages", "1", "--threads", "1"]);
+        let cluster =
+            Cluster::start(&["--stages", "1", "--threads", "1", "--set", "enable_prefix_caching=false"]);
         let mixed = ask_all(&cluster, &mixed());
         let long = ask_all(&cluster, &ballast());
         // The comparison means something only if the answers differ among each other and are not empty.
+        for _ in 0..2 {
+            assert_eq!(cached_tokens(&cluster, &completion(LONG, json!({}))), 0);
+        }
         let distinct: std::collections::BTreeSet<&String> = mixed.iter().chain(&long).collect();
         assert_eq!(distinct.len(), mixed.len() + long.len());
         assert!(mixed.iter().all(|answer| answer.len() > 200), "{mixed:?}");
@@ -158,12 +173,8 @@ fn check_layout(args: &[&str]) {
     let how = args.join(" ");
     let cluster = Cluster::start(args);
     assert_same(&all, expected, &ask_all(&cluster, &all), &format!("{how}, cold"));
-    let hits = cluster.metric("vllm:prefix_cache_hits_total");
     assert_same(&all, expected, &ask_all(&cluster, &all), &format!("{how}, cached"));
-    assert!(
-        cluster.metric("vllm:prefix_cache_hits_total") > hits,
-        "{how}: nothing was found in the prefix cache"
-    );
+    assert!(cached_tokens(&cluster, &completion(LONG, json!({}))) > 0, "{how}: no prefix was cached");
     assert_same(&all, expected, &ask_at_once(&cluster, &all, 2), &format!("{how}, 32 at once"));
 }
 
@@ -190,12 +201,14 @@ fn preemption_changes_no_byte() {
             assert_same(&long, expected_long, &heavy.join().expect("answers"), "preempted, long");
             assert_same(&all, expected, &light.join().expect("answers"), "preempted");
         });
-        assert!(cluster.metric("vllm:num_preemptions_total") > 0.0, "{layout:?}: nothing was preempted");
+        // The gateway hears of counters a few times per second.
+        eventually("something was preempted", METRIC_LIMIT, || {
+            cluster.metric("vllm:num_preemptions_total") > 0.0
+        });
     }
 }
 
 #[test]
-#[ignore = "open: failed once in two runs, cause not known yet"]
 fn chunk_sizes_change_no_byte() {
     for (sequences, tokens) in [("1", "1"), ("3", "17"), ("16", "64")] {
         let sequences = format!("max_num_seqs={sequences}");

@@ -28,7 +28,6 @@ fn synthesize(directory: &Path) -> u64 {
 }
 
 #[test]
-#[ignore = "open: what remains resident after measuring the machine is not settled"]
 fn a_node_holds_its_slice_and_what_its_ledger_says() {
     let directory = tempfile::tempdir().expect("a temporary directory");
     let whole = synthesize(directory.path());

@@ -172,7 +172,6 @@ async fn a_stream_ends_with_usage_where_asked_for() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "open: the demo model fills the white space that the grammar allows until its answer is cut"]
 async fn a_required_tool_is_called_with_arguments_of_its_schema() {
     let service = Service::start();
     let choices = [json!("required"), json!({"type": "function", "function": {"name": "weather"}})];
@@ -198,7 +197,6 @@ async fn a_required_tool_is_called_with_arguments_of_its_schema() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "open: the demo model fills the white space that the grammar allows until its answer is cut"]
 async fn a_tool_call_can_be_put_together_from_a_stream() {
     let service = Service::start();
     let chunks = service
@@ -293,7 +291,6 @@ async fn logprobs_describe_the_tokens_of_the_answer() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "open: the expectation does not suit the final demo weights yet"]
 async fn choices_differ_from_each_other_and_a_seed_repeats_them() {
     let service = Service::start();
     let with = |seed: i64| json!({"n": 3, "temperature": 1.3, "seed": seed, "max_tokens": 24});
@@ -311,7 +308,6 @@ async fn choices_differ_from_each_other_and_a_seed_repeats_them() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "open: the expectation does not suit the final demo weights yet"]
 async fn a_stop_string_ends_the_answer_before_itself() {
     let service = Service::start();
     let client = &service.client;
@@ -329,7 +325,6 @@ async fn a_stop_string_ends_the_answer_before_itself() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "open: the expectation does not suit the final demo weights yet"]
 async fn completions_echo_take_lists_and_count() {
     let service = Service::start();
     let client = &service.client;

@@ -130,6 +130,7 @@ impl Scenario {
 
     pub(crate) fn engine(&self) -> EngineConfig {
         EngineConfig {
+            enable_prefix_caching: true,
             model_digest: DIGEST,
             max_context_tokens: self.max_context_tokens,
             max_num_seqs: self.max_num_seqs,

@@ -27,6 +27,8 @@ pub struct EngineConfig {
     pub max_num_seqs: usize,
     /// Most rows in one step.
     pub max_num_batched_tokens: u32,
+    /// Whether computed blocks are kept for sequences that begin the same.
+    pub enable_prefix_caching: bool,
     /// No stage shall take longer than this for one step, in milliseconds.
     pub step_target_ms: u64,
     /// Most sequences waiting; more are refused as overloaded.

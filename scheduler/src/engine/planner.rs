@@ -212,7 +212,7 @@ impl Planner<'_> {
             if !belongs || sequence.len() >= self.replica.capacity_tokens() {
                 continue;
             }
-            let hittable = sequence.hittable_blocks();
+            let hittable = self.hittable_blocks(sequence);
             let hit = sequence.chain.find(&self.replica.pool, hittable);
             let cached = hit.blocks * BLOCK_TOKENS;
             if self.soon_cached(draft, sequence, hit.blocks, hittable) {
@@ -231,6 +231,10 @@ impl Planner<'_> {
         }
     }
 
+    fn hittable_blocks(&self, sequence: &Sequence) -> usize {
+        if self.config.enable_prefix_caching { sequence.hittable_blocks() } else { 0 }
+    }
+
     /// Whether this step computes at least half of what `sequence` lacks, so that waiting for the next step spares it
     /// the work (several choices of one prompt, for example).
     fn soon_cached(&self, draft: &Draft, sequence: &Sequence, hit: usize, hittable: usize) -> bool {
@@ -242,7 +246,7 @@ impl Planner<'_> {
 
     /// Whether a new sequence belongs here: no other replica with room has more of it cached, or as much and less to do.
     fn attracts(&self, sequence: &Sequence) -> bool {
-        let hittable = sequence.hittable_blocks();
+        let hittable = self.hittable_blocks(sequence);
         let score = |replica: &Replica| {
             let cached = sequence.chain.find(&replica.pool, hittable).blocks;
             (std::cmp::Reverse(cached), replica.running.len(), replica.id)

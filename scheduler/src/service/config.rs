@@ -58,6 +58,9 @@ pub struct SchedulerConfig {
     /// Most rows in one step of one replica, at least `max_num_seqs`.
     #[serde(default = "default_max_num_batched_tokens")]
     pub max_num_batched_tokens: u32,
+    /// Whether computed KV blocks are kept for requests of the same tenant that begin the same.
+    #[serde(default = "default_enable_prefix_caching")]
+    pub enable_prefix_caching: bool,
     /// No stage shall take longer than this for one step, in milliseconds, as far as that can be predicted.
     #[serde(default = "default_step_target_ms")]
     pub step_target_ms: u64,
@@ -108,6 +111,7 @@ impl SchedulerConfig {
             settle_ms: default_settle_ms(),
             max_num_seqs: default_max_num_seqs(),
             max_num_batched_tokens: default_max_num_batched_tokens(),
+            enable_prefix_caching: default_enable_prefix_caching(),
             step_target_ms: default_step_target_ms(),
             queue_max: default_queue_max(),
             deadline_ms: default_deadline_ms(),
@@ -165,6 +169,10 @@ fn default_store() -> String {
 
 fn default_settle_ms() -> u64 {
     500
+}
+
+fn default_enable_prefix_caching() -> bool {
+    true
 }
 
 fn default_max_num_seqs() -> usize {

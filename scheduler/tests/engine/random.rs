@@ -39,6 +39,7 @@ proptest! {
         actions in prop::collection::vec(action(), 1..60),
     ) {
         let limits = EngineConfig {
+            enable_prefix_caching: true,
             max_num_seqs: seqs,
             max_num_batched_tokens: rows,
             step_target_ms: target,
