@@ -6,7 +6,7 @@ mod common;
 
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
-use candle_transformers::models::{llama, qwen2, qwen3};
+use candle_transformers::models::{llama, mistral, qwen2, qwen3};
 use common::{Grid, goldens, relative_error};
 use serde::Deserialize;
 
@@ -34,8 +34,6 @@ fn weights(name: &str) -> VarBuilder<'static> {
 fn config<C: serde::de::DeserializeOwned>(name: &str, extra: serde_json::Value) -> C {
     let text = std::fs::read_to_string(goldens().join(name).join("config.json")).unwrap();
     let mut json: serde_json::Value = serde_json::from_str(&text).unwrap();
-    // Transformers 5 moved RoPE's parameters; candle reads the older spelling.
-    json["rope_theta"] = json["rope_parameters"]["rope_theta"].clone();
     for (key, value) in extra.as_object().unwrap() {
         json[key] = value.clone();
     }
@@ -57,11 +55,22 @@ fn input(name: &str) -> Tensor {
 
 #[test]
 fn llama_equals_candle() {
-    let config: llama::LlamaConfig = config("llama", serde_json::json!({"rope_scaling": null}));
-    let config = config.into_config(false);
-    let model = llama::Llama::load(weights("llama"), &config).unwrap();
-    let mut cache = llama::Cache::new(false, DType::F32, &config, &Device::Cpu).unwrap();
-    compare("llama", &model.forward(&input("llama"), 0, &mut cache).unwrap());
+    for name in ["llama", "llama3-rope"] {
+        let config: llama::LlamaConfig = config(name, serde_json::json!({}));
+        let config = config.into_config(false);
+        let model = llama::Llama::load(weights(name), &config).unwrap();
+        let mut cache = llama::Cache::new(false, DType::F32, &config, &Device::Cpu).unwrap();
+        compare(name, &model.forward(&input(name), 0, &mut cache).unwrap());
+    }
+}
+
+#[test]
+fn mistral_equals_candle() {
+    // Candle lets a query see `sliding_window` keys before its own; in Transformers its own is one of them.
+    let extra = serde_json::json!({"use_flash_attn": false, "sliding_window": 7});
+    let config: mistral::Config = config("mistral", extra);
+    let mut model = mistral::Model::new(&config, weights("mistral")).unwrap();
+    compare("mistral", &model.forward(&input("mistral"), 0).unwrap());
 }
 
 #[test]
