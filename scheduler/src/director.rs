@@ -137,7 +137,6 @@ impl Director {
             }
             FromNode::Failed { revision, message } => Event::Failed { connection, revision, message },
             FromNode::Beat => Event::Heard { connection, timing: None },
-            FromNode::Leaving => Event::Lost { connection, reason: "it is shutting down".to_owned() },
             FromNode::StepResult(result) => {
                 let timing = Some(result.timing);
                 if let Some((replica, _)) = self.cluster.place_of(connection) {

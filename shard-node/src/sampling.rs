@@ -98,7 +98,9 @@ impl Samplers {
             matcher.mask(&mut self.mask).map_err(|error| failed(error.to_string()))?;
             mask = Some(self.mask.as_slice());
         }
-        let generated = next - sampling.prompt_len;
+        let grammar_complete = sampling.matcher.as_ref().is_some_and(Matcher::is_stopped);
+        // A complete answer cannot grow to `min_tokens`: its end may come at once.
+        let generated = if grammar_complete { u32::MAX } else { next - sampling.prompt_len };
         let sampled = sampling
             .sampler
             .sample(kernels, logits, next, generated, mask, &mut self.scratch)
@@ -108,7 +110,7 @@ impl Samplers {
             position: next,
             token: sampled.token,
             logprobs: sampled.logprobs,
-            grammar_complete: false,
+            grammar_complete,
         })
     }
 

@@ -114,13 +114,15 @@ fn join_message(
         .memory_bytes
         .unwrap_or_else(|| memory::available_memory().map_or(1 << 30, |bytes| bytes.0 / 10 * 9));
     let measuring = Duration::from_millis(100);
+    // More than the caches hold, and little beside what is offered.
+    let working_set_bytes = (memory / 16).clamp(64 << 20, 256 << 20);
     Join {
         node: config.name.clone(),
         data_address: format!("{host}:{}", bound.port()),
         memory: Bytes(memory),
         bandwidth_bytes_per_s: ashlar_kernels::measure::read_bandwidth_bytes_per_s(
             kernels,
-            256 << 20,
+            working_set_bytes as usize,
             measuring,
         ),
         flops_per_s: ashlar_kernels::measure::fma_flops_per_s(kernels, measuring),
@@ -193,7 +195,7 @@ impl Session<'_> {
         let speaker = format!("node {}", self.config.name);
         let greeting = async {
             let mut socket = TcpStream::connect(&self.config.scheduler).await?;
-            socket.set_nodelay(true)?;
+            frame::tune(&socket)?;
             frame::greet(&mut socket, &speaker).await?;
             Ok::<_, FrameError>(socket)
         };

@@ -83,7 +83,7 @@ pub struct DataLink {
 impl DataLink {
     /// Wraps a greeted socket.
     pub fn new(socket: TcpStream, faults: LinkFaults) -> io::Result<DataLink> {
-        socket.set_nodelay(true)?;
+        crate::frame::tune(&socket)?;
         socket.set_read_timeout(Some(Duration::from_millis(BEAT_INTERVAL_MS)))?;
         Ok(DataLink { socket, faults, sent: 0 })
     }

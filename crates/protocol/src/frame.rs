@@ -2,11 +2,15 @@
 
 use crate::WIRE_VERSION;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use socket2::{SockRef, TcpKeepalive};
 use std::io::{self, Read, Write};
+use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
 /// Longest control-plane payload in bytes; a longer announced length is refused before allocation.
 pub const FRAME_BYTES_MAX: usize = 64 << 20;
+/// A peer whose machine does not answer for this long is gone.
+pub const VANISHED_AFTER: Duration = Duration::from_secs(8);
 const HEADER_BYTES: usize = 8;
 
 /// What can go wrong between two roles on a socket.
@@ -129,6 +133,15 @@ pub async fn write<M: Serialize>(
     socket.write_all(&encode(message)).await?;
     socket.flush().await?;
     Ok(())
+}
+
+/// Prepares a connection for small messages that must not wait, and for a peer whose machine vanishes: without an answer
+/// for about [`VANISHED_AFTER`] the connection ends with an error, also while neither side has anything to say.
+pub fn tune<'a>(socket: impl Into<SockRef<'a>>) -> io::Result<()> {
+    let socket = socket.into();
+    socket.set_tcp_nodelay(true)?;
+    let interval = VANISHED_AFTER / 4;
+    socket.set_tcp_keepalive(&TcpKeepalive::new().with_time(interval).with_interval(interval).with_retries(3))
 }
 
 /// Exchanges [`Hello`]s on a fresh asynchronous connection and returns the peer's.

@@ -60,8 +60,6 @@ pub enum FromNode {
     },
     /// Sent by the compute loop itself, between layers, at most every [`BEAT_INTERVAL_MS`]: silence means a hang.
     Beat,
-    /// The node is shutting down on purpose.
-    Leaving,
 }
 
 /// How often a healthy node beats, busy or idle, in milliseconds.

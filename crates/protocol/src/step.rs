@@ -91,7 +91,7 @@ pub struct SampledToken {
     pub token: TokenId,
     /// Where asked for.
     pub logprobs: Option<TokenLogprobs>,
-    /// The grammar admits nothing after this token but the end of the answer.
+    /// The answer was complete before this token, which is an end of sequence: nothing else was admitted.
     pub grammar_complete: bool,
 }
 

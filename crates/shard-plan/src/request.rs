@@ -23,6 +23,7 @@ pub struct DeviceReport {
 
 /// The network between nodes: one default and, where measured, single pairs.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct Links {
     /// Seconds from a message to its reply, for pairs that are not listed.
     pub round_trip_s: f64,
@@ -34,6 +35,7 @@ pub struct Links {
 
 /// One measured pair of nodes.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct LinkReport {
     /// One end.
     pub a: NodeId,

@@ -270,7 +270,7 @@ impl Connection {
 async fn open(address: &str) -> Result<TcpStream, FrameError> {
     let mut socket = TcpStream::connect(address).await?;
     // Token events are small and late ones are useless: never wait to fill a segment.
-    socket.set_nodelay(true)?;
+    frame::tune(&socket)?;
     frame::greet(&mut socket, "gateway").await?;
     Ok(socket)
 }

@@ -123,7 +123,7 @@ pub(super) async fn accept<Id, Message>(
 }
 
 async fn greet(mut socket: TcpStream) -> Result<TcpStream, frame::FrameError> {
-    socket.set_nodelay(true)?;
+    frame::tune(&socket)?;
     let greeting = tokio::time::timeout(GREETING_TIMEOUT, frame::greet(&mut socket, "scheduler")).await;
     greeting.unwrap_or_else(|_| Err(std::io::Error::from(std::io::ErrorKind::TimedOut).into()))?;
     Ok(socket)
