@@ -9,8 +9,13 @@ use std::ops::Range;
 
 /// Rows that pass over a panel together: enough that rereading the weights for the next block costs little bandwidth.
 pub(super) const ROW_BLOCK: usize = 96;
-/// Inputs per block when several tiles of rows pass over them: 128 × 64 weights are 32 KiB and stay in the L1 cache.
-const K_BLOCK: usize = 128;
+/// Inputs per block when a few tiles of rows pass over them: 64 × 64 weights are 16 KiB, so that the block in use and the
+/// next one, which is being fetched meanwhile, stay in the L1 cache together.
+const K_BLOCK_FEW_TILES: usize = 64;
+/// The same when many tiles pass, and what counts is how rarely sums are stored and loaded.
+const K_BLOCK_MANY_TILES: usize = 128;
+/// Most tiles that are few: up to here, fetching weights takes a good part of the time.
+const FEW_TILES: usize = 6;
 /// How far ahead of a single pass its weights are asked for, in elements.
 const AHEAD: usize = 2048;
 /// Open sums of the streaming tree: of 8 parts at most 3 wait while a fourth is computed.
@@ -90,7 +95,11 @@ impl PanelProduct<'_> {
     fn chain<S: Simd16>(&self, part: Range<usize>, sums: *mut f32) {
         let rows = self.rows.len();
         let tiles = rows.div_ceil(MAX_TILE_ROWS);
-        let step = if tiles == 1 { part.len() } else { K_BLOCK };
+        let step = match tiles {
+            1 => part.len(),
+            2..=FEW_TILES => K_BLOCK_FEW_TILES,
+            _ => K_BLOCK_MANY_TILES,
+        };
         let step_size = step * self.panel.width;
         for start in part.clone().step_by(step) {
             let end = part.end.min(start + step);
