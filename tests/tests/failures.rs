@@ -226,6 +226,10 @@ fn a_client_that_goes_away_gives_back_what_it_held() {
     let scheduled = cluster.metric("ashlar_scheduled_tokens_total");
     let streams: Vec<EventStream> = (0..4).map(|_| running_stream(&cluster)).collect();
     drop(streams);
+    // What the gateway knows of the scheduler is a moment old: first it must know of these requests at all.
+    eventually("the counters show what was streamed", RECOVERY_LIMIT, || {
+        cluster.metric("ashlar_scheduled_tokens_total") >= scheduled + 4.0 * 16.0
+    });
     let took = eventually("nothing runs any more", END_LIMIT, || idle(&cluster));
     eventually("its blocks are free", END_LIMIT, || cluster.metric("vllm:kv_cache_usage_perc") <= held);
     // Had they run on, they would have generated every token that they were asked for.
