@@ -1,11 +1,21 @@
 //! How the last stage's rank 0 turns logits into tokens: one sampler and, where asked for, one grammar per sequence.
 
-use ashlar_grammar::{GrammarCompiler, Matcher};
+use ashlar_grammar::{GrammarCompiler, GrammarError, Matcher};
 use ashlar_kernels::sampling::score;
-use ashlar_kernels::{Kernels, SamplerScratch, SamplerState};
+use ashlar_kernels::{Kernels, SampleError, SamplerScratch, SamplerState};
+use ashlar_protocol::serving::FailureKind;
 use ashlar_protocol::step::{FailedSequence, NewSequence, SampledToken};
 use ashlar_vocabulary::{SequenceId, TokenId, TokenLogprobs};
 use std::collections::BTreeMap;
+
+/// Most of what goes wrong with a grammar is the client's to change.
+fn grammar_fault(error: &GrammarError) -> (FailureKind, String) {
+    let kind = match error {
+        GrammarError::Internal(_) | GrammarError::MaskLength { .. } => FailureKind::Internal,
+        _ => FailureKind::Invalid,
+    };
+    (kind, error.to_string())
+}
 
 struct Sampling {
     prompt_len: u32,
@@ -13,7 +23,7 @@ struct Sampling {
     top_logprobs: u32,
     matcher: Option<Matcher>,
     /// Why this sequence cannot be sampled any more.
-    fault: Option<String>,
+    fault: Option<(FailureKind, String)>,
 }
 
 /// Samplers of all sequences of a replica.
@@ -53,8 +63,11 @@ impl Samplers {
         if let Some(spec) = &new.sampling.grammar {
             match self.compiler.as_ref().map(|compiler| Matcher::new(compiler, spec)) {
                 Some(Ok(matcher)) => sampling.matcher = Some(matcher),
-                Some(Err(error)) => sampling.fault = Some(error.to_string()),
-                None => sampling.fault = Some("this node has no tokenizer.json, needed for grammars".into()),
+                Some(Err(error)) => sampling.fault = Some(grammar_fault(&error)),
+                None => {
+                    let message = "this node has no tokenizer.json, needed for grammars".into();
+                    sampling.fault = Some((FailureKind::Internal, message));
+                }
             }
         }
         self.sequences.insert(new.id, sampling);
@@ -69,7 +82,7 @@ impl Samplers {
             if let Some(matcher) = &mut sampling.matcher
                 && let Err(error) = matcher.accept(token)
             {
-                sampling.fault.get_or_insert(error.to_string());
+                sampling.fault.get_or_insert(grammar_fault(&error));
             }
         }
     }
@@ -87,15 +100,16 @@ impl Samplers {
         position: u32,
         logits: &mut [f32],
     ) -> Result<SampledToken, FailedSequence> {
-        let failed = |message: String| FailedSequence { id, message };
-        let sampling = self.sequences.get_mut(&id).ok_or_else(|| failed("the sequence is unknown".into()))?;
+        let failed = |(kind, message)| FailedSequence { id, kind, message };
+        let unknown = || failed((FailureKind::Internal, "the sequence is unknown".into()));
+        let sampling = self.sequences.get_mut(&id).ok_or_else(unknown)?;
         if let Some(fault) = &sampling.fault {
             return Err(failed(fault.clone()));
         }
         let next = position + 1;
         let mut mask = None;
         if let Some(matcher) = &mut sampling.matcher {
-            matcher.mask(&mut self.mask).map_err(|error| failed(error.to_string()))?;
+            matcher.mask(&mut self.mask).map_err(|error| failed(grammar_fault(&error)))?;
             mask = Some(self.mask.as_slice());
         }
         let grammar_complete = sampling.matcher.as_ref().is_some_and(Matcher::is_stopped);
@@ -104,7 +118,13 @@ impl Samplers {
         let sampled = sampling
             .sampler
             .sample(kernels, logits, next, generated, mask, &mut self.scratch)
-            .map_err(|error| failed(error.to_string()))?;
+            .map_err(|error| {
+                let kind = match error {
+                    SampleError::NothingAllowed => FailureKind::Invalid,
+                    SampleError::NotFinite => FailureKind::Internal,
+                };
+                failed((kind, error.to_string()))
+            })?;
         Ok(SampledToken {
             id,
             position: next,

@@ -81,6 +81,14 @@ fn bad_chats() -> Vec<Bad> {
         bad(CHAT, with("tools", json!([{"type": "function"}])), 400, Some("tools[0].function")),
         bad(CHAT, with("tool_choice", json!("required")), 400, Some("tool_choice")),
         bad(CHAT, with("response_format", json!({"type": "poem"})), 400, Some("response_format.type")),
+        // `{` is its byte: the grammar asks for what `min_tokens` forbids.
+        bad(
+            CHAT,
+            json!({"messages": [{"role": "user", "content": "x"}], "response_format": {"type": "json_object"},
+                   "min_tokens": 5, "stop_token_ids": [123]}),
+            400,
+            None,
+        ),
         bad(CHAT, schema(json!({"type": "nothing"})), 400, Some("response_format")),
         bad(CHAT, schema(json!({"$ref": "http://127.0.0.1:1/"})), 400, Some("response_format")),
         bad(CHAT, schema(json!({"$ref": "file:///etc/passwd"})), 400, Some("response_format")),
@@ -430,6 +438,13 @@ fn a_port_in_use_is_named() {
     let taken = TcpListener::bind("127.0.0.1:0").expect("a port");
     let address = taken.local_addr().expect("its address").to_string();
     refused(&["--listen", &address], &[], &["cannot listen on", &address, "--listen"]);
+}
+
+#[test]
+fn none_of_something_is_refused() {
+    for flag in ["--stages", "--tp", "--replicas", "--nodes", "--threads"] {
+        refused(&[flag, "0"], &[], &[flag, "1..=1024"]);
+    }
 }
 
 #[test]

@@ -71,7 +71,21 @@ async fn converse(args: ChatArgs) -> Result<()> {
             }
             text => messages.push(json!({"role": "user", "content": text})),
         }
-        match answer(&client, &args, &model, &messages).await {
+        let first = usize::from(args.system.is_some());
+        let answered = loop {
+            match answer(&client, &args, &model, &messages).await {
+                Err(error)
+                    if error.to_string().contains("maximum context length") && messages.len() > first + 2 =>
+                {
+                    messages.drain(first..first + 2);
+                    if terminal {
+                        eprintln!("(the context is full: the oldest question is forgotten)");
+                    }
+                }
+                other => break other,
+            }
+        };
+        match answered {
             Ok(text) => messages.push(json!({"role": "assistant", "content": text})),
             Err(error) if terminal => {
                 eprintln!("error: {error:#}");
@@ -101,10 +115,19 @@ async fn answer(client: &Client, args: &ChatArgs, model: &str, messages: &[Value
     let mut events = client.stream("/v1/chat/completions", &body).await?;
     let mut text = String::new();
     while let Some(event) = events.next().await? {
-        if let Some(delta) = event["choices"][0]["delta"]["content"].as_str() {
+        let choice = &event["choices"][0];
+        if let Some(thought) = choice["delta"]["reasoning_content"].as_str()
+            && std::io::stderr().is_terminal()
+        {
+            eprint!("\x1b[2m{thought}\x1b[0m");
+        }
+        if let Some(delta) = choice["delta"]["content"].as_str() {
             text.push_str(delta);
             print!("{delta}");
             std::io::stdout().flush()?;
+        }
+        if choice["finish_reason"] == "length" {
+            eprint!(" [cut: the answer has reached its greatest length]");
         }
     }
     println!();

@@ -41,16 +41,16 @@ pub(crate) struct UpArgs {
     #[arg(long, value_name = "DIR|HUB_ID")]
     model: Option<String>,
     /// Node processes; default: stages × tp × replicas. More are standbys.
-    #[arg(long)]
+    #[arg(long, value_parser = count())]
     nodes: Option<usize>,
     /// Pipeline stages per replica; default: 2 for the demo model, else the fewest that fit.
-    #[arg(long)]
+    #[arg(long, value_parser = count())]
     stages: Option<usize>,
     /// Tensor-parallel ranks per stage: 1, 2, 4 or 8.
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = count())]
     tp: Option<usize>,
     /// Full copies of the model.
-    #[arg(long)]
+    #[arg(long, value_parser = count())]
     replicas: Option<usize>,
     /// Where the HTTP API listens.
     #[arg(long, default_value = "127.0.0.1:8080")]
@@ -62,7 +62,7 @@ pub(crate) struct UpArgs {
     #[arg(long, value_name = "TOKENS")]
     max_context: Option<u32>,
     /// Compute threads of each node; default: the machine's, shared out.
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = count())]
     threads: Option<usize>,
     /// Memory of each node, for example 4GiB; default: nine tenths of what is available, shared out.
     #[arg(long, value_name = "SIZE", value_parser = crate::plan::parse_bytes)]
@@ -81,15 +81,22 @@ pub(crate) struct UpArgs {
     scheduler_settings: Vec<String>,
 }
 
-pub(crate) fn run(args: UpArgs) -> Result<()> {
+/// How many of something: at least one, and no more than one machine could ever start.
+fn count() -> clap::builder::RangedU64ValueParser<usize> {
+    clap::builder::RangedU64ValueParser::new().range(1..=1024)
+}
+
+pub(crate) fn run(mut args: UpArgs) -> Result<()> {
     fs::create_dir_all(&args.state)
         .with_context(|| format!("cannot create the state directory {}", args.state.display()))?;
     let state = fs::canonicalize(&args.state)?;
     let _lock = lock(&state)?;
     // Ask for the port before anything is loaded: the commonest mistake should cost no time.
-    drop(TcpListener::bind(args.listen).with_context(|| {
-        format!("cannot listen on {}: choose another address with --listen", args.listen)
-    })?);
+    let probe = TcpListener::bind(args.listen)
+        .with_context(|| format!("cannot listen on {}: choose another address with --listen", args.listen))?;
+    // Port 0 means any: whichever it is now, the gateway listens there.
+    args.listen = probe.local_addr()?;
+    drop(probe);
     let demo = args.model.is_none();
     let directory = match &args.model {
         None => demo::unpack(&state)?,

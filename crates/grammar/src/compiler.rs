@@ -151,9 +151,16 @@ impl GrammarCompiler {
                 TopLevelGrammar::from_lark(source.clone())
             }
         };
-        let matcher = guarded(|| {
-            let parser = self.inner.factory.create_parser(grammar);
-            Ok(llguidance::Matcher::new(parser))
+        // Compiling follows references as deep as they go, which the source's length alone bounds: on a stack of its own,
+        // large enough for that, since an overflow would end the process.
+        let factory = &self.inner.factory;
+        let compile = || guarded(|| Ok(llguidance::Matcher::new(factory.create_parser(grammar))));
+        let matcher = std::thread::scope(|scope| {
+            let thread = std::thread::Builder::new().name("grammar".into()).stack_size(COMPILER_STACK_BYTES);
+            let compiling = thread
+                .spawn_scoped(scope, compile)
+                .map_err(|error| GrammarError::Internal(error.to_string()))?;
+            compiling.join().unwrap_or_else(|_| Err(GrammarError::Internal("the compiler panicked".into())))
         })?;
         match matcher.get_error() {
             None => Ok(matcher),
@@ -167,6 +174,10 @@ impl std::fmt::Debug for GrammarCompiler {
         f.debug_struct("GrammarCompiler").field("vocab_size", &self.inner.vocab_size).finish_non_exhaustive()
     }
 }
+
+/// Stack of a compilation: reserved, and touched only as deep as a grammar goes. The longest source holds some 10,000
+/// references, each of which takes less than 4 KiB.
+const COMPILER_STACK_BYTES: usize = 128 << 20;
 
 /// Bounds the work of one compilation to some 100 ms and that of one mask to some 20 ms.
 fn limits_of_one_grammar() -> ParserLimits {

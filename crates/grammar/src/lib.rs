@@ -24,5 +24,5 @@ mod tool_parser;
 pub use compiler::{GrammarCompiler, GrammarError};
 pub use matcher::Matcher;
 pub use reasoning::{ReasoningEvent, ReasoningParser};
-pub use tool_grammar::{ToolChoice, ToolSpec, after_reasoning, schema_grammar, tool_grammar};
+pub use tool_grammar::{ToolChoice, ToolSpec, after_reasoning, calls_or, schema_grammar, tool_grammar};
 pub use tool_parser::{ToolCallParser, ToolEvent};

@@ -7,6 +7,8 @@ use crate::compiler::GrammarError;
 use serde_json::{Map, Value};
 use std::collections::{HashMap, HashSet};
 
+/// Most choices that one schema may leave open at once: each multiplies the combinations.
+const CHOICES_MAX: usize = 64;
 /// Longest source of a grammar.
 pub(crate) const SOURCE_BYTES_MAX: usize = 256 << 10;
 /// Deepest nesting of brackets in a source.
@@ -165,6 +167,10 @@ impl<'v> Walk<'v> {
             open.extend(object.get("allOf").and_then(Value::as_array).into_iter().flatten());
             choices.extend(["anyOf", "oneOf"].iter().filter_map(|key| object.get(*key)?.as_array()));
             objects.push(object);
+        }
+        if choices.len() > CHOICES_MAX {
+            let what = "number of anyOf and oneOf that apply at once";
+            return Err(GrammarError::TooLarge { what, limit: CHOICES_MAX });
         }
         self.visit_choices(&objects, &choices, Vec::new(), depth)
     }

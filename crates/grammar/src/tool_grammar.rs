@@ -96,6 +96,19 @@ pub fn after_reasoning(
     GrammarSpec::Lark(format!("start: {head} /\\s{{0,4}}/ answer\n{thought}{answer}"))
 }
 
+/// Calls (`calls`: a grammar of [`tool_grammar`] that requires them), or else an answer to `spec`, which must be JSON.
+pub fn calls_or(calls: &GrammarSpec, spec: &GrammarSpec) -> Option<GrammarSpec> {
+    let GrammarSpec::Lark(calls) = calls else { return None };
+    let schema = match spec {
+        GrammarSpec::JsonObject => json!({"type": "object"}),
+        GrammarSpec::JsonSchema(source) => serde_json::from_str(source).ok()?,
+        GrammarSpec::Lark(_) => return None,
+    };
+    let calls = calls.replacen("start:", "calls_only:", 1);
+    let json = with_options(schema, &response_options());
+    Some(GrammarSpec::Lark(format!("start: calls_only | json_answer\n{calls}json_answer: %json {json}\n")))
+}
+
 /// Arguments are an object, whatever else the schema says.
 fn arguments_schema(parameters: &Value) -> Value {
     let schema = match parameters {

@@ -280,7 +280,16 @@ fn hostile_grammars_are_refused_in_bounded_time() {
         }
     }
     let long_any: Vec<Value> = (0..4000).map(|i| json!({"const": format!("v{i}")})).collect();
+    let chain = |links: usize| {
+        let mut defs: serde_json::Map<String, serde_json::Value> =
+            (0..links).map(|i| (format!("d{i}"), json!({"$ref": format!("#/$defs/d{}", i + 1)}))).collect();
+        defs.insert(format!("d{links}"), json!({"type": "string"}));
+        json!({"$ref": "#/$defs/d0", "$defs": defs}).to_string()
+    };
     let hostile = [
+        (chain(700), false),
+        (chain(5_000), false),
+        (json!({"allOf": vec![json!({"anyOf": [1]}); 15_000]}).to_string(), true),
         ("[".repeat(100_000), true),
         (format!("{}1{}", "{\"not\":".repeat(100_000), "}".repeat(100_000)), true),
         (format!("{}{}{}", "{\"properties\":{\"a\":".repeat(500), "{}", "}}".repeat(500)), true),

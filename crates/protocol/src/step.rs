@@ -4,6 +4,7 @@
 //! only the tokens appended since, the blocks added and the range of positions to compute. Ranks execute steps strictly
 //! in order; that order alone makes it safe to reuse a freed block in a later step.
 
+use crate::serving::FailureKind;
 use ashlar_vocabulary::{
     BlockId, LeaseTerm, ReplicaRevision, SamplingParams, SequenceId, StepId, TokenId, TokenLogprobs,
 };
@@ -111,6 +112,8 @@ pub struct PromptLogprobs {
 pub struct FailedSequence {
     /// Which sequence.
     pub id: SequenceId,
+    /// Whether the request cannot be followed or this cluster is at fault.
+    pub kind: FailureKind,
     /// Why; shown to the client.
     pub message: String,
 }

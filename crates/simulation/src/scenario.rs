@@ -130,6 +130,7 @@ impl Scenario {
 
     pub(crate) fn engine(&self) -> EngineConfig {
         EngineConfig {
+            vocab_size: 512,
             enable_prefix_caching: true,
             model_digest: DIGEST,
             max_context_tokens: self.max_context_tokens,

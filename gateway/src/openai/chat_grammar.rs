@@ -5,7 +5,7 @@ use super::chat_request::ChatRequest;
 use super::chat_tools::{ToolChoice, Tools};
 use super::error::ApiError;
 use crate::text::ModelText;
-use ashlar_grammar::{ToolSpec, after_reasoning, tool_grammar};
+use ashlar_grammar::{ToolSpec, after_reasoning, calls_or, tool_grammar};
 use ashlar_tokenizer::ToolFormat;
 use ashlar_vocabulary::GrammarSpec;
 use serde_json::Value;
@@ -26,15 +26,14 @@ pub(crate) fn answer_grammar(
         reading.tools = Some((format, called_names(&request.tools)));
     }
     let (constraint, param) = match (&request.grammar, format) {
-        (Some(_), Some(_)) if request.tools.choice == ToolChoice::Auto => {
-            return Err(ApiError::field(
-                "response_format",
-                "`response_format` cannot be combined with tools that the model may or may not call: set `tool_choice` \
-                 to \"none\" or \"required\", or leave one of them out",
-            ));
+        (Some(asked), Some(format)) if request.tools.choice == ToolChoice::Auto => {
+            text.check_grammar(asked, "response_format")?;
+            let calls = tools_constraint(&request.tools, &ToolChoice::Required, format, text);
+            let either = calls.and_then(|calls| calls_or(&calls, asked));
+            (either.or_else(|| Some(asked.clone())), "tools")
         }
         (Some(asked), None) => (Some(asked.clone()), "response_format"),
-        (_, Some(format)) => (tools_constraint(&request.tools, format, text), "tools"),
+        (_, Some(format)) => (tools_constraint(&request.tools, &request.tools.choice, format, text), "tools"),
         (None, None) => (None, ""),
     };
     let Some(mut constraint) = constraint else { return Ok((None, reading)) };
@@ -56,14 +55,19 @@ fn tool_format(tools: &Tools, known: Option<ToolFormat>) -> Option<ToolFormat> {
     }
 }
 
-fn tools_constraint(tools: &Tools, format: ToolFormat, text: &ModelText) -> Option<GrammarSpec> {
+fn tools_constraint(
+    tools: &Tools,
+    choice: &ToolChoice,
+    format: ToolFormat,
+    text: &ModelText,
+) -> Option<GrammarSpec> {
     let specs: Vec<ToolSpec> = functions(tools)
         .map(|function| ToolSpec {
             name: function["name"].as_str().unwrap_or_default().to_owned(),
             parameters: function["parameters"].clone(),
         })
         .collect();
-    let choice = match &tools.choice {
+    let choice = match choice {
         ToolChoice::None => return None,
         ToolChoice::Auto => ashlar_grammar::ToolChoice::Auto,
         ToolChoice::Required => ashlar_grammar::ToolChoice::Required,

@@ -118,6 +118,15 @@ fn check_message(message: &mut Value, path: &str) -> Result<(), ApiError> {
             ));
         }
     }
+    // Clients send back what they were sent, nulls included; templates ask whether a field is there, not whether it is null.
+    message.retain(|name, value| name == "content" || !value.is_null());
+    if message.get("tool_calls").and_then(Value::as_array).is_some_and(Vec::is_empty) {
+        message.shift_remove("tool_calls");
+    }
+    if role == "assistant" && message.get("content").is_none_or(Value::is_null) {
+        let none = if message.contains_key("tool_calls") { Value::Null } else { Value::from("") };
+        message.insert("content".to_owned(), none);
+    }
     let content_path = format!("{path}.content");
     match message.get("content") {
         Some(Value::String(_)) => {}
@@ -146,6 +155,7 @@ fn check_parts(parts: &[Value], path: &str) -> Result<(), ApiError> {
         let Value::Object(part) = part else { return Err(mistyped(&path, "an object", part)) };
         match part.get("type").and_then(Value::as_str) {
             Some("text") => {}
+            Some("refusal") if part.get("refusal").is_some_and(Value::is_string) => continue,
             Some(other) => {
                 let kind: String = other.chars().take(40).collect();
                 let message = format!("`{path}` is of type `{kind}`: this model takes only `text` parts");

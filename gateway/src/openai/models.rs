@@ -3,6 +3,7 @@
 use super::error::ApiError;
 use crate::app::App;
 use axum::Json;
+use axum::extract::rejection::PathRejection;
 use axum::extract::{Path, State};
 use serde_json::{Value, json};
 use std::sync::Arc;
@@ -14,8 +15,10 @@ pub(crate) async fn list_models(State(app): State<Arc<App>>) -> Json<Value> {
 
 pub(crate) async fn show_model(
     State(app): State<Arc<App>>,
-    Path(id): Path<String>,
+    path: Result<Path<String>, PathRejection>,
 ) -> Result<Json<Value>, ApiError> {
+    let not_utf8 = |_| ApiError::field("model", "the model's name in the path is not UTF-8: correct it");
+    let Path(id) = path.map_err(not_utf8)?;
     app.check_model(Some(&id))?;
     Ok(Json(card(&app, &id)))
 }

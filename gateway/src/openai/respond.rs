@@ -144,7 +144,8 @@ impl AnswerHead {
 /// Adds the headers that tell of ignored fields and of the seed.
 pub(crate) fn add_headers(response: &mut Response, unknown: &[String], seed: u64) {
     let headers = response.headers_mut();
-    headers.insert(SEED, HeaderValue::from(seed));
+    // As the client may send it back: a signed number.
+    headers.insert(SEED, HeaderValue::from(seed as i64));
     add_warning(headers, unknown);
 }
 

@@ -117,3 +117,33 @@ async fn reasoning_is_told_apart_where_the_template_marks_it() {
     };
     assert_eq!((part("reasoning_content"), part("content")), ("why".into(), "because".into()));
 }
+
+#[tokio::test]
+async fn an_answer_comes_back_as_history_with_its_nulls() {
+    // As Llama 3's template asks: whether the field is there.
+    let template = "{% for m in messages %}{% if 'tool_calls' in m %}{{ m.tool_calls | length }}{% endif %}\
+         {{ 'x' + m.content }}{% endfor %}";
+    let world = World::with(template, |_| {}, |_| say("ok")).await;
+    let nulls = json!({"role": "assistant", "content": "a", "tool_calls": null, "function_call": null, "refusal": null});
+    for message in [
+        nulls,
+        json!({"role": "assistant", "content": null}),
+        json!({"role": "assistant", "content": "a", "tool_calls": []}),
+        json!({"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]}),
+    ] {
+        let messages = json!([{"role": "user", "content": "q"}, message, {"role": "user", "content": "r"}]);
+        let answer = world.chat(ask(json!({"messages": messages}))).await;
+        assert_eq!(answer.status, 200, "{message}: {}", answer.text());
+    }
+}
+
+#[tokio::test]
+async fn tools_that_may_be_called_and_a_schema_go_together() {
+    let format = json!({"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object"}}});
+    let world = World::with(HERMES, |_| {}, |_| say(CALL)).await;
+    let answer = world.chat(ask(json!({"tools": tools(), "response_format": format.clone()}))).await.json();
+    assert_eq!(answer["choices"][0]["finish_reason"], "tool_calls", "{answer}");
+    let world = World::with(HERMES, |_| {}, |_| say("{\"a\": 1}")).await;
+    let answer = world.chat(ask(json!({"tools": tools(), "response_format": format}))).await.json();
+    assert_eq!(answer["choices"][0]["message"]["content"], "{\"a\": 1}", "{answer}");
+}

@@ -21,6 +21,8 @@ impl fmt::Display for GatewayId {
 pub struct EngineConfig {
     /// The model served; submissions for another are refused.
     pub model_digest: ModelDigest,
+    /// Tokens of the model; submissions with others are refused.
+    pub vocab_size: u32,
     /// Longest sequence, prompt and answer together.
     pub max_context_tokens: u32,
     /// Most sequences running on one replica.

@@ -218,6 +218,15 @@ impl Engine {
             );
             return Err(self.failure(FailureKind::Invalid, message));
         }
+        let mut tokens = submit.prompt.iter().chain(&submit.forced);
+        if let Some(token) = tokens.find(|token| **token >= self.config.vocab_size) {
+            let message = format!(
+                "token {token} is not among the model's {}: the text names a token that the model lacks, or the gateway \
+                 has the tokenizer of another model",
+                self.config.vocab_size
+            );
+            return Err(self.failure(FailureKind::Invalid, message));
+        }
         let capacity = self.replicas.values().map(Replica::capacity_tokens).max();
         match capacity {
             None => Err(self.unavailable()),

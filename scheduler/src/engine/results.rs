@@ -42,7 +42,7 @@ impl Engine {
         for failed in result.failed {
             self.forget_blocks(failed.id);
             if self.sequences.get(&failed.id).is_some_and(|sequence| sequence.replica() == Some(id)) {
-                self.fail(now, failed.id, FailureKind::Internal, failed.message, effects);
+                self.fail(now, failed.id, failed.kind, failed.message, effects);
             }
         }
         for sampled in result.sampled {

@@ -199,6 +199,7 @@ impl Scheduler {
     fn engine_config(&self) -> EngineConfig {
         EngineConfig {
             model_digest: self.model.digest,
+            vocab_size: self.model.shape.vocab_size as u32,
             max_context_tokens: self.model.max_context_tokens,
             max_num_seqs: self.config.max_num_seqs,
             max_num_batched_tokens: self.config.max_num_batched_tokens,

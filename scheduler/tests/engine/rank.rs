@@ -1,5 +1,6 @@
 //! A rank whose "model" is a hash of all tokens before: it notices every misplaced, missing or foreign KV entry.
 
+use ashlar_protocol::serving::FailureKind;
 use ashlar_protocol::step::{SampledToken, StepPlan, StepResult, StepTiming};
 use ashlar_scheduler::engine::BLOCK_TOKENS;
 use ashlar_vocabulary::{SamplingParams, SequenceId, TokenId};
@@ -110,7 +111,11 @@ impl Rank {
             if self.poison == Some(slice.id) {
                 self.poison = None;
                 let message = "logits are not finite".to_owned();
-                result.failed.push(ashlar_protocol::step::FailedSequence { id: slice.id, message });
+                result.failed.push(ashlar_protocol::step::FailedSequence {
+                    id: slice.id,
+                    kind: FailureKind::Internal,
+                    message,
+                });
                 continue;
             }
             result.sampled.push(SampledToken {

@@ -53,6 +53,7 @@ pub(crate) struct World {
 
 pub(crate) fn config() -> EngineConfig {
     EngineConfig {
+        vocab_size: u32::MAX,
         enable_prefix_caching: true,
         model_digest: DIGEST,
         max_context_tokens: 2048,
