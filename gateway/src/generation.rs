@@ -168,11 +168,15 @@ impl Generation {
 
     /// Token counts so far.
     pub(crate) fn counts(&self) -> TokenCounts {
-        let first_choices = self.receipts.iter().step_by(self.n).flatten();
+        // The first choice of each prompt found what was cached before; the others share what it computed.
+        let first_choices = self.transcripts.iter().zip(&self.receipts).step_by(self.n);
+        let cached = first_choices.map(|(transcript, receipt)| {
+            receipt.as_ref().map_or(transcript.cached_tokens(), |receipt| receipt.cached_tokens) as usize
+        });
         TokenCounts {
             prompt: self.prompt_tokens,
             generated: self.transcripts.iter().map(|transcript| transcript.delivered().len()).sum(),
-            cached: first_choices.map(|receipt| receipt.cached_tokens as usize).sum(),
+            cached: cached.sum(),
         }
     }
 

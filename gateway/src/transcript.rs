@@ -118,6 +118,8 @@ pub struct Transcript<D> {
     decoder: D,
     matcher: StopMatcher,
     delivered: Vec<TokenId>,
+    cached_tokens: u32,
+    queue_ms: u64,
     prompt_logprobs: Vec<Option<TokenLogprobs>>,
     unreleased: Vec<Group>,
     open: Group,
@@ -152,6 +154,8 @@ impl<D: TokenDecoder> Transcript<D> {
             spec,
             decoder,
             delivered: Vec::new(),
+            cached_tokens: 0,
+            queue_ms: 0,
             prompt_logprobs: Vec::new(),
             unreleased: Vec::new(),
             open: Group::default(),
@@ -199,6 +203,11 @@ impl<D: TokenDecoder> Transcript<D> {
         &self.delivered
     }
 
+    /// Prompt tokens that came from the prefix cache, as far as known: from the first token on.
+    pub fn cached_tokens(&self) -> u32 {
+        self.cached_tokens
+    }
+
     /// Log-probabilities of the prompt by position, as far as received; `None` where there are none (the first).
     pub fn prompt_logprobs(&self) -> &[Option<TokenLogprobs>] {
         &self.prompt_logprobs
@@ -231,6 +240,7 @@ impl<D: TokenDecoder> Transcript<D> {
         self.first_token_at.get_or_insert(now);
         self.last_token_at = Some(now);
         self.delivered.push(event.token);
+        (self.cached_tokens, self.queue_ms) = (event.cached_tokens, event.queue_ms);
         if self.spec.stop_tokens.contains(&event.token) {
             self.stop_token_seen = true;
             if !self.spec.include_stop {
@@ -325,6 +335,8 @@ impl<D: TokenDecoder> Transcript<D> {
         Receipt {
             prompt_tokens: self.spec.prompt.len() as u32,
             generated_tokens: self.delivered.len() as u32,
+            cached_tokens: self.cached_tokens,
+            queue_ms: self.queue_ms,
             prefill_ms: self.time_to_first_token().unwrap_or_default().as_millis() as u64,
             decode_ms: decode.unwrap_or_default().as_millis() as u64,
             ..Receipt::default()

@@ -104,6 +104,10 @@ pub struct TokenEvent {
     pub token: TokenId,
     /// Where asked for.
     pub logprobs: Option<TokenLogprobs>,
+    /// Prompt tokens of this choice that came from the prefix cache.
+    pub cached_tokens: u32,
+    /// Milliseconds that this choice waited before its first step.
+    pub queue_ms: u64,
 }
 
 /// Why a choice ended.

@@ -43,7 +43,7 @@ fn transcript(pieces: &[&[u8]], stops: &[&str], stop_tokens: &[TokenId]) -> Tran
 }
 
 fn token(index: u32, token: TokenId) -> TranscriptEvent {
-    TranscriptEvent::Token(TokenEvent { id: ID, index, token, logprobs: None })
+    TranscriptEvent::Token(TokenEvent { id: ID, index, token, logprobs: None, cached_tokens: 2, queue_ms: 3 })
 }
 
 fn finished() -> TranscriptEvent {

@@ -75,6 +75,7 @@ async fn stop_strings_end_the_answer_across_tokens_and_cancel_the_rest() {
     let choice = &body["choices"][0];
     assert_eq!((&choice["message"]["content"], &choice["finish_reason"]), (&json!("keep"), &json!("stop")));
     assert_eq!(body["usage"]["completion_tokens"], 9);
+    assert_eq!(body["usage"]["prompt_tokens_details"]["cached_tokens"], 2);
     assert_eq!(choice["logprobs"]["content"].as_array().unwrap().len(), 4);
     world.scheduler.until(|seen| seen.cancels.len() == 1).await;
 

@@ -200,11 +200,23 @@ async fn play(
             Action::Token(token) => {
                 index += 1;
                 let logprobs = describe(token);
-                FromScheduler::Token(TokenEvent { id, index: index - 1, token, logprobs })
+                FromScheduler::Token(TokenEvent {
+                    id,
+                    index: index - 1,
+                    token,
+                    logprobs,
+                    cached_tokens: 2,
+                    queue_ms: 3,
+                })
             }
-            Action::TokenAt(index, token) => {
-                FromScheduler::Token(TokenEvent { id, index, token, logprobs: describe(token) })
-            }
+            Action::TokenAt(index, token) => FromScheduler::Token(TokenEvent {
+                id,
+                index,
+                token,
+                logprobs: describe(token),
+                cached_tokens: 2,
+                queue_ms: 3,
+            }),
             Action::PromptLogprobs => FromScheduler::PromptLogprobs {
                 id,
                 position: 1,
@@ -219,7 +231,7 @@ async fn play(
                 continue;
             }
             Action::Flood(token) => loop {
-                let event = TokenEvent { id, index, token, logprobs: None };
+                let event = TokenEvent { id, index, token, logprobs: None, cached_tokens: 2, queue_ms: 3 };
                 if sender.send(Some(FromScheduler::Token(event))).await.is_err() {
                     return;
                 }

@@ -89,8 +89,15 @@ impl Engine {
         let index = sequence.generated.len() as u32;
         sequence.push(sampled.token, now);
         let gateway = sequence.gateway;
-        let event =
-            TokenEvent { id: sequence.submit.id, index, token: sampled.token, logprobs: sampled.logprobs };
+        let receipt = sequence.receipt(now);
+        let event = TokenEvent {
+            id: sequence.submit.id,
+            index,
+            token: sampled.token,
+            logprobs: sampled.logprobs,
+            cached_tokens: receipt.cached_tokens,
+            queue_ms: receipt.queue_ms,
+        };
         self.counters.generated_tokens += 1;
         effects.push(Effect::ToGateway { gateway, message: FromScheduler::Token(event) });
         if let Some(reason) = self.end_reason(sampled.id, sampled.grammar_complete) {
