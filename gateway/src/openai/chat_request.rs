@@ -44,18 +44,17 @@ impl ChatRequest {
         config: &GatewayConfig,
     ) -> Result<ChatRequest, ApiError> {
         let mut fields = Fields::parse(body)?;
-        let mut unknown = Vec::new();
         let model = fields.string("model")?;
         let chat = ChatInput::take(&mut fields)?;
         let tools = take_tools(&mut fields, config)?;
         let grammar = response_format(&mut fields)?;
         let mut sampling = Sampling::take(&mut fields, text, config)?;
         sampling.params.top_logprobs = top_logprobs(&mut fields)?;
-        let delivery = Delivery::take(&mut fields, &mut unknown)?;
+        let delivery = Delivery::take(&mut fields)?;
         let older = fields.integer("max_tokens", 1, i64::from(u32::MAX))?;
         let newer = fields.integer("max_completion_tokens", 1, i64::from(u32::MAX))?;
         let max_tokens_param = if newer.is_some() { "max_completion_tokens" } else { "max_tokens" };
-        unknown.extend(fields.unknown());
+        let unknown = fields.unknown();
         Ok(ChatRequest {
             model,
             chat,
@@ -215,23 +214,28 @@ pub(crate) fn response_format(fields: &mut Fields) -> Result<Option<GrammarSpec>
     let Some(mut format) = fields.object("response_format")? else { return Ok(None) };
     let path = format.path("type");
     let kind = format.string("type")?.ok_or_else(|| format.required("type"))?;
-    match kind.as_str() {
-        "text" => Ok(None),
-        "json_object" => Ok(Some(GrammarSpec::JsonObject)),
+    let grammar = match kind.as_str() {
+        "text" => None,
+        "json_object" => Some(GrammarSpec::JsonObject),
         "json_schema" => {
             let mut inner = format.object("json_schema")?.ok_or_else(|| format.required("json_schema"))?;
             inner.string("name")?;
             inner.string("description")?;
             inner.bool("strict")?;
             let schema_path = inner.path("schema");
-            match inner.take("schema") {
-                Some(schema @ (Value::Object(_) | Value::Bool(_))) => {
-                    Ok(Some(GrammarSpec::JsonSchema(schema.to_string())))
-                }
-                Some(other) => Err(mistyped(&schema_path, "an object", &other)),
-                None => Err(inner.required("schema")),
-            }
+            let schema = match inner.take("schema") {
+                Some(schema @ (Value::Object(_) | Value::Bool(_))) => schema.to_string(),
+                Some(other) => return Err(mistyped(&schema_path, "an object", &other)),
+                None => return Err(inner.required("schema")),
+            };
+            format.finish(inner);
+            Some(GrammarSpec::JsonSchema(schema))
         }
-        _ => Err(ApiError::field(&path, format!("`{path}` must be text, json_object or json_schema"))),
-    }
+        _ => {
+            let message = format!("`{path}` must be text, json_object or json_schema");
+            return Err(ApiError::field(&path, message));
+        }
+    };
+    fields.finish(format);
+    Ok(grammar)
 }

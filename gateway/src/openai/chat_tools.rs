@@ -40,16 +40,16 @@ pub(crate) fn take_tools(fields: &mut Fields, config: &GatewayConfig) -> Result<
     }
     let mut names = Vec::with_capacity(list.len());
     for (index, tool) in list.iter().enumerate() {
-        names.push(check_tool(tool, &format!("tools[{index}]"))?);
+        let tool = Fields::of(tool.clone(), &format!("tools[{index}]"))?;
+        names.push(check_tool(tool, fields)?);
     }
-    let choice = tool_choice(choice, &names)?;
+    let choice = tool_choice(choice, &names, fields)?;
     let offered = (choice != ToolChoice::None).then_some(Value::Array(list));
     Ok(Tools { offered, choice, parallel })
 }
 
 /// Checks a tool and returns its function's name.
-fn check_tool(tool: &Value, path: &str) -> Result<String, ApiError> {
-    let mut tool = Fields::of(tool.clone(), path)?;
+fn check_tool(mut tool: Fields, request: &mut Fields) -> Result<String, ApiError> {
     match tool.string("type")?.as_deref() {
         None | Some("function") => {}
         Some(_) => {
@@ -57,8 +57,7 @@ fn check_tool(tool: &Value, path: &str) -> Result<String, ApiError> {
             return Err(ApiError::field(&path, format!("`{path}` must be \"function\"")));
         }
     }
-    let function = tool.take("function").ok_or_else(|| tool.required("function"))?;
-    let mut function = Fields::of(function, &format!("{path}.function"))?;
+    let mut function = tool.object("function")?.ok_or_else(|| tool.required("function"))?;
     let name = function.string("name")?.ok_or_else(|| function.required("name"))?;
     let allowed = |c: char| c.is_ascii_alphanumeric() || "_-.".contains(c);
     if name.is_empty() || name.len() > NAME_CHARS_MAX || !name.chars().all(allowed) {
@@ -69,12 +68,19 @@ fn check_tool(tool: &Value, path: &str) -> Result<String, ApiError> {
     function.string("description")?;
     function.bool("strict")?;
     match function.take("parameters") {
-        None | Some(Value::Object(_)) => Ok(name),
-        Some(other) => Err(function.mistyped("parameters", "an object (a JSON schema)", &other)),
+        None | Some(Value::Object(_)) => {}
+        Some(other) => return Err(function.mistyped("parameters", "an object (a JSON schema)", &other)),
     }
+    tool.finish(function);
+    request.finish(tool);
+    Ok(name)
 }
 
-fn tool_choice(choice: Option<Value>, names: &[String]) -> Result<ToolChoice, ApiError> {
+fn tool_choice(
+    choice: Option<Value>,
+    names: &[String],
+    request: &mut Fields,
+) -> Result<ToolChoice, ApiError> {
     const PARAM: &str = "tool_choice";
     let choice = match choice {
         None if names.is_empty() => ToolChoice::None,
@@ -105,6 +111,8 @@ fn tool_choice(choice: Option<Value>, names: &[String]) -> Result<ToolChoice, Ap
                     format!("`tool_choice` names `{shown}`, which is not among `tools`: add it there");
                 return Err(ApiError::field(PARAM, message));
             }
+            named.finish(function);
+            request.finish(named);
             ToolChoice::Function(name)
         }
     };

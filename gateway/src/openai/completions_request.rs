@@ -43,7 +43,6 @@ impl CompletionRequest {
         config: &GatewayConfig,
     ) -> Result<CompletionRequest, ApiError> {
         let mut fields = Fields::parse(body)?;
-        let mut unknown = Vec::new();
         let model = fields.string("model")?;
         let add_special = fields.bool("add_special_tokens")?.unwrap_or(true);
         let prompt = fields.take("prompt").ok_or_else(|| fields.required("prompt"))?;
@@ -58,7 +57,7 @@ impl CompletionRequest {
         // The chosen token is always among the alternatives shown, so at least one is asked for.
         sampling.params.top_logprobs = logprobs;
         sampling.params.prompt_logprobs = echo && logprobs.is_some();
-        let delivery = Delivery::take(&mut fields, &mut unknown)?;
+        let delivery = Delivery::take(&mut fields)?;
         let max_tokens = fields
             .integer("max_tokens", i64::from(!echo), i64::from(u32::MAX))?
             .unwrap_or(MAX_TOKENS_DEFAULT);
@@ -72,7 +71,7 @@ impl CompletionRequest {
             );
             return Err(ApiError::field("n", message));
         }
-        unknown.extend(fields.unknown());
+        let unknown = fields.unknown();
         Ok(CompletionRequest {
             model,
             prompts,

@@ -12,13 +12,15 @@ pub(crate) struct Fields {
     /// Where the object stands (`""` or `"stream_options."`).
     prefix: String,
     map: Map<String, Value>,
+    /// Paths within objects that have been read to their end.
+    unknown_within: Vec<String>,
 }
 
 impl Fields {
     /// The body of a request.
     pub(crate) fn parse(body: &[u8]) -> Result<Fields, ApiError> {
         match serde_json::from_slice::<Value>(body) {
-            Ok(Value::Object(map)) => Ok(Fields { prefix: String::new(), map }),
+            Ok(Value::Object(map)) => Ok(Fields::at(String::new(), map)),
             Ok(other) => Err(ApiError::invalid(format!(
                 "the request body must be a JSON object, not {}",
                 type_name(&other)
@@ -36,7 +38,7 @@ impl Fields {
     pub(crate) fn object(&mut self, name: &str) -> Result<Option<Fields>, ApiError> {
         match self.take(name) {
             None => Ok(None),
-            Some(Value::Object(map)) => Ok(Some(Fields { prefix: format!("{}{name}.", self.prefix), map })),
+            Some(Value::Object(map)) => Ok(Some(Fields::at(format!("{}{name}.", self.prefix), map))),
             Some(other) => Err(self.mistyped(name, "an object", &other)),
         }
     }
@@ -44,9 +46,18 @@ impl Fields {
     /// An object that stands at `path`.
     pub(crate) fn of(value: Value, path: &str) -> Result<Fields, ApiError> {
         match value {
-            Value::Object(map) => Ok(Fields { prefix: format!("{path}."), map }),
+            Value::Object(map) => Ok(Fields::at(format!("{path}."), map)),
             other => Err(mistyped(path, "an object", &other)),
         }
+    }
+
+    fn at(prefix: String, map: Map<String, Value>) -> Fields {
+        Fields { prefix, map, unknown_within: Vec::new() }
+    }
+
+    /// Takes note of what nobody has taken of an object within this one.
+    pub(crate) fn finish(&mut self, inner: Fields) {
+        self.unknown_within.extend(inner.unknown());
     }
 
     /// The field as it is; `None` when absent or null.
@@ -119,9 +130,10 @@ impl Fields {
         ApiError::field(&path, format!("`{path}` is missing: it is required"))
     }
 
-    /// Names of the fields that nobody has taken.
+    /// Paths of the fields that nobody has taken, here and within.
     pub(crate) fn unknown(self) -> Vec<String> {
-        self.map.into_iter().map(|(name, _)| format!("{}{name}", self.prefix)).collect()
+        let here = self.map.into_iter().map(|(name, _)| format!("{}{name}", self.prefix));
+        here.chain(self.unknown_within).collect()
     }
 
     fn out_of_range<N: std::fmt::Display>(&self, name: &str, min: N, max: N, found: &Value) -> ApiError {

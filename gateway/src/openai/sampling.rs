@@ -76,7 +76,7 @@ impl Sampling {
 }
 
 impl Delivery {
-    pub(crate) fn take(fields: &mut Fields, unknown: &mut Vec<String>) -> Result<Delivery, ApiError> {
+    pub(crate) fn take(fields: &mut Fields) -> Result<Delivery, ApiError> {
         let stream = fields.bool("stream")?.unwrap_or(false);
         let receipt = fields.bool("ashlar_receipt")?.unwrap_or(false);
         let (mut include_usage, mut continuous_usage) = (false, false);
@@ -91,7 +91,7 @@ impl Delivery {
             continuous_usage = options.bool("continuous_usage_stats")?.unwrap_or(false);
             // Padding against traffic analysis; we send none.
             options.bool("include_obfuscation")?;
-            unknown.extend(options.unknown());
+            fields.finish(options);
         }
         Ok(Delivery { stream, include_usage, continuous_usage, receipt })
     }

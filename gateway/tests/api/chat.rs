@@ -173,6 +173,15 @@ async fn unknown_fields_are_ignored_with_a_warning() {
     let answer = world.chat(ask(json!({"store": true, "reasoning_effort": "low", "user": "u"}))).await;
     assert_eq!(answer.status, 200);
     assert_eq!(answer.header("x-ashlar-warning"), "ignored unknown fields: store, reasoning_effort");
+    let format = json!({"type": "json_schema", "json_schema": {"name": "x", "strcit": true, "schema": {}}});
+    let tools = json!([{"type": "function", "function": {"name": "f", "paramters": {}}}]);
+    let nested =
+        json!({"response_format": format, "tools": tools, "stream_options": {"a": 1}, "stream": true});
+    let answer = world.chat(ask(nested)).await;
+    let warning = answer.header("x-ashlar-warning");
+    for path in ["response_format.json_schema.strcit", "tools[0].function.paramters", "stream_options.a"] {
+        assert!(warning.contains(path), "{path}: {warning}");
+    }
 }
 
 #[tokio::test]
