@@ -149,6 +149,8 @@ fn clients(random: &mut Random, context: u32) -> Vec<Request> {
     let mut probe = request(random, context);
     (probe.arrival_us, probe.departure_us) = (PROBES_US, None);
     (probe.deadline_ms, probe.priority) = (9_000, -1);
+    // The slowest worlds take 50 ms per token, and one request after the other.
+    probe.max_new_tokens = probe.max_new_tokens.min(64);
     requests.push(probe);
     requests
 }
