@@ -10,6 +10,7 @@ mod chat;
 mod demo;
 mod http;
 mod plan;
+mod port;
 mod roles;
 mod supervisor;
 mod synth;

@@ -2,6 +2,7 @@
 
 use crate::demo;
 use crate::http::Client;
+use crate::port::ReservedPort;
 use crate::roles;
 use crate::supervisor::{Notice, Role, Supervised};
 use anyhow::{Context, Result, bail};
@@ -128,6 +129,8 @@ struct Cluster {
     scheduler: Role,
     nodes: Vec<Role>,
     model_name: String,
+    /// Where the scheduler listens, for as long as the cluster lives.
+    _ports: [ReservedPort; 2],
 }
 
 impl Cluster {
@@ -148,11 +151,11 @@ impl Cluster {
         if stages.is_some_and(|stages| stages > card.shape.num_layers) {
             bail!("the model has {} layers: --stages cannot be more", card.shape.num_layers);
         }
-        let (nodes_port, gateways_port) = (free_port()?, free_port()?);
+        let ports = [ReservedPort::any()?, ReservedPort::any()?];
         let context = args.max_context.unwrap_or(DEFAULT_CONTEXT_MAX).min(card.max_context_tokens);
         let mut scheduler = SchedulerConfig::new(directory.to_string_lossy());
-        scheduler.listen_nodes = format!("127.0.0.1:{nodes_port}");
-        scheduler.listen_gateways = format!("127.0.0.1:{gateways_port}");
+        scheduler.listen_nodes = ports[0].address().to_string();
+        scheduler.listen_gateways = ports[1].address().to_string();
         scheduler.store =
             args.store.clone().unwrap_or_else(|| format!("redb:{}", state.join("cluster.redb").display()));
         scheduler.max_context_tokens = Some(context);
@@ -202,6 +205,7 @@ impl Cluster {
             )?,
             nodes,
             model_name: served,
+            _ports: ports,
         })
     }
 
@@ -339,8 +343,4 @@ fn with_settings(config: &SchedulerConfig, settings: &[String]) -> Result<toml::
         table.extend(parsed);
     }
     Ok(table)
-}
-
-fn free_port() -> Result<u16> {
-    Ok(TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr())?.port())
 }

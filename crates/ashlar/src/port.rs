@@ -1,0 +1,51 @@
+//! Ports for child processes, kept from everybody else between choosing one and listening there.
+
+use socket2::{Domain, Socket, Type};
+use std::io;
+use std::net::{Ipv4Addr, SocketAddr};
+
+/// A loopback port that no other process is given while this lives: a socket is bound there that never listens.
+///
+/// A child that listens with `SO_REUSEADDR`, as the standard library and tokio do, may; the system neither hands the
+/// port out nor uses it for outgoing connections. It also stays the child's own over restarts.
+#[derive(Debug)]
+pub(crate) struct ReservedPort {
+    address: SocketAddr,
+    _held: Socket,
+}
+
+impl ReservedPort {
+    /// Any free port.
+    pub(crate) fn any() -> io::Result<ReservedPort> {
+        let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
+        // Bound alone first, so that nobody else's reservation is shared; opened to the child afterwards.
+        socket.bind(&SocketAddr::from((Ipv4Addr::LOCALHOST, 0)).into())?;
+        socket.set_reuse_address(true)?;
+        let address = socket.local_addr()?.as_socket().ok_or(io::ErrorKind::AddrNotAvailable)?;
+        Ok(ReservedPort { address, _held: socket })
+    }
+
+    /// Where the child listens.
+    pub(crate) fn address(&self) -> SocketAddr {
+        self.address
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::net::{TcpListener, TcpStream};
+
+    #[test]
+    fn a_reserved_port_can_be_listened_on_again_and_again_but_is_handed_to_nobody() {
+        let port = ReservedPort::any().unwrap();
+        assert!(TcpStream::connect(port.address()).is_err(), "nobody listens yet");
+        for _ in 0..2 {
+            let listener = TcpListener::bind(port.address()).unwrap();
+            let client = TcpStream::connect(port.address()).unwrap();
+            let (served, _) = listener.accept().unwrap();
+            drop((served, client));
+        }
+        assert!((0..2_000).all(|_| ReservedPort::any().unwrap().address() != port.address()));
+    }
+}
