@@ -39,6 +39,18 @@ impl AlignedBuffer {
         AlignedBuffer { data, len, allocation }
     }
 
+    /// The buffer as bytes.
+    pub fn as_bytes(&self) -> &[u8] {
+        // SAFETY: `len` initialised floats are four times as many bytes, owned for as long as `self`.
+        unsafe { std::slice::from_raw_parts(self.data.as_ptr().cast(), 4 * self.len) }
+    }
+
+    /// The buffer as bytes, to write.
+    pub fn as_bytes_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as for `as_bytes`, and `self` is borrowed exclusively; any bytes are floats.
+        unsafe { std::slice::from_raw_parts_mut(self.data.as_ptr().cast(), 4 * self.len) }
+    }
+
     fn layout(len: usize) -> (Layout, usize) {
         let bytes = len.checked_mul(size_of::<f32>()).expect("a buffer's size fits the address space");
         let align = if bytes >= 2 * HUGE_PAGE { HUGE_PAGE } else { LINE };

@@ -6,9 +6,9 @@ use std::str::FromStr;
 /// An instruction set that the kernels are compiled for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Isa {
-    /// x86-64 with AVX-512F: sixteen lanes are one register.
+    /// x86-64 with AVX-512 F, BW and VNNI: sixteen lanes are one register, bytes multiply four at a time.
     Avx512,
-    /// x86-64 with AVX2 and FMA: sixteen lanes are two registers.
+    /// x86-64 with AVX2, FMA and F16C: sixteen lanes are two registers.
     Avx2,
     /// Plain Rust. Fast where the target has fused multiply-add by default (AArch64), correct everywhere.
     Portable,
@@ -29,9 +29,18 @@ impl Isa {
     pub fn is_available(self) -> bool {
         match self {
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => is_x86_feature_detected!("avx512f") && Isa::Avx2.is_available(),
+            Isa::Avx512 => {
+                is_x86_feature_detected!("avx512f")
+                    && is_x86_feature_detected!("avx512bw")
+                    && is_x86_feature_detected!("avx512vnni")
+                    && Isa::Avx2.is_available()
+            }
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"),
+            Isa::Avx2 => {
+                is_x86_feature_detected!("avx2")
+                    && is_x86_feature_detected!("fma")
+                    && is_x86_feature_detected!("f16c")
+            }
             #[cfg(not(target_arch = "x86_64"))]
             Isa::Avx512 | Isa::Avx2 => false,
             Isa::Portable => true,

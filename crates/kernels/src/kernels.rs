@@ -5,11 +5,14 @@ use crate::lanes::{self, LaneKernel};
 use crate::pool::ThreadPool;
 use std::fmt;
 use std::ops::Range;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Runs kernels with one instruction set on one pool of threads; neither changes a bit of any result.
 pub struct Kernels {
     isa: Isa,
     pool: ThreadPool,
+    /// Activations on their way into products with quantised weights; grows to the largest and stays.
+    scratch: Mutex<Vec<u32>>,
 }
 
 impl Kernels {
@@ -19,7 +22,7 @@ impl Kernels {
     /// If this machine cannot run `isa`; ask [`Isa::available`] first.
     pub fn new(isa: Isa, threads: usize) -> Kernels {
         assert!(isa.is_available(), "this machine cannot run {isa} kernels");
-        Kernels { isa, pool: ThreadPool::new(threads) }
+        Kernels { isa, pool: ThreadPool::new(threads), scratch: Mutex::default() }
     }
 
     /// The instruction set in use.
@@ -35,6 +38,11 @@ impl Kernels {
     /// How many threads take part in one kernel.
     pub fn threads(&self) -> usize {
         self.pool.threads()
+    }
+
+    /// Memory for the product being computed; one product at a time has it.
+    pub(crate) fn scratch(&self) -> MutexGuard<'_, Vec<u32>> {
+        self.scratch.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Runs a lane kernel on the calling thread with the chosen instruction set.

@@ -21,17 +21,17 @@ impl<'a> StridedRows<'a> {
 }
 
 /// An output that several tasks write, each its own ranges.
-pub(crate) struct DisjointMut<'a> {
-    data: *mut f32,
+pub(crate) struct DisjointMut<'a, T = f32> {
+    data: *mut T,
     len: usize,
-    owner: PhantomData<&'a mut [f32]>,
+    owner: PhantomData<&'a mut [T]>,
 }
 
 // SAFETY: the only access is `range`, whose callers promise that ranges of different threads are disjoint.
-unsafe impl Sync for DisjointMut<'_> {}
+unsafe impl<T: Send> Sync for DisjointMut<'_, T> {}
 
-impl<'a> DisjointMut<'a> {
-    pub(crate) fn new(slice: &'a mut [f32]) -> DisjointMut<'a> {
+impl<'a, T> DisjointMut<'a, T> {
+    pub(crate) fn new(slice: &'a mut [T]) -> DisjointMut<'a, T> {
         DisjointMut { data: slice.as_mut_ptr(), len: slice.len(), owner: PhantomData }
     }
 
@@ -41,7 +41,7 @@ impl<'a> DisjointMut<'a> {
     /// No two pieces that are alive at the same time may overlap.
     #[inline(always)]
     #[expect(clippy::mut_from_ref, reason = "this is the type's purpose; the contract forbids overlap")]
-    pub(crate) unsafe fn range(&self, range: Range<usize>) -> &mut [f32] {
+    pub(crate) unsafe fn range(&self, range: Range<usize>) -> &mut [T] {
         assert!(range.start <= range.end && range.end <= self.len);
         // SAFETY: inside the slice that `new` borrowed exclusively; the caller vouches for disjointness.
         unsafe { std::slice::from_raw_parts_mut(self.data.add(range.start), range.len()) }

@@ -2,7 +2,7 @@
 //!
 //! Layout: [`ids`] (newtypes), [`units`] (bytes, milliseconds), [`parts`] (the eight-part cut that the numeric
 //! contract is built on), [`shape`] (what a model looks like, without its weights), [`sampling`] (what a request asks of
-//! the sampler).
+//! the sampler), [`weights`] (how they are stored).
 //!
 //! **Invariant:** this crate imports nothing of ours, performs no I/O and reads no clock.
 #![forbid(unsafe_code)]
@@ -12,9 +12,11 @@ pub mod parts;
 pub mod sampling;
 pub mod shape;
 pub mod units;
+pub mod weights;
 
 pub use ids::*;
 pub use parts::{AxisCut, PARTS};
 pub use sampling::{GrammarSpec, SamplingParams, TokenLogprob, TokenLogprobs};
 pub use shape::{LayerRange, ModelShape};
 pub use units::Bytes;
+pub use weights::{UnknownWeightType, WeightType};

@@ -1,10 +1,10 @@
 //! Sixteen lanes as two AVX2 registers.
 
-use super::{LaneKernel, Simd16};
+use super::{Int16, LaneKernel, Simd16};
 use std::arch::x86_64::*;
 
-/// Runs a kernel compiled for AVX2 with FMA.
-#[target_feature(enable = "avx2,fma")]
+/// Runs a kernel compiled for AVX2 with FMA and F16C.
+#[target_feature(enable = "avx2,fma,f16c")]
 pub(super) fn run<K: LaneKernel>(kernel: K) -> K::Output {
     kernel.run::<Avx2>()
 }
@@ -13,16 +13,33 @@ pub(super) fn run<K: LaneKernel>(kernel: K) -> K::Output {
 #[derive(Clone, Copy)]
 pub(super) struct Avx2(__m256, __m256);
 
-/// An intrinsic of AVX2 or FMA, or a load or store whose pointer the caller vouches for.
+/// Lanes 0…7 and 8…15 of integers.
+#[derive(Clone, Copy)]
+pub(super) struct Avx2Int(__m256i, __m256i);
+
+/// An intrinsic of AVX2, FMA or F16C, or a load or store whose pointer the caller vouches for.
 macro_rules! avx2 {
     ($call:expr) => {
-        // SAFETY: this type is instantiated only by `run`, whose callers checked for AVX2 and FMA; pointers are covered
+        // SAFETY: this type is instantiated only by `run`, whose callers checked for them; pointers are covered
         // by the contract of the surrounding method.
         unsafe { $call }
     };
 }
 
+impl Avx2Int {
+    #[inline(always)]
+    fn map(self, f: impl Fn(__m256i) -> __m256i) -> Self {
+        Avx2Int(f(self.0), f(self.1))
+    }
+    #[inline(always)]
+    fn zip(self, other: Self, f: impl Fn(__m256i, __m256i) -> __m256i) -> Self {
+        Avx2Int(f(self.0, other.0), f(self.1, other.1))
+    }
+}
+
 impl Simd16 for Avx2 {
+    type Int = Avx2Int;
+
     /// 16 registers: six rows × one vector (twelve registers) of sums, two of weights.
     const TILE_VECTORS: usize = 1;
 
@@ -87,5 +104,104 @@ impl Simd16 for Avx2 {
     #[inline(always)]
     fn prefetch(at: *const f32) {
         avx2!(_mm_prefetch::<_MM_HINT_T0>(at.cast()))
+    }
+    #[inline(always)]
+    unsafe fn load_half(from: *const u16) -> Self {
+        let half = |at: *const u16| avx2!(_mm256_cvtph_ps(_mm_loadu_si128(at.cast())));
+        Avx2(half(from), half(from.wrapping_add(8)))
+    }
+    #[inline(always)]
+    fn to_bits(self) -> Avx2Int {
+        avx2!(Avx2Int(_mm256_castps_si256(self.0), _mm256_castps_si256(self.1)))
+    }
+    #[inline(always)]
+    fn round(self) -> Avx2Int {
+        avx2!(Avx2Int(_mm256_cvtps_epi32(self.0), _mm256_cvtps_epi32(self.1)))
+    }
+}
+
+impl Int16 for Avx2Int {
+    type Float = Avx2;
+
+    /// 16 registers: three rows of integer sums are six, with weights, products and constants beside them.
+    const TILE_ROWS: usize = 3;
+    const WIDE_ZERO: i32 = 0;
+
+    #[inline(always)]
+    fn splat(value: i32) -> Self {
+        let half = avx2!(_mm256_set1_epi32(value));
+        Avx2Int(half, half)
+    }
+    #[inline(always)]
+    unsafe fn load(from: *const u8) -> Self {
+        avx2!(Avx2Int(_mm256_loadu_si256(from.cast()), _mm256_loadu_si256(from.add(32).cast())))
+    }
+    #[inline(always)]
+    unsafe fn store(self, to: *mut u8) {
+        avx2!(_mm256_storeu_si256(to.cast(), self.0));
+        avx2!(_mm256_storeu_si256(to.add(32).cast(), self.1));
+    }
+    #[inline(always)]
+    unsafe fn load_bytes(from: *const i8) -> Self {
+        let half = |at: *const i8| avx2!(_mm256_cvtepi8_epi32(_mm_loadl_epi64(at.cast())));
+        Avx2Int(half(from), half(from.wrapping_add(8)))
+    }
+    #[inline(always)]
+    unsafe fn store_bytes(self, to: *mut i8) {
+        let mut lanes = [0i32; super::LANES];
+        avx2!(self.store(lanes.as_mut_ptr().cast()));
+        let bytes = lanes.map(|lane| lane as i8);
+        avx2!(to.cast::<[i8; super::LANES]>().write_unaligned(bytes))
+    }
+    #[inline(always)]
+    fn and(self, other: Self) -> Self {
+        self.zip(other, |a, b| avx2!(_mm256_and_si256(a, b)))
+    }
+    #[inline(always)]
+    fn or(self, other: Self) -> Self {
+        self.zip(other, |a, b| avx2!(_mm256_or_si256(a, b)))
+    }
+    #[inline(always)]
+    fn shift_right<const BITS: u32>(self) -> Self {
+        let count = avx2!(_mm_cvtsi32_si128(BITS as i32));
+        self.map(|a| avx2!(_mm256_srl_epi32(a, count)))
+    }
+    #[inline(always)]
+    fn shift_left<const BITS: u32>(self) -> Self {
+        let count = avx2!(_mm_cvtsi32_si128(BITS as i32));
+        self.map(|a| avx2!(_mm256_sll_epi32(a, count)))
+    }
+    #[inline(always)]
+    fn max_lane(self) -> i32 {
+        let most = avx2!(_mm256_max_epi32(self.0, self.1));
+        let most = avx2!(_mm_max_epi32(_mm256_castsi256_si128(most), _mm256_extracti128_si256::<1>(most)));
+        let most = avx2!(_mm_max_epi32(most, _mm_shuffle_epi32::<0b01_00_11_10>(most)));
+        avx2!(_mm_cvtsi128_si32(_mm_max_epi32(most, _mm_shuffle_epi32::<0b10_11_00_01>(most))))
+    }
+    #[inline(always)]
+    fn sum_lanes(self) -> i32 {
+        let sum = avx2!(_mm256_add_epi32(self.0, self.1));
+        let sum = avx2!(_mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256::<1>(sum)));
+        let sum = avx2!(_mm_add_epi32(sum, _mm_shuffle_epi32::<0b01_00_11_10>(sum)));
+        avx2!(_mm_cvtsi128_si32(_mm_add_epi32(sum, _mm_shuffle_epi32::<0b10_11_00_01>(sum))))
+    }
+    #[inline(always)]
+    fn to_float(self) -> Avx2 {
+        avx2!(Avx2(_mm256_cvtepi32_ps(self.0), _mm256_cvtepi32_ps(self.1)))
+    }
+    /// Pairs of products stay below 2¹⁵: 2 · 127 · 127.
+    #[inline(always)]
+    fn dot_narrow(self, w: Self, x: Self) -> Self {
+        let ones = avx2!(_mm256_set1_epi16(1));
+        let dot =
+            |sum, w, x| avx2!(_mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), ones)));
+        Avx2Int(dot(self.0, w.0, x.0), dot(self.1, w.1, x.1))
+    }
+    /// |w − 128| · (±x): magnitudes up to 128 as unsigned, so that pairs stay below 2¹⁵ (2 · 128 · 127).
+    #[inline(always)]
+    fn dot_wide(self, w: Self, x: Self) -> Self {
+        let signed = w.map(|w| avx2!(_mm256_xor_si256(w, _mm256_set1_epi8(-128))));
+        let size = signed.map(|w| avx2!(_mm256_abs_epi8(w)));
+        self.dot_narrow(size, x.zip(signed, |x, w| avx2!(_mm256_sign_epi8(x, w))))
     }
 }

@@ -1,10 +1,10 @@
-//! Sixteen lanes as one AVX-512 register.
+//! Sixteen lanes as one AVX-512 register; bytes multiply by VNNI.
 
-use super::{LaneKernel, Simd16};
+use super::{Int16, LaneKernel, Simd16};
 use std::arch::x86_64::*;
 
-/// Runs a kernel compiled for AVX-512F.
-#[target_feature(enable = "avx512f,avx2,fma")]
+/// Runs a kernel compiled for AVX-512 with VNNI.
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx2,fma,f16c")]
 pub(super) fn run<K: LaneKernel>(kernel: K) -> K::Output {
     kernel.run::<Avx512>()
 }
@@ -13,16 +13,22 @@ pub(super) fn run<K: LaneKernel>(kernel: K) -> K::Output {
 #[derive(Clone, Copy)]
 pub(super) struct Avx512(__m512);
 
-/// An intrinsic of AVX-512F, or a load or store whose pointer the caller vouches for.
+/// Sixteen integers in one 512-bit register.
+#[derive(Clone, Copy)]
+pub(super) struct Avx512Int(__m512i);
+
+/// An intrinsic of AVX-512F, BW or VNNI, or a load or store whose pointer the caller vouches for.
 macro_rules! avx512 {
     ($call:expr) => {
-        // SAFETY: this type is instantiated only by `run`, whose callers checked for AVX-512F; pointers are covered by
+        // SAFETY: this type is instantiated only by `run`, whose callers checked for them; pointers are covered by
         // the contract of the surrounding method.
         unsafe { $call }
     };
 }
 
 impl Simd16 for Avx512 {
+    type Int = Avx512Int;
+
     /// 32 registers: six rows × four vectors of sums, four of weights.
     const TILE_VECTORS: usize = 4;
 
@@ -80,5 +86,82 @@ impl Simd16 for Avx512 {
     #[inline(always)]
     fn prefetch(at: *const f32) {
         avx512!(_mm_prefetch::<_MM_HINT_T0>(at.cast()))
+    }
+    #[inline(always)]
+    unsafe fn load_half(from: *const u16) -> Self {
+        Avx512(avx512!(_mm512_cvtph_ps(_mm256_loadu_si256(from.cast()))))
+    }
+    #[inline(always)]
+    fn to_bits(self) -> Avx512Int {
+        Avx512Int(avx512!(_mm512_castps_si512(self.0)))
+    }
+    #[inline(always)]
+    fn round(self) -> Avx512Int {
+        Avx512Int(avx512!(_mm512_cvtps_epi32(self.0)))
+    }
+}
+
+impl Int16 for Avx512Int {
+    type Float = Avx512;
+
+    /// 32 registers: twelve integer sums, twelve of floats, weights and scales.
+    const TILE_ROWS: usize = 12;
+    const WIDE_ZERO: i32 = 128;
+
+    #[inline(always)]
+    fn splat(value: i32) -> Self {
+        Avx512Int(avx512!(_mm512_set1_epi32(value)))
+    }
+    #[inline(always)]
+    unsafe fn load(from: *const u8) -> Self {
+        Avx512Int(avx512!(_mm512_loadu_si512(from.cast())))
+    }
+    #[inline(always)]
+    unsafe fn store(self, to: *mut u8) {
+        avx512!(_mm512_storeu_si512(to.cast(), self.0))
+    }
+    #[inline(always)]
+    unsafe fn load_bytes(from: *const i8) -> Self {
+        Avx512Int(avx512!(_mm512_cvtepi8_epi32(_mm_loadu_si128(from.cast()))))
+    }
+    #[inline(always)]
+    unsafe fn store_bytes(self, to: *mut i8) {
+        avx512!(_mm_storeu_si128(to.cast(), _mm512_cvtepi32_epi8(self.0)))
+    }
+    #[inline(always)]
+    fn and(self, other: Self) -> Self {
+        Avx512Int(avx512!(_mm512_and_si512(self.0, other.0)))
+    }
+    #[inline(always)]
+    fn or(self, other: Self) -> Self {
+        Avx512Int(avx512!(_mm512_or_si512(self.0, other.0)))
+    }
+    #[inline(always)]
+    fn shift_right<const BITS: u32>(self) -> Self {
+        Avx512Int(avx512!(_mm512_srli_epi32::<BITS>(self.0)))
+    }
+    #[inline(always)]
+    fn shift_left<const BITS: u32>(self) -> Self {
+        Avx512Int(avx512!(_mm512_slli_epi32::<BITS>(self.0)))
+    }
+    #[inline(always)]
+    fn max_lane(self) -> i32 {
+        avx512!(_mm512_reduce_max_epi32(self.0))
+    }
+    #[inline(always)]
+    fn sum_lanes(self) -> i32 {
+        avx512!(_mm512_reduce_add_epi32(self.0))
+    }
+    #[inline(always)]
+    fn to_float(self) -> Avx512 {
+        Avx512(avx512!(_mm512_cvtepi32_ps(self.0)))
+    }
+    #[inline(always)]
+    fn dot_narrow(self, w: Self, x: Self) -> Self {
+        Avx512Int(avx512!(_mm512_dpbusd_epi32(self.0, w.0, x.0)))
+    }
+    #[inline(always)]
+    fn dot_wide(self, w: Self, x: Self) -> Self {
+        self.dot_narrow(w, x)
     }
 }

@@ -17,6 +17,9 @@ pub(crate) const LANES: usize = 16;
 
 /// Sixteen lanes. Every operation is the same IEEE operation per lane on every instruction set.
 pub(crate) trait Simd16: Copy {
+    /// Sixteen 32-bit integers of the same instruction set.
+    type Int: Int16<Float = Self>;
+
     /// How many vectors of outputs a register tile of several rows spans: what the register file affords.
     const TILE_VECTORS: usize;
 
@@ -50,6 +53,15 @@ pub(crate) trait Simd16: Copy {
     fn power_of_two(self) -> Self;
     /// Asks for the cache line at `at` to be fetched soon; the address need not be valid.
     fn prefetch(at: *const f32);
+    /// Widens sixteen halves (IEEE binary16), exactly.
+    ///
+    /// # Safety
+    /// `from` must be valid for reading sixteen elements; no alignment is needed.
+    unsafe fn load_half(from: *const u16) -> Self;
+    /// The bits of every lane.
+    fn to_bits(self) -> Self::Int;
+    /// Every lane rounded to the nearest integer, ties to even; anything outside the range of `i32`.
+    fn round(self) -> Self::Int;
 
     /// The lanes as an array.
     #[inline(always)]
@@ -111,6 +123,59 @@ pub(crate) trait Simd16: Copy {
     fn max_lane(self) -> f32 {
         self.to_array().into_iter().fold(f32::NEG_INFINITY, |a, b| if a > b { a } else { b })
     }
+}
+
+/// Sixteen integers of 32 bits, each also seen as four bytes.
+pub(crate) trait Int16: Copy {
+    /// Sixteen floats of the same instruction set.
+    type Float: Simd16<Int = Self>;
+
+    /// Rows of the tallest register tile of integer products.
+    const TILE_ROWS: usize;
+    /// What [`Int16::dot_wide`] takes its weights to be relative to: its result is Σ (w − 128 + `WIDE_ZERO`)·x.
+    const WIDE_ZERO: i32;
+
+    /// All lanes equal `value`.
+    fn splat(value: i32) -> Self;
+    /// Reads 64 bytes.
+    ///
+    /// # Safety
+    /// `from` must be valid for reading 64 bytes; no alignment is needed.
+    unsafe fn load(from: *const u8) -> Self;
+    /// Writes 64 bytes.
+    ///
+    /// # Safety
+    /// `to` must be valid for writing 64 bytes; no alignment is needed.
+    unsafe fn store(self, to: *mut u8);
+    /// Sign-extends sixteen bytes.
+    ///
+    /// # Safety
+    /// `from` must be valid for reading sixteen bytes.
+    unsafe fn load_bytes(from: *const i8) -> Self;
+    /// Writes the low byte of every lane: sixteen bytes.
+    ///
+    /// # Safety
+    /// `to` must be valid for writing sixteen bytes.
+    unsafe fn store_bytes(self, to: *mut i8);
+    /// Bitwise and.
+    fn and(self, other: Self) -> Self;
+    /// Bitwise or.
+    fn or(self, other: Self) -> Self;
+    /// Per lane, a logical shift to the right.
+    fn shift_right<const BITS: u32>(self) -> Self;
+    /// Per lane, a shift to the left.
+    fn shift_left<const BITS: u32>(self) -> Self;
+    /// The largest lane.
+    fn max_lane(self) -> i32;
+    /// The sum of the lanes.
+    fn sum_lanes(self) -> i32;
+    /// Every lane as a float, rounded to nearest even.
+    fn to_float(self) -> Self::Float;
+    /// Per lane `self + Σ w·x` over the lane's four bytes, `w` unsigned and at most 127, `x` signed and at least −127;
+    /// exact.
+    fn dot_narrow(self, w: Self, x: Self) -> Self;
+    /// The same for `w` up to 255, see [`Int16::WIDE_ZERO`].
+    fn dot_wide(self, w: Self, x: Self) -> Self;
 }
 
 /// A computation over sixteen lanes, written once for every instruction set.

@@ -1,6 +1,6 @@
 //! Sixteen lanes as an array: the definition that the others must match.
 
-use super::{LANES, Simd16};
+use super::{Int16, LANES, Simd16};
 
 /// Sixteen scalars.
 #[derive(Clone, Copy)]
@@ -13,7 +13,25 @@ impl Portable {
     }
 }
 
+/// Sixteen integers.
+#[derive(Clone, Copy)]
+pub(super) struct PortableInt([i32; LANES]);
+
+impl PortableInt {
+    #[inline(always)]
+    fn dot(self, w: Self, x: Self, zero: i32) -> Self {
+        PortableInt(std::array::from_fn(|i| {
+            let (w, x) = (w.0[i].to_le_bytes(), x.0[i].to_le_bytes());
+            (0..4).fold(self.0[i], |sum, byte| {
+                sum.wrapping_add((i32::from(w[byte]) - zero) * i32::from(x[byte] as i8))
+            })
+        }))
+    }
+}
+
 impl Simd16 for Portable {
+    type Int = PortableInt;
+
     const TILE_VECTORS: usize = 1;
 
     #[inline(always)]
@@ -64,4 +82,87 @@ impl Simd16 for Portable {
     }
     #[inline(always)]
     fn prefetch(_at: *const f32) {}
+    #[inline(always)]
+    unsafe fn load_half(from: *const u16) -> Self {
+        // SAFETY: the caller vouches for sixteen readable elements.
+        let halves = unsafe { from.cast::<[u16; LANES]>().read_unaligned() };
+        Portable(halves.map(crate::half::widen))
+    }
+    #[inline(always)]
+    fn to_bits(self) -> PortableInt {
+        PortableInt(self.0.map(|x| x.to_bits() as i32))
+    }
+    #[inline(always)]
+    fn round(self) -> PortableInt {
+        PortableInt(self.0.map(|x| x.round_ties_even() as i32))
+    }
+}
+
+impl Int16 for PortableInt {
+    type Float = Portable;
+
+    const TILE_ROWS: usize = 4;
+    const WIDE_ZERO: i32 = 0;
+
+    #[inline(always)]
+    fn splat(value: i32) -> Self {
+        PortableInt([value; LANES])
+    }
+    #[inline(always)]
+    unsafe fn load(from: *const u8) -> Self {
+        // SAFETY: the caller vouches for 64 readable bytes.
+        let lanes = unsafe { from.cast::<[i32; LANES]>().read_unaligned() };
+        PortableInt(lanes.map(i32::from_le))
+    }
+    #[inline(always)]
+    unsafe fn store(self, to: *mut u8) {
+        // SAFETY: the caller vouches for 64 writable bytes.
+        unsafe { to.cast::<[i32; LANES]>().write_unaligned(self.0.map(i32::to_le)) }
+    }
+    #[inline(always)]
+    unsafe fn load_bytes(from: *const i8) -> Self {
+        // SAFETY: the caller vouches for sixteen readable bytes.
+        PortableInt(unsafe { from.cast::<[i8; LANES]>().read_unaligned() }.map(i32::from))
+    }
+    #[inline(always)]
+    unsafe fn store_bytes(self, to: *mut i8) {
+        // SAFETY: the caller vouches for sixteen writable bytes.
+        unsafe { to.cast::<[i8; LANES]>().write_unaligned(self.0.map(|lane| lane as i8)) }
+    }
+    #[inline(always)]
+    fn and(self, other: Self) -> Self {
+        PortableInt(std::array::from_fn(|i| self.0[i] & other.0[i]))
+    }
+    #[inline(always)]
+    fn or(self, other: Self) -> Self {
+        PortableInt(std::array::from_fn(|i| self.0[i] | other.0[i]))
+    }
+    #[inline(always)]
+    fn shift_right<const BITS: u32>(self) -> Self {
+        PortableInt(self.0.map(|lane| ((lane as u32) >> BITS) as i32))
+    }
+    #[inline(always)]
+    fn shift_left<const BITS: u32>(self) -> Self {
+        PortableInt(self.0.map(|lane| lane << BITS))
+    }
+    #[inline(always)]
+    fn max_lane(self) -> i32 {
+        self.0.into_iter().fold(i32::MIN, i32::max)
+    }
+    #[inline(always)]
+    fn sum_lanes(self) -> i32 {
+        self.0.into_iter().fold(0, i32::wrapping_add)
+    }
+    #[inline(always)]
+    fn to_float(self) -> Portable {
+        Portable(self.0.map(|lane| lane as f32))
+    }
+    #[inline(always)]
+    fn dot_narrow(self, w: Self, x: Self) -> Self {
+        self.dot(w, x, 0)
+    }
+    #[inline(always)]
+    fn dot_wide(self, w: Self, x: Self) -> Self {
+        self.dot(w, x, 128)
+    }
 }

@@ -4,15 +4,32 @@
 //! parts, then the bias. Blocking over K keeps the chain by storing and reloading its running value, which is exact, so
 //! that tile shapes, batch sizes and threads cannot show in the result.
 
+mod activations;
+mod axis;
+mod blocks;
+mod float;
+mod formats;
+mod integer;
 mod packed;
 mod panel;
 mod tile;
 
+pub use axis::{BlockAxis, Piece};
+pub use blocks::{BlockScale, QuantizedRow};
 pub use packed::PackedMatrix;
 
 use crate::kernels::Kernels;
+use crate::lanes::{Int16, LANES, LaneKernel, Simd16};
 use crate::strided::DisjointMut;
-use panel::{PanelProduct, ROW_BLOCK};
+use activations::{Extra, QuantizeTile, Tiles};
+use ashlar_vocabulary::WeightType;
+use blocks::BlockMatrix;
+use float::FloatChain;
+use formats::{Flavour, Format, with_format};
+use integer::IntegerChain;
+use packed::{Panel, Store};
+use panel::{Chain, PanelProduct, ROW_BLOCK};
+use std::marker::PhantomData;
 use std::ops::Range;
 
 /// Tasks per thread, so that dynamic picking levels out threads of unequal speed.
@@ -48,28 +65,128 @@ impl Kernels {
         if rows == 0 || n == 0 {
             return;
         }
+        let product = Product { weights, k_parts, bias };
+        match weights.store() {
+            Store::F32(data) => {
+                let row_blocks = rows.div_ceil(ROW_BLOCK);
+                self.run_product(&product, row_blocks, y, |block, panel| {
+                    let rows = block * rows / row_blocks..(block + 1) * rows / row_blocks;
+                    let weights = &data[panel.first * k..][..panel.width * k];
+                    let chain =
+                        FloatChain { x, k, rows: rows.clone(), parts: k_parts, weights, width: panel.width };
+                    (rows, chain)
+                });
+            }
+            Store::Blocks(matrix) => {
+                assert_eq!(matrix.axis().parts(), k_parts, "the matrix was packed for these parts");
+                self.with_integers(rows, x, matrix, |tiles, tiles_per_block, x| {
+                    let row_blocks = tiles.count.div_ceil(tiles_per_block);
+                    with_format!(matrix.kind(), F => {
+                        self.run_product(&product, row_blocks, y, |block, panel| {
+                            let block = block * tiles.count / row_blocks..(block + 1) * tiles.count / row_blocks;
+                            let rows = tiles.rows(block.start).start..tiles.rows(block.end - 1).end;
+                            let vectors = panel.width / LANES;
+                            let panel = matrix.panel(panel.first, vectors);
+                            let format = PhantomData::<F>;
+                            (rows, IntegerChain { format, matrix, panel, vectors, x, tiles, block })
+                        });
+                    })
+                });
+            }
+        }
+    }
+
+    /// Spreads a product over the threads. `chain` makes what computes a block of rows × a panel, and names the rows.
+    fn run_product<C: Chain>(
+        &self,
+        product: &Product<'_>,
+        row_blocks: usize,
+        y: &mut [f32],
+        chain: impl Fn(usize, Panel) -> (Range<usize>, C) + Sync,
+    ) {
+        let Product { weights, k_parts, bias } = *product;
         let panels = weights.panels();
-        let row_blocks = rows.div_ceil(ROW_BLOCK);
         // Consecutive units share a block of rows and stream through the panels.
         let units = row_blocks * panels;
         let tasks = units.min(if self.threads() == 1 { 1 } else { TASKS_PER_THREAD * self.threads() });
         let output = DisjointMut::new(y);
         self.pool().run(tasks, &|task| {
             for unit in task * units / tasks..(task + 1) * units / tasks {
-                let (block, panel) = (unit / panels, unit % panels);
-                let block_rows = block * rows / row_blocks..(block + 1) * rows / row_blocks;
-                let product = PanelProduct {
-                    x,
-                    k,
-                    rows: block_rows,
-                    parts: k_parts,
-                    panel: weights.panel(panel),
-                    bias,
-                    n,
-                };
+                let panel = weights.panel(unit % panels);
+                let (rows, chain) = chain(unit / panels, panel);
+                let product = PanelProduct { chain, rows, parts: k_parts, panel, bias, n: weights.n() };
                 self.dispatch(product.into_output(&output));
             }
         });
+    }
+
+    /// Quantises the activations for `matrix`, tile by tile, and passes on the tiles, how many make a block of rows, and
+    /// the result.
+    fn with_integers(
+        &self,
+        rows: usize,
+        x: &[f32],
+        matrix: &BlockMatrix,
+        body: impl FnOnce(Tiles, usize, &[u32]),
+    ) {
+        let tile_rows = self.dispatch(TileRows);
+        let (tiles, axis) = (Tiles::new(rows, tile_rows), matrix.axis());
+        let row_words = axis.pieces().len() * activations::WORDS;
+        let extra = self.dispatch(ExtraOf(matrix.kind()));
+        let mut scratch = self.scratch();
+        if scratch.len() < rows * row_words {
+            scratch.resize(rows * row_words, 0);
+        }
+        let words = &mut scratch[..rows * row_words];
+        {
+            let words = DisjointMut::new(words);
+            // A tile of one row takes a fraction of a microsecond: a few are not worth waking threads for.
+            let tasks = if tiles.count < 4 { 1 } else { tiles.count };
+            self.pool().run(tasks, &|task| {
+                for tile in task * tiles.count / tasks..(task + 1) * tiles.count / tasks {
+                    let range = tiles.rows(tile);
+                    let x = &x[range.start * axis.k()..range.end * axis.k()];
+                    // SAFETY: tiles are disjoint rows.
+                    let out = unsafe { words.range(range.start * row_words..range.end * row_words) };
+                    self.dispatch(QuantizeTile { x, rows: range.len(), axis, extra, out });
+                }
+            });
+        }
+        body(tiles, ROW_BLOCK / tile_rows, words);
+    }
+}
+
+/// What a product multiplies, and how.
+#[derive(Clone, Copy)]
+struct Product<'a> {
+    weights: &'a PackedMatrix,
+    k_parts: &'a [Range<usize>],
+    bias: Option<&'a [f32]>,
+}
+
+/// Rows of the tallest integer tile of an instruction set.
+struct TileRows;
+
+impl LaneKernel for TileRows {
+    type Output = usize;
+    #[inline(always)]
+    fn run<S: Simd16>(self) -> usize {
+        S::Int::TILE_ROWS
+    }
+}
+
+/// What a format needs to know of the activations on an instruction set.
+struct ExtraOf(WeightType);
+
+impl LaneKernel for ExtraOf {
+    type Output = Extra;
+    #[inline(always)]
+    fn run<S: Simd16>(self) -> Extra {
+        with_format!(self.0, F => {
+            type K = <F as Format>::Flavour;
+            let zero = if K::WIDE { S::Int::WIDE_ZERO } else { F::ZERO };
+            if K::HALVES { Extra::HalfSums { zero } } else { Extra::WholeSum { zero } }
+        })
     }
 }
 

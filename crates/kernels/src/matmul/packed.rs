@@ -1,27 +1,37 @@
 //! Weights, packed so that a vector is sixteen neighbouring outputs.
 
+use super::axis::BlockAxis;
+use super::blocks::{BlockMatrix, QuantizedRow};
 use crate::aligned::AlignedBuffer;
 use crate::lanes::LANES;
+use ashlar_vocabulary::WeightType;
 use std::fmt;
 
 /// Outputs of a full panel: four vectors.
 pub(super) const PANEL: usize = 4 * LANES;
 
-/// Weights of a linear layer, `[n outputs, k inputs]`, in panels of 64 outputs.
+/// Weights of a linear layer, `[n outputs, k inputs]`, in panels of 64 outputs, in f32 or in blocks.
 ///
-/// Panel `p` holds outputs `64·p …` as `[k][64]`: each input's 64 weights side by side, so that one pass over a panel is
-/// one sequential stream. The last panel is as wide as the rest needs, in steps of 16; its padding is zero.
+/// In f32 panel `p` holds outputs `64·p …` as `[k][64]`: each input's 64 weights side by side, so that one pass over a
+/// panel is one sequential stream. The last panel is as wide as the rest needs, in steps of 16; its padding is zero.
+/// Quantised weights lie in blocks of sixteen outputs × 32 inputs at their format's bits per weight.
 pub struct PackedMatrix {
     n: usize,
     k: usize,
-    data: AlignedBuffer,
+    store: Store,
+}
+
+/// The weights.
+pub(super) enum Store {
+    /// `[panel][k][width]`.
+    F32(AlignedBuffer),
+    /// Quantised.
+    Blocks(BlockMatrix),
 }
 
 /// One panel of a matrix.
 #[derive(Clone, Copy)]
-pub(super) struct Panel<'a> {
-    /// `[k][width]`.
-    pub(super) weights: &'a [f32],
+pub(super) struct Panel {
     /// Outputs it has room for: 16, 32, 48 or 64.
     pub(super) width: usize,
     /// Its first output.
@@ -34,9 +44,9 @@ impl PackedMatrix {
     /// Packs a matrix row by row: `fill(row, to)` is called once per output in ascending order and must write the row's
     /// `k` weights. Beyond the result it needs sixteen rows of memory.
     pub fn pack(n: usize, k: usize, fill: &mut dyn FnMut(usize, &mut [f32])) -> PackedMatrix {
-        let mut packed = PackedMatrix { n, k, data: AlignedBuffer::zeroed(n.div_ceil(LANES) * LANES * k) };
+        let mut data = AlignedBuffer::zeroed(n.div_ceil(LANES) * LANES * k);
         if k == 0 {
-            return packed;
+            return PackedMatrix { n, k, store: Store::F32(data) };
         }
         let mut rows = vec![0.0; LANES * k];
         for first in (0..n).step_by(LANES) {
@@ -44,14 +54,38 @@ impl PackedMatrix {
             for (lane, row) in rows.chunks_exact_mut(k).take(live).enumerate() {
                 fill(first + lane, row);
             }
-            let (start, width) = packed.locate(first);
-            for (input, to) in packed.data[start..].chunks_mut(width).take(k).enumerate() {
+            let (start, width) = locate(n, k, first);
+            for (input, to) in data[start..].chunks_mut(width).take(k).enumerate() {
                 for (lane, to) in to.iter_mut().take(live).enumerate() {
                     *to = rows[lane * k + input];
                 }
             }
         }
-        packed
+        PackedMatrix { n, k, store: Store::F32(data) }
+    }
+
+    /// Packs quantised weights of type `kind`: `fill(row, to)` is called once per output in ascending order and must write
+    /// the stored quants of all inputs and the scales of all pieces of `axis`. Beyond the result it needs sixteen rows of
+    /// memory.
+    ///
+    /// # Panics
+    /// If `kind` is not quantised.
+    pub fn pack_blocks(
+        kind: WeightType,
+        n: usize,
+        axis: BlockAxis,
+        fill: &mut dyn FnMut(usize, &mut QuantizedRow),
+    ) -> PackedMatrix {
+        let k = axis.k();
+        PackedMatrix { n, k, store: Store::Blocks(BlockMatrix::pack(kind, axis, n, fill)) }
+    }
+
+    /// The type of the weights.
+    pub fn kind(&self) -> WeightType {
+        match &self.store {
+            Store::F32(_) => WeightType::F32,
+            Store::Blocks(blocks) => blocks.kind(),
+        }
     }
 
     /// Outputs.
@@ -66,46 +100,61 @@ impl PackedMatrix {
 
     /// Memory that the packed weights take, in bytes.
     pub fn bytes(&self) -> usize {
-        size_of_val::<[f32]>(&self.data)
+        match &self.store {
+            Store::F32(data) => size_of_val::<[f32]>(data),
+            Store::Blocks(blocks) => blocks.bytes(),
+        }
     }
 
     /// Copies the `k` weights of output `row` to `out`: the embedding of a token where the head is tied.
     pub fn row(&self, row: usize, out: &mut [f32]) {
         assert!(row < self.n, "output {row} of {}", self.n);
         assert_eq!(out.len(), self.k, "a row has k weights");
-        let (start, width) = self.locate(row);
+        let data = match &self.store {
+            Store::F32(data) => data,
+            Store::Blocks(blocks) => return blocks.row(self.n, row, out),
+        };
+        let (start, width) = locate(self.n, self.k, row);
         if self.k == 0 {
             return;
         }
-        for (out, weights) in out.iter_mut().zip(self.data[start..].chunks(width)) {
+        for (out, weights) in out.iter_mut().zip(data[start..].chunks(width)) {
             *out = weights[0];
         }
     }
 
-    /// Where an output's first weight lies, and how far its next one.
-    fn locate(&self, row: usize) -> (usize, usize) {
-        let panel = row / PANEL;
-        (panel * PANEL * self.k + row % PANEL, self.width(panel))
-    }
-
-    fn width(&self, panel: usize) -> usize {
-        PANEL.min((self.n - panel * PANEL).div_ceil(LANES) * LANES)
+    pub(super) fn store(&self) -> &Store {
+        &self.store
     }
 
     pub(super) fn panels(&self) -> usize {
         self.n.div_ceil(PANEL)
     }
 
-    pub(super) fn panel(&self, panel: usize) -> Panel<'_> {
-        let (first, width) = (panel * PANEL, self.width(panel));
-        let weights = &self.data[first * self.k..][..width * self.k];
-        Panel { weights, width, first, outputs: width.min(self.n - first) }
+    /// A panel's place among the outputs.
+    pub(super) fn panel(&self, panel: usize) -> Panel {
+        let (first, width) = (panel * PANEL, width(self.n, panel));
+        Panel { width, first, outputs: width.min(self.n - first) }
     }
+}
+
+/// Where an output's first weight lies, and how far its next one.
+fn locate(n: usize, k: usize, row: usize) -> (usize, usize) {
+    let panel = row / PANEL;
+    (panel * PANEL * k + row % PANEL, width(n, panel))
+}
+
+fn width(n: usize, panel: usize) -> usize {
+    PANEL.min((n - panel * PANEL).div_ceil(LANES) * LANES)
 }
 
 impl fmt::Debug for PackedMatrix {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("PackedMatrix").field("n", &self.n).field("k", &self.k).finish_non_exhaustive()
+        f.debug_struct("PackedMatrix")
+            .field("kind", &self.kind())
+            .field("n", &self.n)
+            .field("k", &self.k)
+            .finish_non_exhaustive()
     }
 }
 

@@ -1,7 +1,6 @@
 //! One panel of outputs for one block of rows: parts in ascending order, their tree, the bias.
 
 use super::packed::{PANEL, Panel};
-use super::tile::{MAX_TILE_ROWS, Tile};
 use crate::lanes::{LANES, LaneKernel, Simd16};
 use crate::strided::DisjointMut;
 use std::mem::MaybeUninit;
@@ -9,42 +8,38 @@ use std::ops::Range;
 
 /// Rows that pass over a panel together: enough that rereading the weights for the next block costs little bandwidth.
 pub(super) const ROW_BLOCK: usize = 96;
-/// Inputs per block when a few tiles of rows pass over them: 64 × 64 weights are 16 KiB, so that the block in use and the
-/// next one, which is being fetched meanwhile, stay in the L1 cache together.
-const K_BLOCK_FEW_TILES: usize = 64;
-/// The same when many tiles pass, and what counts is how rarely sums are stored and loaded.
-const K_BLOCK_MANY_TILES: usize = 128;
-/// Most tiles that are few: up to here, fetching weights takes a good part of the time.
-const FEW_TILES: usize = 6;
-/// How far ahead of a single pass its weights are asked for, in elements.
-const AHEAD: usize = 2048;
 /// Open sums of the streaming tree: of 8 parts at most 3 wait while a fourth is computed.
 const DEPTH: usize = 4;
 
+/// What adds up the terms of one part; there is one for each kind of weights.
+pub(super) trait Chain {
+    /// One ascending chain over part `part` of the inputs (not empty) for every row and output of a panel; `sums` receives
+    /// `[rows][width]`. Implementations are `#[inline(always)]`.
+    fn chain<S: Simd16>(&self, part: usize, sums: *mut f32);
+}
+
 /// The product of a block of rows with one panel.
-pub(super) struct PanelProduct<'a> {
-    /// All rows of the call, `[rows][k]`.
-    pub(super) x: &'a [f32],
-    pub(super) k: usize,
+pub(super) struct PanelProduct<'a, C> {
+    pub(super) chain: C,
     /// The rows of this block, at most [`ROW_BLOCK`].
     pub(super) rows: Range<usize>,
     pub(super) parts: &'a [Range<usize>],
-    pub(super) panel: Panel<'a>,
+    pub(super) panel: Panel,
     /// Of all outputs.
     pub(super) bias: Option<&'a [f32]>,
     /// Distance between output rows.
     pub(super) n: usize,
 }
 
-impl<'a> PanelProduct<'a> {
-    pub(super) fn into_output(self, y: &'a DisjointMut<'a>) -> PanelKernel<'a> {
+impl<'a, C> PanelProduct<'a, C> {
+    pub(super) fn into_output(self, y: &'a DisjointMut<'a>) -> PanelKernel<'a, C> {
         PanelKernel { product: self, y }
     }
 }
 
 /// A [`PanelProduct`] with the place of its result.
-pub(super) struct PanelKernel<'a> {
-    product: PanelProduct<'a>,
+pub(super) struct PanelKernel<'a, C> {
+    product: PanelProduct<'a, C>,
     y: &'a DisjointMut<'a>,
 }
 
@@ -53,7 +48,7 @@ pub(super) struct PanelKernel<'a> {
 #[expect(dead_code, reason = "only its memory is used")]
 struct Sums([[f32; ROW_BLOCK * PANEL]; DEPTH]);
 
-impl LaneKernel for PanelKernel<'_> {
+impl<C: Chain> LaneKernel for PanelKernel<'_, C> {
     type Output = ();
 
     #[inline(always)]
@@ -70,7 +65,7 @@ impl LaneKernel for PanelKernel<'_> {
         for (index, part) in product.parts.iter().enumerate() {
             filled[depth] = !part.is_empty();
             if filled[depth] {
-                product.chain::<S>(part.clone(), level(depth));
+                product.chain.chain::<S>(index, level(depth));
             }
             depth += 1;
             let mut closed = index + 1;
@@ -89,57 +84,7 @@ impl LaneKernel for PanelKernel<'_> {
     }
 }
 
-impl PanelProduct<'_> {
-    /// One ascending chain over the inputs `part` (not empty) for every row and output; `sums` receives `[rows][width]`.
-    #[inline(always)]
-    fn chain<S: Simd16>(&self, part: Range<usize>, sums: *mut f32) {
-        let rows = self.rows.len();
-        let tiles = rows.div_ceil(MAX_TILE_ROWS);
-        let step = match tiles {
-            1 => part.len(),
-            2..=FEW_TILES => K_BLOCK_FEW_TILES,
-            _ => K_BLOCK_MANY_TILES,
-        };
-        let step_size = step * self.panel.width;
-        for start in part.clone().step_by(step) {
-            let end = part.end.min(start + step);
-            let weights = &self.panel.weights[start * self.panel.width..end * self.panel.width];
-            // While tiles pass over this block, they ask for the next one, sharing the requests among them.
-            let mut asked = 0;
-            for tile in 0..tiles {
-                let (first, next) = (tile * rows / tiles, (tile + 1) * rows / tiles);
-                let x = &self.x[(self.rows.start + first) * self.k..(self.rows.start + next) * self.k];
-                let lines = match (tiles, tile) {
-                    (1, _) => 4,
-                    (2, _) | (3, 0) => 2,
-                    (3, _) | (_, 0..4) => 1,
-                    _ => 0,
-                };
-                let tile = Tile {
-                    weights: weights.as_ptr(),
-                    width: self.panel.width,
-                    inputs: end - start,
-                    x: x[start..].as_ptr(),
-                    x_stride: self.k,
-                    sums: sums.wrapping_add(first * self.panel.width),
-                    resume: start > part.start,
-                    ahead: weights.as_ptr().wrapping_add(if tiles == 1 { AHEAD } else { step_size + asked }),
-                };
-                asked += (end - start) * lines * LANES;
-                // SAFETY: the slices above were bounds-checked: `inputs` × `width` weights, and for each row of the tile
-                // `inputs` activations from `start`; `sums` has room for `rows` × `width`.
-                unsafe {
-                    match lines {
-                        4 => tile.run::<S, 4>(next - first),
-                        2 => tile.run::<S, 2>(next - first),
-                        1 => tile.run::<S, 1>(next - first),
-                        _ => tile.run::<S, 0>(next - first),
-                    }
-                }
-            }
-        }
-    }
-
+impl<C> PanelProduct<'_, C> {
     /// Adds the bias and writes the outputs that exist; without any sum the product is −0 (see `Kernels::matmul`).
     #[inline(always)]
     fn finish<S: Simd16>(&self, sums: Option<*mut f32>, y: &DisjointMut<'_>) {

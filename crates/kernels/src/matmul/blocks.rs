@@ -1,0 +1,188 @@
+//! Quantised weights, packed at their true bits per weight.
+
+use super::axis::BlockAxis;
+use super::formats::{Flavour, Format, Scales, with_format, zero_point};
+use super::packed::PANEL;
+use crate::aligned::AlignedBuffer;
+use crate::lanes::{Int16, LANES, LaneKernel, Simd16};
+use crate::{Isa, lanes};
+use ashlar_vocabulary::WeightType;
+
+pub use super::formats::BlockScale;
+
+/// One output's weights, as a packer's source writes them.
+#[derive(Debug)]
+pub struct QuantizedRow {
+    /// The stored quants of all inputs, unsigned: q8_0 plus 128, q6_k plus 32, q5_0 plus 16, q4_0 plus 8.
+    pub quants: Vec<u8>,
+    /// The scales of all pieces.
+    pub scales: Vec<BlockScale>,
+}
+
+/// A matrix of blocks. Sixteen outputs × one group lie together: its scales, then its quants; four of these side by side
+/// are a panel's, and a panel's groups follow one another, so that one pass over a panel is one sequential stream.
+pub(super) struct BlockMatrix {
+    kind: WeightType,
+    axis: BlockAxis,
+    /// Where each group starts, in bytes per sixteen outputs; one more for the end.
+    offsets: Vec<usize>,
+    data: AlignedBuffer,
+}
+
+impl BlockMatrix {
+    pub(super) fn pack(
+        kind: WeightType,
+        axis: BlockAxis,
+        n: usize,
+        fill: &mut dyn FnMut(usize, &mut QuantizedRow),
+    ) -> BlockMatrix {
+        with_format!(kind, F => pack::<F>(kind, axis, n, fill))
+    }
+
+    pub(super) fn kind(&self) -> WeightType {
+        self.kind
+    }
+
+    pub(super) fn axis(&self) -> &BlockAxis {
+        &self.axis
+    }
+
+    pub(super) fn bytes(&self) -> usize {
+        size_of_val::<[f32]>(&self.data)
+    }
+
+    /// The bytes of the panel that starts with output `first` and has `vectors` times sixteen.
+    pub(super) fn panel(&self, first: usize, vectors: usize) -> &[u8] {
+        let stride = self.offsets.last().copied().unwrap_or(0);
+        &self.data.as_bytes()[first / LANES * stride..][..vectors * stride]
+    }
+
+    /// Where in a panel of `vectors` vectors the data of `group` for `vector` begin.
+    #[inline(always)]
+    pub(super) fn locate(&self, group: usize, vector: usize, vectors: usize) -> usize {
+        let (start, end) = (self.offsets[group], self.offsets[group + 1]);
+        start * vectors + (end - start) * vector
+    }
+
+    /// Widens output `row`: `scale·(q − zero) + min`, each operation rounded.
+    pub(super) fn row(&self, n: usize, row: usize, out: &mut [f32]) {
+        let first = row / PANEL * PANEL;
+        let vectors = (n - first).min(PANEL).div_ceil(LANES);
+        let kernel = RowKernel {
+            matrix: self,
+            panel: self.panel(first, vectors),
+            vectors,
+            vector: (row - first) / LANES,
+            lane: row % LANES,
+            out,
+        };
+        // SAFETY: portable lanes run everywhere.
+        unsafe { lanes::dispatch(Isa::Portable, kernel) };
+    }
+}
+
+fn pack<F: Format>(
+    kind: WeightType,
+    axis: BlockAxis,
+    n: usize,
+    fill: &mut dyn FnMut(usize, &mut QuantizedRow),
+) -> BlockMatrix {
+    let mut offsets = vec![0];
+    for group in axis.groups() {
+        let pieces = group.pieces.len();
+        let bytes = F::header_bytes(pieces) + pieces * F::PIECE_BYTES;
+        offsets.push(offsets.last().copied().unwrap_or(0) + bytes);
+    }
+    let stride = offsets.last().copied().unwrap_or(0);
+    let data = AlignedBuffer::zeroed(n.div_ceil(LANES) * stride / size_of::<f32>());
+    let mut matrix = BlockMatrix { kind, axis, offsets, data };
+    let empty = || QuantizedRow {
+        quants: vec![zero_point(kind); matrix.axis.k()],
+        scales: vec![BlockScale::default(); matrix.axis.pieces().len()],
+    };
+    let mut rows: Vec<QuantizedRow> = (0..LANES).map(|_| empty()).collect();
+    let mut scales = Vec::new();
+    for first in (0..n).step_by(LANES) {
+        for (lane, row) in rows.iter_mut().enumerate() {
+            if first + lane < n {
+                fill(first + lane, row);
+            } else {
+                // Outputs that do not exist weigh nothing.
+                *row = empty();
+            }
+        }
+        let (panel, vector) = (first / PANEL * PANEL, first % PANEL / LANES);
+        let vectors = (n - panel).min(PANEL).div_ceil(LANES);
+        for (index, group) in matrix.axis.groups().iter().enumerate() {
+            let pieces = &matrix.axis.pieces()[group.pieces.clone()];
+            scales.clear();
+            for piece in group.pieces.clone() {
+                scales.push(std::array::from_fn(|lane| rows[lane].scales[piece]));
+            }
+            let at = panel / LANES * stride + {
+                let (start, end) = (matrix.offsets[index], matrix.offsets[index + 1]);
+                start * vectors + (end - start) * vector
+            };
+            let bytes = &mut matrix.data.as_bytes_mut()[at..];
+            let (header, quants) = bytes.split_at_mut(F::header_bytes(pieces.len()));
+            F::pack_header(&scales, header);
+            for (piece, to) in pieces.iter().zip(quants.chunks_exact_mut(F::PIECE_BYTES)) {
+                let mut block = [[zero_point(kind); 32]; LANES];
+                for (block, row) in block.iter_mut().zip(&rows) {
+                    block[..piece.inputs.len()].copy_from_slice(&row.quants[piece.inputs.clone()]);
+                }
+                F::pack_piece(&block, to);
+            }
+        }
+    }
+    matrix
+}
+
+/// Widens one output.
+struct RowKernel<'a> {
+    matrix: &'a BlockMatrix,
+    panel: &'a [u8],
+    vectors: usize,
+    vector: usize,
+    lane: usize,
+    out: &'a mut [f32],
+}
+
+impl LaneKernel for RowKernel<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd16>(self) {
+        with_format!(self.matrix.kind, F => self.widen::<F, S>())
+    }
+}
+
+impl RowKernel<'_> {
+    #[inline(always)]
+    fn widen<F: Format, S: Simd16>(self) {
+        let axis = &self.matrix.axis;
+        let mut scales = Scales::ZERO;
+        for (index, group) in axis.groups().iter().enumerate() {
+            let count = group.pieces.len();
+            let data = &self.panel[self.matrix.locate(index, self.vector, self.vectors)..]
+                [..F::header_bytes(count) + count * F::PIECE_BYTES];
+            // SAFETY: the slice is as long as the header.
+            unsafe { F::scales::<S>(data.as_ptr(), count, &mut scales) };
+            for (slot, piece) in axis.pieces()[group.pieces.clone()].iter().enumerate() {
+                let quants = &data[F::header_bytes(count) + slot * F::PIECE_BYTES..][..F::PIECE_BYTES];
+                // SAFETY: the slice is as long as a piece.
+                let quads = unsafe { F::quads::<S>(quants.as_ptr()) };
+                let (first, second) = (scales.first[slot][self.lane], scales.second[slot][self.lane]);
+                for (at, out) in self.out[piece.inputs.clone()].iter_mut().enumerate() {
+                    let mut bytes = [0u8; 64];
+                    // SAFETY: a vector has 64 bytes.
+                    unsafe { quads[at / 4].store(bytes.as_mut_ptr()) };
+                    let quant = i32::from(bytes[4 * self.lane + at % 4]) - F::ZERO;
+                    let scale = if F::Flavour::HALVES && at >= 16 { second } else { first };
+                    let value = scale * quant as f32;
+                    *out = if F::Flavour::MIN { value + second } else { value };
+                }
+            }
+        }
+    }
+}
