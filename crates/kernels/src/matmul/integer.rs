@@ -33,7 +33,7 @@ pub(super) struct IntegerChain<'a, F> {
 
 /// Quants of a group for sixteen outputs, taken apart once for many rows.
 #[repr(align(64))]
-struct Quads([u8; GROUP * QUADS * VECTOR]);
+struct QuadBuffer([u8; GROUP * QUADS * VECTOR]);
 
 impl<F: Format> Chain for IntegerChain<'_, F> {
     #[inline(always)]
@@ -43,80 +43,74 @@ impl<F: Format> Chain for IntegerChain<'_, F> {
 }
 
 impl<F: Format> IntegerChain<'_, F> {
-    /// Calls `visit` for each group of the part and each vector: the header's offset, that of the first piece wanted, the
-    /// pieces, and whether a sum begins here.
+    /// The groups of the part, each for every vector of the panel, in the order in which they lie in memory.
     #[inline(always)]
-    fn visit(&self, part: usize, mut visit: impl FnMut(&[u8], Run)) {
+    fn runs(&self, part: usize) -> impl Iterator<Item = Run> {
         let axis = self.matrix.axis();
         let wanted = axis.part_pieces(part);
-        for (index, group) in axis.groups().iter().enumerate() {
+        let vectors = self.vectors;
+        let groups = axis.groups().iter().enumerate().filter_map(move |(index, group)| {
             let pieces = group.pieces.start.max(wanted.start)..group.pieces.end.min(wanted.end);
-            if pieces.is_empty() {
-                continue;
-            }
-            let count = group.pieces.len();
-            let header = F::header_bytes(count);
-            for vector in 0..self.vectors {
-                let at = self.matrix.locate(index, vector, self.vectors);
-                let data = &self.panel[at..at + header + count * F::PIECE_BYTES];
-                visit(
-                    data,
-                    Run {
-                        group_pieces: count,
-                        header,
-                        slots: pieces.start - group.pieces.start..pieces.end - group.pieces.start,
-                        first_piece: pieces.start,
-                        vector,
-                        begins: pieces.start == wanted.start,
-                    },
-                );
-            }
-        }
+            (!pieces.is_empty()).then(|| Run {
+                group: index,
+                group_pieces: group.pieces.len(),
+                slots: pieces.start - group.pieces.start..pieces.end - group.pieces.start,
+                first_piece: pieces.start,
+                vector: 0,
+                begins: pieces.start == wanted.start,
+            })
+        });
+        groups.flat_map(move |run| (0..vectors).map(move |vector| Run { vector, ..run.clone() }))
+    }
+
+    /// The bytes of a run's group for its vector: header and pieces.
+    #[inline(always)]
+    fn data(&self, run: &Run) -> (*const u8, *const u8) {
+        let header = F::header_bytes(run.group_pieces);
+        let at = self.matrix.locate(run.group, run.vector, self.vectors);
+        let data = &self.panel[at..at + header + run.group_pieces * F::PIECE_BYTES];
+        (data.as_ptr(), data[header..].as_ptr())
     }
 
     /// Quants go from memory through registers into the sums.
     #[inline(always)]
     fn single_row<S: Simd16>(&self, part: usize, sums: *mut f32) {
         let mut scales = Scales::ZERO;
-        self.visit(part, |data, run| {
-            // SAFETY: `data` is the group's; sums has a vector for each of the panel's; the row has all pieces.
+        for run in self.runs(part) {
+            let (header, pieces) = self.data(&run);
+            // SAFETY: the pointers are the group's; sums has a vector for each of the panel's; the row has all pieces.
             unsafe {
-                F::scales::<S>(data.as_ptr(), run.group_pieces, &mut scales);
+                F::scales::<S>(header, run.group_pieces, &mut scales);
                 let sums = sums.add(run.vector * LANES);
                 let mut sum = [if run.begins { S::splat(0.0) } else { S::load(sums) }];
                 for (index, slot) in run.slots.clone().enumerate() {
-                    let piece = data.as_ptr().add(run.header + slot * F::PIECE_BYTES);
+                    let piece = pieces.add(slot * F::PIECE_BYTES);
                     for line in 0..F::PIECE_BYTES / VECTOR {
                         S::prefetch(piece.wrapping_add(AHEAD + line * VECTOR).cast());
                     }
-                    let quads = F::quads::<S>(piece);
                     let x = self.x.as_ptr().add((run.first_piece + index) * WORDS);
-                    accumulate::<F::Flavour, S, 1>(
-                        |quad| quads[quad],
-                        &scales.first[slot],
-                        &scales.second[slot],
-                        x,
-                        &mut sum,
-                    );
+                    let (first, second) = (&scales.first[slot], &scales.second[slot]);
+                    accumulate::<F::Flavour, S, _, 1>(Held(F::quads::<S>(piece)), first, second, x, &mut sum);
                 }
                 sum[0].store(sums);
             }
-        });
+        }
     }
 
     /// A group's quants are taken apart into a buffer, over which all tiles of rows pass.
     #[inline(always)]
     fn many_rows<S: Simd16>(&self, part: usize, sums: *mut f32) {
-        let mut quads = Quads([0; GROUP * QUADS * VECTOR]);
+        let mut quads = QuadBuffer([0; GROUP * QUADS * VECTOR]);
         let mut scales = Scales::ZERO;
         let all_pieces = self.matrix.axis().pieces().len();
         let first_row = self.tiles.rows(self.block.start).start;
-        self.visit(part, |data, run| {
+        for run in self.runs(part) {
+            let (header, pieces) = self.data(&run);
             // SAFETY: as above; the buffer has room for a group.
             unsafe {
-                F::scales::<S>(data.as_ptr(), run.group_pieces, &mut scales);
+                F::scales::<S>(header, run.group_pieces, &mut scales);
                 for slot in run.slots.clone() {
-                    let piece = data.as_ptr().add(run.header + slot * F::PIECE_BYTES);
+                    let piece = pieces.add(slot * F::PIECE_BYTES);
                     for line in 0..F::PIECE_BYTES / VECTOR {
                         S::prefetch(piece.wrapping_add(AHEAD + line * VECTOR).cast());
                     }
@@ -126,14 +120,12 @@ impl<F: Format> IntegerChain<'_, F> {
                 }
                 for tile in self.block.clone() {
                     let rows = self.tiles.rows(tile);
+                    let at = (rows.start * all_pieces + run.first_piece * rows.len()) * WORDS;
                     let tile = IntegerTile {
                         quads: quads.0.as_ptr().add(run.slots.start * QUADS * VECTOR),
                         scales: &scales,
                         slots: run.slots.clone(),
-                        x: self
-                            .x
-                            .as_ptr()
-                            .add((rows.start * all_pieces + run.first_piece * rows.len()) * WORDS),
+                        x: self.x.as_ptr().add(at),
                         sums: sums.add(((rows.start - first_row) * self.vectors + run.vector) * LANES),
                         stride: self.vectors * LANES,
                         begins: run.begins,
@@ -141,16 +133,17 @@ impl<F: Format> IntegerChain<'_, F> {
                     tile.run::<F::Flavour, S>(rows.len());
                 }
             }
-        });
+        }
     }
 }
 
 /// The pieces of one group that a chain passes over, for one vector of outputs.
+#[derive(Clone)]
 struct Run {
+    /// Which group.
+    group: usize,
     /// Pieces of the whole group.
     group_pieces: usize,
-    /// Bytes of its header.
-    header: usize,
     /// Those wanted, counted within the group.
     slots: Range<usize>,
     /// The first of them, counted in the axis.
@@ -209,14 +202,10 @@ impl IntegerTile<'_> {
                 }
             }
             for (index, slot) in self.slots.clone().enumerate() {
-                let quads = self.quads.add(index * QUADS * VECTOR);
-                accumulate::<K, S, ROWS>(
-                    |quad| S::Int::load(quads.add(quad * VECTOR)),
-                    &self.scales.first[slot],
-                    &self.scales.second[slot],
-                    self.x.add(index * ROWS * WORDS),
-                    &mut sums,
-                );
+                let quads = Stored(self.quads.add(index * QUADS * VECTOR));
+                let (first, second) = (&self.scales.first[slot], &self.scales.second[slot]);
+                let x = self.x.add(index * ROWS * WORDS);
+                accumulate::<K, S, _, ROWS>(quads, first, second, x, &mut sums);
             }
             for (row, sum) in sums.into_iter().enumerate() {
                 sum.store(self.sums.add(row * self.stride));
@@ -225,47 +214,71 @@ impl IntegerTile<'_> {
     }
 }
 
+/// Where a piece's quads are.
+trait Quads<S: Simd16> {
+    fn quad(&self, index: usize) -> S::Int;
+}
+
+/// In registers.
+struct Held<I>([I; QUADS]);
+
+impl<S: Simd16> Quads<S> for Held<S::Int> {
+    #[inline(always)]
+    fn quad(&self, index: usize) -> S::Int {
+        self.0[index]
+    }
+}
+
+/// In a buffer of eight vectors, which whoever made this vouches for.
+struct Stored(*const u8);
+
+impl<S: Simd16> Quads<S> for Stored {
+    #[inline(always)]
+    fn quad(&self, index: usize) -> S::Int {
+        // SAFETY: the buffer has eight vectors.
+        unsafe { S::Int::load(self.0.add(index * VECTOR)) }
+    }
+}
+
 /// Adds one piece to the sums of `ROWS` rows.
 ///
 /// # Safety
 /// `x` must be valid for `ROWS · WORDS` words.
 #[inline(always)]
-unsafe fn accumulate<K: Flavour, S: Simd16, const ROWS: usize>(
-    quad: impl Fn(usize) -> S::Int,
+unsafe fn accumulate<K: Flavour, S: Simd16, Q: Quads<S>, const ROWS: usize>(
+    quads: Q,
     first: &[f32; LANES],
     second: &[f32; LANES],
     x: *const u32,
     sums: &mut [S; ROWS],
 ) {
-    // SAFETY (of all four): the caller's contract.
-    let byte_quad = |row: usize, at: usize| S::Int::splat(unsafe { *x.add(row * QUADS + at) } as i32);
-    let scale = |row: usize| S::splat(f32::from_bits(unsafe { *x.add(ROWS * 8 + row) }));
-    let extra = |which: usize, row: usize| unsafe { *x.add(ROWS * (9 + which) + row) };
-    let dot = |sum: S::Int, w: S::Int, x: S::Int| {
-        if K::WIDE { sum.dot_wide(w, x) } else { sum.dot_narrow(w, x) }
-    };
     let halves = if K::HALVES { 2 } else { 1 };
     for half in 0..halves {
         let mut dots = [S::Int::splat(0); ROWS];
+        // SAFETY (of all three): the caller's contract.
         for (row, dots) in dots.iter_mut().enumerate() {
-            *dots = S::Int::splat(extra(half, row) as i32);
+            *dots = S::Int::splat(unsafe { *x.add((9 + half) * ROWS + row) } as i32);
         }
-        let quads = QUADS / halves;
-        for at in half * quads..(half + 1) * quads {
-            let w = quad(at);
+        let count = QUADS / halves;
+        for at in half * count..(half + 1) * count {
+            let w = quads.quad(at);
             for (row, dots) in dots.iter_mut().enumerate() {
-                *dots = dot(*dots, w, byte_quad(row, at));
+                let x = S::Int::splat(unsafe { *x.add(row * QUADS + at) } as i32);
+                *dots = if K::WIDE { dots.dot_wide(w, x) } else { dots.dot_narrow(w, x) };
             }
         }
         let w_scale = S::read(if half == 0 { first } else { second });
         for (row, sum) in sums.iter_mut().enumerate() {
-            *sum = dots[row].to_float().mul_add(w_scale.mul(scale(row)), *sum);
+            let x_scale = S::splat(f32::from_bits(unsafe { *x.add(8 * ROWS + row) }));
+            *sum = dots[row].to_float().mul_add(w_scale.mul(x_scale), *sum);
         }
     }
     if K::MIN {
         let min = S::read(second);
         for (row, sum) in sums.iter_mut().enumerate() {
-            *sum = min.mul_add(S::splat(f32::from_bits(extra(1, row))), *sum);
+            // SAFETY: the caller's contract.
+            let x_sum = S::splat(f32::from_bits(unsafe { *x.add(10 * ROWS + row) }));
+            *sum = min.mul_add(x_sum, *sum);
         }
     }
 }
