@@ -5,7 +5,7 @@
 //!
 //! Bandwidth drifts on a shared machine, so that it is measured again next to every shape.
 
-use ashlar_kernels::{BlockAxis, Isa, Kernels, PackedMatrix, available_threads, measure};
+use ashlar_kernels::{BlockAxis, Isa, Kernels, PackedMatrix, ThreadPool, available_threads, measure};
 use ashlar_vocabulary::WeightType;
 use std::hint::black_box;
 use std::ops::Range;
@@ -49,7 +49,7 @@ fn pack(kind: WeightType, n: usize, k: usize, parts: &[Range<usize>], copy: usiz
             }
         });
     }
-    PackedMatrix::pack_blocks(kind, n, BlockAxis::new(0, parts), &mut |row, to| {
+    PackedMatrix::pack_blocks(kind, n, BlockAxis::new(0, parts), &ThreadPool::new(2), &|row, to| {
         for (input, to) in to.quants.iter_mut().enumerate() {
             *to = ((row * 31 + input * 17 + copy) % 15) as u8;
         }

@@ -1,7 +1,7 @@
 //! Products with quantised weights: against a plain emulation of their definition, bit for bit, on every instruction set,
 //! in every batch, with any number of threads and any cut of the inputs.
 
-use ashlar_kernels::{BlockAxis, BlockScale, Isa, Kernels, PackedMatrix, QuantizedRow};
+use ashlar_kernels::{BlockAxis, BlockScale, Isa, Kernels, PackedMatrix, QuantizedRow, ThreadPool};
 use ashlar_vocabulary::WeightType;
 use std::ops::Range;
 
@@ -101,7 +101,7 @@ fn matrix(kind: WeightType, n: usize, k: usize, random: &mut Random) -> Vec<Row>
 fn pack(kind: WeightType, rows: &[Row], from: usize, parts: &[Range<usize>]) -> PackedMatrix {
     let axis = BlockAxis::new(from, parts);
     let pieces = axis.pieces().to_vec();
-    PackedMatrix::pack_blocks(kind, rows.len(), axis, &mut |row, to| {
+    PackedMatrix::pack_blocks(kind, rows.len(), axis, &ThreadPool::new(2), &|row, to| {
         let source = &rows[row].stored;
         let k = to.quants.len();
         to.quants.copy_from_slice(&source.quants[from..from + k]);
@@ -250,7 +250,7 @@ fn a_row_widens_to_scale_times_quant_plus_minimum() {
 fn weights_take_their_true_bits() {
     for kind in KINDS {
         let (n, k) = (64, 2048);
-        let packed = PackedMatrix::pack_blocks(kind, n, BlockAxis::whole(k), &mut |_, _| {});
+        let packed = PackedMatrix::pack_blocks(kind, n, BlockAxis::whole(k), &ThreadPool::new(1), &|_, _| {});
         assert_eq!(packed.bytes(), kind.bytes(n * k), "{kind}");
     }
 }
@@ -275,5 +275,37 @@ fn zeros_tiny_numbers_and_numbers_out_of_range_are_defined() {
         x[9] = f32::NEG_INFINITY;
         assert!(run(x).iter().all(|y| y.is_nan()), "{isa}");
         assert!(run([f32::MAX; 32]).iter().all(|y| y.is_finite() || y.is_infinite()), "{isa}");
+    }
+}
+
+#[test]
+fn stacked_types_are_one_product_with_the_bytes_of_each() {
+    let mut random = Random(11);
+    let (k, count) = (512, 5);
+    let kinds = [WeightType::Q4K, WeightType::Q6K, WeightType::Q8_0];
+    let sizes = [70, 16, 33];
+    let kernels = Kernels::new(Isa::best(), 2);
+    let x = random.activations(count * k);
+    let all: Vec<_> = kinds.iter().zip(sizes).map(|(&kind, n)| matrix(kind, n, k, &mut random)).collect();
+    let part = |index: usize| pack(kinds[index], &all[index], 0, &[0..k]);
+    let stacked = PackedMatrix::stack((0..3).map(part).collect());
+    let n: usize = sizes.iter().sum();
+    let mut y = vec![f32::NAN; count * n];
+    let bias: Vec<f32> = (0..n).map(|i| i as f32).collect();
+    kernels.matmul(count, &x, &stacked, &[0..k], Some(&bias), &mut y);
+    let mut first = 0;
+    for index in 0..3 {
+        let mut alone = vec![f32::NAN; count * sizes[index]];
+        let bias = &bias[first..first + sizes[index]];
+        kernels.matmul(count, &x, &part(index), &[0..k], Some(bias), &mut alone);
+        for row in 0..count {
+            let got = &y[row * n + first..][..sizes[index]];
+            same(got, &alone[row * sizes[index]..][..sizes[index]], "stacked");
+        }
+        let mut widened = [vec![0.0; k], vec![0.0; k]];
+        stacked.row(first, &mut widened[0]);
+        part(index).row(0, &mut widened[1]);
+        same(&widened[0], &widened[1], "row");
+        first += sizes[index];
     }
 }

@@ -5,10 +5,15 @@ use super::formats::{Flavour, Format, Scales, with_format, zero_point};
 use super::packed::PANEL;
 use crate::aligned::AlignedBuffer;
 use crate::lanes::{Int16, LANES, LaneKernel, Simd16};
+use crate::pool::ThreadPool;
+use crate::strided::DisjointMut;
 use crate::{Isa, lanes};
 use ashlar_vocabulary::WeightType;
 
 pub use super::formats::BlockScale;
+
+/// Tasks per thread while packing.
+const TASKS_PER_THREAD: usize = 8;
 
 /// One output's weights, as a packer's source writes them.
 #[derive(Debug)]
@@ -34,9 +39,10 @@ impl BlockMatrix {
         kind: WeightType,
         axis: BlockAxis,
         n: usize,
-        fill: &mut dyn FnMut(usize, &mut QuantizedRow),
+        pool: &ThreadPool,
+        fill: &(dyn Fn(usize, &mut QuantizedRow) + Sync),
     ) -> BlockMatrix {
-        with_format!(kind, F => pack::<F>(kind, axis, n, fill))
+        with_format!(kind, F => pack::<F>(kind, axis, n, pool, fill))
     }
 
     pub(super) fn kind(&self) -> WeightType {
@@ -85,7 +91,8 @@ fn pack<F: Format>(
     kind: WeightType,
     axis: BlockAxis,
     n: usize,
-    fill: &mut dyn FnMut(usize, &mut QuantizedRow),
+    pool: &ThreadPool,
+    fill: &(dyn Fn(usize, &mut QuantizedRow) + Sync),
 ) -> BlockMatrix {
     let mut offsets = vec![0];
     for group in axis.groups() {
@@ -95,47 +102,75 @@ fn pack<F: Format>(
     }
     let stride = offsets.last().copied().unwrap_or(0);
     let data = AlignedBuffer::zeroed(n.div_ceil(LANES) * stride / size_of::<f32>());
-    let mut matrix = BlockMatrix { kind, axis, offsets, data };
-    let empty = || QuantizedRow {
-        quants: vec![zero_point(kind); matrix.axis.k()],
-        scales: vec![BlockScale::default(); matrix.axis.pieces().len()],
-    };
-    let mut rows: Vec<QuantizedRow> = (0..LANES).map(|_| empty()).collect();
-    let mut scales = Vec::new();
-    for first in (0..n).step_by(LANES) {
-        for (lane, row) in rows.iter_mut().enumerate() {
+    let mut matrix = BlockMatrix { kind, axis, offsets, data: AlignedBuffer::zeroed(0) };
+    let mut data = data;
+    let bytes = DisjointMut::new(data.as_bytes_mut());
+    let sixteens = n.div_ceil(LANES);
+    let tasks = sixteens.min(TASKS_PER_THREAD * pool.threads());
+    pool.run(tasks, &|task| {
+        let mut rows = Rows::new(kind, &matrix.axis);
+        for sixteen in task * sixteens / tasks..(task + 1) * sixteens / tasks {
+            rows.fill(sixteen * LANES, n, fill);
+            rows.pack::<F>(&matrix, sixteen * LANES, n, &bytes);
+        }
+    });
+    matrix.data = data;
+    matrix
+}
+
+/// Sixteen outputs on their way into a matrix.
+struct Rows<'a> {
+    kind: WeightType,
+    axis: &'a BlockAxis,
+    rows: Vec<QuantizedRow>,
+    scales: Vec<[BlockScale; LANES]>,
+}
+
+impl<'a> Rows<'a> {
+    fn new(kind: WeightType, axis: &'a BlockAxis) -> Rows<'a> {
+        let empty = || QuantizedRow {
+            quants: vec![zero_point(kind); axis.k()],
+            scales: vec![BlockScale::default(); axis.pieces().len()],
+        };
+        Rows { kind, axis, rows: (0..LANES).map(|_| empty()).collect(), scales: Vec::new() }
+    }
+
+    fn fill(&mut self, first: usize, n: usize, fill: &(dyn Fn(usize, &mut QuantizedRow) + Sync)) {
+        for (lane, row) in self.rows.iter_mut().enumerate() {
             if first + lane < n {
                 fill(first + lane, row);
             } else {
                 // Outputs that do not exist weigh nothing.
-                *row = empty();
+                row.scales.fill(BlockScale::default());
             }
         }
+    }
+
+    fn pack<F: Format>(&mut self, matrix: &BlockMatrix, first: usize, n: usize, to: &DisjointMut<'_, u8>) {
+        let stride = matrix.offsets.last().copied().unwrap_or(0);
         let (panel, vector) = (first / PANEL * PANEL, first % PANEL / LANES);
         let vectors = (n - panel).min(PANEL).div_ceil(LANES);
-        for (index, group) in matrix.axis.groups().iter().enumerate() {
-            let pieces = &matrix.axis.pieces()[group.pieces.clone()];
-            scales.clear();
+        for (index, group) in self.axis.groups().iter().enumerate() {
+            let pieces = &self.axis.pieces()[group.pieces.clone()];
+            self.scales.clear();
             for piece in group.pieces.clone() {
-                scales.push(std::array::from_fn(|lane| rows[lane].scales[piece]));
+                self.scales.push(std::array::from_fn(|lane| self.rows[lane].scales[piece]));
             }
-            let at = panel / LANES * stride + {
-                let (start, end) = (matrix.offsets[index], matrix.offsets[index + 1]);
-                start * vectors + (end - start) * vector
-            };
-            let bytes = &mut matrix.data.as_bytes_mut()[at..];
-            let (header, quants) = bytes.split_at_mut(F::header_bytes(pieces.len()));
-            F::pack_header(&scales, header);
+            let at = panel / LANES * stride + matrix.locate(index, vector, vectors);
+            let header = F::header_bytes(pieces.len());
+            // SAFETY: a group of sixteen outputs belongs to one task.
+            let bytes = unsafe { to.range(at..at + header + pieces.len() * F::PIECE_BYTES) };
+            let (header, quants) = bytes.split_at_mut(header);
+            F::pack_header(&self.scales, header);
             for (piece, to) in pieces.iter().zip(quants.chunks_exact_mut(F::PIECE_BYTES)) {
-                let mut block = [[zero_point(kind); 32]; LANES];
-                for (block, row) in block.iter_mut().zip(&rows) {
+                let mut block = [[zero_point(self.kind); 32]; LANES];
+                for (block, row) in block.iter_mut().zip(&self.rows) {
                     block[..piece.inputs.len()].copy_from_slice(&row.quants[piece.inputs.clone()]);
                 }
                 F::pack_piece(&block, to);
             }
         }
     }
-    matrix
 }
 
 /// Widens one output.

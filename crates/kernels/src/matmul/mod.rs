@@ -27,7 +27,7 @@ use blocks::BlockMatrix;
 use float::FloatChain;
 use formats::{Flavour, Format, with_format};
 use integer::IntegerChain;
-use packed::{Panel, Store};
+use packed::{Panel, Segment, Store};
 use panel::{Chain, PanelProduct, ROW_BLOCK};
 use std::marker::PhantomData;
 use std::ops::Range;
@@ -65,35 +65,38 @@ impl Kernels {
         if rows == 0 || n == 0 {
             return;
         }
-        let product = Product { weights, k_parts, bias };
-        match weights.store() {
-            Store::F32(data) => {
-                let row_blocks = rows.div_ceil(ROW_BLOCK);
-                self.run_product(&product, row_blocks, y, |block, panel| {
-                    let rows = block * rows / row_blocks..(block + 1) * rows / row_blocks;
-                    let weights = &data[panel.first * k..][..panel.width * k];
-                    let chain =
-                        FloatChain { x, k, rows: rows.clone(), parts: k_parts, weights, width: panel.width };
-                    (rows, chain)
-                });
-            }
-            Store::Blocks(matrix) => {
-                assert_eq!(matrix.axis().parts(), k_parts, "the matrix was packed for these parts");
-                self.with_integers(rows, x, matrix, |tiles, tiles_per_block, x| {
-                    let row_blocks = tiles.count.div_ceil(tiles_per_block);
-                    with_format!(matrix.kind(), F => {
-                        self.run_product(&product, row_blocks, y, |block, panel| {
-                            let block = block * tiles.count / row_blocks..(block + 1) * tiles.count / row_blocks;
-                            let rows = tiles.rows(block.start).start..tiles.rows(block.end - 1).end;
-                            let vectors = panel.width / LANES;
-                            let panel = matrix.panel(panel.first, vectors);
-                            let format = PhantomData::<F>;
-                            (rows, IntegerChain { format, matrix, panel, vectors, x, tiles, block })
-                        });
-                    })
-                });
+        let y = DisjointMut::new(y);
+        for segment in weights.segments().iter().filter(|segment| segment.n > 0) {
+            let product = Product { segment, n, k_parts, bias, y: &y };
+            match &segment.store {
+                Store::F32(data) => {
+                    let row_blocks = rows.div_ceil(ROW_BLOCK);
+                    self.run_product(&product, row_blocks, |block, panel| {
+                        let rows = block * rows / row_blocks..(block + 1) * rows / row_blocks;
+                        let (weights, width) = (&data[panel.first * k..][..panel.width * k], panel.width);
+                        (rows.clone(), FloatChain { x, k, rows, parts: k_parts, weights, width })
+                    });
+                }
+                Store::Blocks(matrix) => self.integer_product(&product, rows, x, matrix),
             }
         }
+    }
+
+    fn integer_product(&self, product: &Product<'_>, rows: usize, x: &[f32], matrix: &BlockMatrix) {
+        assert_eq!(matrix.axis().parts(), product.k_parts, "the matrix was packed for these parts");
+        self.with_integers(rows, x, matrix, |tiles, tiles_per_block, x| {
+            let row_blocks = tiles.count.div_ceil(tiles_per_block);
+            with_format!(matrix.kind(), F => {
+                self.run_product(product, row_blocks, |block, panel| {
+                    let block = block * tiles.count / row_blocks..(block + 1) * tiles.count / row_blocks;
+                    let rows = tiles.rows(block.start).start..tiles.rows(block.end - 1).end;
+                    let vectors = panel.width / LANES;
+                    let panel = matrix.panel(panel.first, vectors);
+                    let format = PhantomData::<F>;
+                    (rows, IntegerChain { format, matrix, panel, vectors, x, tiles, block })
+                });
+            })
+        });
     }
 
     /// Spreads a product over the threads. `chain` makes what computes a block of rows × a panel, and names the rows.
@@ -101,21 +104,21 @@ impl Kernels {
         &self,
         product: &Product<'_>,
         row_blocks: usize,
-        y: &mut [f32],
         chain: impl Fn(usize, Panel) -> (Range<usize>, C) + Sync,
     ) {
-        let Product { weights, k_parts, bias } = *product;
-        let panels = weights.panels();
+        let Product { segment, n, k_parts, bias, y } = *product;
+        let panels = segment.panels();
         // Consecutive units share a block of rows and stream through the panels.
         let units = row_blocks * panels;
         let tasks = units.min(if self.threads() == 1 { 1 } else { TASKS_PER_THREAD * self.threads() });
-        let output = DisjointMut::new(y);
         self.pool().run(tasks, &|task| {
             for unit in task * units / tasks..(task + 1) * units / tasks {
-                let panel = weights.panel(unit % panels);
+                let panel = segment.panel(unit % panels);
                 let (rows, chain) = chain(unit / panels, panel);
-                let product = PanelProduct { chain, rows, parts: k_parts, panel, bias, n: weights.n() };
-                self.dispatch(product.into_output(&output));
+                let first = segment.first + panel.first;
+                let product =
+                    PanelProduct { chain, rows, parts: k_parts, panel: Panel { first, ..panel }, bias, n };
+                self.dispatch(product.into_output(y));
             }
         });
     }
@@ -156,12 +159,15 @@ impl Kernels {
     }
 }
 
-/// What a product multiplies, and how.
+/// What a product multiplies with, and where its results go.
 #[derive(Clone, Copy)]
 struct Product<'a> {
-    weights: &'a PackedMatrix,
+    segment: &'a Segment,
+    /// Outputs of the whole matrix.
+    n: usize,
     k_parts: &'a [Range<usize>],
     bias: Option<&'a [f32]>,
+    y: &'a DisjointMut<'a>,
 }
 
 /// Rows of the tallest integer tile of an instruction set.

@@ -4,6 +4,7 @@ use super::axis::BlockAxis;
 use super::blocks::{BlockMatrix, QuantizedRow};
 use crate::aligned::AlignedBuffer;
 use crate::lanes::LANES;
+use crate::pool::ThreadPool;
 use ashlar_vocabulary::WeightType;
 use std::fmt;
 
@@ -15,10 +16,20 @@ pub(super) const PANEL: usize = 4 * LANES;
 /// In f32 panel `p` holds outputs `64·p …` as `[k][64]`: each input's 64 weights side by side, so that one pass over a
 /// panel is one sequential stream. The last panel is as wide as the rest needs, in steps of 16; its padding is zero.
 /// Quantised weights lie in blocks of sixteen outputs × 32 inputs at their format's bits per weight.
+///
+/// A matrix may be several stacked above one another, each in a type of its own: one product all the same.
 pub struct PackedMatrix {
     n: usize,
     k: usize,
-    store: Store,
+    segments: Vec<Segment>,
+}
+
+/// Consecutive outputs of one type.
+pub(super) struct Segment {
+    /// The first of them among the matrix's.
+    pub(super) first: usize,
+    pub(super) n: usize,
+    pub(super) store: Store,
 }
 
 /// The weights.
@@ -46,7 +57,7 @@ impl PackedMatrix {
     pub fn pack(n: usize, k: usize, fill: &mut dyn FnMut(usize, &mut [f32])) -> PackedMatrix {
         let mut data = AlignedBuffer::zeroed(n.div_ceil(LANES) * LANES * k);
         if k == 0 {
-            return PackedMatrix { n, k, store: Store::F32(data) };
+            return PackedMatrix::single(n, k, Store::F32(data));
         }
         let mut rows = vec![0.0; LANES * k];
         for first in (0..n).step_by(LANES) {
@@ -61,12 +72,33 @@ impl PackedMatrix {
                 }
             }
         }
-        PackedMatrix { n, k, store: Store::F32(data) }
+        PackedMatrix::single(n, k, Store::F32(data))
     }
 
-    /// Packs quantised weights of type `kind`: `fill(row, to)` is called once per output in ascending order and must write
-    /// the stored quants of all inputs and the scales of all pieces of `axis`. Beyond the result it needs sixteen rows of
-    /// memory.
+    fn single(n: usize, k: usize, store: Store) -> PackedMatrix {
+        PackedMatrix { n, k, segments: vec![Segment { first: 0, n, store }] }
+    }
+
+    /// Stacks matrices with the same inputs: the outputs of the first come first.
+    ///
+    /// # Panics
+    /// If there is none, or inputs differ in number.
+    pub fn stack(matrices: Vec<PackedMatrix>) -> PackedMatrix {
+        let k = matrices[0].k;
+        let (mut n, mut segments) = (0, Vec::new());
+        for matrix in matrices {
+            assert_eq!(matrix.k, k, "stacked matrices have the same inputs");
+            segments.extend(
+                matrix.segments.into_iter().map(|segment| Segment { first: n + segment.first, ..segment }),
+            );
+            n += matrix.n;
+        }
+        PackedMatrix { n, k, segments }
+    }
+
+    /// Packs quantised weights of type `kind` on the threads of `pool`: `fill(row, to)` is called once per output and must
+    /// write the stored quants of all inputs and the scales of all pieces of `axis`. Beyond the result it needs sixteen
+    /// rows of memory per thread.
     ///
     /// # Panics
     /// If `kind` is not quantised.
@@ -74,18 +106,11 @@ impl PackedMatrix {
         kind: WeightType,
         n: usize,
         axis: BlockAxis,
-        fill: &mut dyn FnMut(usize, &mut QuantizedRow),
+        pool: &ThreadPool,
+        fill: &(dyn Fn(usize, &mut QuantizedRow) + Sync),
     ) -> PackedMatrix {
         let k = axis.k();
-        PackedMatrix { n, k, store: Store::Blocks(BlockMatrix::pack(kind, axis, n, fill)) }
-    }
-
-    /// The type of the weights.
-    pub fn kind(&self) -> WeightType {
-        match &self.store {
-            Store::F32(_) => WeightType::F32,
-            Store::Blocks(blocks) => blocks.kind(),
-        }
+        PackedMatrix::single(n, k, Store::Blocks(BlockMatrix::pack(kind, axis, n, pool, fill)))
     }
 
     /// Outputs.
@@ -100,21 +125,23 @@ impl PackedMatrix {
 
     /// Memory that the packed weights take, in bytes.
     pub fn bytes(&self) -> usize {
-        match &self.store {
-            Store::F32(data) => size_of_val::<[f32]>(data),
-            Store::Blocks(blocks) => blocks.bytes(),
-        }
+        self.segments.iter().map(|segment| segment.store.bytes()).sum()
     }
 
     /// Copies the `k` weights of output `row` to `out`: the embedding of a token where the head is tied.
     pub fn row(&self, row: usize, out: &mut [f32]) {
         assert!(row < self.n, "output {row} of {}", self.n);
         assert_eq!(out.len(), self.k, "a row has k weights");
-        let data = match &self.store {
-            Store::F32(data) => data,
-            Store::Blocks(blocks) => return blocks.row(self.n, row, out),
+        let Some(segment) = self.segments.iter().rfind(|segment| segment.first <= row && segment.n > 0)
+        else {
+            return;
         };
-        let (start, width) = locate(self.n, self.k, row);
+        let row = row - segment.first;
+        let data = match &segment.store {
+            Store::F32(data) => data,
+            Store::Blocks(blocks) => return blocks.row(segment.n, row, out),
+        };
+        let (start, width) = locate(segment.n, self.k, row);
         if self.k == 0 {
             return;
         }
@@ -123,15 +150,33 @@ impl PackedMatrix {
         }
     }
 
-    pub(super) fn store(&self) -> &Store {
-        &self.store
+    pub(super) fn segments(&self) -> &[Segment] {
+        &self.segments
+    }
+}
+
+impl Store {
+    fn bytes(&self) -> usize {
+        match self {
+            Store::F32(data) => size_of_val::<[f32]>(data),
+            Store::Blocks(blocks) => blocks.bytes(),
+        }
     }
 
+    fn kind(&self) -> WeightType {
+        match self {
+            Store::F32(_) => WeightType::F32,
+            Store::Blocks(blocks) => blocks.kind(),
+        }
+    }
+}
+
+impl Segment {
     pub(super) fn panels(&self) -> usize {
         self.n.div_ceil(PANEL)
     }
 
-    /// A panel's place among the outputs.
+    /// A panel's place among the segment's outputs.
     pub(super) fn panel(&self, panel: usize) -> Panel {
         let (first, width) = (panel * PANEL, width(self.n, panel));
         Panel { width, first, outputs: width.min(self.n - first) }
@@ -150,11 +195,8 @@ fn width(n: usize, panel: usize) -> usize {
 
 impl fmt::Debug for PackedMatrix {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("PackedMatrix")
-            .field("kind", &self.kind())
-            .field("n", &self.n)
-            .field("k", &self.k)
-            .finish_non_exhaustive()
+        let kinds: Vec<_> = self.segments.iter().map(|segment| (segment.n, segment.store.kind())).collect();
+        f.debug_struct("PackedMatrix").field("n", &self.n).field("k", &self.k).field("kinds", &kinds).finish()
     }
 }
 
