@@ -5,11 +5,14 @@ use ashlar_protocol::membership::{Assignment, Join};
 use ashlar_scheduler::cluster::{Cluster, ClusterConfig, Effect, Event, NodeConnection};
 use ashlar_scheduler::time::Millis;
 use ashlar_shard_plan::Links;
-use ashlar_vocabulary::{Bytes, LeaseTerm, ModelDigest, ModelShape, NodeId, ReplicaRevision};
+use ashlar_vocabulary::{
+    Bytes, LeaseTerm, ModelDigest, ModelShape, NodeId, ReplicaRevision, WeightType, WeightTypes,
+};
 
 fn config() -> ClusterConfig {
     ClusterConfig {
         model: "demo".into(),
+        quantization: None,
         model_digest: ModelDigest([1; 32]),
         shape: ModelShape {
             hidden_size: 64,
@@ -21,7 +24,7 @@ fn config() -> ClusterConfig {
             vocab_size: 1024,
             max_position_embeddings: 512,
             tied_head: true,
-            file_bytes_per_weight: 4,
+            weights: WeightTypes::uniform(WeightType::F32, 8),
         },
         max_context_tokens: 512,
         term: LeaseTerm(3),

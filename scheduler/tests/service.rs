@@ -13,7 +13,8 @@ use ashlar_protocol::serving::{
 use ashlar_protocol::step::StepTiming;
 use ashlar_scheduler::{ModelCard, Scheduler, SchedulerConfig};
 use ashlar_vocabulary::{
-    Bytes, LeaseTerm, ModelDigest, ModelShape, NodeId, RequestId, SamplingParams, TokenId,
+    Bytes, LeaseTerm, ModelDigest, ModelShape, NodeId, RequestId, SamplingParams, TokenId, WeightType,
+    WeightTypes,
 };
 use rank::{Rank, oracle};
 use std::net::SocketAddr;
@@ -36,9 +37,9 @@ fn model() -> ModelCard {
         vocab_size: 1024,
         max_position_embeddings: 512,
         tied_head: true,
-        file_bytes_per_weight: 4,
+        weights: WeightTypes::uniform(WeightType::F32, 8),
     };
-    ModelCard { source: "demo".into(), digest: DIGEST, shape, max_context_tokens: 512 }
+    ModelCard { source: "demo".into(), quantization: None, digest: DIGEST, shape, max_context_tokens: 512 }
 }
 
 struct Running {

@@ -216,7 +216,8 @@ impl Executor {
         let name = self.config.model.as_deref().unwrap_or(&assignment.model);
         let directory = hub::resolve(name, &mut |file| info!("fetching {file} of {name}"))
             .map_err(|error| error.to_string())?;
-        let digest = digest::model_digest(&directory).map_err(|error| error.to_string())?;
+        let digest =
+            digest::model_digest(&directory, assignment.quantization).map_err(|error| error.to_string())?;
         if digest != assignment.model_digest {
             return Err(format!(
                 "{} has digest {digest}, the cluster serves {}: give every node the same model",
@@ -227,16 +228,21 @@ impl Executor {
         let (revision, out, beat) = (assignment.revision, self.out.clone(), self.beat.clone());
         let mut last_report: Option<Instant> = None;
         let started = Instant::now();
-        let model =
-            StageModel::load(&directory, slice.clone(), self.kernels.clone(), &mut |loaded, total| {
+        let model = StageModel::load(
+            &directory,
+            assignment.quantization,
+            slice.clone(),
+            self.kernels.clone(),
+            &mut |loaded, total| {
                 let _ = beat.tick();
                 let due = last_report.is_none_or(|at| at.elapsed() > Duration::from_millis(200));
                 if due || loaded == total {
                     last_report = Some(Instant::now());
                     let _ = out.blocking_send(FromNode::Loading { revision, loaded, total });
                 }
-            })
-            .map_err(|error| error.to_string())?;
+            },
+        )
+        .map_err(|error| error.to_string())?;
         let samples = slice.last && slice.tensor_rank == 0;
         let compiler = if samples { self.compiler(&directory, &model) } else { None };
         info!(

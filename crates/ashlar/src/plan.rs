@@ -5,7 +5,7 @@ use ashlar_kernels::{Isa, Kernels, measure};
 use ashlar_model::{ModelConfig, hub, synth};
 use ashlar_service_kit::memory;
 use ashlar_shard_plan::{DeviceReport, Layout, Links, PlanRequest, plan, survivable_losses};
-use ashlar_vocabulary::{Bytes, NodeId};
+use ashlar_vocabulary::{Bytes, NodeId, Quantization};
 use clap::Args;
 use std::time::Duration;
 
@@ -37,6 +37,9 @@ pub(crate) struct PlanArgs {
     /// Longest sequence in tokens.
     #[arg(long, default_value_t = 4096)]
     max_context: usize,
+    /// Quantise the weights: q8_0, q4_0, q4_k_m …
+    #[arg(long, value_name = "TYPE")]
+    quantize: Option<Quantization>,
     /// Link round trip in microseconds.
     #[arg(long, default_value_t = 50.0)]
     round_trip_us: f64,
@@ -82,7 +85,7 @@ pub(crate) fn run(args: PlanArgs) -> Result<()> {
     if args.nodes == 0 {
         bail!("--nodes must be at least 1");
     }
-    let shape = match synth::named_config(&args.model) {
+    let config = match synth::named_config(&args.model) {
         Some(config) => {
             let directory = std::env::temp_dir().join(format!("ashlar-plan-{}", std::process::id()));
             std::fs::create_dir_all(&directory)?;
@@ -90,12 +93,16 @@ pub(crate) fn run(args: PlanArgs) -> Result<()> {
             std::fs::write(&path, config.to_string())?;
             let parsed = ModelConfig::from_file(&path);
             std::fs::remove_dir_all(&directory)?;
-            parsed?.shape
+            parsed?
         }
         None => {
             let directory = hub::resolve(&args.model, &mut |file| eprintln!("fetching {file}"))?;
-            ModelConfig::from_dir(&directory)?.shape
+            ModelConfig::from_dir(&directory)?
         }
+    };
+    let shape = match args.quantize {
+        Some(quantization) => config.quantized(quantization).shape,
+        None => config.shape,
     };
     let devices = if args.device.is_empty() { this_machine(args.nodes) } else { args.device.clone() };
     let links = Links {

@@ -1,8 +1,8 @@
 //! `ashlar synth`: a random-weight model of a real shape.
 
 use anyhow::{Context, Result};
+use ashlar_model::synth::FloatType;
 use ashlar_model::synth::{SHAPES, SynthRequest, synthesize};
-use ashlar_model::weights::FileDtype;
 use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 use std::path::PathBuf;
@@ -42,9 +42,9 @@ pub(crate) fn run(args: SynthArgs) -> Result<()> {
     let request = SynthRequest {
         shape: args.shape,
         dtype: match args.dtype {
-            Dtype::F32 => FileDtype::F32,
-            Dtype::F16 => FileDtype::F16,
-            Dtype::Bf16 => FileDtype::Bf16,
+            Dtype::F32 => FloatType::F32,
+            Dtype::F16 => FloatType::F16,
+            Dtype::Bf16 => FloatType::Bf16,
         },
         seed: args.seed,
         tokenizer: args.tokenizer,

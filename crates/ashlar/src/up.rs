@@ -11,7 +11,7 @@ use ashlar_model::hub;
 use ashlar_scheduler::SchedulerConfig;
 use ashlar_service_kit::{Shutdown, memory};
 use ashlar_shard_node::NodeConfig;
-use ashlar_vocabulary::{Bytes, NodeId};
+use ashlar_vocabulary::{Bytes, NodeId, Quantization};
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
@@ -36,11 +36,16 @@ const DEFAULT_CONTEXT_MAX: u32 = 8192;
   ashlar up                                        the demo model, cut over two nodes
   ashlar up --model ./llama-3.2-1b --stages 2      a directory with config.json and safetensors
   ashlar up --model Qwen/Qwen3-0.6B --tp 2         a hub id (HF_TOKEN, HF_HOME, HF_HUB_OFFLINE are honoured)
+  ashlar up --model ./llama-3.2-1b --quantize q4_k_m
+                                                   weights in 4 to 6 bits, packed while they are loaded
   ashlar up --replicas 2 --nodes 5                 two replicas of two stages and one standby")]
 pub(crate) struct UpArgs {
     /// Model directory or hub id (`org/name`, `org/name@revision`); default: the demo model.
     #[arg(long, value_name = "DIR|HUB_ID")]
     model: Option<String>,
+    /// Quantise the weights while they are loaded: q8_0, q6_k, q5_k_m, q5_1, q5_0, q4_k_m, q4_k_s, q4_1, q4_0.
+    #[arg(long, value_name = "TYPE")]
+    quantize: Option<Quantization>,
     /// Node processes; default: stages × tp × replicas. More are standbys.
     #[arg(long, value_parser = count())]
     nodes: Option<usize>,
@@ -140,7 +145,7 @@ impl Cluster {
             .file_name()
             .filter(|_| Path::new(&model_name).exists())
             .map_or(model_name.clone(), |name| name.to_string_lossy().into_owned());
-        let card = roles::model_card(&directory.to_string_lossy(), None)?;
+        let card = roles::model_card(&directory.to_string_lossy(), args.quantize, None)?;
         let stages = args.stages.or(demo.then_some(2));
         let (tp, replicas) = (args.tp.unwrap_or(1), args.replicas.unwrap_or(1));
         let needed = stages.unwrap_or(1) * tp * replicas;
@@ -159,6 +164,7 @@ impl Cluster {
         scheduler.store =
             args.store.clone().unwrap_or_else(|| format!("redb:{}", state.join("cluster.redb").display()));
         scheduler.max_context_tokens = Some(context);
+        scheduler.quantize = args.quantize;
         scheduler.stages = stages;
         scheduler.tensor_parallel_size = args.tp;
         scheduler.replicas = args.replicas.or(args.nodes.is_none().then_some(1));

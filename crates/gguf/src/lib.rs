@@ -9,5 +9,5 @@
 pub mod blocks;
 pub mod types;
 
-pub use blocks::{BlockError, UnpackedBlock};
+pub use blocks::{BlockError, UnpackedBlock, dequantize, quantize, unpack};
 pub use types::{TensorType, UnsupportedType};

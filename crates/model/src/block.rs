@@ -7,60 +7,13 @@
 use crate::collective::{Collective, CollectiveError};
 use crate::config::ModelConfig;
 use crate::kv::LayerCache;
+use crate::pack::{PackSource, pack};
 use crate::slice::RankSlice;
 use crate::stage::Workspace;
 use crate::weights::{WeightError, WeightFiles};
 use ashlar_kernels::{AttentionShape, Kernels, KvLayout, PackedMatrix, RowContext, StridedRows};
 use ashlar_vocabulary::Bytes;
 use std::ops::Range;
-
-/// A column range of one stored matrix, `rows` of it, to be packed below its siblings into one fused product.
-pub(crate) struct PackSource {
-    pub(crate) name: String,
-    /// Shape of the stored tensor.
-    pub(crate) shape: [usize; 2],
-    pub(crate) rows: Range<usize>,
-    pub(crate) columns: Range<usize>,
-}
-
-/// Packs the given pieces of stored matrices, one below the other, as one product.
-pub(crate) fn pack(files: &WeightFiles, sources: &[PackSource]) -> Result<PackedMatrix, WeightError> {
-    // Rows are read a few megabytes at a time, so that peak memory stays near the packed size.
-    const CHUNK_VALUES: usize = 1 << 20;
-    let outputs = sources.iter().map(|s| s.rows.len()).sum();
-    let inputs = sources.first().map_or(0, |s| s.columns.len());
-    let readers =
-        sources.iter().map(|s| files.tensor(&s.name, &s.shape)).collect::<Result<Vec<_>, WeightError>>()?;
-    let mut failure = None;
-    let mut chunk: Vec<f32> = Vec::new();
-    let (mut source, mut source_start, mut chunk_start, mut chunk_end) = (0, 0, 0, 0);
-    let packed = PackedMatrix::pack(outputs, inputs, &mut |row, out| {
-        if failure.is_some() {
-            return;
-        }
-        while row >= source_start + sources[source].rows.len() {
-            source_start += sources[source].rows.len();
-            source += 1;
-        }
-        if row >= chunk_end || row < chunk_start {
-            let piece = &sources[source];
-            let local = row - source_start;
-            let count = (CHUNK_VALUES / inputs.max(1)).max(1).min(piece.rows.len() - local);
-            let stored = piece.rows.start + local..piece.rows.start + local + count;
-            match readers[source].read(stored, piece.columns.clone()) {
-                Ok(values) => chunk = values,
-                Err(error) => {
-                    failure = Some(error);
-                    return;
-                }
-            }
-            (chunk_start, chunk_end) = (row, row + count);
-        }
-        let at = (row - chunk_start) * inputs;
-        out.copy_from_slice(&chunk[at..at + inputs]);
-    });
-    failure.map_or(Ok(packed), Err)
-}
 
 /// A rank's share of one block.
 #[derive(Debug)]
@@ -96,6 +49,7 @@ impl Block {
     /// Reads layer `layer`'s share.
     pub fn load(
         files: &WeightFiles,
+        kernels: &Kernels,
         config: &ModelConfig,
         slice: &RankSlice,
         layer: usize,
@@ -116,19 +70,27 @@ impl Block {
             }
             Ok(bias)
         };
-        let piece = |suffix: &str, shape: [usize; 2], rows: &Range<usize>, columns: &Range<usize>| {
-            PackSource { name: name(suffix), shape, rows: rows.clone(), columns: columns.clone() }
+        let types = config.shape.weights.layers[layer];
+        let (attention_parts, feed_forward_parts) = (
+            shape.attention_cut().rank_parts(slice.tensor_rank, slice.tensor_parallel_size),
+            shape.feed_forward_cut().rank_parts(slice.tensor_rank, slice.tensor_parallel_size),
+        );
+        let piece = |suffix: &str, kind, shape: [usize; 2], rows: &Range<usize>, columns: &Range<usize>| {
+            PackSource { name: name(suffix), shape, rows: rows.clone(), columns: columns.clone(), kind }
         };
-        let load = |pieces: &[PackSource]| pack(files, pieces);
+        let load = |pieces: &[PackSource], parts: &[Range<usize>]| pack(files, kernels, pieces, parts);
         let whole = 0..hidden;
         let ff_all = shape.intermediate_size;
         Ok(Block {
             input_norm: vector("input_layernorm.weight", hidden, 0..hidden)?,
-            qkv: load(&[
-                piece("self_attn.q_proj.weight", [all_q, hidden], &q, &whole),
-                piece("self_attn.k_proj.weight", [all_kv, hidden], &kv, &whole),
-                piece("self_attn.v_proj.weight", [all_kv, hidden], &kv, &whole),
-            ])?,
+            qkv: load(
+                &[
+                    piece("self_attn.q_proj.weight", types.query, [all_q, hidden], &q, &whole),
+                    piece("self_attn.k_proj.weight", types.key, [all_kv, hidden], &kv, &whole),
+                    piece("self_attn.v_proj.weight", types.value, [all_kv, hidden], &kv, &whole),
+                ],
+                &[0..hidden],
+            )?,
             qkv_bias: config
                 .qkv_bias
                 .then(|| {
@@ -148,23 +110,32 @@ impl Block {
                     ))
                 })
                 .transpose()?,
-            output: load(&[piece("self_attn.o_proj.weight", [hidden, all_q], &whole, &q)])?,
+            output: load(
+                &[piece("self_attn.o_proj.weight", types.output, [hidden, all_q], &whole, &q)],
+                &attention_parts,
+            )?,
             output_bias: config
                 .output_bias
                 .then(|| vector("self_attn.o_proj.bias", hidden, 0..hidden))
                 .transpose()?,
             feed_forward_norm: vector("post_attention_layernorm.weight", hidden, 0..hidden)?,
-            gate_up: load(&[
-                piece("mlp.gate_proj.weight", [ff_all, hidden], &ff, &whole),
-                piece("mlp.up_proj.weight", [ff_all, hidden], &ff, &whole),
-            ])?,
+            gate_up: load(
+                &[
+                    piece("mlp.gate_proj.weight", types.gate, [ff_all, hidden], &ff, &whole),
+                    piece("mlp.up_proj.weight", types.up, [ff_all, hidden], &ff, &whole),
+                ],
+                &[0..hidden],
+            )?,
             gate_up_bias: config
                 .mlp_bias
                 .then(|| {
                     fused_bias(&[("mlp.gate_proj.bias", ff_all, &ff), ("mlp.up_proj.bias", ff_all, &ff)])
                 })
                 .transpose()?,
-            down: load(&[piece("mlp.down_proj.weight", [hidden, ff_all], &whole, &ff)])?,
+            down: load(
+                &[piece("mlp.down_proj.weight", types.down, [hidden, ff_all], &whole, &ff)],
+                &feed_forward_parts,
+            )?,
             down_bias: config
                 .mlp_bias
                 .then(|| vector("mlp.down_proj.bias", hidden, 0..hidden))
@@ -175,12 +146,8 @@ impl Block {
                 key: kv.len(),
                 feed_forward: ff.len(),
                 head_dim,
-                attention_parts: shape
-                    .attention_cut()
-                    .rank_parts(slice.tensor_rank, slice.tensor_parallel_size),
-                feed_forward_parts: shape
-                    .feed_forward_cut()
-                    .rank_parts(slice.tensor_rank, slice.tensor_parallel_size),
+                attention_parts,
+                feed_forward_parts,
                 window: config.window(layer),
                 eps: config.rms_norm_eps,
             },

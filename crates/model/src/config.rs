@@ -3,7 +3,7 @@
 //! Supported: Llama 2/3 (linear and `llama3` RoPE scaling), Qwen2/2.5 (QKV bias), Qwen3 (head norms), Mistral (sliding
 //! window); tied or untied heads. Anything that would compute something else is refused with its name.
 
-use ashlar_vocabulary::ModelShape;
+use ashlar_vocabulary::{LayerWeightTypes, ModelShape, Quantization, WeightType, WeightTypes};
 use serde::Deserialize;
 use std::path::{Path, PathBuf};
 
@@ -127,6 +127,30 @@ struct RawConfig {
 }
 
 impl ModelConfig {
+    /// Reads the configuration of the model in `directory`, to be quantised when it is loaded if asked for.
+    pub fn open(directory: &Path, quantization: Option<Quantization>) -> Result<ModelConfig, ConfigError> {
+        let config = ModelConfig::from_dir(directory)?;
+        Ok(match quantization {
+            Some(quantization) => config.quantized(quantization),
+            None => config,
+        })
+    }
+
+    /// The same model, quantised when it is loaded.
+    pub fn quantized(mut self, quantization: Quantization) -> ModelConfig {
+        let shape = &mut self.shape;
+        let attention = shape.num_heads * shape.head_dim;
+        let stored = quantization.types(
+            shape.num_layers,
+            shape.hidden_size,
+            attention,
+            shape.intermediate_size,
+            shape.tied_head,
+        );
+        shape.weights = held(stored);
+        self
+    }
+
     /// Reads `config.json` in `directory`.
     pub fn from_dir(directory: &Path) -> Result<ModelConfig, ConfigError> {
         ModelConfig::from_file(&directory.join("config.json"))
@@ -235,11 +259,39 @@ fn shape_of(raw: &RawConfig) -> Result<ModelShape, ConfigError> {
         vocab_size: raw.vocab_size,
         max_position_embeddings: raw.max_position_embeddings,
         tied_head: raw.tie_word_embeddings.unwrap_or(false),
-        file_bytes_per_weight: match raw.torch_dtype.as_deref() {
-            Some("float16" | "bfloat16") => 2,
-            _ => 4,
+        // Products are held in f32; a table that is only looked up stays as the files have it.
+        weights: WeightTypes {
+            embedding: match raw.torch_dtype.as_deref() {
+                Some("float16") => WeightType::F16,
+                Some("bfloat16") => WeightType::Bf16,
+                _ => WeightType::F32,
+            },
+            ..WeightTypes::uniform(WeightType::F32, raw.num_hidden_layers)
         },
     })
+}
+
+/// The types in which weights are held that are stored in `types`: halves become f32 where they are multiplied with, and
+/// stay what they are in a table that is only looked up.
+pub(crate) fn held(types: WeightTypes) -> WeightTypes {
+    let held = |kind: WeightType| match kind {
+        WeightType::F16 | WeightType::Bf16 => WeightType::F32,
+        other => other,
+    };
+    let layer = |types: LayerWeightTypes| LayerWeightTypes {
+        query: held(types.query),
+        key: held(types.key),
+        value: held(types.value),
+        output: held(types.output),
+        gate: held(types.gate),
+        up: held(types.up),
+        down: held(types.down),
+    };
+    WeightTypes {
+        embedding: types.embedding,
+        head: held(types.head),
+        layers: types.layers.into_iter().map(layer).collect(),
+    }
 }
 
 fn scaling_of(rope: &RawRope, shape: &ModelShape) -> Result<RopeScaling, ConfigError> {

@@ -5,7 +5,7 @@
 //! architecture differ in nearly every sample; a flipped bit elsewhere is the file system's and the hub's business.
 
 use crate::weights::{self, WeightError};
-use ashlar_vocabulary::{ModelDigest, ids::NUMERIC_VERSION};
+use ashlar_vocabulary::{ModelDigest, Quantization, ids::NUMERIC_VERSION};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
@@ -13,10 +13,16 @@ use std::path::Path;
 const SAMPLES: u64 = 256;
 const SAMPLE_BYTES: u64 = 4096;
 
-/// Digest of the model in `directory`.
-pub fn model_digest(directory: &Path) -> Result<ModelDigest, WeightError> {
+/// Digest of the model in `directory`, quantised on loading if asked for.
+pub fn model_digest(
+    directory: &Path,
+    quantization: Option<Quantization>,
+) -> Result<ModelDigest, WeightError> {
     let mut hasher = blake3::Hasher::new();
     hasher.update(&NUMERIC_VERSION.to_le_bytes());
+    if let Some(quantization) = quantization {
+        hasher.update(quantization.name().as_bytes());
+    }
     let config = directory.join("config.json");
     let text = std::fs::read(&config).map_err(|source| WeightError::Read { path: config.clone(), source })?;
     hasher.update(&(text.len() as u64).to_le_bytes());

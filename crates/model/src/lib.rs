@@ -6,6 +6,7 @@
 //! * [`weights`]: safetensors files, read by position; a rank reads only its slice.
 //! * [`digest`]: what identifies a model's bits.
 //! * [`slice`]: which rows and columns of which tensor belong to a rank.
+//! * `pack`: tensors become packed products, quantised where asked for.
 //! * [`stage`]: a rank's packed weights; [`block`]: one transformer block; [`kv`]: its KV cache.
 //! * [`collective`]: the seam to the other ranks of the group.
 //! * [`synth`]: random weights of a real shape.
@@ -21,6 +22,7 @@ pub mod config;
 pub mod digest;
 pub mod hub;
 pub mod kv;
+mod pack;
 pub mod slice;
 pub mod stage;
 pub mod synth;

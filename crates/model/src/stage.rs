@@ -1,21 +1,24 @@
 //! A rank's share of the model: its layers, and embedding or head where it has them.
 
-use crate::block::{Block, PackSource, pack};
+use crate::block::Block;
 use crate::collective::{Collective, CollectiveError};
 use crate::config::{ConfigError, ModelConfig, RopeScaling};
 use crate::kv::KvCache;
+use crate::pack::{PackSource, pack, quantized};
 use crate::slice::RankSlice;
-use crate::weights::{FileDtype, WeightError, WeightFiles};
+use crate::weights::{TensorReader, WeightError, WeightFiles, widen};
+use ashlar_gguf::BlockError;
 use ashlar_kernels::{
     Kernels, KvLayout, Llama3Scaling, PackedMatrix, RowContext, inv_freq, scale_inv_freq_linear,
     scale_inv_freq_llama3,
 };
-use ashlar_vocabulary::{Bytes, TokenId};
+use ashlar_vocabulary::{Bytes, LayerWeightTypes, Quantization, TokenId, WeightType};
+use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
 /// Rows whose logits are computed together; bounds the logits workspace.
-pub const LOGIT_ROWS_MAX: usize = 16;
+pub const LOGIT_ROWS_MAX: usize = 32;
 
 /// Why a rank could not load its share.
 #[derive(Debug, thiserror::Error)]
@@ -40,6 +43,9 @@ pub enum ForwardError {
     /// A token outside the vocabulary.
     #[error("token {0} is outside the vocabulary")]
     Token(TokenId),
+    /// An embedding that cannot be read.
+    #[error("the embedding table is unusable: {0}")]
+    Embedding(BlockError),
 }
 
 /// What enters a stage.
@@ -97,8 +103,8 @@ impl Workspace {
 enum Embedding {
     /// The head's packed weights serve both (one stage, one rank, tied).
     Tied,
-    /// This rank's rows, in the file's type.
-    Table { dtype: FileDtype, bytes: Vec<u8> },
+    /// This rank's rows, in the embedding's type.
+    Table { kind: WeightType, bytes: Vec<u8> },
 }
 
 #[derive(Debug)]
@@ -120,14 +126,15 @@ pub struct StageModel {
 }
 
 impl StageModel {
-    /// Reads the slice of the model in `directory`. `progress` hears (bytes ready, bytes in all).
+    /// Reads the slice of the model in `directory`, and quantises it if asked to. `progress` hears (bytes ready, bytes in all).
     pub fn load(
         directory: &Path,
+        quantization: Option<Quantization>,
         slice: RankSlice,
         kernels: Arc<Kernels>,
         progress: &mut dyn FnMut(Bytes, Bytes),
     ) -> Result<StageModel, LoadError> {
-        let config = ModelConfig::from_dir(directory)?;
+        let config = ModelConfig::open(directory, quantization)?;
         let files = WeightFiles::open(directory)?;
         let shape = &config.shape;
         if let Some(problem) = slice.problem(shape) {
@@ -152,19 +159,26 @@ impl StageModel {
                 Embedding::Tied
             } else {
                 let reader = files.tensor("model.embed_tokens.weight", &[vocab, hidden])?;
-                Embedding::Table { dtype: reader.dtype(), bytes: reader.read_bytes(rows.clone(), 0..hidden)? }
+                let kind = shape.weights.embedding;
+                let kind = if kind.is_quantized() { kind } else { reader.kind() };
+                Embedding::Table { kind, bytes: table(&reader, kind, rows.clone())? }
             });
             progress(model.bytes(), total);
         }
         for layer in slice.layers.start..slice.layers.end {
-            model.blocks.push(Block::load(&files, &config, &slice, layer)?);
+            model.blocks.push(Block::load(&files, &model.kernels, &config, &slice, layer)?);
             progress(model.bytes(), total);
         }
         if slice.last {
             let name = if shape.tied_head { "model.embed_tokens.weight" } else { "lm_head.weight" };
-            let source =
-                PackSource { name: name.to_owned(), shape: [vocab, hidden], rows, columns: 0..hidden };
-            let weights = pack(&files, &[source])?;
+            let source = PackSource {
+                name: name.to_owned(),
+                shape: [vocab, hidden],
+                rows,
+                columns: 0..hidden,
+                kind: shape.weights.head,
+            };
+            let weights = pack(&files, &model.kernels, &[source], &[0..hidden])?;
             let norm = files.tensor("model.norm.weight", &[hidden])?.read(0..1, 0..hidden)?;
             model.head = Some(Head { norm, weights });
         }
@@ -318,10 +332,10 @@ impl StageModel {
         for (&token, row) in tokens.iter().zip(work.x.chunks_exact_mut(hidden)) {
             match (&self.embedding, &self.head) {
                 (Some(Embedding::Tied), Some(head)) => head.weights.row(token as usize, row),
-                (Some(Embedding::Table { dtype, bytes }), _) if own.contains(&(token as usize)) => {
-                    let width = hidden * dtype.bytes();
+                (Some(Embedding::Table { kind, bytes }), _) if own.contains(&(token as usize)) => {
+                    let width = kind.bytes(hidden);
                     let at = (token as usize - own.start) * width;
-                    dtype.widen(&bytes[at..at + width], row);
+                    widen(*kind, &bytes[at..at + width], row).map_err(ForwardError::Embedding)?;
                 }
                 _ => row.fill(0.0),
             }
@@ -364,16 +378,42 @@ fn inverse_frequencies(config: &ModelConfig) -> Vec<f32> {
     frequencies
 }
 
+/// The rows `rows` of an embedding in `kind`.
+fn table(reader: &TensorReader<'_>, kind: WeightType, rows: Range<usize>) -> Result<Vec<u8>, WeightError> {
+    let hidden = reader.columns();
+    if reader.kind() == kind {
+        return reader.read_bytes(rows, 0..hidden);
+    }
+    const ROWS_AT_ONCE: usize = 512;
+    let mut bytes = Vec::with_capacity(rows.len() * kind.bytes(hidden));
+    for first in rows.clone().step_by(ROWS_AT_ONCE) {
+        let values = reader.read(first..rows.end.min(first + ROWS_AT_ONCE), 0..hidden)?;
+        bytes.extend(quantized(reader, kind, &values)?);
+    }
+    Ok(bytes)
+}
+
 /// Weight memory of a slice by shape, for progress bars and ledgers.
 pub fn expected_bytes(config: &ModelConfig, slice: &RankSlice) -> Bytes {
     let shape = &config.shape;
     let (hidden, size) = (shape.hidden_size, slice.tensor_parallel_size);
     let (q, kv) = (slice.queries(shape).len(), slice.keys(shape).len());
     let ff = slice.feed_forward(shape).len();
-    let layer = hidden * (2 * q + 2 * kv + 3 * ff + 2);
-    let vocabulary = slice.vocabulary(shape).len() * hidden;
+    let bytes = |kind: WeightType, outputs: usize| outputs * hidden * kind.block_bytes() / kind.block_len();
+    let layer = |types: &LayerWeightTypes| {
+        bytes(types.query, q)
+            + bytes(types.key, kv)
+            + bytes(types.value, kv)
+            + bytes(types.output, q)
+            + bytes(types.gate, ff)
+            + bytes(types.up, ff)
+            + bytes(types.down, ff)
+            + 2 * 4 * hidden
+    };
+    let layers: usize = shape.weights.layers[slice.layers.start..slice.layers.end].iter().map(layer).sum();
+    let vocabulary = slice.vocabulary(shape).len();
     let shares_table = shape.tied_head && slice.first && slice.last && size == 1;
-    let table = if slice.first && !shares_table { vocabulary * shape.file_bytes_per_weight } else { 0 };
-    let head = if slice.last { 4 * (vocabulary + hidden) } else { 0 };
-    Bytes((4 * layer * slice.layers.len() + table + head) as u64)
+    let table = if slice.first && !shares_table { bytes(shape.weights.embedding, vocabulary) } else { 0 };
+    let head = if slice.last { bytes(shape.weights.head, vocabulary) + 4 * hidden } else { 0 };
+    Bytes((layers + table + head) as u64)
 }

@@ -1,7 +1,6 @@
 //! Random-weight models of a real shape, so that speed and fit are measured without a download.
 
 use crate::config::{ConfigError, ModelConfig};
-use crate::weights::FileDtype;
 use ashlar_vocabulary::Bytes;
 use half::{bf16, f16};
 use serde_json::{Map, Value, json};
@@ -70,13 +69,33 @@ pub fn named_config(name: &str) -> Option<Value> {
     Some(config)
 }
 
+/// Element types that can be written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FloatType {
+    /// 32-bit float.
+    F32,
+    /// IEEE half.
+    F16,
+    /// Brain float.
+    Bf16,
+}
+
+impl FloatType {
+    fn bytes(self) -> usize {
+        match self {
+            FloatType::F32 => 4,
+            FloatType::F16 | FloatType::Bf16 => 2,
+        }
+    }
+}
+
 /// What to write.
 #[derive(Debug, Clone)]
 pub struct SynthRequest {
     /// A name of [`SHAPES`], or the path of a `config.json`.
     pub shape: String,
     /// Element type of the files.
-    pub dtype: FileDtype,
+    pub dtype: FloatType,
     /// Seed of the weights.
     pub seed: u64,
     /// A `tokenizer.json` to copy; else a byte-level one is made.
@@ -94,9 +113,9 @@ pub fn synthesize(
         None => read_config(&request.shape)?,
     };
     json["torch_dtype"] = json!(match request.dtype {
-        FileDtype::F32 => "float32",
-        FileDtype::F16 => "float16",
-        FileDtype::Bf16 => "bfloat16",
+        FloatType::F32 => "float32",
+        FloatType::F16 => "float16",
+        FloatType::Bf16 => "bfloat16",
     });
     json["bos_token_id"] = json!(256);
     json["eos_token_id"] = json!(257);
@@ -241,9 +260,9 @@ fn write_shard(
 ) -> io::Result<()> {
     let width = request.dtype.bytes();
     let name = match request.dtype {
-        FileDtype::F32 => "F32",
-        FileDtype::F16 => "F16",
-        FileDtype::Bf16 => "BF16",
+        FloatType::F32 => "F32",
+        FloatType::F16 => "F16",
+        FloatType::Bf16 => "BF16",
     };
     let mut header = Map::new();
     header.insert("__metadata__".into(), json!({"format": "pt"}));
@@ -270,9 +289,9 @@ fn write_shard(
             for index in start..(start + CHUNK).min(count) {
                 let value = if *deviation == 0.0 { 1.0 } else { stream.uniform(index as u64) * deviation };
                 match request.dtype {
-                    FileDtype::F32 => bytes.extend(value.to_le_bytes()),
-                    FileDtype::F16 => bytes.extend(f16::from_f32(value).to_le_bytes()),
-                    FileDtype::Bf16 => bytes.extend(bf16::from_f32(value).to_le_bytes()),
+                    FloatType::F32 => bytes.extend(value.to_le_bytes()),
+                    FloatType::F16 => bytes.extend(f16::from_f32(value).to_le_bytes()),
+                    FloatType::Bf16 => bytes.extend(bf16::from_f32(value).to_le_bytes()),
                 }
             }
             file.write_all(&bytes)?;

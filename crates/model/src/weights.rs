@@ -3,6 +3,9 @@
 //! Only headers are kept in memory. A reader asks for rows (or a column range of a row) of a named tensor and gets f32;
 //! f16 and bf16 widen exactly.
 
+use crate::pack::tensor_type;
+use ashlar_gguf::{BlockError, dequantize};
+use ashlar_vocabulary::WeightType;
 use half::{bf16, f16};
 use safetensors::Dtype;
 use safetensors::tensor::Metadata;
@@ -78,45 +81,28 @@ pub enum WeightError {
     },
 }
 
-/// Element types that weights may have in a file.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum FileDtype {
-    /// 32-bit float.
-    F32,
-    /// IEEE half.
-    F16,
-    /// Brain float.
-    Bf16,
-}
-
-impl FileDtype {
-    /// Bytes of one element.
-    pub fn bytes(self) -> usize {
-        match self {
-            FileDtype::F32 => 4,
-            FileDtype::F16 | FileDtype::Bf16 => 2,
+/// Widens stored weights to f32: floats exactly, blocks as their format defines.
+pub(crate) fn widen(kind: WeightType, bytes: &[u8], out: &mut [f32]) -> Result<(), BlockError> {
+    match kind {
+        WeightType::F32 => {
+            for (value, b) in out.iter_mut().zip(bytes.chunks_exact(4)) {
+                *value = f32::from_le_bytes([b[0], b[1], b[2], b[3]]);
+            }
+            Ok(())
         }
-    }
-
-    /// Widens little-endian elements to f32, exactly.
-    pub fn widen(self, bytes: &[u8], out: &mut [f32]) {
-        match self {
-            FileDtype::F32 => {
-                for (value, b) in out.iter_mut().zip(bytes.chunks_exact(4)) {
-                    *value = f32::from_le_bytes([b[0], b[1], b[2], b[3]]);
-                }
+        WeightType::F16 => {
+            for (value, b) in out.iter_mut().zip(bytes.chunks_exact(2)) {
+                *value = f16::from_le_bytes([b[0], b[1]]).to_f32();
             }
-            FileDtype::F16 => {
-                for (value, b) in out.iter_mut().zip(bytes.chunks_exact(2)) {
-                    *value = f16::from_le_bytes([b[0], b[1]]).to_f32();
-                }
-            }
-            FileDtype::Bf16 => {
-                for (value, b) in out.iter_mut().zip(bytes.chunks_exact(2)) {
-                    *value = bf16::from_le_bytes([b[0], b[1]]).to_f32();
-                }
-            }
+            Ok(())
         }
+        WeightType::Bf16 => {
+            for (value, b) in out.iter_mut().zip(bytes.chunks_exact(2)) {
+                *value = bf16::from_le_bytes([b[0], b[1]]).to_f32();
+            }
+            Ok(())
+        }
+        kind => dequantize(tensor_type(kind), bytes, out),
     }
 }
 
@@ -228,10 +214,10 @@ impl WeightFiles {
                 expected: shape.to_vec(),
             });
         }
-        let dtype = match entry.dtype {
-            Dtype::F32 => FileDtype::F32,
-            Dtype::F16 => FileDtype::F16,
-            Dtype::BF16 => FileDtype::Bf16,
+        let kind = match entry.dtype {
+            Dtype::F32 => WeightType::F32,
+            Dtype::F16 => WeightType::F16,
+            Dtype::BF16 => WeightType::Bf16,
             other => {
                 return Err(WeightError::Dtype {
                     name: name.to_owned(),
@@ -241,7 +227,7 @@ impl WeightFiles {
             }
         };
         let columns = shape.last().copied().unwrap_or(1);
-        Ok(TensorReader { file, name: name.to_owned(), dtype, columns, offset: entry.offset })
+        Ok(TensorReader { file, name: name.to_owned(), kind, columns, offset: entry.offset })
     }
 }
 
@@ -250,36 +236,51 @@ impl WeightFiles {
 pub struct TensorReader<'a> {
     file: &'a WeightFile,
     name: String,
-    dtype: FileDtype,
+    kind: WeightType,
     columns: usize,
     offset: u64,
 }
 
 impl TensorReader<'_> {
-    /// Element type in the file.
-    pub fn dtype(&self) -> FileDtype {
-        self.dtype
+    /// Type in the file.
+    pub fn kind(&self) -> WeightType {
+        self.kind
     }
 
-    /// Raw little-endian bytes of `columns` of the rows `rows`, row after row; whole rows are one read.
+    /// Inputs of a row in the file.
+    pub fn columns(&self) -> usize {
+        self.columns
+    }
+
+    /// Raw bytes of `columns` (whole blocks) of the rows `rows`, row after row; whole rows are one read.
     pub fn read_bytes(&self, rows: Range<usize>, columns: Range<usize>) -> Result<Vec<u8>, WeightError> {
-        let width = self.dtype.bytes();
-        let mut bytes = vec![0u8; rows.len() * columns.len() * width];
+        let bytes_of = |columns: usize| columns / self.kind.block_len() * self.kind.block_bytes();
+        let (width, stride) = (bytes_of(columns.len()), bytes_of(self.columns));
+        let mut bytes = vec![0u8; rows.len() * width];
         if columns.len() == self.columns {
-            self.read_at(&mut bytes, (rows.start * self.columns * width) as u64)?;
+            self.read_at(&mut bytes, (rows.start * stride) as u64)?;
         } else {
-            for (row, chunk) in rows.zip(bytes.chunks_exact_mut((columns.len() * width).max(1))) {
-                self.read_at(chunk, ((row * self.columns + columns.start) * width) as u64)?;
+            for (row, chunk) in rows.zip(bytes.chunks_exact_mut(width.max(1))) {
+                self.read_at(chunk, (row * stride + bytes_of(columns.start)) as u64)?;
             }
         }
         Ok(bytes)
     }
 
-    /// The elements `columns` of the rows `rows`, widened to f32.
+    /// The weights `columns` (whole blocks) of the rows `rows`, widened to f32.
     pub fn read(&self, rows: Range<usize>, columns: Range<usize>) -> Result<Vec<f32>, WeightError> {
         let mut values = vec![0f32; rows.len() * columns.len()];
-        self.dtype.widen(&self.read_bytes(rows, columns)?, &mut values);
+        widen(self.kind, &self.read_bytes(rows, columns)?, &mut values)
+            .map_err(|error| self.unusable(&error))?;
         Ok(values)
+    }
+
+    /// The error for blocks that cannot be what they should.
+    pub(crate) fn unusable(&self, error: &BlockError) -> WeightError {
+        WeightError::Corrupt {
+            path: self.file.path.clone(),
+            reason: format!("tensor `{}`: {error}", self.name),
+        }
     }
 
     fn read_at(&self, buffer: &mut [u8], relative: u64) -> Result<(), WeightError> {

@@ -5,8 +5,8 @@
 
 use crate::step::{StepPlan, StepResult, StepTiming};
 use ashlar_vocabulary::{
-    Bytes, LayerRange, LeaseTerm, ModelDigest, NodeId, ReplicaId, ReplicaRevision, StageIndex, StepId,
-    TensorRank,
+    Bytes, LayerRange, LeaseTerm, ModelDigest, NodeId, Quantization, ReplicaId, ReplicaRevision, StageIndex,
+    StepId, TensorRank,
 };
 use serde::{Deserialize, Serialize};
 
@@ -132,6 +132,8 @@ pub struct Assignment {
     pub replica: ReplicaId,
     /// Where the model's files are: a directory, or a hub id.
     pub model: String,
+    /// How to quantise it while it is loaded; `None` leaves weights as the files have them.
+    pub quantization: Option<Quantization>,
     /// Digest of the model; the node refuses other bytes.
     pub model_digest: ModelDigest,
     /// Which stage.

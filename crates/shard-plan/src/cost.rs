@@ -60,7 +60,7 @@ impl CostModel<'_> {
         let layer_weights = (piece.layers * piece.layer_weights(self.shape)) as f64;
         let head_weights = piece.head_weights(self.shape) as f64;
         let kv_bytes = (load.sequences * load.context * piece.kv_bytes_per_token(self.shape)) as f64;
-        let bytes = (layer_weights + head_weights) * self.request.bytes_per_weight as f64 + kv_bytes;
+        let bytes = piece.product_bytes(self.shape) + kv_bytes;
         let query = self.shape.attention_cut().rank(piece.rank, piece.tensor_parallel_size).len();
         let attention = 4.0 * (load.tokens * load.context * piece.layers * query) as f64;
         let operations =

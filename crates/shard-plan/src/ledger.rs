@@ -1,14 +1,19 @@
 //! The memory of one rank, line by line. Nothing may be resident that is not in it.
 
 use crate::request::PlanRequest;
-use ashlar_vocabulary::{Bytes, ModelShape};
+use ashlar_vocabulary::{Bytes, LayerWeightTypes, ModelShape, WeightType};
 use serde::{Deserialize, Serialize};
 
 /// KV cache, activations and logits are f32.
 const BYTES_PER_ACTIVATION: usize = 4;
 
 /// Logits are computed for at most this many rows at a time.
-const LOGIT_ROWS: usize = 16;
+const LOGIT_ROWS: usize = 32;
+
+/// Bytes of `weights` weights whose blocks lie along the inputs.
+fn bytes_of(kind: WeightType, weights: usize) -> usize {
+    weights * kind.block_bytes() / kind.block_len()
+}
 
 /// Bytes that one rank holds.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -91,6 +96,32 @@ impl Piece {
         shape.hidden_size * (2 * q + 2 * kv + 3 * slice(shape.feed_forward_cut()) + 2)
     }
 
+    /// Mean bytes of one layer's products and norms on this rank: layers of a mixture differ by a little.
+    pub fn layer_bytes(&self, shape: &ModelShape) -> f64 {
+        let slice = |cut: ashlar_vocabulary::AxisCut| cut.rank(self.rank, self.tensor_parallel_size).len();
+        let (q, kv) = (slice(shape.attention_cut()), slice(shape.key_cut()));
+        let ff = slice(shape.feed_forward_cut());
+        let bytes = |types: &LayerWeightTypes| {
+            let of = |kind: WeightType, outputs: usize| bytes_of(kind, outputs * shape.hidden_size);
+            of(types.query, q)
+                + of(types.key, kv)
+                + of(types.value, kv)
+                + of(types.output, q)
+                + of(types.gate, ff)
+                + of(types.up, ff)
+                + of(types.down, ff)
+        };
+        let products: usize = shape.weights.layers.iter().map(bytes).sum();
+        products as f64 / shape.weights.layers.len().max(1) as f64
+            + (2 * BYTES_PER_ACTIVATION * shape.hidden_size) as f64
+    }
+
+    /// Bytes that one step reads of this rank's products: its layers and, on the last stage, the head.
+    pub fn product_bytes(&self, shape: &ModelShape) -> f64 {
+        self.layers as f64 * self.layer_bytes(shape)
+            + bytes_of(shape.weights.head, self.head_weights(shape)) as f64
+    }
+
     /// Weight elements that the head multiplies with on this rank; 0 where it is not the last stage.
     pub fn head_weights(&self, shape: &ModelShape) -> usize {
         let rows = shape.vocab_cut().rank(self.rank, self.tensor_parallel_size).len();
@@ -118,10 +149,15 @@ impl Piece {
         let size = self.tensor_parallel_size;
         let gathered = if size > 1 { size } else { 0 };
         let passed_on = usize::from(!self.first) + 2 * usize::from(!self.last);
+        // Products with quantised weights take their activations as bytes, with three numbers per 32.
+        let is_quantized = |types: &LayerWeightTypes| types.query.is_quantized() || types.down.is_quantized();
+        let quantized = shape.weights.layers.iter().any(is_quantized) || shape.weights.head.is_quantized();
+        let bytes = if quantized { shape.hidden_size.max(q).max(ff).div_ceil(32) * 11 } else { 0 };
         let per_token = (2 + gathered + passed_on) * shape.hidden_size
             + (q + 2 * kv).max(2 * ff)
             + q.max(ff)
-            + shape.head_dim;
+            + shape.head_dim
+            + bytes;
         let partials = threads.max(1) as usize * request.max_context_tokens;
         let whole_logits = if self.rank == 0 { (1 + usize::from(size > 1)) * shape.vocab_size } else { 0 };
         let logits = if self.last { LOGIT_ROWS * (2 * shape.hidden_size + vocab + whole_logits) } else { 0 };
@@ -137,14 +173,13 @@ impl Piece {
         capacity: Bytes,
         threads: u32,
     ) -> MemoryLedger {
-        let weight = |elements: usize| Bytes((elements * request.bytes_per_weight) as u64);
-        let final_norm = if self.last { shape.hidden_size } else { 0 };
-        let weights = weight(self.layers * self.layer_weights(shape) + final_norm);
+        let final_norm = if self.last { BYTES_PER_ACTIVATION * shape.hidden_size } else { 0 };
+        let weights = Bytes((self.layers as f64 * self.layer_bytes(shape)).ceil() as u64 + final_norm as u64);
         // The embedding is only looked up, never multiplied with: it stays in the file's type, a slice per rank.
         let rows = shape.vocab_cut().rank(self.rank, self.tensor_parallel_size).len();
         let table = if self.first && !self.shares_table(shape) { rows * shape.hidden_size } else { 0 };
-        let embedding = Bytes((table * shape.file_bytes_per_weight) as u64);
-        let head = weight(self.head_weights(shape));
+        let embedding = Bytes(bytes_of(shape.weights.embedding, table) as u64);
+        let head = Bytes(bytes_of(shape.weights.head, self.head_weights(shape)) as u64);
         let kv_cache = Bytes((kv_blocks * request.block_tokens * self.kv_bytes_per_token(shape)) as u64);
         let activations = Bytes(self.activation_bytes(shape, request, threads) as u64);
         let total = weights + embedding + head + kv_cache + activations;

@@ -143,7 +143,6 @@ fn validate(
         ("block_tokens", request.block_tokens),
         ("max_context_tokens", request.max_context_tokens),
         ("max_num_batched_tokens", request.max_num_batched_tokens),
-        ("bytes_per_weight", request.bytes_per_weight),
         ("stages", request.stages.unwrap_or(1)),
         ("replicas", request.replicas.unwrap_or(1)),
     ];

@@ -82,8 +82,6 @@ pub struct PlanRequest {
     pub block_tokens: usize,
     /// Most tokens of one step; sizes the activations.
     pub max_num_batched_tokens: usize,
-    /// Bytes of one resident weight (f32: 4).
-    pub bytes_per_weight: usize,
 }
 
 impl Default for PlanRequest {
@@ -96,7 +94,6 @@ impl Default for PlanRequest {
             kv_tokens_wanted: 8192,
             block_tokens: 16,
             max_num_batched_tokens: 512,
-            bytes_per_weight: 4,
         }
     }
 }

@@ -3,7 +3,7 @@
 use ashlar_shard_plan::cost::{BATCH, CostModel, StepLoad};
 use ashlar_shard_plan::ledger::Piece;
 use ashlar_shard_plan::{DeviceReport, Links, PlanError, PlanRequest, plan};
-use ashlar_vocabulary::{Bytes, ModelShape, NodeId};
+use ashlar_vocabulary::{Bytes, ModelShape, NodeId, WeightType, WeightTypes};
 use proptest::prelude::*;
 use std::cell::Cell;
 
@@ -47,7 +47,7 @@ fn a_plan_has_the_fewest_stages_and_the_fastest_slowest_stage() {
             vocab_size: 1000,
             max_position_embeddings: 512,
             tied_head: tied,
-            file_bytes_per_weight: 4,
+            weights: WeightTypes::uniform(WeightType::F32, layers),
         };
         let devices: Vec<DeviceReport> = nodes.iter().enumerate().map(|(index, (memory, gb, gflop))| DeviceReport {
             node: NodeId(format!("n{index}")),

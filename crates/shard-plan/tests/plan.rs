@@ -1,7 +1,7 @@
 //! Layouts of whole models: what is chosen, what is respected, what is refused.
 
 use ashlar_shard_plan::{DeviceReport, LinkReport, Links, PlanError, PlanRequest, plan, survivable_losses};
-use ashlar_vocabulary::{Bytes, LayerRange, ModelShape, NodeId};
+use ashlar_vocabulary::{Bytes, LayerRange, ModelShape, NodeId, WeightType, WeightTypes};
 use proptest::prelude::*;
 
 const GIB: u64 = 1 << 30;
@@ -18,7 +18,7 @@ fn llama_1b() -> ModelShape {
         vocab_size: 128_256,
         max_position_embeddings: 131_072,
         tied_head: true,
-        file_bytes_per_weight: 2,
+        weights: WeightTypes { embedding: WeightType::Bf16, ..WeightTypes::uniform(WeightType::F32, 16) },
     }
 }
 
@@ -33,7 +33,7 @@ fn small(num_layers: usize, tied_head: bool) -> ModelShape {
         vocab_size: 1000,
         max_position_embeddings: 512,
         tied_head,
-        file_bytes_per_weight: 4,
+        weights: WeightTypes::uniform(WeightType::F32, num_layers),
     }
 }
 

@@ -6,7 +6,7 @@ use crate::random::Random;
 use ashlar_scheduler::cluster::ClusterConfig;
 use ashlar_scheduler::engine::EngineConfig;
 use ashlar_shard_plan::Links;
-use ashlar_vocabulary::{LeaseTerm, ModelShape};
+use ashlar_vocabulary::{LeaseTerm, ModelShape, WeightType, WeightTypes};
 
 /// Faults happen before this moment; afterwards the world must heal.
 pub(crate) const FAULTS_END_US: u64 = 12_000_000;
@@ -97,6 +97,7 @@ impl Scenario {
     pub(crate) fn cluster(&self, term: LeaseTerm, holder: String) -> ClusterConfig {
         ClusterConfig {
             model: "simulated".into(),
+            quantization: None,
             model_digest: DIGEST,
             shape: ModelShape {
                 hidden_size: 64,
@@ -108,7 +109,7 @@ impl Scenario {
                 vocab_size: 512,
                 max_position_embeddings: 512,
                 tied_head: true,
-                file_bytes_per_weight: 4,
+                weights: WeightTypes::uniform(WeightType::F32, 8),
             },
             max_context_tokens: self.max_context_tokens,
             term,

@@ -19,4 +19,6 @@ pub use parts::{AxisCut, PARTS};
 pub use sampling::{GrammarSpec, SamplingParams, TokenLogprob, TokenLogprobs};
 pub use shape::{LayerRange, ModelShape};
 pub use units::Bytes;
-pub use weights::{UnknownWeightType, WeightType};
+pub use weights::{
+    LayerWeightTypes, Quantization, UnknownQuantization, UnknownWeightType, WeightType, WeightTypes,
+};

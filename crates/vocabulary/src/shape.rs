@@ -1,6 +1,7 @@
 //! What a model looks like without its weights: enough to plan, to reserve memory and to predict time.
 
 use crate::parts::AxisCut;
+use crate::weights::WeightTypes;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
@@ -25,8 +26,8 @@ pub struct ModelShape {
     pub max_position_embeddings: usize,
     /// Whether the head is the embedding, transposed.
     pub tied_head: bool,
-    /// Bytes of one weight element as stored in the files (f32 4, bf16/f16 2).
-    pub file_bytes_per_weight: usize,
+    /// The types in which matrices are held.
+    pub weights: WeightTypes,
 }
 
 impl ModelShape {

@@ -8,8 +8,6 @@ use ashlar_shard_plan::{PlanRequest, ReplicaLayout};
 use ashlar_vocabulary::NodeId;
 use std::collections::BTreeMap;
 
-/// Resident weights are f32.
-const BYTES_PER_WEIGHT: usize = 4;
 /// The KV cache need not hold every sequence at the full length of a long context.
 const TYPICAL_CONTEXT_TOKENS: usize = 4096;
 /// Several rows of one sequence read the KV cache together.
@@ -26,7 +24,6 @@ pub(super) fn plan_request(config: &ClusterConfig) -> PlanRequest {
         kv_tokens_wanted: config.max_num_seqs * context.min(TYPICAL_CONTEXT_TOKENS),
         block_tokens: BLOCK_TOKENS,
         max_num_batched_tokens: config.max_num_batched_tokens as usize,
-        bytes_per_weight: BYTES_PER_WEIGHT,
     }
 }
 
@@ -80,13 +77,12 @@ pub(super) fn stage_costs(
         let Some(node) = nodes.get(&seat.node) else { continue };
         let piece = piece(seat, replica.num_stages, replica.tensor_parallel_size);
         let shape = &config.shape;
-        let weights = (piece.layers * piece.layer_weights(shape) + piece.head_weights(shape)) as f64;
         let query = shape.attention_cut().rank(piece.rank, piece.tensor_parallel_size).len();
         let attention = 4.0 * (piece.layers * query) as f64;
         let kv_bytes = piece.kv_bytes_per_token(shape) as f64;
         let (bandwidth, flops) = (node.join.bandwidth_bytes_per_s.max(1.0), node.join.flops_per_s.max(1.0));
         let row_weights = (piece.layers * piece.layer_weights(shape)) as f64;
-        cost.weights_us = cost.weights_us.max(1e6 * weights * BYTES_PER_WEIGHT as f64 / bandwidth);
+        cost.weights_us = cost.weights_us.max(1e6 * piece.product_bytes(shape) / bandwidth);
         cost.row_us = cost.row_us.max(1e6 * 2.0 * row_weights / flops);
         let position_s = (attention / flops).max(kv_bytes / bandwidth / POSITIONS_SHARED);
         cost.position_us = cost.position_us.max(1e6 * position_s);

@@ -2,7 +2,7 @@
 
 use super::SchedulerError;
 use ashlar_shard_plan::Links;
-use ashlar_vocabulary::{ModelDigest, ModelShape};
+use ashlar_vocabulary::{ModelDigest, ModelShape, Quantization};
 use serde::{Deserialize, Serialize};
 
 /// The model that a scheduler serves. Whoever starts it has opened the model; the scheduler itself never does.
@@ -10,6 +10,8 @@ use serde::{Deserialize, Serialize};
 pub struct ModelCard {
     /// Directory or hub id, as nodes will open it.
     pub source: String,
+    /// How nodes quantise it while they load it.
+    pub quantization: Option<Quantization>,
     /// Digest; nodes and gateways refuse to mix others in.
     pub digest: ModelDigest,
     /// Dimensions.
@@ -24,6 +26,9 @@ pub struct ModelCard {
 pub struct SchedulerConfig {
     /// Directory or hub id of the model.
     pub model: String,
+    /// Quantise the weights while they are loaded: q8_0, q4_0, q4_k_m … (see `ashlar up --help`).
+    #[serde(default)]
+    pub quantize: Option<Quantization>,
     /// Where nodes connect, `host:port`; port 0 picks a free one.
     #[serde(default = "default_listen_nodes")]
     pub listen_nodes: String,
@@ -100,6 +105,7 @@ impl SchedulerConfig {
     pub fn new(model: impl Into<String>) -> SchedulerConfig {
         SchedulerConfig {
             model: model.into(),
+            quantize: None,
             listen_nodes: default_listen_nodes(),
             listen_gateways: default_listen_gateways(),
             store: default_store(),

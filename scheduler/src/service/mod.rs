@@ -177,6 +177,7 @@ impl Scheduler {
         let config = &self.config;
         ClusterConfig {
             model: self.model.source.clone(),
+            quantization: self.model.quantization,
             model_digest: self.model.digest,
             shape: self.model.shape.clone(),
             max_context_tokens: self.model.max_context_tokens,

@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail};
 use ashlar_kernels::{Isa, Kernels, available_threads};
 use ashlar_model::stage::{LOGIT_ROWS_MAX, expected_bytes};
 use ashlar_model::{KvCache, ModelConfig, RankSlice, SingleRank, StageInput, StageModel, Workspace, hub};
-use ashlar_vocabulary::{Bytes, ModelShape};
+use ashlar_vocabulary::{Bytes, ModelShape, Quantization, WeightType};
 use clap::Args;
 use serde::Serialize;
 use std::hint::black_box;
@@ -29,6 +29,9 @@ pub(crate) struct ModelArgs {
     /// Model directory or hub id.
     #[arg(long, value_name = "DIR|HUB_ID")]
     model: String,
+    /// Quantise the weights while they are loaded: q8_0, q4_0, q4_k_m …
+    #[arg(long, value_name = "TYPE")]
+    quantize: Option<Quantization>,
     /// Compute threads; default: all that this process may use.
     #[arg(long)]
     threads: Option<usize>,
@@ -113,7 +116,7 @@ struct Kind {
 
 pub(crate) fn run(args: &ModelArgs) -> Result<()> {
     let directory = hub::resolve(&args.model, &mut |file| eprintln!("fetching {file}"))?;
-    let config = ModelConfig::from_dir(&directory)?;
+    let config = ModelConfig::open(&directory, args.quantize)?;
     let (shape, mut kinds) = (config.shape.clone(), kinds(args, &config.shape)?);
     let sequences = args.batches.iter().copied().max().unwrap_or(0);
     let decoding = std::iter::repeat_n(args.context + args.decode, sequences);
@@ -131,10 +134,11 @@ pub(crate) fn run(args: &ModelArgs) -> Result<()> {
     let kernels = Arc::new(kernels);
     let bar = progress_bar(0, LOADING).with_message("loading");
     let loading = Instant::now();
-    let model = StageModel::load(&directory, slice, Arc::clone(&kernels), &mut |loaded, total| {
-        bar.set_length(total.0);
-        bar.set_position(loaded.0);
-    })?;
+    let model =
+        StageModel::load(&directory, args.quantize, slice, Arc::clone(&kernels), &mut |loaded, total| {
+            bar.set_length(total.0);
+            bar.set_position(loaded.0);
+        })?;
     bar.finish_and_clear();
     let load_s = loading.elapsed().as_secs_f64();
     let mut bench = Bench {
@@ -225,16 +229,11 @@ pub(super) fn workspace_bytes(shape: &ModelShape, rows: usize) -> Bytes {
 /// Bytes of weights that a step with `logit_rows` rows of logits reads, of a model that holds `held` bytes: all layers
 /// once, the head once per [`LOGIT_ROWS_MAX`] rows. An embedding table of its own is not read.
 fn step_bytes(shape: &ModelShape, logit_rows: usize, held: Bytes) -> Bytes {
-    let table = if shape.tied_head { 0 } else { shape.embedding_weights() * shape.file_bytes_per_weight };
-    let products = held.saturating_sub(Bytes(table as u64));
-    let head = products.0 as f64 * shape.embedding_weights() as f64 / weights(shape) as f64;
+    let bytes = |kind: WeightType| shape.embedding_weights() * kind.block_bytes() / kind.block_len();
+    let table = if shape.tied_head { 0 } else { bytes(shape.weights.embedding) };
+    let layers = held.0.saturating_sub((table + bytes(shape.weights.head)) as u64);
     let reads = logit_rows.div_ceil(LOGIT_ROWS_MAX);
-    Bytes((products.0 as f64 - head + head * reads as f64) as u64)
-}
-
-/// Weight elements that take part in products.
-fn weights(shape: &ModelShape) -> usize {
-    shape.num_layers * shape.layer_weights() + shape.embedding_weights()
+    Bytes(layers + (bytes(shape.weights.head) * reads) as u64)
 }
 
 /// Two operations per weight and row that meets it.
@@ -362,6 +361,11 @@ impl Bench {
 mod tests {
     use super::*;
     use crate::bench::rows::llama_1b;
+
+    /// Weight elements that take part in products.
+    fn weights(shape: &ModelShape) -> usize {
+        shape.num_layers * shape.layer_weights() + shape.embedding_weights()
+    }
 
     #[test]
     fn a_step_reads_the_layers_once_and_the_head_once_per_sixteen_rows() {

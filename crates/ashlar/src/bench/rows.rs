@@ -124,7 +124,7 @@ pub(crate) fn llama_1b() -> ModelShape {
         vocab_size: 128_256,
         max_position_embeddings: 131_072,
         tied_head: true,
-        file_bytes_per_weight: 4,
+        weights: ashlar_vocabulary::WeightTypes::uniform(ashlar_vocabulary::WeightType::F32, 16),
     }
 }
 

@@ -79,10 +79,16 @@ impl Running {
         let mut before = Bytes(0);
         for slice in &slices {
             let kernels = Arc::new(Kernels::new(isa, threads_each));
-            let model = StageModel::load(directory, slice.clone(), kernels, &mut |loaded, total| {
-                // The slices are about equal, so the first one tells how long the others will take.
-                progress(before + loaded, total * slices.len() as u64);
-            })?;
+            let model = StageModel::load(
+                directory,
+                plan.quantization(),
+                slice.clone(),
+                kernels,
+                &mut |loaded, total| {
+                    // The slices are about equal, so the first one tells how long the others will take.
+                    progress(before + loaded, total * slices.len() as u64);
+                },
+            )?;
             before += model.bytes();
             models.push(model);
         }

@@ -22,7 +22,7 @@ use anyhow::{Context, Result, bail};
 use ashlar_kernels::{Isa, Kernels};
 use ashlar_model::stage::expected_bytes;
 use ashlar_model::{ModelConfig, RankSlice, hub};
-use ashlar_vocabulary::{Bytes, LayerRange, ModelShape};
+use ashlar_vocabulary::{Bytes, LayerRange, ModelShape, Quantization};
 use clap::Args;
 use layout::{Kind, Running};
 use measure::{Measurement, Plan};
@@ -42,6 +42,9 @@ pub(crate) struct LayoutArgs {
     /// Model directory or hub id.
     #[arg(long, value_name = "DIR|HUB_ID")]
     model: String,
+    /// Quantise the weights while they are loaded: q8_0, q4_0, q4_k_m …
+    #[arg(long, value_name = "TYPE")]
+    quantize: Option<Quantization>,
     /// Sequences per decode step.
     #[arg(long, value_delimiter = ',', default_value = "1,4,16,32")]
     batches: Vec<usize>,
@@ -89,7 +92,7 @@ enum Only {
 pub(crate) fn run(args: &LayoutArgs) -> Result<()> {
     check(args)?;
     let directory = hub::resolve(&args.model, &mut |file| eprintln!("fetching {file}"))?;
-    let config = ModelConfig::from_dir(&directory)?;
+    let config = ModelConfig::open(&directory, args.quantize)?;
     let cut = args.cut.unwrap_or_else(|| balanced_cut(&config.shape));
     let others = others(args, &config.shape, cut)?;
     let plan = Plan::new(args, &config.shape)?;

@@ -53,6 +53,7 @@ pub(super) fn connect(
         revision: REVISION,
         replica: ReplicaId(0),
         model: String::new(),
+        quantization: None,
         model_digest: ModelDigest([0; 32]),
         stage: StageIndex(stage as u32),
         num_stages: 2,

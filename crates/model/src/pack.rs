@@ -1,0 +1,188 @@
+//! From tensors in files to packed products: read, quantised where asked for, and stacked.
+
+use crate::weights::{TensorReader, WeightError, WeightFiles};
+use ashlar_gguf::{TensorType, UnpackedBlock, quantize, unpack};
+use ashlar_kernels::{BlockAxis, BlockScale, Kernels, PackedMatrix};
+use ashlar_vocabulary::WeightType;
+use std::ops::Range;
+use std::sync::{Mutex, PoisonError};
+
+/// A piece of one stored matrix, to be stacked above its siblings into one fused product.
+#[derive(Debug)]
+pub(crate) struct PackSource {
+    pub(crate) name: String,
+    /// Shape of the stored tensor.
+    pub(crate) shape: [usize; 2],
+    pub(crate) rows: Range<usize>,
+    pub(crate) columns: Range<usize>,
+    /// The type to hold it in.
+    pub(crate) kind: WeightType,
+}
+
+/// Packs `sources`, one above the other, as one product over inputs in `parts`.
+pub(crate) fn pack(
+    files: &WeightFiles,
+    kernels: &Kernels,
+    sources: &[PackSource],
+    parts: &[Range<usize>],
+) -> Result<PackedMatrix, WeightError> {
+    let mut matrices = Vec::new();
+    for alike in sources.chunk_by(|a, b| a.kind == b.kind) {
+        matrices.push(match alike[0].kind {
+            WeightType::F32 | WeightType::F16 | WeightType::Bf16 => pack_floats(files, alike)?,
+            kind => pack_blocks(files, kernels, kind, alike, parts)?,
+        });
+    }
+    Ok(PackedMatrix::stack(matrices))
+}
+
+fn readers<'a>(files: &'a WeightFiles, sources: &[PackSource]) -> Result<Vec<TensorReader<'a>>, WeightError> {
+    sources.iter().map(|source| files.tensor(&source.name, &source.shape)).collect()
+}
+
+fn pack_floats(files: &WeightFiles, sources: &[PackSource]) -> Result<PackedMatrix, WeightError> {
+    // Rows are read a few megabytes at a time, so that peak memory stays near the packed size.
+    const CHUNK_VALUES: usize = 1 << 20;
+    let outputs = sources.iter().map(|s| s.rows.len()).sum();
+    let inputs = sources.first().map_or(0, |s| s.columns.len());
+    let readers = readers(files, sources)?;
+    let mut failure = None;
+    let mut chunk: Vec<f32> = Vec::new();
+    let (mut source, mut source_start, mut chunk_start, mut chunk_end) = (0, 0, 0, 0);
+    let packed = PackedMatrix::pack(outputs, inputs, &mut |row, out| {
+        if failure.is_some() {
+            return;
+        }
+        while row >= source_start + sources[source].rows.len() {
+            source_start += sources[source].rows.len();
+            source += 1;
+        }
+        if row >= chunk_end || row < chunk_start {
+            let piece = &sources[source];
+            let local = row - source_start;
+            let count = (CHUNK_VALUES / inputs.max(1)).max(1).min(piece.rows.len() - local);
+            let stored = piece.rows.start + local..piece.rows.start + local + count;
+            match readers[source].read(stored, piece.columns.clone()) {
+                Ok(values) => chunk = values,
+                Err(error) => {
+                    failure = Some(error);
+                    return;
+                }
+            }
+            (chunk_start, chunk_end) = (row, row + count);
+        }
+        let at = (row - chunk_start) * inputs;
+        out.copy_from_slice(&chunk[at..at + inputs]);
+    });
+    failure.map_or(Ok(packed), Err)
+}
+
+fn pack_blocks(
+    files: &WeightFiles,
+    kernels: &Kernels,
+    kind: WeightType,
+    sources: &[PackSource],
+    parts: &[Range<usize>],
+) -> Result<PackedMatrix, WeightError> {
+    let readers = readers(files, sources)?;
+    let outputs = sources.iter().map(|s| s.rows.len()).sum();
+    let offset = sources.first().map_or(0, |s| s.columns.start);
+    let axis = BlockAxis::new(offset, parts);
+    let pieces = axis.pieces().to_vec();
+    let failure = Mutex::new(None);
+    let packed = PackedMatrix::pack_blocks(kind, outputs, axis, kernels.pool(), &|row, to| {
+        let (mut source, mut local) = (0, row);
+        while local >= sources[source].rows.len() {
+            local -= sources[source].rows.len();
+            source += 1;
+        }
+        let piece = &sources[source];
+        match BlockRow::read(&readers[source], piece.rows.start + local, &piece.columns, kind) {
+            Ok(blocks) => {
+                for (index, piece) in pieces.iter().enumerate() {
+                    blocks.copy(piece.inputs.clone(), offset, &mut to.quants, &mut to.scales[index]);
+                }
+            }
+            Err(error) => {
+                failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+            }
+        }
+    });
+    failure.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(packed), Err)
+}
+
+/// The blocks of one stored row that cover the columns of a rank.
+struct BlockRow {
+    kind: WeightType,
+    /// The first column of the first block.
+    first: usize,
+    blocks: Vec<UnpackedBlock>,
+}
+
+impl BlockRow {
+    /// Reads whole blocks, and quantises them unless they are stored in `kind`.
+    fn read(
+        reader: &TensorReader<'_>,
+        row: usize,
+        columns: &Range<usize>,
+        kind: WeightType,
+    ) -> Result<BlockRow, WeightError> {
+        let length = kind.block_len();
+        let first = columns.start / length * length;
+        let end = columns.end.next_multiple_of(length).min(reader.columns());
+        let bytes = if reader.kind() == kind {
+            reader.read_bytes(row..row + 1, first..end)?
+        } else {
+            let values = reader.read(row..row + 1, first..end)?;
+            quantized(reader, kind, &values)?
+        };
+        let tensor_type = tensor_type(kind);
+        let unpack = |block: &[u8]| unpack(tensor_type, block).map_err(|error| reader.unusable(&error));
+        let blocks = bytes.chunks(kind.block_bytes()).map(unpack).collect::<Result<_, _>>()?;
+        Ok(BlockRow { kind, first, blocks })
+    }
+
+    /// Copies the quants and the scales of one piece; `inputs` count from column `offset`.
+    fn copy(&self, inputs: Range<usize>, offset: usize, quants: &mut [u8], scale: &mut BlockScale) {
+        let length = self.kind.block_len();
+        let at = offset + inputs.start - self.first;
+        let (block, within) = (&self.blocks[at / length], at % length);
+        quants[inputs.clone()].copy_from_slice(&block.quants[within..within + inputs.len()]);
+        let sub_scales = match self.kind {
+            WeightType::Q6K => {
+                let pair = within / 32 * 2;
+                [block.scales[pair], block.scales[pair + 1]]
+            }
+            _ => [block.scales[within / 32], 0],
+        };
+        *scale = BlockScale { scale: block.d, min: block.m, sub_scales, sub_min: block.mins[within / 32] };
+    }
+}
+
+/// `values` in blocks of `kind`.
+pub(crate) fn quantized(
+    reader: &TensorReader<'_>,
+    kind: WeightType,
+    values: &[f32],
+) -> Result<Vec<u8>, WeightError> {
+    let mut bytes = Vec::new();
+    quantize(tensor_type(kind), values, &mut bytes).map_err(|error| reader.unusable(&error))?;
+    Ok(bytes)
+}
+
+/// The file format's name for a type.
+pub(crate) fn tensor_type(kind: WeightType) -> TensorType {
+    match kind {
+        WeightType::F32 => TensorType::F32,
+        WeightType::F16 => TensorType::F16,
+        WeightType::Bf16 => TensorType::Bf16,
+        WeightType::Q8_0 => TensorType::Q8_0,
+        WeightType::Q4_0 => TensorType::Q4_0,
+        WeightType::Q4_1 => TensorType::Q4_1,
+        WeightType::Q5_0 => TensorType::Q5_0,
+        WeightType::Q5_1 => TensorType::Q5_1,
+        WeightType::Q4K => TensorType::Q4K,
+        WeightType::Q5K => TensorType::Q5K,
+        WeightType::Q6K => TensorType::Q6K,
+    }
+}
