@@ -2,6 +2,8 @@
 //!
 //! Layout, in reading order:
 //! - [`tokenizer`](Tokenizer): a checkpoint's `tokenizer.json` with the ids and flags of its special tokens;
+//! - `encoder`: what runs behind it, text to ids;
+//! - `gguf`: the same from the metadata of a GGUF file, and back;
 //! - `pieces`: the exact bytes of every token, which decoding and grammars share;
 //! - `incremental`: a stream of tokens turned into a stream of whole characters;
 //! - `template`: chat templates, rendered as Transformers renders them;
@@ -14,12 +16,15 @@
 #![forbid(unsafe_code)]
 
 mod checkpoint_files;
+mod encoder;
+mod gguf;
 mod incremental;
 mod markers;
 mod pieces;
 mod template;
 mod tokenizer;
 
+pub use gguf::{GgufExport, GgufTokenType, GgufVocabulary, GgufVocabularyError};
 pub use incremental::{IncrementalDecoder, SpecialTokens, TextStart};
 pub use markers::{ReasoningMarkers, ToolFormat};
 pub use template::{ChatTemplate, RenderInput, TemplateError, TemplateTime};

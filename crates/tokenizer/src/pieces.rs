@@ -123,7 +123,8 @@ impl PieceCoding {
     }
 }
 
-fn fallback_byte(token: &str) -> Option<u8> {
+/// The byte that `<0xNN>` stands for.
+pub(crate) fn fallback_byte(token: &str) -> Option<u8> {
     let hex = token.strip_prefix("<0x")?.strip_suffix('>')?;
     if hex.len() != 2 { None } else { u8::from_str_radix(hex, 16).ok() }
 }

@@ -1,17 +1,20 @@
 //! A checkpoint's tokenizer with the ids and flags of its special tokens.
 
 use crate::checkpoint_files::{CheckpointFiles, read_text};
+use crate::encoder::Encoder;
+use crate::gguf::GgufVocabularyError;
 use crate::incremental::{IncrementalDecoder, SpecialTokens, TextStart};
 use crate::markers::{ReasoningMarkers, ToolFormat};
 use crate::pieces::{LeadingSpace, Piece, read_decoder};
 use crate::template::{ChatTemplate, TemplateError};
 use serde::Deserialize;
-use serde_json::Value;
+use serde_json::{Map, Value};
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 /// A vocabulary larger than this is taken for a broken file (ids are dense, so memory follows the largest id).
-const VOCAB_SIZE_MAX: u32 = 4 << 20;
+pub(crate) const VOCAB_SIZE_MAX: u32 = 4 << 20;
 
 /// Why a tokenizer could not be loaded or used.
 #[derive(Debug, thiserror::Error)]
@@ -70,6 +73,9 @@ pub enum TokenizerError {
         /// Why.
         source: TemplateError,
     },
+    /// The vocabulary of a GGUF file is unusable, or this tokenizer cannot be written as one.
+    #[error(transparent)]
+    Gguf(#[from] GgufVocabularyError),
     /// A text could not be encoded.
     #[error("the text cannot be encoded: {0}")]
     Encode(String),
@@ -82,7 +88,7 @@ pub struct Tokenizer {
 }
 
 struct Inner {
-    encoder: tokenizers::Tokenizer,
+    encoder: Encoder,
     /// By token id; ids that the vocabulary skips have no bytes.
     pieces: Vec<Piece>,
     leading_space: LeadingSpace,
@@ -93,6 +99,21 @@ struct Inner {
     reasoning: Option<ReasoningMarkers>,
     /// Special tokens that a parser of the output must see. Sorted.
     markers: Vec<u32>,
+}
+
+/// What every kind of file must give to make a tokenizer.
+pub(crate) struct Parts {
+    pub(crate) encoder: Encoder,
+    /// By token id.
+    pub(crate) pieces: Vec<Piece>,
+    pub(crate) leading_space: LeadingSpace,
+    pub(crate) eos: Vec<u32>,
+    pub(crate) bos: Option<u32>,
+    /// Default template, with the file or key that it came from.
+    pub(crate) template: Option<(String, String)>,
+    pub(crate) tool_template: Option<String>,
+    /// Special tokens by role, as templates see them.
+    pub(crate) special_tokens: Map<String, Value>,
 }
 
 impl Tokenizer {
@@ -112,7 +133,11 @@ impl Tokenizer {
         Tokenizer::build(json, PathBuf::from("tokenizer.json"), CheckpointFiles::default())
     }
 
-    fn build(json: &str, file: PathBuf, files: CheckpointFiles) -> Result<Tokenizer, TokenizerError> {
+    pub(crate) fn build(
+        json: &str,
+        file: PathBuf,
+        files: CheckpointFiles,
+    ) -> Result<Tokenizer, TokenizerError> {
         /// The only part of the file that `tokenizers` does not show.
         #[derive(Deserialize)]
         struct DecoderOnly {
@@ -152,22 +177,31 @@ impl Tokenizer {
         };
         let mut eos = files.eos_ids.clone();
         eos.extend(id_of("eos_token"));
-        eos.retain(|&id| id < size);
+        let bos = id_of("bos_token").or(files.bos_id);
+        Tokenizer::assemble(Parts {
+            encoder: Encoder::standard(encoder),
+            pieces,
+            leading_space,
+            eos,
+            bos,
+            template: files.template,
+            tool_template: files.tool_template,
+            special_tokens: files.special_tokens,
+        })
+    }
+
+    /// Compiles the template and finds the markers. Ids outside the vocabulary are dropped.
+    pub(crate) fn assemble(parts: Parts) -> Result<Tokenizer, TokenizerError> {
+        let Parts { encoder, pieces, leading_space, mut eos, bos, template, tool_template, special_tokens } =
+            parts;
+        let known = |&id: &u32| (id as usize) < pieces.len();
+        eos.retain(known);
         eos.sort_unstable();
         eos.dedup();
-        let bos = id_of("bos_token").or(files.bos_id).filter(|&id| id < size);
+        let bos = bos.filter(known);
 
-        let template = match &files.template {
-            Some((source, from)) => Some(
-                ChatTemplate::new(source, files.tool_template.as_deref(), files.special_tokens.clone())
-                    .map_err(|source| TokenizerError::Template { file: from.clone(), source })?,
-            ),
-            None => None,
-        };
-        let sources = || {
-            let default = files.template.as_ref().map(|(source, _)| source.as_str());
-            [files.tool_template.as_deref(), default].into_iter().flatten()
-        };
+        let sources = [tool_template.as_deref(), template.as_ref().map(|(source, _)| source.as_str())];
+        let sources = || sources.into_iter().flatten();
         let tool_format = sources().find_map(ToolFormat::detect);
         let reasoning = sources().find_map(ReasoningMarkers::detect);
         let mut markers: Vec<u32> = tool_format
@@ -180,29 +214,22 @@ impl Tokenizer {
         markers.sort_unstable();
         markers.dedup();
 
-        Ok(Tokenizer {
-            inner: Arc::new(Inner {
-                encoder,
-                pieces,
-                leading_space,
-                eos,
-                bos,
-                template,
-                tool_format,
-                reasoning,
-                markers,
-            }),
-        })
+        let template = match &template {
+            Some((source, from)) => Some(
+                ChatTemplate::new(source, tool_template.as_deref(), special_tokens)
+                    .map_err(|source| TokenizerError::Template { file: from.clone(), source })?,
+            ),
+            None => None,
+        };
+        let inner =
+            Inner { encoder, pieces, leading_space, eos, bos, template, tool_format, reasoning, markers };
+        Ok(Tokenizer { inner: Arc::new(inner) })
     }
 
     /// Tokens of a text. Special tokens written in the text become those tokens; `add_special` adds what the
     /// tokenizer puts around a text (usually the beginning-of-sequence token).
     pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>, TokenizerError> {
-        self.inner
-            .encoder
-            .encode_fast(text, add_special)
-            .map(|encoding| encoding.get_ids().to_vec())
-            .map_err(|e| TokenizerError::Encode(e.to_string()))
+        self.inner.encoder.encode(text, add_special).map_err(|e| TokenizerError::Encode(e.to_string()))
     }
 
     /// Tokens of a rendered chat. Nothing is added: the template has written every special token itself.
@@ -279,6 +306,11 @@ impl Tokenizer {
     /// How this model marks reasoning, told from its template.
     pub fn reasoning(&self) -> Option<&ReasoningMarkers> {
         self.inner.reasoning.as_ref()
+    }
+
+    /// Every token with its id, as it stands in the vocabulary.
+    pub(crate) fn vocabulary(&self) -> HashMap<String, u32> {
+        self.inner.encoder.vocabulary()
     }
 
     pub(crate) fn leading_space(&self) -> LeadingSpace {
