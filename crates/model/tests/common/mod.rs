@@ -135,6 +135,11 @@ impl Grid {
         Grid { config, stages, next_block: 0, blocks: 64 }
     }
 
+    /// Weights that all ranks hold.
+    pub fn weight_bytes(&self) -> u64 {
+        self.stages.iter().flatten().map(|rank| rank.model.bytes().0).sum()
+    }
+
     pub fn whole(directory: &Path) -> Grid {
         Grid::new(directory, 1, 1, Isa::best(), 1)
     }

@@ -1,0 +1,97 @@
+//! Models quantised while they are loaded: the same bits for every cut, close to the f32 model, within the ledger.
+#![allow(clippy::unwrap_used, missing_docs)]
+
+mod common;
+
+use ashlar_kernels::Isa;
+use ashlar_model::stage::expected_bytes;
+use ashlar_model::synth::{FloatType, SynthRequest, synthesize};
+use ashlar_model::{ModelConfig, RankSlice};
+use ashlar_vocabulary::Quantization;
+use common::{Grid, bits};
+use std::path::Path;
+
+/// Superblocks fit, and parts of the feed-forward (96 inputs) cut them.
+const CONFIG: &str = r#"{"architectures":["LlamaForCausalLM"],"model_type":"llama","hidden_size":256,
+    "intermediate_size":768,"num_hidden_layers":4,"num_attention_heads":8,"num_key_value_heads":4,"head_dim":32,
+    "vocab_size":384,"max_position_embeddings":256,"rms_norm_eps":1e-5,"rope_theta":10000.0,
+    "tie_word_embeddings":TIED}"#;
+
+fn model(directory: &Path, tied: bool) {
+    let config = directory.join("shape.json");
+    std::fs::write(&config, CONFIG.replace("TIED", &tied.to_string())).unwrap();
+    let request = SynthRequest {
+        shape: config.to_string_lossy().into_owned(),
+        dtype: FloatType::F32,
+        seed: 3,
+        tokenizer: None,
+    };
+    synthesize(directory, &request, &mut |_, _| {}).unwrap();
+}
+
+fn prompt() -> Vec<u32> {
+    (0..37).map(|i| (i * 53 + 7) % 384).collect()
+}
+
+fn logits(grid: &mut Grid) -> Vec<Vec<f32>> {
+    grid.greedy(&prompt(), 4).1
+}
+
+#[test]
+fn every_cut_of_every_type_gives_the_same_bits() {
+    for tied in [true, false] {
+        let directory = tempfile::tempdir().unwrap();
+        model(directory.path(), tied);
+        for name in ["q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q4_k_m", "q5_k_m", "q6_k"] {
+            let quantization: Quantization = name.parse().unwrap();
+            let grid = |stages, size, isa, threads| {
+                Grid::quantized(directory.path(), Some(quantization), stages, size, isa, threads)
+            };
+            let expected = logits(&mut grid(1, 1, Isa::best(), 1));
+            let found = [
+                (grid(2, 1, Isa::best(), 2), "2 stages"),
+                (grid(1, 2, Isa::best(), 1), "2 ranks"),
+                (grid(4, 4, Isa::best(), 1), "4 stages × 4 ranks"),
+                (grid(1, 1, Isa::Portable, 3), "portable"),
+                (
+                    grid(1, 4, Isa::available()[Isa::available().len() / 2], 1),
+                    "4 ranks, another instruction set",
+                ),
+            ];
+            for (mut grid, what) in found {
+                let same = logits(&mut grid).iter().zip(&expected).all(|(a, b)| bits(a) == bits(b));
+                assert!(same, "{name}, tied {tied}: {what}");
+            }
+        }
+    }
+}
+
+#[test]
+fn more_bits_are_closer_to_the_f32_model() {
+    let directory = tempfile::tempdir().unwrap();
+    model(directory.path(), true);
+    let exact = logits(&mut Grid::whole(directory.path()));
+    let scale = exact[36].iter().fold(0f32, |most, x| most.max(x.abs()));
+    // Largest difference of any logit, against the largest logit; random weights make the most of every error.
+    for (name, tolerance) in [("q8_0", 0.02), ("q6_k", 0.05), ("q5_k_m", 0.1), ("q4_k_m", 0.2), ("q4_0", 0.3)]
+    {
+        let quantization = name.parse().unwrap();
+        let rows = logits(&mut Grid::quantized(directory.path(), Some(quantization), 1, 1, Isa::best(), 1));
+        let worst = rows[36].iter().zip(&exact[36]).fold(0f32, |most, (a, b)| most.max((a - b).abs()));
+        assert!(worst / scale < tolerance, "{name}: {}", worst / scale);
+    }
+}
+
+#[test]
+fn memory_is_what_the_types_say() {
+    let directory = tempfile::tempdir().unwrap();
+    model(directory.path(), false);
+    for name in ["q8_0", "q4_0", "q4_k_m", "q6_k"] {
+        let quantization: Quantization = name.parse().unwrap();
+        let config = ModelConfig::open(directory.path(), Some(quantization)).unwrap();
+        let expected = expected_bytes(&config, &RankSlice::whole(&config.shape));
+        let grid = Grid::quantized(directory.path(), Some(quantization), 1, 1, Isa::best(), 1);
+        let held: u64 = grid.weight_bytes();
+        assert!(held.abs_diff(expected.0) <= expected.0 / 100, "{name}: {held} bytes, expected {expected}");
+    }
+}
