@@ -104,7 +104,7 @@ impl Block {
             head_norms: config
                 .head_norms
                 .then(|| {
-                    Ok((
+                    Ok::<_, WeightError>((
                         vector("self_attn.q_norm.weight", head_dim, 0..head_dim)?,
                         vector("self_attn.k_norm.weight", head_dim, 0..head_dim)?,
                     ))

@@ -4,6 +4,8 @@
 //! window); tied or untied heads. Anything that would compute something else is refused with its name.
 
 use ashlar_vocabulary::{LayerWeightTypes, ModelShape, Quantization, WeightType, WeightTypes};
+use crate::gguf;
+use ashlar_gguf::GgufFiles;
 use serde::Deserialize;
 use std::path::{Path, PathBuf};
 
@@ -28,6 +30,9 @@ pub enum ConfigError {
         /// Where and why.
         source: serde_json::Error,
     },
+    /// A GGUF file that cannot be used.
+    #[error(transparent)]
+    Gguf(ashlar_gguf::GgufError),
     /// The architecture or one of its options is not supported.
     #[error("unsupported model: {0}")]
     Unsupported(String),
@@ -37,7 +42,7 @@ pub enum ConfigError {
 }
 
 /// Scaling of the rotary frequencies.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub enum RopeScaling {
     /// Plain RoPE.
     None,
@@ -46,6 +51,8 @@ pub enum RopeScaling {
         /// The divisor.
         factor: f64,
     },
+    /// Each frequency divided by a factor of its own.
+    Factors(Vec<f32>),
     /// Llama 3's: low frequencies divided, high ones kept, a smooth band between.
     Llama3 {
         /// The divisor of low frequencies.
@@ -127,9 +134,12 @@ struct RawConfig {
 }
 
 impl ModelConfig {
-    /// Reads the configuration of the model in `directory`, to be quantised when it is loaded if asked for.
+    /// Reads the configuration of the model in `directory` (or of the GGUF file that it names), to be quantised when it is loaded if asked for.
     pub fn open(directory: &Path, quantization: Option<Quantization>) -> Result<ModelConfig, ConfigError> {
-        let config = ModelConfig::from_dir(directory)?;
+        let config = match gguf::file_of(directory) {
+            Some(file) => ModelConfig::from_gguf(&GgufFiles::open(&file)?)?,
+            None => ModelConfig::from_dir(directory)?,
+        };
         Ok(match quantization {
             Some(quantization) => config.quantized(quantization),
             None => config,

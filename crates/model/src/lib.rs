@@ -2,6 +2,7 @@
 //!
 //! * [`config`]: a Hugging Face `config.json` becomes a [`ModelConfig`]; differences between architectures are *data*
 //!   there (biases, head norms, windows, RoPE scaling), never a second forward pass.
+//! * [`gguf`]: the same from GGUF files.
 //! * [`hub`]: a directory or hub id becomes a local directory.
 //! * [`weights`]: safetensors files, read by position; a rank reads only its slice.
 //! * [`digest`]: what identifies a model's bits.
@@ -20,6 +21,7 @@ pub mod block;
 pub mod collective;
 pub mod config;
 pub mod digest;
+pub mod gguf;
 pub mod hub;
 pub mod kv;
 mod pack;

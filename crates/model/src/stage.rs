@@ -357,10 +357,15 @@ impl StageModel {
 
 fn inverse_frequencies(config: &ModelConfig) -> Vec<f32> {
     let mut frequencies = inv_freq(config.rope_theta, config.shape.head_dim);
-    match config.rope_scaling {
+    match &config.rope_scaling {
         RopeScaling::None => {}
-        RopeScaling::Linear { factor } => scale_inv_freq_linear(&mut frequencies, factor),
-        RopeScaling::Llama3 {
+        RopeScaling::Linear { factor } => scale_inv_freq_linear(&mut frequencies, *factor),
+        RopeScaling::Factors(factors) => {
+            for (frequency, factor) in frequencies.iter_mut().zip(factors) {
+                *frequency /= factor;
+            }
+        }
+        &RopeScaling::Llama3 {
             factor,
             low_freq_factor,
             high_freq_factor,

@@ -3,8 +3,9 @@
 //! Only headers are kept in memory. A reader asks for rows (or a column range of a row) of a named tensor and gets f32;
 //! f16 and bf16 widen exactly.
 
-use crate::pack::tensor_type;
-use ashlar_gguf::{BlockError, dequantize};
+use crate::gguf;
+use crate::pack::{tensor_type, weight_type};
+use ashlar_gguf::{BlockError, GgufError, GgufFiles, dequantize};
 use ashlar_vocabulary::WeightType;
 use half::{bf16, f16};
 use safetensors::Dtype;
@@ -49,6 +50,9 @@ pub enum WeightError {
         /// The offending name.
         name: String,
     },
+    /// A GGUF file that cannot be used.
+    #[error(transparent)]
+    Gguf(#[from] GgufError),
     /// A tensor that the architecture needs is absent.
     #[error("tensor `{name}` is missing from {directory}")]
     NoTensor {
@@ -126,6 +130,8 @@ pub struct WeightFiles {
     directory: PathBuf,
     files: Vec<WeightFile>,
     tensors: BTreeMap<String, Entry>,
+    /// Where the model is in GGUF files, and not in safetensors.
+    gguf: Option<GgufFiles>,
 }
 
 #[derive(Deserialize)]
@@ -134,10 +140,18 @@ struct ShardIndex {
 }
 
 impl WeightFiles {
-    /// Opens the files in `directory` and reads their headers.
+    /// Opens the files in `directory`, or the GGUF file that it names, and reads their headers.
     pub fn open(directory: &Path) -> Result<WeightFiles, WeightError> {
-        let mut weights =
-            WeightFiles { directory: directory.to_owned(), files: Vec::new(), tensors: BTreeMap::new() };
+        let mut weights = WeightFiles {
+            directory: directory.to_owned(),
+            files: Vec::new(),
+            tensors: BTreeMap::new(),
+            gguf: None,
+        };
+        if let Some(file) = gguf::file_of(directory) {
+            weights.gguf = Some(GgufFiles::open(&file)?);
+            return Ok(weights);
+        }
         for name in file_names(directory)? {
             weights.add(directory.join(name))?;
         }
@@ -201,6 +215,9 @@ impl WeightFiles {
 
     /// A reader for the tensor `name`, which must have `shape`.
     pub fn tensor(&self, name: &str, shape: &[usize]) -> Result<TensorReader<'_>, WeightError> {
+        if let Some(files) = &self.gguf {
+            return self.gguf_tensor(files, name, shape);
+        }
         let entry = self.tensors.get(name).ok_or_else(|| WeightError::NoTensor {
             name: name.to_owned(),
             directory: self.directory.clone(),
@@ -227,18 +244,60 @@ impl WeightFiles {
             }
         };
         let columns = shape.last().copied().unwrap_or(1);
-        Ok(TensorReader { file, name: name.to_owned(), kind, columns, offset: entry.offset })
+        let source = Source::Safetensors { file: &file.file, offset: entry.offset };
+        Ok(TensorReader { source, path: &file.path, name: name.to_owned(), kind, columns, interleaved: None, is_vector: shape.len() == 1 })
     }
+
+    fn gguf_tensor<'a>(
+        &'a self,
+        files: &'a GgufFiles,
+        name: &str,
+        shape: &[usize],
+    ) -> Result<TensorReader<'a>, WeightError> {
+        let stored = gguf::name_of(name);
+        if !files.has(&stored) {
+            return Err(WeightError::NoTensor { name: stored, directory: self.directory.clone() });
+        }
+        let reader = files.tensor(&stored)?;
+        let found = reader.info().shape();
+        if found != shape {
+            return Err(WeightError::Shape {
+                name: stored,
+                path: self.directory.clone(),
+                found,
+                expected: shape.to_vec(),
+            });
+        }
+        Ok(TensorReader {
+            source: Source::Gguf(reader),
+            path: &self.directory,
+            kind: weight_type(reader.info().tensor_type),
+            columns: reader.info().columns(),
+            interleaved: gguf::interleaved(files, name),
+            is_vector: shape.len() == 1,
+            name: stored,
+        })
+    }
+}
+
+/// Where a tensor's bytes are.
+#[derive(Debug)]
+enum Source<'a> {
+    Safetensors { file: &'a File, offset: u64 },
+    Gguf(ashlar_gguf::TensorReader<'a>),
 }
 
 /// Reads rows of one tensor; a vector counts as one row.
 #[derive(Debug)]
 pub struct TensorReader<'a> {
-    file: &'a WeightFile,
+    source: Source<'a>,
+    path: &'a Path,
     name: String,
     kind: WeightType,
     columns: usize,
-    offset: u64,
+    /// The size of the heads whose rows the file interleaves.
+    interleaved: Option<usize>,
+    is_vector: bool,
 }
 
 impl TensorReader<'_> {
@@ -252,15 +311,22 @@ impl TensorReader<'_> {
         self.columns
     }
 
-    /// Raw bytes of `columns` (whole blocks) of the rows `rows`, row after row; whole rows are one read.
+    /// Raw bytes of `columns` (whole blocks) of the rows `rows`, row after row; whole rows are one read where the file has
+    /// them in order.
     pub fn read_bytes(&self, rows: Range<usize>, columns: Range<usize>) -> Result<Vec<u8>, WeightError> {
         let bytes_of = |columns: usize| columns / self.kind.block_len() * self.kind.block_bytes();
         let (width, stride) = (bytes_of(columns.len()), bytes_of(self.columns));
         let mut bytes = vec![0u8; rows.len() * width];
-        if columns.len() == self.columns {
+        if let (Some(head_dim), true) = (self.interleaved, self.is_vector && self.kind == WeightType::F32) {
+            // Of a bias the elements are what a matrix has as rows.
+            for (element, chunk) in columns.zip(bytes.chunks_exact_mut(4)) {
+                self.read_at(chunk, 4 * gguf::interleaved_row(element, head_dim) as u64)?;
+            }
+        } else if columns.len() == self.columns && self.interleaved.is_none() {
             self.read_at(&mut bytes, (rows.start * stride) as u64)?;
         } else {
             for (row, chunk) in rows.zip(bytes.chunks_exact_mut(width.max(1))) {
+                let row = self.interleaved.map_or(row, |head_dim| gguf::interleaved_row(row, head_dim));
                 self.read_at(chunk, (row * stride + bytes_of(columns.start)) as u64)?;
             }
         }
@@ -278,17 +344,22 @@ impl TensorReader<'_> {
     /// The error for blocks that cannot be what they should.
     pub(crate) fn unusable(&self, error: &BlockError) -> WeightError {
         WeightError::Corrupt {
-            path: self.file.path.clone(),
+            path: self.path.to_owned(),
             reason: format!("tensor `{}`: {error}", self.name),
         }
     }
 
     fn read_at(&self, buffer: &mut [u8], relative: u64) -> Result<(), WeightError> {
-        let offset = self.offset + relative;
-        self.file.file.read_exact_at(buffer, offset).map_err(|source| WeightError::Corrupt {
-            path: self.file.path.clone(),
-            reason: format!("tensor `{}` at byte {offset}: {source}", self.name),
-        })
+        match &self.source {
+            Source::Gguf(reader) => Ok(reader.read_bytes_at(relative, buffer)?),
+            Source::Safetensors { file, offset } => {
+                let offset = offset + relative;
+                file.read_exact_at(buffer, offset).map_err(|source| WeightError::Corrupt {
+                    path: self.path.to_owned(),
+                    reason: format!("tensor `{}` at byte {offset}: {source}", self.name),
+                })
+            }
+        }
     }
 }
 

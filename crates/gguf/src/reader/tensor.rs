@@ -90,6 +90,15 @@ impl<'a> TensorReader<'a> {
         self.read_at(row * self.info.row_bytes() + blocks.start * block_bytes, out)
     }
 
+    /// Bytes from `start` on, counted from the tensor's first.
+    pub fn read_bytes_at(&self, start: u64, out: &mut [u8]) -> Result<(), GgufError> {
+        let end = start.saturating_add(out.len() as u64);
+        if end > self.info.bytes {
+            return Err(self.range(format!("bytes {start}..{end} were asked for, there are {}", self.info.bytes)));
+        }
+        self.read_at(start as usize, out)
+    }
+
     /// The values of `rows` as f32.
     pub fn dequantize_rows(&self, rows: Range<usize>) -> Result<Vec<f32>, GgufError> {
         let mut values = vec![0.0; self.check("rows", &rows, self.info.rows())? * self.info.columns()];
