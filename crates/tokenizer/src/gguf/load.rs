@@ -52,8 +52,8 @@ impl Tokenizer {
     /// normalised to NFC where the models of a `pre` do so; its `encode` adds what `add_bos` and `add_eos` say.
     pub fn from_gguf(vocabulary: GgufVocabulary) -> Result<Tokenizer, TokenizerError> {
         vocabulary.check()?;
-        let ends = end_ids(&vocabulary);
         let roles = Roles::of(&vocabulary);
+        let ends = end_ids(&vocabulary, &roles);
         let special_tokens = roles.texts(&vocabulary);
         let template =
             vocabulary.chat_template.clone().map(|source| (source, "tokenizer.chat_template".to_string()));
@@ -76,7 +76,7 @@ impl Tokenizer {
             (true, false) => (PieceCoding::Sentencepiece { byte_fallback: true }, LeadingSpace::Keep),
             (false, _) => (PieceCoding::ByteLevel, LeadingSpace::Keep),
         };
-        let pieces = pieces(&vocabulary, coding, &ends);
+        let pieces = pieces(&vocabulary, coding);
         let added = added_tokens(&vocabulary);
         let tool_template = vocabulary.tool_chat_template.clone();
         let pipeline = if is_spm {
@@ -111,7 +111,8 @@ impl Roles {
     fn of(vocabulary: &GgufVocabulary) -> Roles {
         let usual = |id: u32, expected: GgufTokenType| {
             let there = vocabulary.model == check::LLAMA && (id as usize) < vocabulary.tokens.len();
-            (there && vocabulary.token_type(id as usize) == expected).then_some(id)
+            let untyped = vocabulary.token_types.is_none();
+            (there && (untyped || vocabulary.token_type(id as usize) == expected)).then_some(id)
         };
         Roles {
             bos: vocabulary.bos.or_else(|| usual(1, GgufTokenType::Control)),
@@ -150,16 +151,30 @@ fn frame(vocabulary: &GgufVocabulary, roles: &Roles) -> Result<(bool, bool), Ggu
     Ok((vocabulary.add_bos.unwrap_or(usual), vocabulary.add_eos.unwrap_or(false)))
 }
 
+/// Whether a token is one of [`END_NAMES`]. Plain text can be spelled like some of them (`</s>` is an ordinary token
+/// of Qwen), so a normal token counts only where no text looks like it.
+fn named_end(vocabulary: &GgufVocabulary, id: usize, token: &str) -> bool {
+    let unmistakable = token.starts_with("<|") && token.ends_with("|>");
+    END_NAMES.contains(&token)
+        && match vocabulary.token_type(id) {
+            GgufTokenType::Control | GgufTokenType::UserDefined => true,
+            GgufTokenType::Normal => unmistakable || vocabulary.token_types.is_none(),
+            GgufTokenType::Unknown | GgufTokenType::Unused | GgufTokenType::Byte => false,
+        }
+}
+
+/// The type of a token as it is used: those that end a generation are control tokens whatever the file says.
+fn used_type(vocabulary: &GgufVocabulary, id: usize, token: &str) -> GgufTokenType {
+    if named_end(vocabulary, id, token) { GgufTokenType::Control } else { vocabulary.token_type(id) }
+}
+
 /// Every id that ends a generation, by number or by name.
-fn end_ids(vocabulary: &GgufVocabulary) -> Vec<u32> {
-    let mut ends: Vec<u32> = [Roles::of(vocabulary).eos, vocabulary.eot]
-        .into_iter()
-        .flatten()
-        .chain(vocabulary.end_of_generation.iter().copied())
-        .collect();
+fn end_ids(vocabulary: &GgufVocabulary, roles: &Roles) -> Vec<u32> {
+    let mut ends: Vec<u32> = roles.eos.into_iter().chain(vocabulary.eot).collect();
+    ends.extend(&vocabulary.end_of_generation);
     let named: HashMap<&str, u32> = (0_u32..)
         .zip(&vocabulary.tokens)
-        .filter(|(_, token)| END_NAMES.contains(&token.as_str()))
+        .filter(|&(id, token)| named_end(vocabulary, id as usize, token))
         .map(|(id, token)| (token.as_str(), id))
         .collect();
     // Where a model has separate tokens for the end of an answer and of a call, `<|end|>` only ends a part of it.
@@ -172,24 +187,23 @@ fn end_ids(vocabulary: &GgufVocabulary) -> Vec<u32> {
     ends
 }
 
-fn pieces(vocabulary: &GgufVocabulary, coding: PieceCoding, ends: &[u32]) -> Vec<Piece> {
-    let piece = |(id, token): (u32, &String)| {
-        let named_end = ends.binary_search(&id).is_ok() && END_NAMES.contains(&token.as_str());
-        let (bytes, special) = match vocabulary.token_type(id as usize) {
-            GgufTokenType::Normal | GgufTokenType::Byte => (coding.bytes(token), named_end),
-            GgufTokenType::UserDefined => (coding.added_bytes(token), named_end),
+fn pieces(vocabulary: &GgufVocabulary, coding: PieceCoding) -> Vec<Piece> {
+    let piece = |(id, token): (usize, &String)| {
+        let (bytes, special) = match used_type(vocabulary, id, token) {
+            GgufTokenType::Normal | GgufTokenType::Byte => (coding.bytes(token), false),
+            GgufTokenType::UserDefined => (coding.added_bytes(token), false),
             GgufTokenType::Control | GgufTokenType::Unknown => (coding.added_bytes(token), true),
             GgufTokenType::Unused => (Box::default(), false),
         };
         Piece { bytes, special }
     };
-    (0_u32..).zip(&vocabulary.tokens).map(piece).collect()
+    vocabulary.tokens.iter().enumerate().map(piece).collect()
 }
 
 /// The tokens that are found in a text before it is cut into words.
 fn added_tokens(vocabulary: &GgufVocabulary) -> Vec<AddedToken> {
     let added = |(id, token): (usize, &String)| {
-        let special = match vocabulary.token_type(id) {
+        let special = match used_type(vocabulary, id, token) {
             GgufTokenType::Control | GgufTokenType::Unknown => true,
             GgufTokenType::UserDefined => false,
             GgufTokenType::Normal | GgufTokenType::Unused | GgufTokenType::Byte => return None,
