@@ -33,7 +33,7 @@ impl ModelText {
     /// Reads the files of `model_dir`.
     pub(crate) fn load(model_dir: &Path) -> Result<ModelText, GatewayError> {
         let failed = |reason: String| GatewayError::Model { model_dir: model_dir.to_owned(), reason };
-        let tokenizer = Tokenizer::from_dir(model_dir).map_err(|error| failed(error.to_string()))?;
+        let tokenizer = Tokenizer::open(model_dir).map_err(|error| failed(error.to_string()))?;
         let file = model_dir.join("generation_config.json");
         let defaults = match std::fs::read(&file) {
             Ok(json) => serde_json::from_slice(&json)

@@ -260,9 +260,8 @@ impl Executor {
     }
 
     fn compiler(&self, directory: &std::path::Path, model: &StageModel) -> Option<GrammarCompiler> {
-        let tokenizer = Tokenizer::from_dir(directory)
-            .map_err(|error| warn!("grammars are unavailable: {error}"))
-            .ok()?;
+        let tokenizer =
+            Tokenizer::open(directory).map_err(|error| warn!("grammars are unavailable: {error}")).ok()?;
         GrammarCompiler::new(&tokenizer, model.config().shape.vocab_size)
             .map_err(|error| warn!("grammars are unavailable: {error}"))
             .ok()

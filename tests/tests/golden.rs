@@ -18,16 +18,27 @@ fn over_two_stages(model: &Path) -> Cluster {
     cluster
 }
 
+/// The model as safetensors and as a GGUF file, which holds the same weights in another order.
+fn models(test: &str) -> Option<[PathBuf; 2]> {
+    let file = "models/stories260K-gguf/stories260K-f32.gguf";
+    Some([stories(test)?, shared::data(test)?.join(file)])
+}
+
 #[test]
 fn greedy_continuations_over_two_stages_are_the_reference_token_for_token() {
-    let Some(model) = stories("golden") else { return };
+    let Some([directory, file]) = models("golden") else { return };
+    greedy_continuations(&directory, &directory);
+    greedy_continuations(&directory, &file);
+}
+
+fn greedy_continuations(model: &Path, served: &Path) {
     let golden = shared::json(&model.join("golden_greedy.json"));
-    let tokenizer = Tokenizer::from_dir(&model).expect("the model's tokenizer");
+    let tokenizer = Tokenizer::open(served).expect("the model's tokenizer");
     // `/v1/completions` names tokens by their text; a golden id is compared by its own.
     let name = |id: &Value| {
         String::from_utf8_lossy(tokenizer.token_bytes(id.as_u64().expect("an id") as u32)).into_owned()
     };
-    let cluster = over_two_stages(&model);
+    let cluster = over_two_stages(served);
     let cases = golden["cases"].as_array().expect("cases");
     assert!(cases.len() >= 8);
     for case in cases {
@@ -71,9 +82,15 @@ fn greedy_continuations_over_two_stages_are_the_reference_token_for_token() {
 
 #[test]
 fn tokenize_gives_the_reference_ids() {
-    let Some(model) = stories("golden") else { return };
+    let Some([directory, file]) = models("golden") else { return };
+    for served in [&directory, &file] {
+        tokenize(&directory, served);
+    }
+}
+
+fn tokenize(model: &Path, served: &Path) {
     let golden = shared::json(&model.join("golden_tokenize.json"));
-    let cluster = over_two_stages(&model);
+    let cluster = over_two_stages(served);
     let cases = golden["cases"].as_array().expect("cases");
     assert!(cases.len() >= 13);
     for case in cases {

@@ -97,7 +97,7 @@ pub(crate) fn run(args: PlanArgs) -> Result<()> {
         }
         None => {
             let directory = hub::resolve(&args.model, &mut |file| eprintln!("fetching {file}"))?;
-            ModelConfig::from_dir(&directory)?
+            ModelConfig::open(&directory, None)?
         }
     };
     let shape = match args.quantize {

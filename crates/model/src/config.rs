@@ -3,9 +3,9 @@
 //! Supported: Llama 2/3 (linear and `llama3` RoPE scaling), Qwen2/2.5 (QKV bias), Qwen3 (head norms), Mistral (sliding
 //! window); tied or untied heads. Anything that would compute something else is refused with its name.
 
-use ashlar_vocabulary::{LayerWeightTypes, ModelShape, Quantization, WeightType, WeightTypes};
 use crate::gguf;
 use ashlar_gguf::GgufFiles;
+use ashlar_vocabulary::{LayerWeightTypes, ModelShape, Quantization, WeightType, WeightTypes};
 use serde::Deserialize;
 use std::path::{Path, PathBuf};
 

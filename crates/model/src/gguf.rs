@@ -19,8 +19,11 @@ pub fn file_of(path: &Path) -> Option<PathBuf> {
     if path.join("config.json").exists() {
         return None;
     }
-    let mut files: Vec<PathBuf> =
-        std::fs::read_dir(path).ok()?.filter_map(|entry| Some(entry.ok()?.path())).filter(|p| is_gguf(p)).collect();
+    let mut files: Vec<PathBuf> = std::fs::read_dir(path)
+        .ok()?
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .filter(|p| is_gguf(p))
+        .collect();
     files.sort();
     let first = files.first()?.clone();
     let first_of_split = first.to_string_lossy().contains("-00001-of-");
@@ -188,7 +191,8 @@ fn types(files: &GgufFiles, layers: usize, tied_head: bool) -> Result<WeightType
 fn rope_scaling(files: &GgufFiles, architecture: &str, head_dim: usize) -> Result<RopeScaling, ConfigError> {
     if files.has("rope_freqs.weight") {
         let factors = files.tensor("rope_freqs.weight")?.dequantize_rows(0..1)?;
-        if factors.len() != head_dim / 2 || !factors.iter().all(|factor| factor.is_finite() && *factor > 0.0) {
+        if factors.len() != head_dim / 2 || !factors.iter().all(|factor| factor.is_finite() && *factor > 0.0)
+        {
             return Err(ConfigError::Inconsistent("rope_freqs.weight does not fit the heads".into()));
         }
         return Ok(RopeScaling::Factors(factors));
@@ -213,7 +217,10 @@ mod tests {
     fn names_and_rows_are_those_of_the_file_format() {
         assert_eq!(name_of("model.layers.12.self_attn.q_proj.weight"), "blk.12.attn_q.weight");
         assert_eq!(name_of("model.layers.0.mlp.down_proj.bias"), "blk.0.ffn_down.bias");
-        assert_eq!((name_of("lm_head.weight"), name_of("model.norm.weight")), ("output.weight".into(), "output_norm.weight".into()));
+        assert_eq!(
+            (name_of("lm_head.weight"), name_of("model.norm.weight")),
+            ("output.weight".into(), "output_norm.weight".into())
+        );
         let rows: Vec<_> = (0..16).map(|row| interleaved_row(row, 8)).collect();
         assert_eq!(rows, [0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15]);
     }

@@ -1,4 +1,4 @@
-//! From what a user names (a directory or a hub id) to a local directory with the model's files.
+//! From what a user names (a directory, a GGUF file or a hub id) to a local directory or file.
 //!
 //! Honours `HF_ENDPOINT`, `HF_HOME`, `HF_TOKEN` and `HF_HUB_OFFLINE`; a revision is pinned with `id@revision`.
 
@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 pub enum HubError {
     /// Neither a directory nor shaped like a hub id.
     #[error(
-        "`{0}` is neither a model directory (with config.json) nor a hub id like `org/name` or `org/name@revision`"
+        "`{0}` is neither a model directory (with config.json), nor a GGUF file, nor a hub id like `org/name` or `org/name@revision`"
     )]
     NotAModel(String),
     /// Offline, and not in the cache.
@@ -45,6 +45,9 @@ pub fn resolve(model: &str, progress: &mut dyn FnMut(&str)) -> Result<PathBuf, H
     let path = Path::new(model);
     if path.join("config.json").is_file() {
         return Ok(path.to_owned());
+    }
+    if let Some(file) = crate::gguf::file_of(path) {
+        return Ok(file);
     }
     let (id, revision) = model.split_once('@').unwrap_or((model, "main"));
     let valid = id.split('/').count() == 2

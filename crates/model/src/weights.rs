@@ -245,7 +245,15 @@ impl WeightFiles {
         };
         let columns = shape.last().copied().unwrap_or(1);
         let source = Source::Safetensors { file: &file.file, offset: entry.offset };
-        Ok(TensorReader { source, path: &file.path, name: name.to_owned(), kind, columns, interleaved: None, is_vector: shape.len() == 1 })
+        Ok(TensorReader {
+            source,
+            path: &file.path,
+            name: name.to_owned(),
+            kind,
+            columns,
+            interleaved: None,
+            is_vector: shape.len() == 1,
+        })
     }
 
     fn gguf_tensor<'a>(

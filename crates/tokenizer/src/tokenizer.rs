@@ -2,11 +2,12 @@
 
 use crate::checkpoint_files::{CheckpointFiles, read_text};
 use crate::encoder::Encoder;
-use crate::gguf::GgufVocabularyError;
+use crate::gguf::{GgufVocabulary, GgufVocabularyError};
 use crate::incremental::{IncrementalDecoder, SpecialTokens, TextStart};
 use crate::markers::{ReasoningMarkers, ToolFormat};
 use crate::pieces::{LeadingSpace, Piece, read_decoder};
 use crate::template::{ChatTemplate, TemplateError};
+use ashlar_gguf::{GgufError, GgufFiles};
 use serde::Deserialize;
 use serde_json::{Map, Value};
 use std::collections::HashMap;
@@ -27,6 +28,9 @@ pub enum TokenizerError {
         /// The reason.
         source: std::io::Error,
     },
+    /// A GGUF file that cannot be used.
+    #[error(transparent)]
+    GgufFile(#[from] GgufError),
     /// The directory holds no tokenizer.
     #[error("{} is missing: the model directory must contain it", file.display())]
     Missing {
@@ -117,6 +121,16 @@ pub(crate) struct Parts {
 }
 
 impl Tokenizer {
+    /// Loads the tokenizer of a model, whether `path` names a directory or a GGUF file.
+    pub fn open(path: impl AsRef<Path>) -> Result<Tokenizer, TokenizerError> {
+        let path = path.as_ref();
+        if !path.is_file() {
+            return Tokenizer::from_dir(path);
+        }
+        let files = GgufFiles::open(path)?;
+        Tokenizer::from_gguf(GgufVocabulary::from_metadata(files.metadata())?)
+    }
+
     /// Loads `tokenizer.json` and what stands beside it: `tokenizer_config.json`, `special_tokens_map.json`,
     /// `generation_config.json`, `config.json` and `chat_template.jinja`, each of them optional.
     pub fn from_dir(dir: impl AsRef<Path>) -> Result<Tokenizer, TokenizerError> {

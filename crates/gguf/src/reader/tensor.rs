@@ -94,7 +94,9 @@ impl<'a> TensorReader<'a> {
     pub fn read_bytes_at(&self, start: u64, out: &mut [u8]) -> Result<(), GgufError> {
         let end = start.saturating_add(out.len() as u64);
         if end > self.info.bytes {
-            return Err(self.range(format!("bytes {start}..{end} were asked for, there are {}", self.info.bytes)));
+            return Err(
+                self.range(format!("bytes {start}..{end} were asked for, there are {}", self.info.bytes))
+            );
         }
         self.read_at(start as usize, out)
     }

@@ -8,12 +8,15 @@
 //! - `pre_tokenizers`: how `tokenizer.ggml.pre` cuts a text (`gpt2`);
 //! - `export`, `export_json`: the way back, from a checkpoint's `tokenizer.json`.
 //!
-//! Invariant: no file format is read here. Whoever reads or writes GGUF fills or takes the fields.
+//! - `metadata`: from and to the metadata of a file.
+//!
+//! Invariant: only `metadata` knows the file format; everything else works on the plain fields.
 
 mod check;
 mod export;
 mod export_json;
 mod load;
+mod metadata;
 mod pre_tokenizers;
 mod spm;
 
