@@ -87,6 +87,7 @@ pub(super) fn check_member(
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 
