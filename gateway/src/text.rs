@@ -38,6 +38,8 @@ impl ModelText {
         let defaults = match std::fs::read(&file) {
             Ok(json) => serde_json::from_slice(&json)
                 .map_err(|error| failed(format!("generation_config.json is malformed: {error}")))?,
+            // A GGUF file has no such neighbour.
+            Err(_) if model_dir.is_file() => GenerationDefaults::default(),
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => GenerationDefaults::default(),
             Err(error) => return Err(failed(format!("cannot read {}: {error}", file.display()))),
         };
