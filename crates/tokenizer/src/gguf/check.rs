@@ -128,22 +128,26 @@ pub enum GgufVocabularyError {
 pub(crate) type Merge = (String, String);
 
 impl GgufVocabulary {
-    /// Checks everything that `load` relies on, except for the merges, which [`parse_merges`] checks.
-    pub(crate) fn check(&self) -> Result<(), GgufVocabularyError> {
-        let size = self.tokens.len();
+    /// Checks what the lists alone must hold to encode text, except for the merges, which [`parse_merges`] checks.
+    pub(crate) fn check_encoding(&self) -> Result<(), GgufVocabularyError> {
         let missing = |key| GgufVocabularyError::Missing { key, model: self.model.clone() };
         match self.model.as_str() {
-            LLAMA if self.scores.is_none() => return Err(missing("scores")),
-            GPT2 if self.merges.is_none() => return Err(missing("merges")),
+            LLAMA if self.scores.is_none() => Err(missing("scores")),
+            GPT2 if self.merges.is_none() => Err(missing("merges")),
             GPT2 if pre_tokenizers::by_name(self.pre.as_deref()).is_none() => {
-                return Err(GgufVocabularyError::UnknownPreTokenizer {
+                Err(GgufVocabularyError::UnknownPreTokenizer {
                     pre: shortened(self.pre.as_deref().unwrap_or_default()),
                     known: pre_tokenizers::names(),
-                });
+                })
             }
-            LLAMA | GPT2 => {}
-            other => return Err(GgufVocabularyError::UnsupportedModel { model: shortened(other) }),
+            LLAMA | GPT2 => Ok(()),
+            other => Err(GgufVocabularyError::UnsupportedModel { model: shortened(other) }),
         }
+    }
+
+    /// Checks lengths, numbers and ids.
+    pub(crate) fn check_lists(&self) -> Result<(), GgufVocabularyError> {
+        let size = self.tokens.len();
         if size == 0 || size > VOCAB_SIZE_MAX as usize {
             return Err(GgufVocabularyError::Size { size, max: VOCAB_SIZE_MAX });
         }

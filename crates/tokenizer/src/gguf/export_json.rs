@@ -149,7 +149,10 @@ pub(crate) fn spaces(file: &TokenizerJson) -> Spaces {
             Some("never") => {}
             Some("first") => {
                 prefix = true;
-                note("it puts a space before the first word only, but GGUF also means every word after a special token".into());
+                note(
+                    "it puts a space before the first word only, but GGUF means every word after a special token too"
+                        .into(),
+                );
             }
             _ => prefix |= !never,
         }

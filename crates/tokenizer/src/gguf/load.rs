@@ -51,7 +51,7 @@ impl Tokenizer {
     /// Builds a tokenizer from the metadata of a GGUF file. It encodes as llama.cpp does, except that text is
     /// normalised to NFC where the models of a `pre` do so; its `encode` adds what `add_bos` and `add_eos` say.
     pub fn from_gguf(vocabulary: GgufVocabulary) -> Result<Tokenizer, TokenizerError> {
-        vocabulary.check()?;
+        vocabulary.check_lists()?;
         let roles = Roles::of(&vocabulary);
         let ends = end_ids(&vocabulary, &roles);
         let special_tokens = roles.texts(&vocabulary);
@@ -68,6 +68,7 @@ impl Tokenizer {
             let tokenizer = Tokenizer::build(json, PathBuf::from(HUGGINGFACE_JSON), files)?;
             return agree(&tokenizer, &vocabulary).map(|()| tokenizer);
         }
+        vocabulary.check_encoding()?;
         let (add_bos, add_eos) = frame(&vocabulary, &roles)?;
         let is_spm = vocabulary.model == check::LLAMA;
         let add_space_prefix = vocabulary.add_space_prefix.unwrap_or(true);
