@@ -41,9 +41,9 @@ fn eight_parts(k: usize) -> Vec<Range<usize>> {
     (0..8).map(|part| part * k / 8..(part + 1) * k / 8).collect()
 }
 
-fn pack(kind: WeightType, n: usize, k: usize, parts: &[Range<usize>], copy: usize) -> PackedMatrix {
-    if kind == WeightType::F32 {
-        return PackedMatrix::pack(n, k, &mut |row, to| {
+fn pack(kind: WeightType, n: usize, parts: &[Range<usize>], copy: usize) -> PackedMatrix {
+    if !kind.is_quantized() {
+        return PackedMatrix::pack(kind, n, parts, &ThreadPool::new(2), &|row, to| {
             for (input, to) in to.iter_mut().enumerate() {
                 *to = ((row * 31 + input * 17 + copy) % 255) as f32 * 0.01 - 1.27;
             }
@@ -65,8 +65,8 @@ fn shape(kernels: &Kernels, kind: WeightType, n: usize, k: usize) {
     let weights: Vec<[PackedMatrix; 2]> = (0..copies)
         .map(|copy| {
             // A quantised matrix knows its parts; only the one that is measured lies in memory twice.
-            let uncut = pack(kind, n, k, &[0..k], copy);
-            let in_parts = pack(kind, n, k, &eight_parts(k), copy);
+            let uncut = pack(kind, n, &[0..k], copy);
+            let in_parts = pack(kind, n, &eight_parts(k), copy);
             [uncut, in_parts]
         })
         .collect();

@@ -17,6 +17,43 @@ pub(crate) fn widen(half: u16) -> f32 {
     f32::from_bits(sign | bits)
 }
 
+/// The half nearest to a value, ties to even; infinity beyond the largest.
+pub(crate) fn narrow(value: f32) -> u16 {
+    let bits = value.to_bits();
+    let (sign, magnitude) = ((bits >> 16 & 0x8000) as u16, bits & 0x7fff_ffff);
+    if magnitude > 0x7f80_0000 {
+        return sign | 0x7e00;
+    }
+    let half = if magnitude >= 0x4780_0000 {
+        // 65536 and more; rounding up to it from below happens in the last branch.
+        0x7c00
+    } else if magnitude < 0x3880_0000 {
+        // Below the smallest normal half: the sum with 1/2 has its last bit at 2⁻²⁴.
+        (f32::from_bits(magnitude) + 0.5).to_bits() - 0.5f32.to_bits()
+    } else {
+        (magnitude - (112 << 23) + 0x0fff + (magnitude >> 13 & 1)) >> 13
+    };
+    sign | half as u16
+}
+
+/// The bits of the brain float nearest to a value, ties to even; what would be subnormal is zero.
+#[inline(always)]
+pub(crate) fn to_brain_float(value: f32) -> u16 {
+    let bits = value.to_bits();
+    let magnitude = bits & 0x7fff_ffff;
+    if magnitude > 0x7f80_0000 {
+        return (bits >> 16) as u16 | 0x0040;
+    }
+    let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1));
+    if rounded & 0x7f80_0000 == 0 { (rounded >> 16 & 0x8000) as u16 } else { (rounded >> 16) as u16 }
+}
+
+/// A value rounded to the nearest brain float; what would be subnormal is zero.
+#[inline(always)]
+pub(crate) fn brain_float(value: f32) -> f32 {
+    f32::from_bits(u32::from(to_brain_float(value)) << 16)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -37,5 +74,25 @@ mod tests {
         }
         assert_eq!((widen(0x7c00), widen(0xfc00)), (f32::INFINITY, f32::NEG_INFINITY));
         assert!(widen(0x7c01).is_nan() && widen(0xfe00).is_nan());
+    }
+
+    #[test]
+    fn rounding_goes_to_the_nearest_and_to_even() {
+        for half in (0..=u16::MAX).filter(|half| half & 0x7c00 != 0x7c00 && half & 0x7fff != 0x7bff) {
+            assert_eq!(narrow(widen(half)), half);
+            let (here, next) = (f64::from(widen(half)), f64::from(widen(half + 1)));
+            let middle = ((here + next) / 2.0) as f32;
+            assert_eq!(narrow(middle), half + (half & 1), "{half:#06x}");
+            assert_eq!(narrow(f32::from_bits(middle.to_bits() - 1)), half);
+            assert_eq!(narrow(f32::from_bits(middle.to_bits() + 1)), half + 1);
+        }
+        assert_eq!((narrow(65519.0), narrow(65520.0), narrow(-1e9)), (0x7bff, 0x7c00, 0xfc00));
+        assert_eq!((narrow(f32::INFINITY), narrow(f32::NAN) & 0x7e00), (0x7c00, 0x7e00));
+        assert_eq!(to_brain_float(1.0), 0x3f80);
+        assert_eq!(to_brain_float(f32::from_bits(0x3f80_8000)), 0x3f80, "a tie goes to even");
+        assert_eq!(to_brain_float(f32::from_bits(0x3f81_8000)), 0x3f82);
+        assert_eq!(to_brain_float(-1e-40), 0x8000);
+        assert_eq!(to_brain_float(f32::from_bits(0x007f_ffff)), 0x0080, "rounds up to the smallest normal");
+        assert_eq!(to_brain_float(f32::MAX), 0x7f80);
     }
 }

@@ -52,6 +52,18 @@ impl Kernels {
         unsafe { lanes::dispatch(self.isa, kernel) }
     }
 
+    /// Whether the instruction for pairs of brain floats is the fastest way of multiplying them here.
+    pub(crate) fn pairs_are_fast(&self) -> bool {
+        lanes::pairs_are_fast(self.isa)
+    }
+
+    /// [`Kernels::dispatch`] for kernels that multiply pairs of brain floats.
+    #[inline]
+    pub(crate) fn dispatch_pairs<K: LaneKernel>(&self, kernel: K) -> K::Output {
+        // SAFETY: as for `dispatch`.
+        unsafe { lanes::dispatch_pairs(self.isa, kernel) }
+    }
+
     /// Cuts `0..items` into consecutive ranges of at least `min_items` and runs `body` on each, in parallel.
     pub(crate) fn for_ranges(&self, items: usize, min_items: usize, body: impl Fn(Range<usize>) + Sync) {
         let most = if self.threads() == 1 { 1 } else { 4 * self.threads() };

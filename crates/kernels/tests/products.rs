@@ -2,14 +2,14 @@
 
 mod common;
 
-use ashlar_kernels::{Isa, Kernels, PackedMatrix};
-use ashlar_vocabulary::AxisCut;
+use ashlar_kernels::{Isa, Kernels, PackedMatrix, ThreadPool};
+use ashlar_vocabulary::{AxisCut, WeightType};
 use common::{all_kernels, bits, numbers};
 use proptest::prelude::*;
 use std::ops::Range;
 
 fn pack(n: usize, columns: Range<usize>, k: usize, weights: &[f32]) -> PackedMatrix {
-    PackedMatrix::pack(n, columns.len(), &mut |row, to| {
+    PackedMatrix::pack(WeightType::F32, n, &[0..columns.len()], &ThreadPool::new(1), &|row, to| {
         to.copy_from_slice(&weights[row * k..][..k][columns.clone()])
     })
 }
@@ -164,7 +164,7 @@ fn products_are_close_to_double_precision() {
 #[test]
 fn empty_shapes_are_fine_and_an_empty_axis_yields_the_bias() {
     for kernels in all_kernels() {
-        let packed = PackedMatrix::pack(5, 0, &mut |_, _| ());
+        let packed = PackedMatrix::pack(WeightType::F32, 5, &[0..0], &ThreadPool::new(1), &|_, _| ());
         let mut y = vec![f32::NAN; 10];
         kernels.matmul(2, &[], &packed, &[0..0, 0..0], Some(&[1.0, 2.0, 3.0, 4.0, 5.0]), &mut y);
         assert_eq!(y, [1.0, 2.0, 3.0, 4.0, 5.0, 1.0, 2.0, 3.0, 4.0, 5.0]);

@@ -5,7 +5,7 @@
 
 use crate::gguf;
 use ashlar_gguf::GgufFiles;
-use ashlar_vocabulary::{LayerWeightTypes, ModelShape, Quantization, WeightType, WeightTypes};
+use ashlar_vocabulary::{ModelShape, Quantization, WeightType, WeightTypes};
 use serde::Deserialize;
 use std::path::{Path, PathBuf};
 
@@ -157,7 +157,7 @@ impl ModelConfig {
             shape.intermediate_size,
             shape.tied_head,
         );
-        shape.weights = held(stored);
+        shape.weights = stored;
         self
     }
 
@@ -269,39 +269,16 @@ fn shape_of(raw: &RawConfig) -> Result<ModelShape, ConfigError> {
         vocab_size: raw.vocab_size,
         max_position_embeddings: raw.max_position_embeddings,
         tied_head: raw.tie_word_embeddings.unwrap_or(false),
-        // Products are held in f32; a table that is only looked up stays as the files have it.
-        weights: WeightTypes {
-            embedding: match raw.torch_dtype.as_deref() {
+        // What the files hold; a matrix of another type than this says is converted.
+        weights: WeightTypes::uniform(
+            match raw.torch_dtype.as_deref() {
                 Some("float16") => WeightType::F16,
                 Some("bfloat16") => WeightType::Bf16,
                 _ => WeightType::F32,
             },
-            ..WeightTypes::uniform(WeightType::F32, raw.num_hidden_layers)
-        },
+            raw.num_hidden_layers,
+        ),
     })
-}
-
-/// The types in which weights are held that are stored in `types`: halves become f32 where they are multiplied with, and
-/// stay what they are in a table that is only looked up.
-pub(crate) fn held(types: WeightTypes) -> WeightTypes {
-    let held = |kind: WeightType| match kind {
-        WeightType::F16 | WeightType::Bf16 => WeightType::F32,
-        other => other,
-    };
-    let layer = |types: LayerWeightTypes| LayerWeightTypes {
-        query: held(types.query),
-        key: held(types.key),
-        value: held(types.value),
-        output: held(types.output),
-        gate: held(types.gate),
-        up: held(types.up),
-        down: held(types.down),
-    };
-    WeightTypes {
-        embedding: types.embedding,
-        head: held(types.head),
-        layers: types.layers.into_iter().map(layer).collect(),
-    }
 }
 
 fn scaling_of(rope: &RawRope, shape: &ModelShape) -> Result<RopeScaling, ConfigError> {

@@ -3,7 +3,7 @@
 //! Architectures `llama` (also Mistral), `qwen2` and `qwen3`. Files of `llama` keep the two halves of each rotated head
 //! interleaved; everything here speaks of the order that Hugging Face's files have, so rows are mapped while they are read.
 
-use crate::config::{ConfigError, ModelConfig, RopeScaling, held};
+use crate::config::{ConfigError, ModelConfig, RopeScaling};
 use crate::pack::weight_type;
 use ashlar_gguf::{GgufError, GgufFiles};
 use ashlar_vocabulary::{LayerWeightTypes, ModelShape, WeightType, WeightTypes};
@@ -142,7 +142,7 @@ impl ModelConfig {
             vocab_size: embedding.rows(),
             max_position_embeddings: size("context_length")?,
             tied_head,
-            weights: held(types(files, layers, tied_head)?),
+            weights: types(files, layers, tied_head)?,
         };
         Ok(ModelConfig {
             rope_scaling: rope_scaling(files, architecture, head_dim)?,

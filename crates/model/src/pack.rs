@@ -29,7 +29,7 @@ pub(crate) fn pack(
     let mut matrices = Vec::new();
     for alike in sources.chunk_by(|a, b| a.kind == b.kind) {
         matrices.push(match alike[0].kind {
-            WeightType::F32 | WeightType::F16 | WeightType::Bf16 => pack_floats(files, alike)?,
+            kind if !kind.is_quantized() => pack_dense(files, kernels, kind, alike, parts)?,
             kind => pack_blocks(files, kernels, kind, alike, parts)?,
         });
     }
@@ -40,41 +40,43 @@ fn readers<'a>(files: &'a WeightFiles, sources: &[PackSource]) -> Result<Vec<Ten
     sources.iter().map(|source| files.tensor(&source.name, &source.shape)).collect()
 }
 
-fn pack_floats(files: &WeightFiles, sources: &[PackSource]) -> Result<PackedMatrix, WeightError> {
-    // Rows are read a few megabytes at a time, so that peak memory stays near the packed size.
-    const CHUNK_VALUES: usize = 1 << 20;
-    let outputs = sources.iter().map(|s| s.rows.len()).sum();
-    let inputs = sources.first().map_or(0, |s| s.columns.len());
+fn pack_dense(
+    files: &WeightFiles,
+    kernels: &Kernels,
+    kind: WeightType,
+    sources: &[PackSource],
+    parts: &[Range<usize>],
+) -> Result<PackedMatrix, WeightError> {
     let readers = readers(files, sources)?;
-    let mut failure = None;
-    let mut chunk: Vec<f32> = Vec::new();
-    let (mut source, mut source_start, mut chunk_start, mut chunk_end) = (0, 0, 0, 0);
-    let packed = PackedMatrix::pack(outputs, inputs, &mut |row, out| {
-        if failure.is_some() {
-            return;
+    let outputs = sources.iter().map(|s| s.rows.len()).sum();
+    let failure = Mutex::new(None);
+    let packed = PackedMatrix::pack(kind, outputs, parts, kernels.pool(), &|row, to| {
+        let (source, row) = locate(sources, row);
+        match readers[source].read(row..row + 1, sources[source].columns.clone()) {
+            Ok(values) => to.copy_from_slice(&values),
+            Err(error) => keep(&failure, error),
         }
-        while row >= source_start + sources[source].rows.len() {
-            source_start += sources[source].rows.len();
-            source += 1;
-        }
-        if row >= chunk_end || row < chunk_start {
-            let piece = &sources[source];
-            let local = row - source_start;
-            let count = (CHUNK_VALUES / inputs.max(1)).max(1).min(piece.rows.len() - local);
-            let stored = piece.rows.start + local..piece.rows.start + local + count;
-            match readers[source].read(stored, piece.columns.clone()) {
-                Ok(values) => chunk = values,
-                Err(error) => {
-                    failure = Some(error);
-                    return;
-                }
-            }
-            (chunk_start, chunk_end) = (row, row + count);
-        }
-        let at = (row - chunk_start) * inputs;
-        out.copy_from_slice(&chunk[at..at + inputs]);
     });
-    failure.map_or(Ok(packed), Err)
+    finish(failure, packed)
+}
+
+/// Which source has output `row` of the stack, and as which of its stored rows.
+fn locate(sources: &[PackSource], row: usize) -> (usize, usize) {
+    let (mut source, mut local) = (0, row);
+    while local >= sources[source].rows.len() {
+        local -= sources[source].rows.len();
+        source += 1;
+    }
+    (source, sources[source].rows.start + local)
+}
+
+/// The first failure counts; the packing runs to its end.
+fn keep(failure: &Mutex<Option<WeightError>>, error: WeightError) {
+    failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+}
+
+fn finish(failure: Mutex<Option<WeightError>>, packed: PackedMatrix) -> Result<PackedMatrix, WeightError> {
+    failure.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(packed), Err)
 }
 
 fn pack_blocks(
@@ -91,24 +93,17 @@ fn pack_blocks(
     let pieces = axis.pieces().to_vec();
     let failure = Mutex::new(None);
     let packed = PackedMatrix::pack_blocks(kind, outputs, axis, kernels.pool(), &|row, to| {
-        let (mut source, mut local) = (0, row);
-        while local >= sources[source].rows.len() {
-            local -= sources[source].rows.len();
-            source += 1;
-        }
-        let piece = &sources[source];
-        match BlockRow::read(&readers[source], piece.rows.start + local, &piece.columns, kind) {
+        let (source, row) = locate(sources, row);
+        match BlockRow::read(&readers[source], row, &sources[source].columns, kind) {
             Ok(blocks) => {
                 for (index, piece) in pieces.iter().enumerate() {
                     blocks.copy(piece.inputs.clone(), offset, &mut to.quants, &mut to.scales[index]);
                 }
             }
-            Err(error) => {
-                failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
-            }
+            Err(error) => keep(&failure, error),
         }
     });
-    failure.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(packed), Err)
+    finish(failure, packed)
 }
 
 /// The blocks of one stored row that cover the columns of a rank.

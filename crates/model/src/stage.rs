@@ -160,7 +160,6 @@ impl StageModel {
             } else {
                 let reader = files.tensor("model.embed_tokens.weight", &[vocab, hidden])?;
                 let kind = shape.weights.embedding;
-                let kind = if kind.is_quantized() { kind } else { reader.kind() };
                 Embedding::Table { kind, bytes: table(&reader, kind, rows.clone())? }
             });
             progress(model.bytes(), total);

@@ -102,7 +102,9 @@ pub(crate) fn widen(kind: WeightType, bytes: &[u8], out: &mut [f32]) -> Result<(
         }
         WeightType::Bf16 => {
             for (value, b) in out.iter_mut().zip(bytes.chunks_exact(2)) {
-                *value = bf16::from_le_bytes([b[0], b[1]]).to_f32();
+                let wide = bf16::from_le_bytes([b[0], b[1]]).to_f32();
+                // Subnormal brain floats are zero, as in products: a tied table and a head agree.
+                *value = if wide.abs() < f32::MIN_POSITIVE { 0f32.copysign(wide) } else { wide };
             }
             Ok(())
         }

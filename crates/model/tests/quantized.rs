@@ -42,7 +42,7 @@ fn every_cut_of_every_type_gives_the_same_bits() {
     for tied in [true, false] {
         let directory = tempfile::tempdir().unwrap();
         model(directory.path(), tied);
-        for name in ["q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q4_k_m", "q5_k_m", "q6_k"] {
+        for name in ["f16", "bf16", "q8_0", "q4_0", "q5_1", "q4_k_m", "q6_k"] {
             let quantization: Quantization = name.parse().unwrap();
             let grid = |stages, size, isa, threads| {
                 Grid::quantized(directory.path(), Some(quantization), stages, size, isa, threads)
@@ -73,8 +73,15 @@ fn more_bits_are_closer_to_the_f32_model() {
     let exact = logits(&mut Grid::whole(directory.path()));
     let scale = exact[36].iter().fold(0f32, |most, x| most.max(x.abs()));
     // Largest difference of any logit, against the largest logit; random weights make the most of every error.
-    for (name, tolerance) in [("q8_0", 0.02), ("q6_k", 0.05), ("q5_k_m", 0.1), ("q4_k_m", 0.2), ("q4_0", 0.3)]
-    {
+    for (name, tolerance) in [
+        ("f16", 1e-3),
+        ("bf16", 0.02),
+        ("q8_0", 0.02),
+        ("q6_k", 0.05),
+        ("q5_k_m", 0.1),
+        ("q4_k_m", 0.2),
+        ("q4_0", 0.3),
+    ] {
         let quantization = name.parse().unwrap();
         let rows = logits(&mut Grid::quantized(directory.path(), Some(quantization), 1, 1, Isa::best(), 1));
         let worst = rows[36].iter().zip(&exact[36]).fold(0f32, |most, (a, b)| most.max((a - b).abs()));

@@ -111,6 +111,10 @@ impl Simd16 for Avx2 {
         Avx2(half(from), half(from.wrapping_add(8)))
     }
     #[inline(always)]
+    fn dot_pairs(self, w: Avx2Int, x: Avx2Int) -> Self {
+        super::dot_pairs_emulated(self, w, x)
+    }
+    #[inline(always)]
     fn to_bits(self) -> Avx2Int {
         avx2!(Avx2Int(_mm256_castps_si256(self.0), _mm256_castps_si256(self.1)))
     }
@@ -188,6 +192,10 @@ impl Int16 for Avx2Int {
     #[inline(always)]
     fn to_float(self) -> Avx2 {
         avx2!(Avx2(_mm256_cvtepi32_ps(self.0), _mm256_cvtepi32_ps(self.1)))
+    }
+    #[inline(always)]
+    fn as_float(self) -> Avx2 {
+        avx2!(Avx2(_mm256_castsi256_ps(self.0), _mm256_castsi256_ps(self.1)))
     }
     /// Pairs of products stay below 2¹⁵: 2 · 127 · 127.
     #[inline(always)]

@@ -6,16 +6,63 @@ use std::arch::x86_64::*;
 /// Runs a kernel compiled for AVX-512 with VNNI.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx2,fma,f16c")]
 pub(super) fn run<K: LaneKernel>(kernel: K) -> K::Output {
-    kernel.run::<Avx512>()
+    kernel.run::<Avx512<false>>()
 }
 
-/// One 512-bit register; exists only below [`run`].
+/// Runs a kernel compiled for AVX-512 with VNNI and BF16.
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx512bf16,avx2,fma,f16c")]
+pub(super) fn run_pairs<K: LaneKernel>(kernel: K) -> K::Output {
+    kernel.run::<Avx512<true>>()
+}
+
+/// Times the instruction for pairs against two multiply-adds: the best of a few tries of some microseconds each.
+#[target_feature(enable = "avx512f,avx512bf16")]
+pub(super) fn pairs_are_fast() -> bool {
+    const CHAINS: usize = 12;
+    const ROUNDS: usize = 500;
+    let time = |body: &dyn Fn()| {
+        let try_once = |_| {
+            let start = std::time::Instant::now();
+            body();
+            start.elapsed()
+        };
+        (0..5).map(try_once).min()
+    };
+    let pairs = || {
+        // SAFETY: the function's features include both instructions; the types are of one size.
+        unsafe {
+            let one = _mm512_set1_epi32(std::hint::black_box(0x3f80_3f80));
+            let mut sums = [_mm512_setzero_ps(); CHAINS];
+            for _ in 0..ROUNDS {
+                for sum in &mut sums {
+                    *sum = _mm512_dpbf16_ps(*sum, std::mem::transmute(one), std::mem::transmute(one));
+                }
+            }
+            std::hint::black_box(sums);
+        }
+    };
+    let singles = || {
+        let one = _mm512_set1_ps(std::hint::black_box(1.0));
+        let mut sums = [_mm512_setzero_ps(); CHAINS];
+        for _ in 0..ROUNDS {
+            for _ in 0..2 {
+                for sum in &mut sums {
+                    *sum = _mm512_fmadd_ps(one, one, *sum);
+                }
+            }
+        }
+        std::hint::black_box(sums);
+    };
+    time(&pairs) < time(&singles)
+}
+
+/// One 512-bit register; exists only below [`run`], and with `PAIRS` below [`run_pairs`].
 #[derive(Clone, Copy)]
-pub(super) struct Avx512(__m512);
+pub(super) struct Avx512<const PAIRS: bool>(__m512);
 
 /// Sixteen integers in one 512-bit register.
 #[derive(Clone, Copy)]
-pub(super) struct Avx512Int(__m512i);
+pub(super) struct Avx512Int<const PAIRS: bool>(__m512i);
 
 /// An intrinsic of AVX-512F, BW or VNNI, or a load or store whose pointer the caller vouches for.
 macro_rules! avx512 {
@@ -26,8 +73,8 @@ macro_rules! avx512 {
     };
 }
 
-impl Simd16 for Avx512 {
-    type Int = Avx512Int;
+impl<const PAIRS: bool> Simd16 for Avx512<PAIRS> {
+    type Int = Avx512Int<PAIRS>;
 
     /// 32 registers: six rows × four vectors of sums, four of weights.
     const TILE_VECTORS: usize = 4;
@@ -92,17 +139,26 @@ impl Simd16 for Avx512 {
         Avx512(avx512!(_mm512_cvtph_ps(_mm256_loadu_si256(from.cast()))))
     }
     #[inline(always)]
-    fn to_bits(self) -> Avx512Int {
+    fn dot_pairs(self, w: Self::Int, x: Self::Int) -> Self {
+        if PAIRS {
+            // SAFETY: `PAIRS` is instantiated only by `run_pairs`, whose caller asked for BF16; the types are of one size.
+            Avx512(unsafe { _mm512_dpbf16_ps(self.0, std::mem::transmute(w.0), std::mem::transmute(x.0)) })
+        } else {
+            super::dot_pairs_emulated(self, w, x)
+        }
+    }
+    #[inline(always)]
+    fn to_bits(self) -> Self::Int {
         Avx512Int(avx512!(_mm512_castps_si512(self.0)))
     }
     #[inline(always)]
-    fn round(self) -> Avx512Int {
+    fn round(self) -> Self::Int {
         Avx512Int(avx512!(_mm512_cvtps_epi32(self.0)))
     }
 }
 
-impl Int16 for Avx512Int {
-    type Float = Avx512;
+impl<const PAIRS: bool> Int16 for Avx512Int<PAIRS> {
+    type Float = Avx512<PAIRS>;
 
     /// 32 registers: twelve integer sums, twelve of floats, weights and scales.
     const TILE_ROWS: usize = 12;
@@ -153,8 +209,12 @@ impl Int16 for Avx512Int {
         avx512!(_mm512_reduce_add_epi32(self.0))
     }
     #[inline(always)]
-    fn to_float(self) -> Avx512 {
+    fn to_float(self) -> Self::Float {
         Avx512(avx512!(_mm512_cvtepi32_ps(self.0)))
+    }
+    #[inline(always)]
+    fn as_float(self) -> Self::Float {
+        Avx512(avx512!(_mm512_castsi512_ps(self.0)))
     }
     #[inline(always)]
     fn dot_narrow(self, w: Self, x: Self) -> Self {

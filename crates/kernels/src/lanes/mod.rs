@@ -58,6 +58,9 @@ pub(crate) trait Simd16: Copy {
     /// # Safety
     /// `from` must be valid for reading sixteen elements; no alignment is needed.
     unsafe fn load_half(from: *const u16) -> Self;
+    /// Per lane `(self + w₁·x₁) + w₀·x₀` over pairs of brain floats, the one in the high half of the word (1) first. Each
+    /// step is a fused multiply-add; results too small to be normal become zero, and operands must not be subnormal.
+    fn dot_pairs(self, w: Self::Int, x: Self::Int) -> Self;
     /// The bits of every lane.
     fn to_bits(self) -> Self::Int;
     /// Every lane rounded to the nearest integer, ties to even; anything outside the range of `i32`.
@@ -171,6 +174,8 @@ pub(crate) trait Int16: Copy {
     fn sum_lanes(self) -> i32;
     /// Every lane as a float, rounded to nearest even.
     fn to_float(self) -> Self::Float;
+    /// The floats that have these bits.
+    fn as_float(self) -> Self::Float;
     /// Per lane `self + Σ w·x` over the lane's four bytes, `w` unsigned and at most 127, `x` signed and at least −127;
     /// exact.
     fn dot_narrow(self, w: Self, x: Self) -> Self;
@@ -184,6 +189,54 @@ pub(crate) trait LaneKernel {
     type Output;
     /// The body; implementations must be `#[inline(always)]`.
     fn run<S: Simd16>(self) -> Self::Output;
+}
+
+/// [`dispatch`] for kernels that multiply pairs of brain floats: with the instruction for them where there is one.
+///
+/// # Safety
+/// This machine must be able to run `isa`.
+#[inline]
+pub(crate) unsafe fn dispatch_pairs<K: LaneKernel>(isa: Isa, kernel: K) -> K::Output {
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: the caller vouches for the instruction set, and the extension was asked for.
+        Isa::Avx512 if is_x86_feature_detected!("avx512bf16") => unsafe { avx512::run_pairs(kernel) },
+        // SAFETY: the caller's contract.
+        _ => unsafe { dispatch(isa, kernel) },
+    }
+}
+
+/// Whether `isa` has an instruction for pairs of brain floats that is faster than two multiply-adds: some hardware has one
+/// that is not.
+pub(crate) fn pairs_are_fast(isa: Isa) -> bool {
+    #[cfg(target_arch = "x86_64")]
+    if isa == Isa::Avx512 && is_x86_feature_detected!("avx512bf16") {
+        static FAST: std::sync::OnceLock<bool> = std::sync::OnceLock::new();
+        // SAFETY: the extensions were asked for.
+        return *FAST.get_or_init(|| unsafe { avx512::pairs_are_fast() });
+    }
+    let _ = isa;
+    false
+}
+
+/// The words of pairs as floats: low halves, high halves.
+#[inline(always)]
+fn halves_of_pairs<S: Simd16>(pairs: S::Int) -> [S; 2] {
+    [pairs.shift_left::<16>().as_float(), pairs.and(S::Int::splat(0xffff_0000u32 as i32)).as_float()]
+}
+
+/// [`Simd16::dot_pairs`] by the operations that every instruction set has.
+#[inline(always)]
+fn dot_pairs_emulated<S: Simd16>(sum: S, w: S::Int, x: S::Int) -> S {
+    let (w, x) = (halves_of_pairs::<S>(w), halves_of_pairs::<S>(x));
+    let magnitude = S::Int::splat(0x7fff_ffff);
+    let sign = S::Int::splat(i32::MIN);
+    let normal = S::splat(f32::MIN_POSITIVE);
+    let flush = |x: S| {
+        let size = x.to_bits().and(magnitude).as_float();
+        size.select_less(normal, x.to_bits().and(sign).as_float(), x)
+    };
+    flush(w[0].mul_add(x[0], flush(w[1].mul_add(x[1], sum))))
 }
 
 /// Runs `kernel` compiled for `isa`.

@@ -89,6 +89,10 @@ impl Simd16 for Portable {
         Portable(halves.map(crate::half::widen))
     }
     #[inline(always)]
+    fn dot_pairs(self, w: PortableInt, x: PortableInt) -> Self {
+        super::dot_pairs_emulated(self, w, x)
+    }
+    #[inline(always)]
     fn to_bits(self) -> PortableInt {
         PortableInt(self.0.map(|x| x.to_bits() as i32))
     }
@@ -156,6 +160,10 @@ impl Int16 for PortableInt {
     #[inline(always)]
     fn to_float(self) -> Portable {
         Portable(self.0.map(|lane| lane as f32))
+    }
+    #[inline(always)]
+    fn as_float(self) -> Portable {
+        Portable(self.0.map(|lane| f32::from_bits(lane as u32)))
     }
     #[inline(always)]
     fn dot_narrow(self, w: Self, x: Self) -> Self {

@@ -7,6 +7,7 @@
 mod activations;
 mod axis;
 mod blocks;
+mod dense;
 mod float;
 mod formats;
 mod integer;
@@ -18,12 +19,14 @@ pub use axis::{BlockAxis, Piece};
 pub use blocks::{BlockScale, QuantizedRow};
 pub use packed::PackedMatrix;
 
+use crate::half;
 use crate::kernels::Kernels;
 use crate::lanes::{Int16, LANES, LaneKernel, Simd16};
 use crate::strided::DisjointMut;
 use activations::{Extra, QuantizeTile, Tiles};
 use ashlar_vocabulary::WeightType;
 use blocks::BlockMatrix;
+use dense::{Dense, DenseMatrix};
 use float::FloatChain;
 use formats::{Flavour, Format, with_format};
 use integer::IntegerChain;
@@ -31,6 +34,7 @@ use packed::{Panel, Segment, Store};
 use panel::{Chain, PanelProduct, ROW_BLOCK};
 use std::marker::PhantomData;
 use std::ops::Range;
+use std::sync::atomic::{AtomicI32, Ordering};
 
 /// Tasks per thread, so that dynamic picking levels out threads of unequal speed.
 const TASKS_PER_THREAD: usize = 12;
@@ -69,17 +73,87 @@ impl Kernels {
         for segment in weights.segments().iter().filter(|segment| segment.n > 0) {
             let product = Product { segment, n, k_parts, bias, y: &y };
             match &segment.store {
-                Store::F32(data) => {
-                    let row_blocks = rows.div_ceil(ROW_BLOCK);
-                    self.run_product(&product, row_blocks, |block, panel| {
-                        let rows = block * rows / row_blocks..(block + 1) * rows / row_blocks;
-                        let (weights, width) = (&data[panel.first * k..][..panel.width * k], panel.width);
-                        (rows.clone(), FloatChain { x, k, rows, parts: k_parts, weights, width })
-                    });
-                }
+                Store::Dense(matrix) => self.dense_product(&product, rows, x, matrix),
                 Store::Blocks(matrix) => self.integer_product(&product, rows, x, matrix),
             }
         }
+    }
+
+    fn dense_product(&self, product: &Product<'_>, rows: usize, x: &[f32], matrix: &DenseMatrix) {
+        // SAFETY: floats and words are of one size and alignment, and any bits are a word.
+        let words = unsafe { std::slice::from_raw_parts(x.as_ptr().cast::<u32>(), x.len()) };
+        match matrix.kind {
+            WeightType::F32 => self.dense_product_of::<dense::F32>(product, rows, words, matrix),
+            WeightType::F16 => self.dense_product_of::<dense::F16>(product, rows, words, matrix),
+            _ => self.pair_product(product, rows, x, matrix),
+        }
+    }
+
+    /// Products of brain floats, by whichever of the ways that give the same bits is fastest here.
+    fn pair_product(&self, product: &Product<'_>, rows: usize, x: &[f32], matrix: &DenseMatrix) {
+        assert_eq!(matrix.parts(), product.k_parts, "the matrix was packed for these parts");
+        let (k, all_steps) = (x.len() / rows, matrix.all_steps());
+        let mut scratch = self.scratch();
+        if scratch.len() < 2 * rows * all_steps {
+            scratch.resize(2 * rows * all_steps, 0);
+        }
+        if !self.pairs_are_fast() {
+            let words = &mut scratch[..2 * rows * all_steps];
+            let exponent = AtomicI32::new(i32::MAX / 2);
+            let to = DisjointMut::new(words);
+            self.for_ranges(rows, 8, |range| {
+                for row in range {
+                    // SAFETY: rows are disjoint.
+                    let words = unsafe { to.range(2 * row * all_steps..2 * (row + 1) * all_steps) };
+                    let mut least = i32::MAX / 2;
+                    for (part, steps) in matrix.parts().iter().zip(&matrix.steps) {
+                        let words = &mut words[2 * steps.start..2 * steps.end];
+                        words.last_mut().into_iter().for_each(|last| *last = 0);
+                        for (x, word) in x[row * k..][part.clone()].iter().zip(words) {
+                            let x = half::brain_float(*x);
+                            least = least.min(dense::exponent(x));
+                            *word = x.to_bits();
+                        }
+                    }
+                    exponent.fetch_min(least, Ordering::Relaxed);
+                }
+            });
+            if exponent.into_inner() + matrix.exponent >= dense::EXPONENTS_MIN {
+                return self.dense_product_of::<dense::WidenedBf16>(product, rows, words, matrix);
+            }
+        }
+        let words = &mut scratch[..rows * all_steps];
+        let to = DisjointMut::new(words);
+        self.for_ranges(rows, 8, |range| {
+            for row in range {
+                // SAFETY: rows are disjoint.
+                let words = unsafe { to.range(row * all_steps..(row + 1) * all_steps) };
+                for (part, steps) in matrix.parts().iter().zip(&matrix.steps) {
+                    for (pair, word) in x[row * k..][part.clone()].chunks(2).zip(&mut words[steps.clone()]) {
+                        *word = dense::pair(pair[0], pair.get(1).copied().unwrap_or(0.0));
+                    }
+                }
+            }
+        });
+        self.dense_product_of::<dense::Bf16>(product, rows, words, matrix);
+    }
+
+    fn dense_product_of<D: Dense>(
+        &self,
+        product: &Product<'_>,
+        rows: usize,
+        x: &[u32],
+        matrix: &DenseMatrix,
+    ) {
+        let row_blocks = rows.div_ceil(ROW_BLOCK);
+        // In parts of its own where inputs come in pairs; otherwise any cut of the inputs will do.
+        let steps = if D::INPUTS == 2 { &matrix.steps } else { product.k_parts };
+        self.run_product(product, row_blocks, |block, panel| {
+            let rows = block * rows / row_blocks..(block + 1) * rows / row_blocks;
+            let (weights, width) = (matrix.panel(panel.first, panel.width), panel.width);
+            let (dense, all_steps) = (PhantomData::<D>, matrix.all_steps());
+            (rows.clone(), FloatChain { dense, x, all_steps, steps, rows, weights, width })
+        });
     }
 
     fn integer_product(&self, product: &Product<'_>, rows: usize, x: &[f32], matrix: &BlockMatrix) {
@@ -118,7 +192,7 @@ impl Kernels {
                 let first = segment.first + panel.first;
                 let product =
                     PanelProduct { chain, rows, parts: k_parts, panel: Panel { first, ..panel }, bias, n };
-                self.dispatch(product.into_output(y));
+                C::dispatch(self, product.into_output(y));
             }
         });
     }

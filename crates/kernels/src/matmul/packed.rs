@@ -2,19 +2,20 @@
 
 use super::axis::BlockAxis;
 use super::blocks::{BlockMatrix, QuantizedRow};
-use crate::aligned::AlignedBuffer;
+use super::dense::DenseMatrix;
 use crate::lanes::LANES;
 use crate::pool::ThreadPool;
 use ashlar_vocabulary::WeightType;
 use std::fmt;
+use std::ops::Range;
 
 /// Outputs of a full panel: four vectors.
 pub(super) const PANEL: usize = 4 * LANES;
 
-/// Weights of a linear layer, `[n outputs, k inputs]`, in panels of 64 outputs, in f32 or in blocks.
+/// Weights of a linear layer, `[n outputs, k inputs]`, in panels of 64 outputs, as plain elements or in blocks.
 ///
-/// In f32 panel `p` holds outputs `64·p …` as `[k][64]`: each input's 64 weights side by side, so that one pass over a
-/// panel is one sequential stream. The last panel is as wide as the rest needs, in steps of 16; its padding is zero.
+/// Of plain elements panel `p` holds outputs `64·p …` as `[k][64]`: each input's 64 weights side by side, so that one pass
+/// over a panel is one sequential stream. The last panel is as wide as the rest needs, in steps of 16; padding is zero.
 /// Quantised weights lie in blocks of sixteen outputs × 32 inputs at their format's bits per weight.
 ///
 /// A matrix may be several stacked above one another, each in a type of its own: one product all the same.
@@ -34,8 +35,8 @@ pub(super) struct Segment {
 
 /// The weights.
 pub(super) enum Store {
-    /// `[panel][k][width]`.
-    F32(AlignedBuffer),
+    /// Plain elements.
+    Dense(DenseMatrix),
     /// Quantised.
     Blocks(BlockMatrix),
 }
@@ -52,27 +53,21 @@ pub(super) struct Panel {
 }
 
 impl PackedMatrix {
-    /// Packs a matrix row by row: `fill(row, to)` is called once per output in ascending order and must write the row's
-    /// `k` weights. Beyond the result it needs sixteen rows of memory.
-    pub fn pack(n: usize, k: usize, fill: &mut dyn FnMut(usize, &mut [f32])) -> PackedMatrix {
-        let mut data = AlignedBuffer::zeroed(n.div_ceil(LANES) * LANES * k);
-        if k == 0 {
-            return PackedMatrix::single(n, k, Store::F32(data));
-        }
-        let mut rows = vec![0.0; LANES * k];
-        for first in (0..n).step_by(LANES) {
-            let live = LANES.min(n - first);
-            for (lane, row) in rows.chunks_exact_mut(k).take(live).enumerate() {
-                fill(first + lane, row);
-            }
-            let (start, width) = locate(n, k, first);
-            for (input, to) in data[start..].chunks_mut(width).take(k).enumerate() {
-                for (lane, to) in to.iter_mut().take(live).enumerate() {
-                    *to = rows[lane * k + input];
-                }
-            }
-        }
-        PackedMatrix::single(n, k, Store::F32(data))
+    /// Packs a matrix of plain elements (f32, f16 or bf16, rounded to the nearest) on the threads of `pool`, for products
+    /// whose inputs are cut in `parts`: `fill(row, to)` is called once per output and must write the row's weights. Beyond
+    /// the result it needs sixteen rows of memory per thread.
+    ///
+    /// # Panics
+    /// If `kind` is quantised.
+    pub fn pack(
+        kind: WeightType,
+        n: usize,
+        parts: &[Range<usize>],
+        pool: &ThreadPool,
+        fill: &(dyn Fn(usize, &mut [f32]) + Sync),
+    ) -> PackedMatrix {
+        let k = parts.last().map_or(0, |part| part.end);
+        PackedMatrix::single(n, k, Store::Dense(DenseMatrix::pack(kind, n, parts, pool, fill)))
     }
 
     fn single(n: usize, k: usize, store: Store) -> PackedMatrix {
@@ -137,16 +132,9 @@ impl PackedMatrix {
             return;
         };
         let row = row - segment.first;
-        let data = match &segment.store {
-            Store::F32(data) => data,
-            Store::Blocks(blocks) => return blocks.row(segment.n, row, out),
-        };
-        let (start, width) = locate(segment.n, self.k, row);
-        if self.k == 0 {
-            return;
-        }
-        for (out, weights) in out.iter_mut().zip(data[start..].chunks(width)) {
-            *out = weights[0];
+        match &segment.store {
+            Store::Dense(dense) => dense.row(segment.n, row, out),
+            Store::Blocks(blocks) => blocks.row(segment.n, row, out),
         }
     }
 
@@ -158,14 +146,14 @@ impl PackedMatrix {
 impl Store {
     fn bytes(&self) -> usize {
         match self {
-            Store::F32(data) => size_of_val::<[f32]>(data),
+            Store::Dense(dense) => dense.bytes(),
             Store::Blocks(blocks) => blocks.bytes(),
         }
     }
 
     fn kind(&self) -> WeightType {
         match self {
-            Store::F32(_) => WeightType::F32,
+            Store::Dense(dense) => dense.kind,
             Store::Blocks(blocks) => blocks.kind(),
         }
     }
@@ -178,18 +166,19 @@ impl Segment {
 
     /// A panel's place among the segment's outputs.
     pub(super) fn panel(&self, panel: usize) -> Panel {
-        let (first, width) = (panel * PANEL, width(self.n, panel));
+        let (first, width) = (panel * PANEL, panel_width(self.n, panel));
         Panel { width, first, outputs: width.min(self.n - first) }
     }
 }
 
-/// Where an output's first weight lies, and how far its next one.
-fn locate(n: usize, k: usize, row: usize) -> (usize, usize) {
+/// Where an output's first step lies, and how far its next one, in steps of one output.
+pub(super) fn locate(n: usize, k: usize, row: usize) -> (usize, usize) {
     let panel = row / PANEL;
-    (panel * PANEL * k + row % PANEL, width(n, panel))
+    (panel * PANEL * k + row % PANEL, panel_width(n, panel))
 }
 
-fn width(n: usize, panel: usize) -> usize {
+/// Outputs that a panel has room for.
+pub(super) fn panel_width(n: usize, panel: usize) -> usize {
     PANEL.min((n - panel * PANEL).div_ceil(LANES) * LANES)
 }
 
@@ -206,17 +195,23 @@ mod tests {
 
     #[test]
     fn every_row_comes_back_as_it_was_packed() {
-        for (n, k) in [(1, 1), (16, 3), (17, 5), (64, 2), (65, 7), (130, 33), (0, 4), (5, 0)] {
-            let weight = |row: usize, input: usize| (row * 1000 + input) as f32;
-            let packed = PackedMatrix::pack(n, k, &mut |row, to| {
-                for (input, to) in to.iter_mut().enumerate() {
-                    *to = weight(row, input);
+        let pool = ThreadPool::new(2);
+        for kind in [WeightType::F32, WeightType::F16, WeightType::Bf16] {
+            for (n, k) in [(1, 1), (16, 3), (17, 5), (64, 2), (65, 7), (130, 33), (0, 4), (5, 0)] {
+                // Few bits, so that every type holds them.
+                let weight = |row: usize, input: usize| ((row * 5 + input) % 200) as f32;
+                for parts in [vec![0..k], vec![0..k / 3, k / 3..k]] {
+                    let packed = PackedMatrix::pack(kind, n, &parts, &pool, &|row, to| {
+                        for (input, to) in to.iter_mut().enumerate() {
+                            *to = weight(row, input);
+                        }
+                    });
+                    let mut out = vec![f32::NAN; k];
+                    for row in 0..n {
+                        packed.row(row, &mut out);
+                        assert!(out.iter().enumerate().all(|(input, &out)| out == weight(row, input)));
+                    }
                 }
-            });
-            let mut out = vec![f32::NAN; k];
-            for row in 0..n {
-                packed.row(row, &mut out);
-                assert!(out.iter().enumerate().all(|(input, &out)| out == weight(row, input)));
             }
         }
     }

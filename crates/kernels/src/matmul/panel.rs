@@ -1,6 +1,7 @@
 //! One panel of outputs for one block of rows: parts in ascending order, their tree, the bias.
 
 use super::packed::{PANEL, Panel};
+use crate::kernels::Kernels;
 use crate::lanes::{LANES, LaneKernel, Simd16};
 use crate::strided::DisjointMut;
 use std::mem::MaybeUninit;
@@ -16,6 +17,12 @@ pub(super) trait Chain {
     /// One ascending chain over part `part` of the inputs (not empty) for every row and output of a panel; `sums` receives
     /// `[rows][width]`. Implementations are `#[inline(always)]`.
     fn chain<S: Simd16>(&self, part: usize, sums: *mut f32);
+
+    /// Runs a kernel made of such chains.
+    #[inline]
+    fn dispatch<K: LaneKernel>(kernels: &Kernels, kernel: K) -> K::Output {
+        kernels.dispatch(kernel)
+    }
 }
 
 /// The product of a block of rows with one panel.

@@ -1,33 +1,38 @@
 //! Register tiles: a few rows × a few vectors of outputs, chained over a run of inputs.
 
+use super::dense::Dense;
 use crate::lanes::{LANES, Simd16};
+use std::marker::PhantomData;
 
 /// Rows of the tallest tile.
 pub(super) const MAX_TILE_ROWS: usize = 6;
 
-/// A run of inputs for a few rows and all outputs of a panel.
-#[derive(Clone, Copy)]
-pub(super) struct Tile {
-    /// `[inputs][width]`.
-    pub(super) weights: *const f32,
+/// Bytes of a cache line.
+const LINE_BYTES: usize = 64;
+
+/// A run of steps for a few rows and all outputs of a panel.
+pub(super) struct Tile<D> {
+    pub(super) dense: PhantomData<D>,
+    /// `[steps][width]`.
+    pub(super) weights: *const u8,
     /// Outputs of the panel: 16, 32, 48 or 64.
     pub(super) width: usize,
-    /// Length of the run.
-    pub(super) inputs: usize,
-    /// The first row's first input of the run.
-    pub(super) x: *const f32,
-    /// Distance between rows.
+    /// Length of the run, in steps.
+    pub(super) steps: usize,
+    /// The first row's activations of the first step of the run.
+    pub(super) x: *const u32,
+    /// Distance between rows, in words.
     pub(super) x_stride: usize,
     /// `[rows][width]` running sums.
     pub(super) sums: *mut f32,
     /// Whether to go on from `sums`; otherwise chains start at +0.
     pub(super) resume: bool,
-    /// What to ask for from memory meanwhile, `LINES` cache lines per input; need not be valid.
-    pub(super) ahead: *const f32,
+    /// What to ask for from memory meanwhile, `LINES` cache lines per step; need not be valid.
+    pub(super) ahead: *const u8,
 }
 
-impl Tile {
-    /// Advances the chains of `rows` rows (1…6); prefetches `LINES` (0…4) cache lines per input.
+impl<D: Dense> Tile<D> {
+    /// Advances the chains of `rows` rows (1…6); prefetches `LINES` (0…4) cache lines per step.
     ///
     /// # Safety
     /// The pointers must be valid for the extents given, for `rows` rows, and `sums` initialised if the tile resumes.
@@ -75,8 +80,8 @@ impl Tile {
                 }
             } else {
                 for vector in 0..self.width / LANES {
-                    let (weights, sums) = (self.weights.add(vector * LANES), self.sums.add(vector * LANES));
-                    let tile = Tile { weights, sums, ..self };
+                    let weights = self.weights.add(vector * LANES * D::BYTES);
+                    let tile = Tile { weights, sums: self.sums.add(vector * LANES), ..self };
                     if vector == 0 {
                         tile.chains::<S, ROWS, 1, LINES>()
                     } else {
@@ -87,7 +92,7 @@ impl Tile {
         }
     }
 
-    /// The inner loop: per input, every sum takes one fused multiply-add.
+    /// The inner loop: per step, every sum takes one term or a pair of them.
     #[inline(always)]
     unsafe fn chains<S: Simd16, const ROWS: usize, const VECTORS: usize, const LINES: usize>(self) {
         let mut sums = [[S::splat(0.0); VECTORS]; ROWS];
@@ -100,19 +105,19 @@ impl Tile {
                     }
                 }
             }
-            for input in 0..self.inputs {
-                let from = self.weights.add(input * self.width);
-                let mut weights = [S::splat(0.0); VECTORS];
-                for (vector, weights) in weights.iter_mut().enumerate() {
-                    *weights = S::load(from.add(vector * LANES));
+            for step in 0..self.steps {
+                let from = self.weights.add(step * self.width * D::BYTES);
+                let mut weights = [D::load::<S>(from); VECTORS];
+                for (vector, weights) in weights.iter_mut().enumerate().skip(1) {
+                    *weights = D::load::<S>(from.add(vector * LANES * D::BYTES));
                 }
                 for line in 0..LINES {
-                    S::prefetch(self.ahead.wrapping_add((input * LINES + line) * LANES));
+                    S::prefetch(self.ahead.wrapping_add((step * LINES + line) * LINE_BYTES).cast());
                 }
                 for (row, sums) in sums.iter_mut().enumerate() {
-                    let x = S::splat(*self.x.add(row * self.x_stride + input));
+                    let x = self.x.add(row * self.x_stride + step * D::WORDS);
                     for (sum, weights) in sums.iter_mut().zip(weights) {
-                        *sum = weights.mul_add(x, *sum);
+                        *sum = D::add::<S>(weights, x, *sum);
                     }
                 }
             }
