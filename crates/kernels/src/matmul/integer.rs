@@ -38,7 +38,14 @@ struct QuadBuffer([u8; GROUP * QUADS * VECTOR]);
 impl<F: Format> Chain for IntegerChain<'_, F> {
     #[inline(always)]
     fn chain<S: Simd16>(&self, part: usize, sums: *mut f32) {
-        if self.tiles.rows == 1 { self.single_row::<S>(part, sums) } else { self.many_rows::<S>(part, sums) }
+        // What a batch of decoding sequences usually is goes the short way.
+        match self.tiles.rows {
+            1 => self.few_rows::<S, 1>(part, sums),
+            2 => self.few_rows::<S, 2>(part, sums),
+            4 if S::Int::TILE_ROWS >= 4 => self.few_rows::<S, 4>(part, sums),
+            8 if S::Int::TILE_ROWS >= 8 => self.few_rows::<S, 8>(part, sums),
+            _ => self.many_rows::<S>(part, sums),
+        }
     }
 }
 
@@ -72,27 +79,41 @@ impl<F: Format> IntegerChain<'_, F> {
         (data.as_ptr(), data[header..].as_ptr())
     }
 
-    /// Quants go from memory through registers into the sums.
+    /// Quants go from memory through registers into the sums of the only tile.
     #[inline(always)]
-    fn single_row<S: Simd16>(&self, part: usize, sums: *mut f32) {
+    fn few_rows<S: Simd16, const ROWS: usize>(&self, part: usize, sums: *mut f32) {
         let mut scales = Scales::ZERO;
+        let stride = self.vectors * LANES;
         for run in self.runs(part) {
             let (header, pieces) = self.data(&run);
-            // SAFETY: the pointers are the group's; sums has a vector for each of the panel's; the row has all pieces.
+            // SAFETY: the pointers are the group's; sums has the panel's vectors for each row; rows have all pieces.
             unsafe {
                 F::scales::<S>(header, run.group_pieces, &mut scales);
                 let sums = sums.add(run.vector * LANES);
-                let mut sum = [if run.begins { S::splat(0.0) } else { S::load(sums) }];
+                let mut sum = [S::splat(0.0); ROWS];
+                if !run.begins {
+                    for (row, sum) in sum.iter_mut().enumerate() {
+                        *sum = S::load(sums.add(row * stride));
+                    }
+                }
                 for (index, slot) in run.slots.clone().enumerate() {
                     let piece = pieces.add(slot * F::PIECE_BYTES);
                     for line in 0..F::PIECE_BYTES / VECTOR {
                         S::prefetch(piece.wrapping_add(AHEAD + line * VECTOR).cast());
                     }
-                    let x = self.x.as_ptr().add((run.first_piece + index) * WORDS);
+                    let x = self.x.as_ptr().add((run.first_piece + index) * ROWS * WORDS);
                     let (first, second) = (&scales.first[slot], &scales.second[slot]);
-                    accumulate::<F::Flavour, S, _, 1>(Held(F::quads::<S>(piece)), first, second, x, &mut sum);
+                    accumulate::<F::Flavour, S, _, ROWS>(
+                        Held(F::quads::<S>(piece)),
+                        first,
+                        second,
+                        x,
+                        &mut sum,
+                    );
                 }
-                sum[0].store(sums);
+                for (row, sum) in sum.into_iter().enumerate() {
+                    sum.store(sums.add(row * stride));
+                }
             }
         }
     }
