@@ -14,7 +14,7 @@ async fn a_chat_answer_has_openais_shape() {
     assert!(body["id"].as_str().unwrap().starts_with("chatcmpl-"));
     assert_eq!(body["object"], "chat.completion");
     assert_eq!(body["model"], "tiny");
-    assert_eq!(body["system_fingerprint"], "fp_abababababababab_n1");
+    assert_eq!(body["system_fingerprint"], "fp_abababababababab_n2");
     assert!(body["created"].as_u64().unwrap() > 1_600_000_000);
     let message = json!({"role": "assistant", "content": "Hello", "refusal": null});
     assert_eq!(
