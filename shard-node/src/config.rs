@@ -4,6 +4,7 @@ use ashlar_protocol::data::LinkFaults;
 use ashlar_vocabulary::{LayerRange, NodeId};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
+use std::time::Duration;
 
 /// Configuration of `ashlar node`. Unknown keys are refused.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -40,9 +41,43 @@ pub struct NodeConfig {
     /// Where to send traces (OTLP over HTTP), for example `http://127.0.0.1:4318`. Off by default.
     #[serde(default)]
     pub otlp_endpoint: Option<String>,
+    /// How this node exchanges with other ranks.
+    #[serde(default)]
+    pub links: LinkConfig,
     /// Deliberate trouble on this node's data links, for tests and drills.
     #[serde(default)]
     pub link_faults: LinkFaults,
+}
+
+/// How a node exchanges with the other ranks of its tensor-parallel group. Unknown keys are refused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct LinkConfig {
+    /// Whether to exchange through shared memory where all ranks of the group run on one host, as one user.
+    pub shared_memory: bool,
+    /// How long a rank that waits for another spins before it sleeps, in microseconds; default: by the cores there are.
+    pub spin_us: Option<u64>,
+}
+
+impl Default for LinkConfig {
+    fn default() -> LinkConfig {
+        LinkConfig { shared_memory: true, spin_us: None }
+    }
+}
+
+impl LinkConfig {
+    /// Longer than it takes to wake a sleeper, and most of the difference between two ranks that have cores of their own.
+    const SPIN: Duration = Duration::from_micros(200);
+    /// A few looks: somebody else has use for the core.
+    const SPIN_CROWDED: Duration = Duration::from_micros(5);
+
+    /// How long to spin in a group of `ranks` ranks with `threads` threads each. Spinning helps only while every thread of
+    /// the group has a core of its own.
+    pub fn spin(&self, ranks: usize, threads: usize) -> Duration {
+        let crowded = ranks.saturating_mul(threads) > ashlar_kernels::available_threads();
+        let default = if crowded { LinkConfig::SPIN_CROWDED } else { LinkConfig::SPIN };
+        self.spin_us.map_or(default, Duration::from_micros)
+    }
 }
 
 fn default_listen() -> String {
@@ -51,4 +86,39 @@ fn default_listen() -> String {
 
 fn default_state() -> PathBuf {
     PathBuf::from(".ashlar")
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    const EXAMPLE: &str = include_str!("../../configs/node.toml");
+
+    /// The example's keys that are commented out, as if they were not.
+    fn uncommented(section: &str) -> String {
+        let lines = EXAMPLE.lines().skip_while(|line| *line != format!("# [{section}]"));
+        lines
+            .take_while(|line| !line.is_empty())
+            .map(|line| line.trim_start_matches("# ").to_owned() + "\n")
+            .collect()
+    }
+
+    #[test]
+    fn the_example_is_valid_and_shows_the_defaults() {
+        let config: NodeConfig = toml::from_str(EXAMPLE).unwrap();
+        assert_eq!((config.links, config.link_faults), Default::default());
+        let config: NodeConfig =
+            toml::from_str(&[EXAMPLE, &uncommented("links"), &uncommented("link_faults")].concat()).unwrap();
+        assert_eq!(config.links, LinkConfig { shared_memory: true, spin_us: Some(200) });
+        assert_eq!(config.link_faults, LinkFaults::default());
+    }
+
+    #[test]
+    fn spinning_is_for_threads_that_have_cores() {
+        let config = LinkConfig::default();
+        assert_eq!(config.spin(1, 1), LinkConfig::SPIN);
+        assert_eq!(config.spin(8, usize::MAX), LinkConfig::SPIN_CROWDED);
+        assert_eq!(LinkConfig { spin_us: Some(7), ..config }.spin(8, 64), Duration::from_micros(7));
+    }
 }

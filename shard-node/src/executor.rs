@@ -3,7 +3,7 @@
 use crate::beat::Beat;
 use crate::config::NodeConfig;
 use crate::fence::Fence;
-use crate::links::{Inbound, LinkBreaker, Links, PendingLinks, Waiting};
+use crate::links::{Inbound, LinkBreaker, LinkSettings, Links, PendingLinks, Waiting};
 use crate::sampling::Samplers;
 use crate::sequencer::{Effect, Event, Row, Sequencer, StepWork};
 use crate::spans::Spans;
@@ -40,6 +40,9 @@ pub enum Command {
 
 /// How long links of a new layout may take to stand once the weights are loaded.
 const LINK_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// How often the group's agreement is looked at: it takes a few messages over a fast link.
+const AGREEMENT_POLL: Duration = Duration::from_millis(2);
 
 /// What the rest of the node may know of the compute thread.
 #[derive(Debug, Default, Clone)]
@@ -127,7 +130,7 @@ impl Executor {
     /// Applies commands until told to stop.
     pub fn run(mut self, commands: &Receiver<Command>) {
         loop {
-            match commands.recv_timeout(Beat::interval()) {
+            match commands.recv_timeout(self.patience()) {
                 Ok(Command::Assign(assignment)) => self.assign(*assignment),
                 Ok(Command::Release) => self.place = None,
                 Ok(Command::Step(plan)) => self.step(*plan),
@@ -138,6 +141,14 @@ impl Executor {
             // A beat cannot fail: its queue being full means that others speak.
             let _ = self.beat.tick();
             self.finish_links();
+        }
+    }
+
+    /// How long to wait for a command.
+    fn patience(&self) -> Duration {
+        match self.place.as_ref().map(|place| &place.links) {
+            Some(PlaceLinks::Pending(pending, _)) if pending.is_connected() => AGREEMENT_POLL,
+            _ => Beat::interval(),
         }
     }
 
@@ -178,7 +189,13 @@ impl Executor {
     fn take_place(&mut self, assignment: Assignment) -> Result<Place, String> {
         self.load(&assignment)?;
         let loaded = self.loaded.as_ref().ok_or("no weights")?;
-        let links = PendingLinks::connect(&assignment, self.config.link_faults)
+        let ranks = assignment.tensor_parallel_size as usize;
+        let settings = LinkSettings {
+            faults: self.config.link_faults,
+            shared_memory: self.config.links.shared_memory,
+            spin: self.config.links.spin(ranks, self.kernels.threads()),
+        };
+        let links = PendingLinks::connect(&assignment, settings)
             .map_err(|error| format!("cannot reach another rank: {error}"))?;
         let model = &loaded.model;
         let last = model.slice().last;
@@ -272,7 +289,7 @@ impl Executor {
         let PlaceLinks::Pending(pending, since) = &mut place.links else { return };
         let revision = place.assignment.revision;
         if !pending.collect(&mut self.waiting) {
-            if since.elapsed() > LINK_TIMEOUT {
+            if !pending.is_connected() && since.elapsed() > LINK_TIMEOUT {
                 let message = format!("other ranks did not connect within {} s", LINK_TIMEOUT.as_secs());
                 self.fail(revision, message);
             }
@@ -283,6 +300,9 @@ impl Executor {
         match pending.finish(&self.breaker, &self.beat) {
             Err(error) => self.fail(revision, format!("a link broke while it was made: {error}")),
             Ok(links) => {
+                if let Some(transport) = links.group.transport() {
+                    info!(%revision, "{transport}");
+                }
                 place.links = PlaceLinks::Up(Box::new(links));
                 let weights = self.loaded.as_ref().map_or(Bytes(0), |loaded| loaded.model.bytes());
                 let reserved = weights + place.cache.bytes() + place.work.bytes();

@@ -6,7 +6,8 @@
 //! * [`sequencer`]: pure: which plans are valid, and what each sequence's tokens and blocks are.
 //! * [`executor`]: the compute thread: applies plans strictly in order.
 //! * [`sampling`]: samplers and grammars of the last stage's rank 0.
-//! * [`links`]: data connections to other ranks; the tensor-parallel group's exchange.
+//! * [`links`]: data connections to other ranks.
+//! * [`group`]: the tensor-parallel group's exchange, through shared memory or over sockets.
 //! * [`fence`]: the persisted highest lease term.
 //! * [`spans`]: what traced requests cost this rank.
 //! * [`service`]: the thin shell: control connection, data listener, reconnects.
@@ -19,6 +20,7 @@ pub mod beat;
 pub mod config;
 pub mod executor;
 pub mod fence;
+pub mod group;
 pub mod links;
 pub mod sampling;
 pub mod sequencer;

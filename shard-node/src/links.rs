@@ -1,21 +1,21 @@
-//! Data connections of a rank: from the previous stage, to the next one, and within the tensor-parallel group.
+//! Data connections of a rank: from the previous stage, to the next one, and within the tensor-parallel group. What the
+//! group does with its own is in [`crate::group`].
 
 use crate::beat::Beat;
-use ashlar_model::{Collective, CollectiveError};
-use ashlar_protocol::data::{DataLink, LinkFaults, LinkHello, LinkPurpose, PayloadHeader, PayloadKind};
+use crate::group::Group;
+use crate::group::agreement::{Agreed, Agreement, AgreementError};
+use ashlar_protocol::data::{DataLink, LinkFaults, LinkHello, LinkPurpose, PayloadHeader};
 use ashlar_protocol::frame::{self, FrameError};
 use ashlar_protocol::membership::Assignment;
-use ashlar_vocabulary::{ReplicaRevision, StepId};
+use ashlar_vocabulary::ReplicaRevision;
 use std::collections::BTreeMap;
 use std::net::{Shutdown, TcpStream, ToSocketAddrs};
 use std::sync::mpsc;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// How long connecting to a peer may take.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
-/// Values per exchange within a group: small enough that both sides may send before either receives.
-const EXCHANGE_VALUES: usize = 8 << 10;
 /// Activations waiting to be sent to the next stage.
 const SEND_QUEUE: usize = 16;
 
@@ -32,8 +32,8 @@ impl LinkBreaker {
         }
     }
 
-    fn register(&self, link: &DataLink) -> Result<(), FrameError> {
-        let socket = link.try_clone_socket()?;
+    fn register(&self, socket: &TcpStream) -> std::io::Result<()> {
+        let socket = socket.try_clone()?;
         self.0.lock().unwrap_or_else(PoisonError::into_inner).push(socket);
         Ok(())
     }
@@ -103,22 +103,52 @@ pub struct Links {
     pub group: Group,
 }
 
+/// How a rank's links are made.
+#[derive(Debug, Clone, Copy)]
+pub struct LinkSettings {
+    /// Deliberate trouble.
+    pub faults: LinkFaults,
+    /// Whether the group may exchange through shared memory.
+    pub shared_memory: bool,
+    /// How long a rank that waits in shared memory spins before it sleeps.
+    pub spin: Duration,
+}
+
+/// Why links do not stand.
+#[derive(Debug, thiserror::Error)]
+pub enum LinkError {
+    /// A connection failed.
+    #[error(transparent)]
+    Connection(#[from] FrameError),
+    /// The group did not come to an agreement.
+    #[error(transparent)]
+    Agreement(#[from] AgreementError),
+}
+
 /// Links being made: outbound ones stand, inbound ones may still be missing.
 #[derive(Debug)]
 pub struct PendingLinks {
     revision: ReplicaRevision,
-    faults: LinkFaults,
+    settings: LinkSettings,
     needs_previous: bool,
     previous: Option<TcpStream>,
     next: Option<TcpStream>,
     rank: usize,
     size: usize,
-    peers: BTreeMap<usize, TcpStream>,
+    group: PendingGroup,
+}
+
+/// How far a group has come.
+#[derive(Debug)]
+enum PendingGroup {
+    Connecting(BTreeMap<usize, TcpStream>),
+    Agreeing(Agreement),
+    Done(Result<Agreed, AgreementError>),
 }
 
 impl PendingLinks {
     /// Connects to the next stage and to the lower ranks of the group.
-    pub fn connect(assignment: &Assignment, faults: LinkFaults) -> Result<PendingLinks, FrameError> {
+    pub fn connect(assignment: &Assignment, settings: LinkSettings) -> Result<PendingLinks, FrameError> {
         let hello = |purpose| LinkHello { term: assignment.term, revision: assignment.revision, purpose };
         let rank = assignment.tensor_rank.0 as usize;
         let mut peers = BTreeMap::new();
@@ -132,55 +162,67 @@ impl PendingLinks {
         };
         Ok(PendingLinks {
             revision: assignment.revision,
-            faults,
+            settings,
             needs_previous: assignment.stage.0 > 0,
             previous: None,
             next,
             rank,
-            size: assignment.tensor_parallel_size as usize,
-            peers,
+            size: (assignment.tensor_parallel_size as usize).max(1),
+            group: PendingGroup::Connecting(peers),
         })
     }
 
-    /// Takes what has arrived; whether all links stand now.
+    /// Takes what has arrived, and goes on with the group's agreement; whether [`PendingLinks::finish`] may be called.
     pub fn collect(&mut self, waiting: &mut Waiting) -> bool {
         if self.needs_previous && self.previous.is_none() {
             self.previous = waiting.take(self.revision, LinkPurpose::Activations);
         }
-        for peer in self.rank + 1..self.size {
-            if let std::collections::btree_map::Entry::Vacant(slot) = self.peers.entry(peer)
-                && let Some(socket) = waiting.take(self.revision, LinkPurpose::Group { rank: peer as u32 })
-            {
-                slot.insert(socket);
+        if let PendingGroup::Connecting(peers) = &mut self.group {
+            for peer in self.rank + 1..self.size {
+                if let std::collections::btree_map::Entry::Vacant(slot) = peers.entry(peer)
+                    && let Some(socket) =
+                        waiting.take(self.revision, LinkPurpose::Group { rank: peer as u32 })
+                {
+                    slot.insert(socket);
+                }
+            }
+            if peers.len() + 1 == self.size {
+                let peers = std::mem::take(peers);
+                self.group = PendingGroup::Agreeing(Agreement::start(self.rank, peers, self.settings));
             }
         }
-        (!self.needs_previous || self.previous.is_some()) && self.peers.len() + 1 == self.size.max(1)
+        if let PendingGroup::Agreeing(agreement) = &mut self.group
+            && let Some(outcome) = agreement.outcome()
+        {
+            self.group = PendingGroup::Done(outcome);
+        }
+        self.is_connected() && matches!(self.group, PendingGroup::Done(_))
+    }
+
+    /// Whether every connection stands. What may still be missing is the group's agreement, which ends by itself: it waits
+    /// only for ranks whose connections stand, and ends with them.
+    pub fn is_connected(&self) -> bool {
+        (!self.needs_previous || self.previous.is_some())
+            && !matches!(self.group, PendingGroup::Connecting(_))
     }
 
     /// The finished links.
-    pub fn finish(self, breaker: &LinkBreaker, beat: &Beat) -> Result<Links, FrameError> {
+    pub fn finish(self, breaker: &LinkBreaker, beat: &Beat) -> Result<Links, LinkError> {
         let open = |socket: TcpStream| -> Result<DataLink, FrameError> {
-            let link = DataLink::new(socket, self.faults)?;
-            breaker.register(&link)?;
-            Ok(link)
+            breaker.register(&socket)?;
+            Ok(DataLink::new(socket, self.settings.faults)?)
+        };
+        let agreed = match self.group {
+            PendingGroup::Done(outcome) => outcome?,
+            PendingGroup::Connecting(_) | PendingGroup::Agreeing(_) => return Err(FrameError::Closed.into()),
         };
         let previous = self.previous.map(open).transpose()?;
         let next = self.next.map(open).transpose()?.map(Sender::start);
-        let mut peers = BTreeMap::new();
-        for (peer, socket) in self.peers {
-            peers.insert(peer, open(socket)?);
+        for socket in agreed.peers.values() {
+            breaker.register(socket).map_err(FrameError::Io)?;
         }
-        let group = Group {
-            rank: self.rank,
-            size: self.size,
-            revision: self.revision,
-            step: StepId(0),
-            sequence: 0,
-            peers,
-            scratch: Vec::new(),
-            spent: Duration::ZERO,
-            beat: beat.clone(),
-        };
+        let group = Group::new(self.rank, self.revision, agreed, self.settings.faults, beat.clone())
+            .map_err(FrameError::Io)?;
         Ok(Links { previous, next, group })
     }
 }
@@ -214,105 +256,5 @@ impl Sender {
         buffer.clear();
         buffer.extend_from_slice(values);
         self.queue.send((header, buffer)).map_err(|_| FrameError::Closed)
-    }
-}
-
-/// The tensor-parallel group as this rank sees it.
-#[derive(Debug)]
-pub struct Group {
-    rank: usize,
-    size: usize,
-    revision: ReplicaRevision,
-    step: StepId,
-    sequence: u32,
-    peers: BTreeMap<usize, DataLink>,
-    scratch: Vec<f32>,
-    spent: Duration,
-    beat: Beat,
-}
-
-impl Group {
-    /// Starts counting exchanges for `step`.
-    pub fn begin(&mut self, step: StepId) {
-        (self.step, self.sequence, self.spent) = (step, 0, Duration::ZERO);
-    }
-
-    /// Time spent exchanging since [`Group::begin`].
-    pub fn spent(&self) -> Duration {
-        self.spent
-    }
-
-    fn header(&mut self) -> PayloadHeader {
-        self.sequence += 1;
-        PayloadHeader {
-            kind: PayloadKind::Collective,
-            revision: self.revision,
-            step: self.step,
-            sequence: self.sequence,
-        }
-    }
-
-    fn with_peer<R>(
-        &mut self,
-        peer: usize,
-        exchange: impl FnOnce(&mut DataLink) -> Result<R, FrameError>,
-    ) -> Result<R, CollectiveError> {
-        let lost = |reason: String| CollectiveError { rank: peer, reason };
-        let link = self.peers.get_mut(&peer).ok_or_else(|| lost("not connected".into()))?;
-        exchange(link).map_err(|error| lost(error.to_string()))
-    }
-}
-
-impl Collective for Group {
-    fn rank(&self) -> usize {
-        self.rank
-    }
-
-    fn size(&self) -> usize {
-        self.size
-    }
-
-    /// Pairs meet in rounds (`partner = rank ⊕ round`) and exchange chunk by chunk, so that no two ranks ever wait for
-    /// each other to read.
-    fn all_gather(&mut self, own: &[f32], all: &mut [f32]) -> Result<(), CollectiveError> {
-        let started = Instant::now();
-        all[self.rank * own.len()..(self.rank + 1) * own.len()].copy_from_slice(own);
-        let beat = self.beat.clone();
-        for (index, chunk) in own.chunks(EXCHANGE_VALUES).enumerate() {
-            let header = self.header();
-            for round in 1..self.size {
-                let peer = self.rank ^ round;
-                let at = peer * own.len() + index * EXCHANGE_VALUES;
-                let target = &mut all[at..at + chunk.len()];
-                self.with_peer(peer, |link| {
-                    link.send(header, chunk)?;
-                    link.receive(header, target, &mut || beat.tick())
-                })?;
-            }
-        }
-        self.spent += started.elapsed();
-        Ok(())
-    }
-
-    fn gather(&mut self, own: &[f32], lengths: &[usize], all: &mut [f32]) -> Result<(), CollectiveError> {
-        let started = Instant::now();
-        let header = self.header();
-        if self.rank > 0 {
-            self.with_peer(0, |link| link.send(header, own))?;
-        } else {
-            all[..own.len()].copy_from_slice(own);
-            let mut at = own.len();
-            let beat = self.beat.clone();
-            for (peer, &length) in lengths.iter().enumerate().skip(1) {
-                let mut scratch = std::mem::take(&mut self.scratch);
-                scratch.resize(length, 0.0);
-                self.with_peer(peer, |link| link.receive(header, &mut scratch, &mut || beat.tick()))?;
-                all[at..at + length].copy_from_slice(&scratch);
-                self.scratch = scratch;
-                at += length;
-            }
-        }
-        self.spent += started.elapsed();
-        Ok(())
     }
 }

@@ -39,6 +39,7 @@ fn ours(names: &BTreeSet<String>) -> BTreeSet<&str> {
 fn the_vocabulary_imports_nothing_of_ours_and_pure_crates_only_it() {
     let all = dependencies();
     assert_eq!(ours(&all["ashlar-vocabulary"]), BTreeSet::new());
+    assert_eq!(ours(&all["ashlar-shared-memory"]), BTreeSet::new());
     for name in ["ashlar-shard-plan", "ashlar-kernels", "ashlar-protocol"] {
         assert_eq!(ours(&all[name]), BTreeSet::from(["ashlar-vocabulary"]), "{name}");
     }
@@ -140,12 +141,18 @@ fn pure_cores_have_no_runtime_clock_randomness_or_io() {
 }
 
 #[test]
-fn unsafe_code_lives_in_the_kernels_alone() {
+fn unsafe_code_lives_in_the_kernels_and_the_shared_memory_alone() {
     let mut files = Vec::new();
     rust_files(&root(), &mut files);
     let roots = files.iter().filter(|file| file.ends_with("src/lib.rs") || file.ends_with("src/main.rs"));
-    for file in roots.filter(|file| !file.starts_with(root().join("crates/kernels"))) {
+    let may = ["crates/kernels", "crates/shared-memory"].map(|folder| root().join(folder));
+    for file in roots.filter(|file| !may.iter().any(|folder| file.starts_with(folder))) {
         let text = fs::read_to_string(file).unwrap();
         assert!(text.contains("#![forbid(unsafe_code)]"), "{} does not forbid unsafe code", file.display());
+    }
+    // Of the shared memory's crate, one file.
+    for (file, line) in code_lines("crates/shared-memory/src") {
+        let mapping = file.ends_with("segment.rs");
+        assert!(mapping || !line.contains("unsafe "), "{}: {line}", file.display());
     }
 }

@@ -145,10 +145,21 @@ fn a_killed_gateway_drops_its_connections_is_started_again_and_answers_as_before
 #[test]
 fn a_frozen_node_is_noticed_and_once_it_goes_on_the_cluster_answers_as_before() {
     let _alone = alone();
-    let cluster = Cluster::demo();
-    let before = ask(&cluster);
+    check_frozen(&Cluster::demo());
+}
+
+/// The other rank sleeps in shared memory and must go on saying that it lives, else it would be taken for the frozen one.
+#[test]
+fn a_frozen_rank_is_noticed_and_once_it_goes_on_the_cluster_answers_as_before() {
+    let _alone = alone();
+    check_frozen(&Cluster::start(&["--stages", "1", "--tp", "2"]));
+}
+
+#[track_caller]
+fn check_frozen(cluster: &Cluster) {
+    let before = ask(cluster);
     for node in ["node-0", "node-1"] {
-        let stream = running_stream(&cluster);
+        let stream = running_stream(cluster);
         let pid = cluster.pid(node);
         let frozen = Instant::now();
         assert!(processes::signal(pid, "STOP"));
@@ -164,13 +175,13 @@ fn a_frozen_node_is_noticed_and_once_it_goes_on_the_cluster_answers_as_before() 
         assert!(refused.text().contains(node), "{}", refused.text());
         assert!(processes::signal(pid, "CONT"));
         let going_on = Instant::now();
-        assert_eq!(ask_until_answered(&cluster), before, "after {node} was frozen");
+        assert_eq!(ask_until_answered(cluster), before, "after {node} was frozen");
         println!(
             "{node}: noticed after {took:?} ({message}), answering again {:?} after it went on",
             going_on.elapsed()
         );
     }
-    assert_no_panic(&cluster);
+    assert_no_panic(cluster);
 }
 
 #[test]

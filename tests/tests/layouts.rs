@@ -187,6 +187,30 @@ fn every_cut_answers_with_the_same_bytes() {
     }
 }
 
+/// How every group of the cluster says that its ranks exchange.
+fn transports(cluster: &Cluster) -> Vec<String> {
+    let said = cluster.said();
+    let lines = said.lines().filter_map(|line| line.split_once(" ranks of the group exchange "));
+    lines.map(|(_, how)| how.to_owned()).collect()
+}
+
+#[test]
+fn sockets_and_shared_memory_answer_with_the_same_bytes() {
+    let (expected, _) = reference();
+    let all = mixed();
+    for (setting, words) in [("true", "through shared memory"), ("false", "over sockets: ")] {
+        for ranks in ["2", "4"] {
+            let setting = format!("links.shared_memory={setting}");
+            let args = ["--stages", "2", "--tp", ranks, "--set-node", &setting];
+            let cluster = Cluster::start(&args);
+            assert_same(&all, expected, &ask_at_once(&cluster, &all, 1), &args.join(" "));
+            let transports = transports(&cluster);
+            assert!(transports.len() >= 4, "{}", cluster.said());
+            assert!(transports.iter().all(|how| how.contains(words)), "{transports:?}");
+        }
+    }
+}
+
 #[test]
 fn preemption_changes_no_byte() {
     let (expected, expected_long) = reference();

@@ -33,6 +33,7 @@ impl ReservedPort {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
     use super::*;
     use std::net::{TcpListener, TcpStream};
 

@@ -85,6 +85,9 @@ pub(crate) struct UpArgs {
     /// More keys of the scheduler's configuration, `key=value` in TOML, for example max_num_seqs=16.
     #[arg(long = "set", value_name = "KEY=VALUE")]
     scheduler_settings: Vec<String>,
+    /// More keys of every node's configuration, `key=value` in TOML, for example links.shared_memory=false.
+    #[arg(long = "set-node", value_name = "KEY=VALUE")]
+    node_settings: Vec<String>,
 }
 
 /// How many of something: at least one, and no more than one machine could ever start.
@@ -197,9 +200,11 @@ impl Cluster {
                     isa: args.isa.clone(),
                     layers: None,
                     otlp_endpoint: args.otlp_endpoint.clone(),
+                    links: Default::default(),
                     link_faults: Default::default(),
                 };
-                roles.write(&name, "node", &config)
+                let config = toml::Table::try_from(&config).context("a node's configuration")?;
+                roles.write(&name, "node", &with_settings(config, &args.node_settings, "--set-node")?)
             })
             .collect::<Result<Vec<_>>>()?;
         Ok(Cluster {
@@ -207,7 +212,11 @@ impl Cluster {
             scheduler: roles.write(
                 "scheduler",
                 "scheduler",
-                &with_settings(&scheduler, &args.scheduler_settings)?,
+                &with_settings(
+                    toml::Table::try_from(&scheduler).context("the scheduler's configuration")?,
+                    &args.scheduler_settings,
+                    "--set",
+                )?,
             )?,
             nodes,
             model_name: served,
@@ -340,13 +349,23 @@ impl Writer<'_> {
     }
 }
 
-fn with_settings(config: &SchedulerConfig, settings: &[String]) -> Result<toml::Table> {
-    let mut table = toml::Table::try_from(config).context("the scheduler's configuration")?;
+/// A configuration with the keys that were given as `option key=value`.
+fn with_settings(mut table: toml::Table, settings: &[String], option: &str) -> Result<toml::Table> {
     for setting in settings {
         let parsed: toml::Table = setting
             .parse()
-            .with_context(|| format!("--set {setting}: write key=value, strings in quotes"))?;
-        table.extend(parsed);
+            .with_context(|| format!("{option} {setting}: write key=value, strings in quotes"))?;
+        merge(&mut table, parsed);
     }
     Ok(table)
+}
+
+/// Puts `settings` into `table`; a table within changes only the keys that it names.
+fn merge(table: &mut toml::Table, settings: toml::Table) {
+    for (key, value) in settings {
+        match (table.get_mut(&key), value) {
+            (Some(toml::Value::Table(inner)), toml::Value::Table(settings)) => merge(inner, settings),
+            (_, value) => drop(table.insert(key, value)),
+        }
+    }
 }

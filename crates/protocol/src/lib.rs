@@ -4,6 +4,7 @@
 //! * [`membership`]: node ↔ scheduler, control plane (join, assignment, readiness).
 //! * [`step`]: scheduler → ranks → scheduler, every step (plans and results).
 //! * [`data`]: rank ↔ rank (activations between stages, partial sums within a tensor-parallel group).
+//! * [`group`]: rank ↔ rank (how a tensor-parallel group will exchange), once per layout.
 //! * [`frame`]: length, checksum and version around all of it, for asynchronous and blocking sockets.
 //!
 //! **Invariants:** only this crate knows the bytes on a wire. Lengths are capped before anything is allocated. Every
@@ -13,9 +14,10 @@
 
 pub mod data;
 pub mod frame;
+pub mod group;
 pub mod membership;
 pub mod serving;
 pub mod step;
 
 /// Version of all messages here. Two processes that differ refuse each other, naming both versions.
-pub const WIRE_VERSION: u32 = 1;
+pub const WIRE_VERSION: u32 = 2;

@@ -7,7 +7,7 @@ use crate::bench::rows::Work;
 use anyhow::{Context, Result, anyhow};
 use ashlar_kernels::{Isa, Kernels};
 use ashlar_model::{RankSlice, StageModel};
-use ashlar_shard_node::links::LinkBreaker;
+use ashlar_shard_node::links::{LinkBreaker, LinkSettings};
 use ashlar_vocabulary::Bytes;
 use std::cell::Cell;
 use std::path::Path;
@@ -49,6 +49,17 @@ pub(super) struct Timed {
     pub(super) ranks: Vec<Spent>,
 }
 
+/// What all ranks of a layout have alike.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct RankSetup {
+    /// Compute threads of each.
+    pub(super) threads: usize,
+    /// Their instruction set.
+    pub(super) isa: Isa,
+    /// How they exchange.
+    pub(super) links: LinkSettings,
+}
+
 /// Ranks at work.
 #[derive(Debug)]
 pub(super) struct Running {
@@ -70,15 +81,14 @@ impl Running {
         kind: Kind,
         directory: &Path,
         slices: Vec<RankSlice>,
-        threads_each: usize,
-        isa: Isa,
+        each: RankSetup,
         plan: &Plan,
         progress: &mut dyn FnMut(Bytes, Bytes),
     ) -> Result<Running> {
         let mut models = Vec::with_capacity(slices.len());
         let mut before = Bytes(0);
         for slice in &slices {
-            let kernels = Arc::new(Kernels::new(isa, threads_each));
+            let kernels = Arc::new(Kernels::new(each.isa, each.threads));
             let model = StageModel::load(
                 directory,
                 plan.quantization(),
@@ -110,7 +120,7 @@ impl Running {
             let (breaker, report, ready) = (breaker.clone(), report.clone(), ready.clone());
             let (sequences, rows_max) = (plan.sequences().clone(), plan.rows_max());
             let body = move || {
-                let links = wiring::connect(port, model.slice(), stage, group, next, &breaker);
+                let links = wiring::connect(port, model.slice(), stage, group, next, each.links, &breaker);
                 match links.map(|links| Rank::new(rank, model, sequences, rows_max, links)) {
                     Err(error) => drop(ready.send(Err(error))),
                     Ok(rank) => {

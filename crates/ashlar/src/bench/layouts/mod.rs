@@ -1,7 +1,7 @@
 //! `ashlar bench layouts`: one rank of all threads against two ranks and two stages of half the threads each.
 //!
 //! Layout: [`layout`] (a layout that runs: ranks, links, the window of steps in flight), [`rank`] (one rank's thread),
-//! [`wiring`] (real TCP links over loopback), [`measure`] (what is measured in which order), [`report`] (ratios, bounds
+//! [`wiring`] (the links of real nodes), [`measure`] (what is measured in which order), [`report`] (ratios, bounds
 //! and where the rest went).
 //!
 //! Ranks are threads of this process, each with kernels, weights and cache of its own, joined by the same links as the
@@ -22,9 +22,12 @@ use anyhow::{Context, Result, bail};
 use ashlar_kernels::{Isa, Kernels};
 use ashlar_model::stage::expected_bytes;
 use ashlar_model::{ModelConfig, RankSlice, hub};
+use ashlar_protocol::data::LinkFaults;
+use ashlar_shard_node::config::LinkConfig;
+use ashlar_shard_node::links::LinkSettings;
 use ashlar_vocabulary::{Bytes, LayerRange, ModelShape, Quantization};
 use clap::Args;
-use layout::{Kind, Running};
+use layout::{Kind, RankSetup, Running};
 use measure::{Measurement, Plan};
 use std::path::Path;
 
@@ -72,6 +75,9 @@ pub(crate) struct LayoutArgs {
     /// Measure only this layout against one rank.
     #[arg(long, value_enum)]
     only: Option<Only>,
+    /// How two tensor-parallel ranks exchange. Stages always send over loopback TCP.
+    #[arg(long, value_enum, default_value_t = Transport::Shared)]
+    transport: Transport,
     /// Instruction set: avx512, avx2 or portable; default: the best.
     #[arg(long, value_parser = super::parse_isa)]
     isa: Option<Isa>,
@@ -87,6 +93,34 @@ enum Only {
     Tp,
     /// Two pipeline stages.
     Stages,
+}
+
+/// How a tensor-parallel group exchanges.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Transport {
+    /// Through shared memory, as nodes on one host do.
+    Shared,
+    /// Over loopback TCP, as nodes on different hosts would over their network.
+    Tcp,
+}
+
+impl Transport {
+    /// For people.
+    fn name(self) -> &'static str {
+        match self {
+            Transport::Shared => "shared memory",
+            Transport::Tcp => "loopback TCP",
+        }
+    }
+
+    /// The links of ranks with `threads` threads each.
+    fn settings(self, ranks: usize, threads: usize) -> LinkSettings {
+        LinkSettings {
+            faults: LinkFaults::default(),
+            shared_memory: self == Transport::Shared,
+            spin: LinkConfig::default().spin(ranks, threads),
+        }
+    }
 }
 
 pub(crate) fn run(args: &LayoutArgs) -> Result<()> {
@@ -196,14 +230,18 @@ fn load(
     kind: Kind,
 ) -> Result<Running> {
     let slices: Vec<RankSlice> = kind.slices(&config.shape);
-    let threads = args.threads / slices.len();
+    let ranks = slices.len();
+    let threads = args.threads / ranks;
     let bar = progress_bar(0, LOADING).with_message(format!("loading {}", kind.name()));
     let layout = Running::start(
         kind,
         directory,
         slices,
-        threads,
-        args.isa.unwrap_or_else(Isa::best),
+        RankSetup {
+            threads,
+            isa: args.isa.unwrap_or_else(Isa::best),
+            links: args.transport.settings(ranks, threads),
+        },
         plan,
         &mut |loaded, total| {
             bar.set_length(total.0);

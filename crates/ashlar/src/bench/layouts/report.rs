@@ -26,6 +26,8 @@ use serde::Serialize;
 pub(super) struct Report {
     model: String,
     threads: usize,
+    /// How the two tensor-parallel ranks exchange.
+    transport: &'static str,
     context: usize,
     repeats: usize,
     /// Layers of the two stages.
@@ -181,6 +183,7 @@ impl Report {
         Report {
             model: args.model.clone(),
             threads: args.threads,
+            transport: args.transport.name(),
             context: args.context,
             repeats: args.repeat,
             stage_layers: (cut, shape.num_layers - cut),
@@ -192,10 +195,11 @@ impl Report {
     /// Tables for people.
     pub(super) fn print(&self) {
         println!(
-            "{}: one rank × {} threads against two ranks and two stages × {}, loopback TCP, context {}, median of {} \
+            "{}: one rank × {} threads against two ranks ({}) and two stages (loopback TCP) × {}, context {}, median of {} \
              repeats",
             self.model,
             self.threads,
+            self.transport,
             self.threads / 2,
             self.context,
             self.repeats

@@ -2,10 +2,10 @@
 
 use anyhow::{Context, Result, bail};
 use ashlar_model::RankSlice;
-use ashlar_protocol::data::LinkFaults;
 use ashlar_protocol::membership::Assignment;
 use ashlar_shard_node::beat::Beat;
-use ashlar_shard_node::links::{self, Inbound, LinkBreaker, Links, PendingLinks, Waiting};
+use ashlar_shard_node::group::GroupTransport;
+use ashlar_shard_node::links::{self, Inbound, LinkBreaker, LinkSettings, Links, PendingLinks, Waiting};
 use ashlar_vocabulary::{LeaseTerm, ModelDigest, ReplicaId, ReplicaRevision, StageIndex, TensorRank};
 use std::net::TcpListener;
 use std::sync::mpsc;
@@ -15,6 +15,8 @@ use std::time::{Duration, Instant};
 pub(super) const REVISION: ReplicaRevision = ReplicaRevision(1);
 /// How long ranks may take to connect, on a busy machine.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(20);
+/// How often a group's agreement is looked at.
+const AGREEMENT_POLL: Duration = Duration::from_millis(1);
 
 /// Where a rank listens.
 #[derive(Debug)]
@@ -45,6 +47,7 @@ pub(super) fn connect(
     stage: usize,
     group: Vec<String>,
     next: Option<String>,
+    settings: LinkSettings,
     breaker: &LinkBreaker,
 ) -> Result<Links> {
     let assignment = Assignment {
@@ -67,18 +70,30 @@ pub(super) fn connect(
     };
     let expected = usize::from(stage > 0) + slice.tensor_parallel_size - 1 - slice.tensor_rank;
     let inbound = accept_in_background(port.listener, expected);
-    let mut pending =
-        PendingLinks::connect(&assignment, LinkFaults::default()).context("cannot reach another rank")?;
+    let mut pending = PendingLinks::connect(&assignment, settings).context("cannot reach another rank")?;
     let (mut waiting, deadline) = (Waiting::default(), Instant::now() + CONNECT_TIMEOUT);
     while !pending.collect(&mut waiting) {
-        match inbound.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+        let remaining = deadline.saturating_duration_since(Instant::now());
+        if pending.is_connected() && !remaining.is_zero() {
+            // Only the group's agreement is missing, which ends by itself.
+            std::thread::sleep(AGREEMENT_POLL);
+            continue;
+        }
+        match inbound.recv_timeout(remaining) {
             Ok(arrived) => waiting.keep(arrived?),
             Err(_) => bail!("another rank did not connect within {} s", CONNECT_TIMEOUT.as_secs()),
         }
     }
     // Nobody listens to the signs of life here.
     let (beats, _) = tokio::sync::mpsc::channel(1);
-    pending.finish(breaker, &Beat::new(beats)).context("a link broke while it was made")
+    let links = pending.finish(breaker, &Beat::new(beats)).context("a link broke while it was made")?;
+    // A figure must not stand under the wrong name.
+    match links.group.transport() {
+        Some(GroupTransport::Sockets { reason, .. }) if settings.shared_memory => {
+            bail!("the ranks cannot share memory ({reason}): measure with --transport tcp")
+        }
+        _ => Ok(links),
+    }
 }
 
 /// Accepts `expected` connections on a thread of its own, because a peer waits for our greeting while we wait for its.
