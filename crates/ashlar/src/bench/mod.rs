@@ -11,6 +11,7 @@
 mod layouts;
 mod machine;
 mod model;
+mod peer;
 mod random;
 mod rows;
 mod serve;
