@@ -94,8 +94,8 @@ fn a_reference_alone_has_a_perplexity() {
     let model = model(folder.path(), "model", 512);
     let report = measure(&args(&model, folder.path(), &sentence())).unwrap();
     let reference = serde_json::to_value(&report.reference).unwrap();
-    // Random weights know nothing: the perplexity is about the size of the vocabulary.
-    assert!((100.0..3000.0).contains(&reference["perplexity"].as_f64().unwrap()), "{reference}");
+    // Random weights know less than nothing.
+    assert!(reference["perplexity"].as_f64().unwrap() > 512.0, "{reference}");
     assert!(report.candidates.is_empty());
 }
 
