@@ -1,8 +1,9 @@
 //! `ashlar bench`: measurements beside the machine's own limits.
 //!
 //! Layout: [`model`] (one model on this machine), [`layouts`] (the same model cut three ways, interleaved in one run),
-//! [`serve`] (a running service, from outside). They share [`machine`] (limits measured in the same run), [`rows`] (what
-//! a step computes), [`stats`], [`random`] and [`table`].
+//! [`serve`] (a running service, from outside), [`quality`] (what quantisation costs). They share [`machine`] (limits
+//! measured in the same run), [`peer`] (another program's benchmark in turn), [`rows`] (what a step computes), [`stats`],
+//! [`random`] and [`table`].
 //!
 //! **Invariants:** everything but time is a function of the arguments and the seed. A comparison is interleaved within
 //! one run and reported as the median of paired ratios, because absolute figures drift with the machine. Tables go to
@@ -11,6 +12,8 @@
 mod layouts;
 mod machine;
 mod model;
+mod peer;
+mod quality;
 mod random;
 mod rows;
 mod serve;
@@ -28,7 +31,9 @@ use clap::{Args, Subcommand};
 #[command(after_help = "Examples:
   ashlar bench model --model ./llama-3.2-1b                      how near to the machine's limits
   ashlar bench layouts --model ./llama-3.2-1b                    one rank, two ranks, two stages
-  ashlar bench serve --url http://127.0.0.1:8080 --rate 4        a running service under load")]
+  ashlar bench serve --url http://127.0.0.1:8080 --rate 4        a running service under load
+  ashlar bench quality --model m.gguf --text t.txt --quantize q4_0
+                                                                 what quantisation costs")]
 pub(crate) struct BenchArgs {
     #[command(subcommand)]
     what: What,
@@ -42,6 +47,8 @@ enum What {
     Layouts(layouts::LayoutArgs),
     /// Load any OpenAI-compatible service and report latencies, throughput and goodput.
     Serve(Box<serve::ServeArgs>),
+    /// Perplexity, KL divergence and agreement of quantised models against the original, on a text.
+    Quality(quality::QualityArgs),
 }
 
 /// Measures and prints.
@@ -50,6 +57,7 @@ pub(crate) fn run(args: BenchArgs) -> Result<()> {
         What::Model(args) => model::run(&args),
         What::Layouts(args) => layouts::run(&args),
         What::Serve(args) => serve::run(*args),
+        What::Quality(args) => quality::run(&args),
     }
 }
 

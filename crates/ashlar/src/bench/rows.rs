@@ -4,7 +4,8 @@
 
 use ashlar_kernels::{BLOCK_TOKENS, RowContext};
 use ashlar_model::KvCache;
-use ashlar_vocabulary::{BlockId, ModelShape, TokenId};
+use ashlar_model::stage::LOGIT_ROWS_MAX;
+use ashlar_vocabulary::{BlockId, Bytes, ModelShape, TokenId};
 
 /// One step of one micro-batch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -97,6 +98,13 @@ impl Sequences {
 /// Bytes of keys and values of one token, all layers and heads.
 pub(crate) fn kv_bytes_per_token(shape: &ModelShape) -> usize {
     2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * size_of::<f32>()
+}
+
+/// An upper bound of a rank's step buffers, for the memory check.
+pub(crate) fn workspace_bytes(shape: &ModelShape, rows: usize) -> Bytes {
+    let wide = 2 * shape.intermediate_size + shape.num_heads * shape.head_dim;
+    let per_row = 5 * shape.hidden_size + 2 * wide;
+    Bytes((4 * (rows * per_row + 3 * LOGIT_ROWS_MAX * shape.vocab_size)) as u64)
 }
 
 /// Writes small values everywhere, so that every page is a page of its own, as after real prefills.

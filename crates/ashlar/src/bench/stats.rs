@@ -33,7 +33,12 @@ impl Summary {
 
 /// The median; 0 of nothing.
 pub(crate) fn median(values: &[f64]) -> f64 {
-    percentile_of_sorted(&sorted(values), 50.0).unwrap_or(0.0)
+    percentile(values, 50.0)
+}
+
+/// The value below which `percent` of the values lie; 0 of nothing.
+pub(crate) fn percentile(values: &[f64], percent: f64) -> f64 {
+    percentile_of_sorted(&sorted(values), percent).unwrap_or(0.0)
 }
 
 /// The arithmetic mean; `None` of nothing.

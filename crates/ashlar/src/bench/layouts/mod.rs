@@ -15,8 +15,7 @@ mod report;
 mod wiring;
 
 use super::machine::Machine;
-use super::model::workspace_bytes;
-use super::rows::kv_bytes_per_token;
+use super::rows::{kv_bytes_per_token, workspace_bytes};
 use super::{LOADING, memory_budget, progress_bar, require_memory};
 use anyhow::{Context, Result, bail};
 use ashlar_kernels::{Isa, Kernels};
