@@ -40,9 +40,18 @@ impl Kernels {
         self.pool.threads()
     }
 
-    /// Memory for the product being computed; one product at a time has it.
-    pub(crate) fn scratch(&self) -> MutexGuard<'_, Vec<u32>> {
-        self.scratch.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Makes room for activations of `words` 32-bit words, so that no product allocates.
+    pub fn reserve(&self, words: usize) {
+        drop(self.scratch(words));
+    }
+
+    /// At least `words` words for the product being computed; one product at a time has them.
+    pub(crate) fn scratch(&self, words: usize) -> MutexGuard<'_, Vec<u32>> {
+        let mut scratch = self.scratch.lock().unwrap_or_else(PoisonError::into_inner);
+        if scratch.len() < words {
+            scratch.resize(words, 0);
+        }
+        scratch
     }
 
     /// Runs a lane kernel on the calling thread with the chosen instruction set.

@@ -154,6 +154,12 @@ impl Block {
         })
     }
 
+    /// Words that the largest of the block's products takes for its activations.
+    pub(crate) fn scratch_words(&self, rows: usize) -> usize {
+        let products = [&self.qkv, &self.output, &self.gate_up, &self.down];
+        products.iter().map(|m| m.scratch_words(rows)).max().unwrap_or(0)
+    }
+
     /// Memory of the packed weights.
     pub fn bytes(&self) -> Bytes {
         let products = [&self.qkv, &self.output, &self.gate_up, &self.down];

@@ -2,7 +2,7 @@
 
 use crate::weights::{TensorReader, WeightError, WeightFiles};
 use ashlar_gguf::{TensorType, UnpackedBlock, quantize, unpack};
-use ashlar_kernels::{BlockAxis, BlockScale, Kernels, PackedMatrix};
+use ashlar_kernels::{BlockAxis, BlockScale, Kernels, PackedMatrix, QuantizedRow};
 use ashlar_vocabulary::WeightType;
 use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
@@ -94,16 +94,39 @@ fn pack_blocks(
     let failure = Mutex::new(None);
     let packed = PackedMatrix::pack_blocks(kind, outputs, axis, kernels.pool(), &|row, to| {
         let (source, row) = locate(sources, row);
-        match BlockRow::read(&readers[source], row, &sources[source].columns, kind) {
-            Ok(blocks) => {
+        let (reader, columns) = (&readers[source], &sources[source].columns);
+        let whole = pieces.len() * 32 == to.quants.len() && columns.start.is_multiple_of(32);
+        let read = if reader.kind() == kind && whole && matches!(kind, WeightType::Q8_0 | WeightType::Q4_0) {
+            reader.read_bytes(row..row + 1, columns.clone()).map(|bytes| copy_stored(kind, &bytes, to))
+        } else {
+            BlockRow::read(reader, row, columns, kind).map(|blocks| {
                 for (index, piece) in pieces.iter().enumerate() {
                     blocks.copy(piece.inputs.clone(), offset, &mut to.quants, &mut to.scales[index]);
                 }
-            }
-            Err(error) => keep(&failure, error),
-        }
+            })
+        };
+        read.unwrap_or_else(|error| keep(&failure, error));
     });
     finish(failure, packed)
+}
+
+/// Takes apart a stored row of the two commonest types, whole blocks only: a large model has tens of millions of them.
+fn copy_stored(kind: WeightType, bytes: &[u8], to: &mut QuantizedRow) {
+    let blocks = bytes.chunks_exact(kind.block_bytes());
+    for ((block, quants), scale) in blocks.zip(to.quants.chunks_exact_mut(32)).zip(&mut to.scales) {
+        let (half, stored) = block.split_at(2);
+        *scale = BlockScale { scale: u16::from_le_bytes([half[0], half[1]]), ..BlockScale::default() };
+        if kind == WeightType::Q8_0 {
+            for (quant, stored) in quants.iter_mut().zip(stored) {
+                *quant = stored ^ 0x80;
+            }
+        } else {
+            let (low, high) = quants.split_at_mut(16);
+            for ((low, high), stored) in low.iter_mut().zip(high).zip(stored) {
+                (*low, *high) = (stored & 15, stored >> 4);
+            }
+        }
+    }
 }
 
 /// The blocks of one stored row that cover the columns of a rank.

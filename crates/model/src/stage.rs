@@ -71,6 +71,8 @@ pub struct Workspace {
     head_rows: Vec<f32>,
     local_logits: Vec<f32>,
     logits: Vec<f32>,
+    /// What the kernels hold for activations on their way into products.
+    product_words: usize,
     hidden: usize,
 }
 
@@ -94,7 +96,7 @@ impl Workspace {
             &self.local_logits,
             &self.logits,
         ];
-        Bytes(buffers.iter().map(|b| 4 * b.len() as u64).sum())
+        Bytes(4 * (buffers.iter().map(|b| b.len() as u64).sum::<u64>() + self.product_words as u64))
     }
 }
 
@@ -225,7 +227,12 @@ impl StageModel {
         let ff = self.slice.feed_forward(shape).len();
         let logits = if self.slice.last { LOGIT_ROWS_MAX } else { 0 };
         let whole_logits = if self.slice.tensor_rank == 0 { logits * shape.vocab_size } else { 0 };
+        let head_words = self.head.as_ref().map_or(0, |head| head.weights.scratch_words(logits));
+        let product_words =
+            self.blocks.iter().map(|block| block.scratch_words(rows)).fold(head_words, usize::max);
+        self.kernels.reserve(product_words);
         Workspace {
+            product_words,
             x: vec![0.0; rows * hidden],
             normed: vec![0.0; rows * hidden],
             wide: vec![0.0; rows * (q + 2 * kv).max(2 * ff)],

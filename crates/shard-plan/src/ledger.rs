@@ -149,15 +149,21 @@ impl Piece {
         let size = self.tensor_parallel_size;
         let gathered = if size > 1 { size } else { 0 };
         let passed_on = usize::from(!self.first) + 2 * usize::from(!self.last);
-        // Products with quantised weights take their activations as bytes, with three numbers per 32.
-        let is_quantized = |types: &LayerWeightTypes| types.query.is_quantized() || types.down.is_quantized();
-        let quantized = shape.weights.layers.iter().any(is_quantized) || shape.weights.head.is_quantized();
-        let bytes = if quantized { shape.hidden_size.max(q).max(ff).div_ceil(32) * 11 } else { 0 };
+        // Products with bf16 weights take their activations rounded, those with quantised weights as bytes with three
+        // numbers per 32.
+        let inputs = shape.hidden_size.max(q).max(ff);
+        let words = |kind: WeightType| match kind {
+            WeightType::F32 | WeightType::F16 => 0,
+            WeightType::Bf16 => inputs,
+            _ => inputs.div_ceil(32) * 11,
+        };
+        let of_layer = |types: &LayerWeightTypes| words(types.query).max(words(types.down));
+        let of_layers = shape.weights.layers.iter().map(of_layer).max().unwrap_or(0);
         let per_token = (2 + gathered + passed_on) * shape.hidden_size
             + (q + 2 * kv).max(2 * ff)
             + q.max(ff)
             + shape.head_dim
-            + bytes;
+            + of_layers;
         let partials = threads.max(1) as usize * request.max_context_tokens;
         let whole_logits = if self.rank == 0 { (1 + usize::from(size > 1)) * shape.vocab_size } else { 0 };
         let logits = if self.last { LOGIT_ROWS * (2 * shape.hidden_size + vocab + whole_logits) } else { 0 };

@@ -235,6 +235,11 @@ impl DenseMatrix {
         self.steps.last().map_or(0, |part| part.end)
     }
 
+    /// Words of activations on their way into a product: brain floats, widened; others are taken as they are.
+    pub(super) fn words_per_row(&self) -> usize {
+        if self.kind == WeightType::Bf16 { 2 * self.all_steps() } else { 0 }
+    }
+
     pub(super) fn bytes(&self) -> usize {
         size_of_val::<[f32]>(&self.data)
     }

@@ -146,21 +146,36 @@ fn pack_halves(values: impl Iterator<Item = u16>, to: &mut [u8]) {
     }
 }
 
+/// Quad `index` of a row: four quants in one word.
+#[inline(always)]
+fn quad_of(row: &[u8; 32], index: usize) -> u32 {
+    let at = 4 * index;
+    u32::from_le_bytes([row[at], row[at + 1], row[at + 2], row[at + 3]])
+}
+
+/// Writes one word per lane and vector: `word(row, vector)`.
+#[inline(always)]
+fn pack_words(quants: &[[u8; 32]; LANES], to: &mut [u8], word: impl Fn(&[u8; 32], usize) -> u32) {
+    for (vector, to) in to.chunks_exact_mut(VECTOR).enumerate() {
+        for (row, to) in quants.iter().zip(to.chunks_exact_mut(4)) {
+            to.copy_from_slice(&word(row, vector).to_le_bytes());
+        }
+    }
+}
+
 /// Per vector the low four bits of quads `j` and `j + 4`.
 fn pack_nibbles(quants: &[[u8; 32]; LANES], to: &mut [u8]) {
-    for (at, to) in to[..4 * VECTOR].iter_mut().enumerate() {
-        let (quad, lane, byte) = (at / VECTOR, at % VECTOR / 4, at % 4);
-        let row = &quants[lane];
-        *to = row[4 * quad + byte] & 15 | (row[4 * (quad + 4) + byte] & 15) << 4;
-    }
+    const LOW: u32 = 0x0f0f_0f0f;
+    pack_words(quants, &mut to[..4 * VECTOR], |row, quad| {
+        quad_of(row, quad) & LOW | (quad_of(row, quad + 4) & LOW) << 4
+    });
 }
 
 /// Bit 4 of all quads: bit `j` of each byte is quad `j`'s.
 fn pack_fifth_bits(quants: &[[u8; 32]; LANES], to: &mut [u8]) {
-    for (at, to) in to[..VECTOR].iter_mut().enumerate() {
-        let row = &quants[at / 4];
-        *to = (0..QUADS).fold(0, |bits, quad| bits | (row[4 * quad + at % 4] >> 4 & 1) << quad);
-    }
+    pack_words(quants, &mut to[..VECTOR], |row, _| {
+        (0..QUADS).fold(0, |bits, quad| bits | (quad_of(row, quad) >> 4 & 0x0101_0101) << quad)
+    });
 }
 
 /// # Safety
@@ -224,9 +239,7 @@ impl Format for Q8_0 {
         pack_halves(scales.iter().flatten().map(|s| s.scale), header);
     }
     fn pack_piece(quants: &[[u8; 32]; LANES], to: &mut [u8]) {
-        for (at, to) in to[..Self::PIECE_BYTES].iter_mut().enumerate() {
-            *to = quants[at % VECTOR / 4][4 * (at / VECTOR) + at % 4];
-        }
+        pack_words(quants, &mut to[..Self::PIECE_BYTES], quad_of);
     }
     #[inline(always)]
     unsafe fn scales<S: Simd16>(header: *const u8, pieces: usize, out: &mut Scales) {
@@ -459,11 +472,11 @@ impl Format for Q6K {
     fn pack_piece(quants: &[[u8; 32]; LANES], to: &mut [u8]) {
         pack_nibbles(quants, to);
         // Bits 4 and 5: field f of vector h is quad 4h + f.
-        for (at, to) in to[4 * VECTOR..6 * VECTOR].iter_mut().enumerate() {
-            let row = &quants[at % VECTOR / 4];
-            let quant = |field: usize| row[4 * (4 * (at / VECTOR) + field) + at % 4];
-            *to = (0..4).fold(0, |bits, field| bits | (quant(field) >> 4 & 3) << (2 * field));
-        }
+        pack_words(quants, &mut to[4 * VECTOR..6 * VECTOR], |row, vector| {
+            (0..4).fold(0, |bits, field| {
+                bits | (quad_of(row, 4 * vector + field) >> 4 & 0x0303_0303) << (2 * field)
+            })
+        });
     }
     #[inline(always)]
     unsafe fn scales<S: Simd16>(header: *const u8, pieces: usize, out: &mut Scales) {

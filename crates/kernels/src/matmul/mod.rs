@@ -93,10 +93,7 @@ impl Kernels {
     fn pair_product(&self, product: &Product<'_>, rows: usize, x: &[f32], matrix: &DenseMatrix) {
         assert_eq!(matrix.parts(), product.k_parts, "the matrix was packed for these parts");
         let (k, all_steps) = (x.len() / rows, matrix.all_steps());
-        let mut scratch = self.scratch();
-        if scratch.len() < 2 * rows * all_steps {
-            scratch.resize(2 * rows * all_steps, 0);
-        }
+        let mut scratch = self.scratch(2 * rows * all_steps);
         if !self.pairs_are_fast() {
             let words = &mut scratch[..2 * rows * all_steps];
             let exponent = AtomicI32::new(i32::MAX / 2);
@@ -210,10 +207,7 @@ impl Kernels {
         let (tiles, axis) = (Tiles::new(rows, tile_rows), matrix.axis());
         let row_words = axis.pieces().len() * activations::WORDS;
         let extra = self.dispatch(ExtraOf(matrix.kind()));
-        let mut scratch = self.scratch();
-        if scratch.len() < rows * row_words {
-            scratch.resize(rows * row_words, 0);
-        }
+        let mut scratch = self.scratch(rows * row_words);
         let words = &mut scratch[..rows * row_words];
         {
             let words = DisjointMut::new(words);

@@ -1,5 +1,6 @@
 //! Weights, packed so that a vector is sixteen neighbouring outputs.
 
+use super::activations;
 use super::axis::BlockAxis;
 use super::blocks::{BlockMatrix, QuantizedRow};
 use super::dense::DenseMatrix;
@@ -123,6 +124,11 @@ impl PackedMatrix {
         self.segments.iter().map(|segment| segment.store.bytes()).sum()
     }
 
+    /// Words of memory that a product of `rows` rows takes for its activations, see [`Kernels::reserve`](crate::Kernels::reserve).
+    pub fn scratch_words(&self, rows: usize) -> usize {
+        self.segments.iter().map(|segment| segment.store.words_per_row() * rows).max().unwrap_or(0)
+    }
+
     /// Copies the `k` weights of output `row` to `out`: the embedding of a token where the head is tied.
     pub fn row(&self, row: usize, out: &mut [f32]) {
         assert!(row < self.n, "output {row} of {}", self.n);
@@ -148,6 +154,13 @@ impl Store {
         match self {
             Store::Dense(dense) => dense.bytes(),
             Store::Blocks(blocks) => blocks.bytes(),
+        }
+    }
+
+    fn words_per_row(&self) -> usize {
+        match self {
+            Store::Dense(dense) => dense.words_per_row(),
+            Store::Blocks(blocks) => blocks.axis().pieces().len() * activations::WORDS,
         }
     }
 
