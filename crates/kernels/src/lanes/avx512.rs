@@ -15,6 +15,13 @@ pub(super) fn run_pairs<K: LaneKernel>(kernel: K) -> K::Output {
     kernel.run::<Avx512<true>>()
 }
 
+/// The same 512 bits, as the instruction for pairs takes them.
+#[inline(always)]
+fn as_pairs(words: __m512i) -> __m512bh {
+    // SAFETY: both are 64 bytes of which every pattern is valid.
+    unsafe { std::mem::transmute::<__m512i, __m512bh>(words) }
+}
+
 /// Times the instruction for pairs against two multiply-adds: the best of a few tries of some microseconds each.
 #[target_feature(enable = "avx512f,avx512bf16")]
 pub(super) fn pairs_are_fast() -> bool {
@@ -29,17 +36,14 @@ pub(super) fn pairs_are_fast() -> bool {
         (0..5).map(try_once).min()
     };
     let pairs = || {
-        // SAFETY: the function's features include both instructions; the types are of one size.
-        unsafe {
-            let one = _mm512_set1_epi32(std::hint::black_box(0x3f80_3f80));
-            let mut sums = [_mm512_setzero_ps(); CHAINS];
-            for _ in 0..ROUNDS {
-                for sum in &mut sums {
-                    *sum = _mm512_dpbf16_ps(*sum, std::mem::transmute(one), std::mem::transmute(one));
-                }
+        let one = _mm512_set1_epi32(std::hint::black_box(0x3f80_3f80));
+        let mut sums = [_mm512_setzero_ps(); CHAINS];
+        for _ in 0..ROUNDS {
+            for sum in &mut sums {
+                *sum = _mm512_dpbf16_ps(*sum, as_pairs(one), as_pairs(one));
             }
-            std::hint::black_box(sums);
         }
+        std::hint::black_box(sums);
     };
     let singles = || {
         let one = _mm512_set1_ps(std::hint::black_box(1.0));
@@ -141,8 +145,8 @@ impl<const PAIRS: bool> Simd16 for Avx512<PAIRS> {
     #[inline(always)]
     fn dot_pairs(self, w: Self::Int, x: Self::Int) -> Self {
         if PAIRS {
-            // SAFETY: `PAIRS` is instantiated only by `run_pairs`, whose caller asked for BF16; the types are of one size.
-            Avx512(unsafe { _mm512_dpbf16_ps(self.0, std::mem::transmute(w.0), std::mem::transmute(x.0)) })
+            // SAFETY: `PAIRS` is instantiated only by `run_pairs`, whose caller asked for BF16.
+            Avx512(unsafe { _mm512_dpbf16_ps(self.0, as_pairs(w.0), as_pairs(x.0)) })
         } else {
             super::dot_pairs_emulated(self, w, x)
         }
