@@ -1,8 +1,8 @@
 //! The one binary: every role, and the commands that talk to them.
 //!
 //! Layout: [`up`] (a small real cluster as supervised children), [`roles`] (gateway, scheduler, node), client commands
-//! ([`chat`], [`bench`]), and what needs no cluster ([`plan`], [`quantize`], [`synth`]). [`demo`] holds the demo model, [`http`] a
-//! plain HTTP client, [`supervisor`] a child process kept alive.
+//! ([`chat`], [`bench`]), and what needs no cluster ([`plan`], [`quantize`], [`synth`]). [`demo`] holds the demo model,
+//! [`http`] a plain HTTP client, [`supervisor`] a child process kept alive.
 #![forbid(unsafe_code)]
 
 mod bench;
