@@ -1,8 +1,8 @@
 //! The one binary: every role, and the commands that talk to them.
 //!
 //! Layout: [`up`] (a small real cluster as supervised children), [`roles`] (gateway, scheduler, node), client commands
-//! ([`chat`], [`bench`]), and what needs no cluster ([`plan`], [`synth`]). [`demo`] holds the demo model, [`http`] a
-//! plain HTTP client, [`supervisor`] a child process kept alive.
+//! ([`chat`], [`bench`]), and what needs no cluster ([`plan`], [`quantize`], [`synth`]). [`demo`] holds the demo model,
+//! [`http`] a plain HTTP client, [`supervisor`] a child process kept alive.
 #![forbid(unsafe_code)]
 
 mod bench;
@@ -11,6 +11,7 @@ mod demo;
 mod http;
 mod plan;
 mod port;
+mod quantize;
 mod roles;
 mod supervisor;
 mod synth;
@@ -52,6 +53,8 @@ enum Command {
     Plan(plan::PlanArgs),
     /// Measure: a model on this machine, layouts against each other, or a running service.
     Bench(bench::BenchArgs),
+    /// Write a model as one GGUF file, quantised: for this server and for llama.cpp.
+    Quantize(quantize::QuantizeArgs),
     /// Write a random-weight model of a real shape.
     Synth(synth::SynthArgs),
 }
@@ -66,6 +69,7 @@ fn main() -> ExitCode {
         Command::Chat(args) => chat::run(args),
         Command::Plan(args) => plan::run(args),
         Command::Bench(args) => bench::run(args),
+        Command::Quantize(args) => quantize::run(args),
         Command::Synth(args) => synth::run(args),
     };
     match result {

@@ -148,17 +148,16 @@ impl ModelConfig {
 
     /// The same model, quantised when it is loaded.
     pub fn quantized(mut self, quantization: Quantization) -> ModelConfig {
-        let shape = &mut self.shape;
-        let attention = shape.num_heads * shape.head_dim;
-        let stored = quantization.types(
-            shape.num_layers,
-            shape.hidden_size,
-            attention,
-            shape.intermediate_size,
-            shape.tied_head,
-        );
-        shape.weights = stored;
+        self.shape.weights = self.stored(quantization);
         self
+    }
+
+    /// The types in which a file of the quantised model has its matrices.
+    pub(crate) fn stored(&self, quantization: Quantization) -> WeightTypes {
+        let shape = &self.shape;
+        let attention = shape.num_heads * shape.head_dim;
+        let (hidden, feed_forward) = (shape.hidden_size, shape.intermediate_size);
+        quantization.types(shape.num_layers, hidden, attention, feed_forward, shape.tied_head)
     }
 
     /// Reads `config.json` in `directory`.

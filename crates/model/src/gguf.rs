@@ -5,7 +5,7 @@
 
 use crate::config::{ConfigError, ModelConfig, RopeScaling};
 use crate::pack::weight_type;
-use ashlar_gguf::{GgufError, GgufFiles};
+use ashlar_gguf::{Array, GgufError, GgufFiles, Value};
 use ashlar_vocabulary::{LayerWeightTypes, ModelShape, WeightType, WeightTypes};
 use std::path::{Path, PathBuf};
 
@@ -73,6 +73,22 @@ fn head_dim(files: &GgufFiles) -> Option<usize> {
     number("attention.key_length").or_else(split).map(|size| size as usize)
 }
 
+/// The architecture's name in GGUF files. Mistral is a `llama` with a window, and so is every model without head norms
+/// but Qwen2, whose heads are not interleaved.
+pub(crate) fn architecture_of(config: &ModelConfig) -> &'static str {
+    if config.head_norms {
+        "qwen3"
+    } else if config.architecture.to_ascii_lowercase().starts_with("qwen2") {
+        "qwen2"
+    } else {
+        "llama"
+    }
+}
+
+/// The parameters of `llama3` scaling, a key of ours: factor, low and high frequency factor, original context. Others
+/// divide by the factors in `rope_freqs.weight`, and not every f32 frequency is a quotient of f32 numbers.
+pub(crate) const LLAMA3_KEY: &str = "ashlar.rope.llama3";
+
 /// Where row `row` of heads of size `head_dim`, first halves before second ones, lies in an interleaved tensor.
 pub(crate) fn interleaved_row(row: usize, head_dim: usize) -> usize {
     let (head, within) = (row / head_dim * head_dim, row % head_dim);
@@ -113,12 +129,14 @@ impl ModelConfig {
         let (hidden, heads, layers) =
             (size("embedding_length")?, size("attention.head_count")?, size("block_count")?);
         let kv_heads = optional("attention.head_count_kv")?.unwrap_or(heads);
-        if kv_heads == 0 || !heads.is_multiple_of(kv_heads) || !hidden.is_multiple_of(heads) {
+        let head_dim = optional("attention.key_length")?;
+        let divides = head_dim.is_some() || hidden.is_multiple_of(heads);
+        if kv_heads == 0 || !heads.is_multiple_of(kv_heads) || !divides {
             return Err(ConfigError::Inconsistent(format!(
                 "{heads} heads, {kv_heads} key/value heads and an embedding of {hidden} do not divide"
             )));
         }
-        let head_dim = optional("attention.key_length")?.unwrap_or(hidden / heads);
+        let head_dim = head_dim.unwrap_or(hidden / heads);
         let rotated = optional("rope.dimension_count")?.unwrap_or(head_dim);
         let values = optional("attention.value_length")?.unwrap_or(head_dim);
         if head_dim == 0 || head_dim % 2 == 1 || rotated != head_dim || values != head_dim {
@@ -154,7 +172,7 @@ impl ModelConfig {
             mlp_bias: has("blk.0.ffn_gate.bias"),
             head_norms: has("blk.0.attn_q_norm.weight"),
             sliding_window: optional("attention.sliding_window")?.filter(|&w| w > 0).map(|w| w as u32),
-            first_window_layer: 0,
+            first_window_layer: first_window_layer(files, &key("attention.sliding_window_pattern"))?,
             shape,
         })
     }
@@ -188,7 +206,31 @@ fn types(files: &GgufFiles, layers: usize, tied_head: bool) -> Result<WeightType
     })
 }
 
+/// From which layer on the window applies: a pattern may say so for each.
+fn first_window_layer(files: &GgufFiles, key: &str) -> Result<usize, ConfigError> {
+    let Some(Value::Array(Array::Bool(windowed))) = files.metadata().value(key) else { return Ok(0) };
+    let first = windowed.iter().position(|&windowed| windowed).unwrap_or(windowed.len());
+    if windowed[first..].contains(&false) {
+        return Err(ConfigError::Unsupported("layers with and without a window take turns".into()));
+    }
+    Ok(first)
+}
+
 fn rope_scaling(files: &GgufFiles, architecture: &str, head_dim: usize) -> Result<RopeScaling, ConfigError> {
+    if let Some(parameters) = files.metadata().get::<&[f64]>(LLAMA3_KEY)? {
+        let valid = parameters.iter().all(|parameter| parameter.is_finite() && *parameter > 0.0);
+        return match *parameters {
+            [factor, low_freq_factor, high_freq_factor, original_max_position_embeddings] if valid => {
+                Ok(RopeScaling::Llama3 {
+                    factor,
+                    low_freq_factor,
+                    high_freq_factor,
+                    original_max_position_embeddings,
+                })
+            }
+            _ => Err(ConfigError::Inconsistent(format!("`{LLAMA3_KEY}` is not four positive numbers"))),
+        };
+    }
     if files.has("rope_freqs.weight") {
         let factors = files.tensor("rope_freqs.weight")?.dequantize_rows(0..1)?;
         if factors.len() != head_dim / 2 || !factors.iter().all(|factor| factor.is_finite() && *factor > 0.0)

@@ -11,6 +11,7 @@
 //! * [`stage`]: a rank's packed weights; [`block`]: one transformer block; [`kv`]: its KV cache.
 //! * [`collective`]: the seam to the other ranks of the group.
 //! * [`synth`]: random weights of a real shape.
+//! * [`export`]: a model becomes one GGUF file, quantised.
 //!
 //! **Invariants:** no network except the hub client; no socket, clock or thread of its own; no `unsafe` (files are read
 //! by position, not mapped: a file truncated under a running node is an error, not a SIGBUS, and no source page counts
@@ -21,6 +22,7 @@ pub mod block;
 pub mod collective;
 pub mod config;
 pub mod digest;
+pub mod export;
 pub mod gguf;
 pub mod hub;
 pub mod kv;
@@ -32,6 +34,7 @@ pub mod weights;
 
 pub use collective::{Collective, CollectiveError, SingleRank};
 pub use config::{ConfigError, ModelConfig};
+pub use export::{Export, ExportError};
 pub use kv::KvCache;
 pub use slice::RankSlice;
 pub use stage::{ForwardError, LoadError, StageInput, StageModel, Workspace};

@@ -361,7 +361,8 @@ impl StageModel {
     }
 }
 
-fn inverse_frequencies(config: &ModelConfig) -> Vec<f32> {
+/// The frequency of each pair of a head's elements, scaled.
+pub(crate) fn inverse_frequencies(config: &ModelConfig) -> Vec<f32> {
     let mut frequencies = inv_freq(config.rope_theta, config.shape.head_dim);
     match &config.rope_scaling {
         RopeScaling::None => {}

@@ -217,11 +217,7 @@ impl Quantization {
         feed_forward: usize,
         tied: bool,
     ) -> WeightTypes {
-        let base = match self {
-            Quantization::Type(kind) => kind,
-            Quantization::Q4KS | Quantization::Q4KM => WeightType::Q4K,
-            Quantization::Q5KM => WeightType::Q5K,
-        };
+        let base = self.base();
         let head = match base {
             WeightType::F32 | WeightType::F16 | WeightType::Bf16 | WeightType::Q8_0 => base,
             _ => WeightType::Q6K,
@@ -253,6 +249,15 @@ impl Quantization {
             embedding: if tied { head } else { base }.fitting(hidden),
             head: head.fitting(hidden),
             layers: (0..layers).map(layer).collect(),
+        }
+    }
+
+    /// The type of most matrices.
+    pub const fn base(self) -> WeightType {
+        match self {
+            Quantization::Type(kind) => kind,
+            Quantization::Q4KS | Quantization::Q4KM => WeightType::Q4K,
+            Quantization::Q5KM => WeightType::Q5K,
         }
     }
 
