@@ -179,6 +179,23 @@ fn check_layout(args: &[&str]) {
 }
 
 #[test]
+fn every_cut_of_a_quantised_model_answers_with_the_same_bytes() {
+    let all = mixed();
+    for quantization in ["q4_k_m", "q8_0", "bf16"] {
+        let args = |layout: &[&'static str]| [&["--quantize", quantization], layout].concat();
+        let alone = ["--stages", "1", "--threads", "1", "--set", "enable_prefix_caching=false"];
+        let expected = ask_all(&Cluster::start(&args(&alone)), &all);
+        assert_ne!(expected, reference().0, "{quantization} rounds");
+        for layout in [["--stages", "2", "--tp", "2"], ["--stages", "4", "--tp", "1"]] {
+            let cluster = Cluster::start(&args(&layout));
+            let how = format!("{quantization} {}", layout.join(" "));
+            assert_same(&all, &expected, &ask_all(&cluster, &all), &how);
+            assert_same(&all, &expected, &ask_at_once(&cluster, &all, 2), &format!("{how}, 32 at once"));
+        }
+    }
+}
+
+#[test]
 fn every_cut_answers_with_the_same_bytes() {
     for stages in ["1", "2", "4"] {
         for ranks in ["1", "2", "4"] {
