@@ -115,7 +115,7 @@ impl SplitInputs<'_> {
             k[block] = self.k_cache[start..][..self.layout.floats_per_head()].as_ptr();
             v[block] = self.v_cache[start..][..self.layout.floats_per_head()].as_ptr();
         }
-        self.scores::<S>(scratch, &k, blocks);
+        self.scores::<S>(scratch, &k, &v, blocks);
         for query in 0..scratch.keys.len() {
             self.softmax::<S>(scratch, query);
         }
@@ -124,16 +124,29 @@ impl SplitInputs<'_> {
 
     /// Raw scores of all queries for some blocks. Keys that a query does not attend to get some number, or NaN.
     #[inline(always)]
-    fn scores<S: Simd16>(&self, scratch: &mut Scratch, k: &[*const f32; SPLIT_BLOCKS], blocks: Range<usize>) {
+    fn scores<S: Simd16>(
+        &self,
+        scratch: &mut Scratch,
+        k: &[*const f32; SPLIT_BLOCKS],
+        v: &[*const f32; SPLIT_BLOCKS],
+        blocks: Range<usize>,
+    ) {
         let queries = scratch.queries.len();
         let step = S::TILE_VECTORS.min(4);
         for first in blocks.clone().step_by(step) {
             let count = step.min(blocks.end - first);
+            // A block of one head is a page, where the hardware's own prefetching ends: ask for the next keys, and in
+            // the end for the first values.
+            let next: [*const f32; 4] = std::array::from_fn(|index| match first + step + index {
+                block if block < blocks.end => k[block],
+                block => v[(blocks.start + block - blocks.end.max(first + step)).min(blocks.end - 1)],
+            });
             for query in (0..queries).step_by(TILE_QUERIES) {
                 let tile = ScoreTile {
                     head_dim: self.layout.head_dim,
                     queries: &scratch.queries[query..queries.min(query + TILE_QUERIES)],
                     keys: &k[first..first + count],
+                    ahead: (query == 0).then_some(next),
                     scores: scratch.scores[query * SPLIT_KEYS + first * BLOCK_TOKENS..].as_mut_ptr(),
                     stride: SPLIT_KEYS,
                 };
@@ -181,6 +194,7 @@ impl SplitInputs<'_> {
     fn outputs<S: Simd16>(&self, scratch: &mut Scratch, v: &[*const f32; SPLIT_BLOCKS], keys: Range<usize>) {
         let queries = scratch.queries.len();
         let width = Partial::floats(self.layout.head_dim);
+        let all_end = keys.end;
         for run in keys.clone().step_by(VALUE_RUN) {
             let run = run..keys.end.min(run + VALUE_RUN);
             for first in (0..queries).step_by(TILE_QUERIES) {
@@ -200,6 +214,7 @@ impl SplitInputs<'_> {
                     p: scratch.scores[query * SPLIT_KEYS..][..count * SPLIT_KEYS].as_ptr(),
                     p_stride: SPLIT_KEYS,
                     count,
+                    ahead: if query == 0 && run.end < all_end { VALUE_RUN } else { 0 },
                 };
                 for query in tile.clone() {
                     let own = clamp(&scratch.keys[query]);

@@ -11,6 +11,8 @@ pub(super) struct ScoreTile<'a> {
     pub(super) queries: &'a [*const f32],
     /// One to four pointers to `[head_dim][16 keys]`.
     pub(super) keys: &'a [*const f32],
+    /// As many pointers to what is needed next, to be fetched meanwhile.
+    pub(super) ahead: Option<[*const f32; 4]>,
     /// The first query's score of the first key.
     pub(super) scores: *mut f32,
     /// Distance between queries' scores.
@@ -38,18 +40,28 @@ impl ScoreTile<'_> {
         // SAFETY: the caller's contract; each step stays within the blocks given.
         unsafe {
             if S::TILE_VECTORS >= 4 && self.keys.len() == 4 {
-                return self.chains::<S, QUERIES, 4>();
+                return match self.ahead {
+                    Some(ahead) => self.chains::<S, QUERIES, 4, true>(ahead),
+                    None => self.chains::<S, QUERIES, 4, false>([std::ptr::null(); 4]),
+                };
             }
             for block in 0..self.keys.len() {
                 let scores = self.scores.add(block * BLOCK_TOKENS);
-                ScoreTile { keys: &self.keys[block..=block], scores, ..self }.chains::<S, QUERIES, 1>();
+                let tile = ScoreTile { keys: &self.keys[block..=block], scores, ..self };
+                match self.ahead {
+                    Some(ahead) => tile.chains::<S, QUERIES, 1, true>([ahead[block]; 4]),
+                    None => tile.chains::<S, QUERIES, 1, false>([std::ptr::null(); 4]),
+                }
             }
         }
     }
 
     /// Per element of the head, every score takes one fused multiply-add.
     #[inline(always)]
-    unsafe fn chains<S: Simd16, const QUERIES: usize, const BLOCKS: usize>(self) {
+    unsafe fn chains<S: Simd16, const QUERIES: usize, const BLOCKS: usize, const AHEAD: bool>(
+        self,
+        ahead: [*const f32; 4],
+    ) {
         let mut scores = [[S::splat(0.0); BLOCKS]; QUERIES];
         let queries: [*const f32; QUERIES] = std::array::from_fn(|query| self.queries[query]);
         let keys: [*const f32; BLOCKS] = std::array::from_fn(|block| self.keys[block]);
@@ -59,6 +71,11 @@ impl ScoreTile<'_> {
                 let mut k = [S::splat(0.0); BLOCKS];
                 for (k, keys) in k.iter_mut().zip(keys) {
                     *k = S::load(keys.add(element * BLOCK_TOKENS));
+                }
+                if AHEAD {
+                    for ahead in ahead.iter().take(BLOCKS) {
+                        S::prefetch(ahead.wrapping_add(element * BLOCK_TOKENS));
+                    }
                 }
                 for (scores, query) in scores.iter_mut().zip(queries) {
                     let q = S::splat(*query.add(element));
@@ -89,6 +106,8 @@ pub(super) struct ValueTile<'a> {
     pub(super) p_stride: usize,
     /// Queries, one to four.
     pub(super) count: usize,
+    /// How many keys further on values are asked for meanwhile; 0 for none.
+    pub(super) ahead: usize,
 }
 
 impl ValueTile<'_> {
@@ -155,6 +174,13 @@ impl ValueTile<'_> {
                 let mut v = [S::splat(0.0); VECTORS];
                 for (vector, v) in v.iter_mut().enumerate() {
                     *v = S::load(value.add(vector * LANES));
+                }
+                let next = (key + self.ahead) / BLOCK_TOKENS;
+                if self.ahead > 0 && next < self.values.len() {
+                    let next = self.values[next].wrapping_add(key % BLOCK_TOKENS * self.head_dim + element);
+                    for vector in 0..VECTORS {
+                        S::prefetch(next.wrapping_add(vector * LANES));
+                    }
                 }
                 for (query, sums) in sums.iter_mut().enumerate() {
                     let p = S::splat(*self.p.add(query * self.p_stride + key));
