@@ -112,6 +112,9 @@ fn check_target(out: &Path, force: bool) -> Result<()> {
     if out.is_dir() {
         bail!("--out {} is a directory: name a file in it", out.display());
     }
+    if let Some(folder) = out.parent().filter(|folder| !folder.as_os_str().is_empty() && !folder.is_dir()) {
+        bail!("--out {}: there is no directory {}: make it first", out.display(), folder.display());
+    }
     if !force && out.symlink_metadata().is_ok() {
         bail!("{} is there already: choose another name, or replace it with --force", out.display());
     }
@@ -188,6 +191,8 @@ mod tests {
         let error = check_target(here, true).unwrap_err().to_string();
         assert!(error.contains(".gguf"), "{error}");
         let present = std::env::temp_dir().join(format!("ashlar-quantize-{}.gguf", std::process::id()));
+        let error = check_target(&present.join("x.gguf"), false).unwrap_err().to_string();
+        assert!(error.contains("there is no directory"), "{error}");
         std::fs::write(&present, b"precious").unwrap();
         let error = check_target(&present, false).unwrap_err().to_string();
         assert!(error.contains("--force"), "{error}");
