@@ -11,6 +11,7 @@ use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 use std::collections::BTreeMap;
+use std::io::{self, Write};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -112,6 +113,9 @@ fn check_target(out: &Path, force: bool) -> Result<()> {
     if out.is_dir() {
         bail!("--out {} is a directory: name a file in it", out.display());
     }
+    if let Some(folder) = out.parent().filter(|folder| !folder.as_os_str().is_empty() && !folder.is_dir()) {
+        bail!("--out {}: there is no directory {}: make it first", out.display(), folder.display());
+    }
     if !force && out.symlink_metadata().is_ok() {
         bail!("{} is there already: choose another name, or replace it with --force", out.display());
     }
@@ -157,22 +161,24 @@ fn report(
 }
 
 fn print_report(report: &Report, json: bool) -> Result<()> {
-    if json {
-        println!("{}", serde_json::to_string_pretty(report).context("json")?);
-        return Ok(());
-    }
-    let tensors: Vec<String> =
-        report.tensors.iter().map(|(kind, count)| format!("{count} in {kind}")).collect();
-    println!(
-        "{}: {}, {:.2} bits per weight, {:.1} million weights, {:.1} s",
-        report.file.display(),
-        Bytes(report.bytes),
-        report.bits_per_weight,
-        report.weights as f64 / 1e6,
-        report.seconds
-    );
-    println!("tensors:   {}", tensors.join(", "));
-    println!("serve it:  ashlar up --model {}", report.file.display());
+    let text = if json {
+        serde_json::to_string_pretty(report).context("json")?
+    } else {
+        let tensors: Vec<String> =
+            report.tensors.iter().map(|(kind, count)| format!("{count} in {kind}")).collect();
+        format!(
+            "{file}: {}, {:.2} bits per weight, {:.1} million weights, {:.1} s\ntensors:   {}\n\
+             serve it:  ashlar up --model {file}",
+            Bytes(report.bytes),
+            report.bits_per_weight,
+            report.weights as f64 / 1e6,
+            report.seconds,
+            tensors.join(", "),
+            file = report.file.display(),
+        )
+    };
+    // The file is written; that nobody reads about it is no failure.
+    let _ = writeln!(io::stdout(), "{text}");
     Ok(())
 }
 
@@ -188,6 +194,8 @@ mod tests {
         let error = check_target(here, true).unwrap_err().to_string();
         assert!(error.contains(".gguf"), "{error}");
         let present = std::env::temp_dir().join(format!("ashlar-quantize-{}.gguf", std::process::id()));
+        let error = check_target(&present.join("x.gguf"), false).unwrap_err().to_string();
+        assert!(error.contains("there is no directory"), "{error}");
         std::fs::write(&present, b"precious").unwrap();
         let error = check_target(&present, false).unwrap_err().to_string();
         assert!(error.contains("--force"), "{error}");

@@ -346,6 +346,8 @@ fn byte_level_tokenizer(vocab_size: usize) -> Value {
     }
     let mut added = Vec::new();
     for (index, name) in SPECIALS.iter().enumerate() {
+        // Also here: an added token that the vocabulary lacks is numbered after its last.
+        vocab.insert((*name).to_owned(), json!(256 + index));
         added.push(json!({"id": 256 + index, "content": name, "single_word": false, "lstrip": false,
                           "rstrip": false, "normalized": false, "special": true}));
     }

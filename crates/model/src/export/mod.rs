@@ -45,12 +45,12 @@ pub enum ExportError {
     #[error(transparent)]
     Write(#[from] GgufWriteError),
     /// Weights that a type cannot hold, or stored blocks that are none.
-    #[error("tensor `{name}` cannot be converted: {source}")]
+    #[error("tensor `{name}` cannot be converted: {reason}")]
     Block {
         /// The tensor.
         name: String,
         /// Why.
-        source: BlockError,
+        reason: BlockError,
     },
     /// A weight beyond the largest half.
     #[error("tensor `{name}` has the weight {value}, more than f16 holds: choose bf16 or f32")]

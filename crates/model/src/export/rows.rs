@@ -92,7 +92,7 @@ impl<'a> Rows<'a> {
         let name = || self.tensor.name.clone();
         let weights = bytes.len() / stored.block_bytes() * stored.block_len();
         let mut values = vec![0f32; weights];
-        widen(stored, &bytes, &mut values).map_err(|source| ExportError::Block { name: name(), source })?;
+        widen(stored, &bytes, &mut values).map_err(|reason| ExportError::Block { name: name(), reason })?;
         let overflows = |value: &&f32| value.is_finite() && value.abs() >= F16_OVERFLOW;
         if kind == WeightType::F16
             && let Some(&value) = values.iter().find(overflows)
@@ -101,7 +101,7 @@ impl<'a> Rows<'a> {
         }
         let mut out = Vec::new();
         quantize(tensor_type(kind), &values, &mut out)
-            .map_err(|source| ExportError::Block { name: name(), source })?;
+            .map_err(|reason| ExportError::Block { name: name(), reason })?;
         Ok(out)
     }
 }
