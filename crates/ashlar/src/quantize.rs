@@ -23,8 +23,8 @@ use std::time::{Duration, Instant};
   ashlar quantize --model Qwen/Qwen3-0.6B --type q8_0 --out ./qwen3-0.6b-q8_0.gguf
   ashlar quantize --model ./model-f16.gguf --type q6_k --out ./model-q6_k.gguf --force
 Types: f32, bf16, f16, q8_0, q6_k, q5_k_m, q5_k_s, q5_1, q5_0, q4_k_m, q4_k_s, q4_1, q4_0. The file holds the
-configuration, the weights, the tokenizer and the chat template; llama.cpp reads it, too. It gives the bits that
-`ashlar up --quantize` gives, without the work at every start.")]
+configuration, the weights, the tokenizer and the chat template; llama.cpp reads it, too. Where rows are whole blocks
+of the type, it gives the bits that `ashlar up --quantize` gives, without the work at every start.")]
 pub(crate) struct QuantizeArgs {
     /// Model directory, hub id (`org/name`, `org/name@revision`), or GGUF file.
     #[arg(long, value_name = "DIR|HUB_ID|FILE")]

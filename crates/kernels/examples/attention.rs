@@ -37,7 +37,7 @@ fn figure(kernels: &Kernels, context: usize, rows: usize) {
     let cache: Vec<[Vec<f32>; 2]> = (0..layers).map(|_| [vec![0.25; floats], vec![0.5; floats]]).collect();
     // Neighbours in a sequence are not neighbours in memory.
     let table: Vec<BlockId> = (0..blocks).map(|block| BlockId((block * 7 % blocks) as u32)).collect();
-    let table = if blocks % 7 == 0 { (0..blocks as u32).map(BlockId).collect() } else { table };
+    let table = if blocks.is_multiple_of(7) { (0..blocks as u32).map(BlockId).collect() } else { table };
     let contexts: Vec<RowContext<'_>> = (context - rows..context)
         .map(|position| RowContext { position: position as u32, block_table: &table })
         .collect();

@@ -155,9 +155,14 @@ mod tests {
     }
 
     #[test]
-    fn dividing_by_the_divisor_gives_the_scaled_frequency() {
-        for (plain, scaled) in [(0.0123f32, 0.0123f32), (0.37, 0.37 / 8.0), (0.05, 0.0123)] {
+    fn dividing_by_the_divisor_gives_the_scaled_frequency_or_its_neighbour() {
+        for (plain, scaled) in [(0.0123f32, 0.0123f32), (0.37, 0.37 / 8.0)] {
             assert_eq!(plain / divisor(plain, scaled), scaled);
+        }
+        for step in 1..1000u16 {
+            let (plain, scaled) = (0.05f32, 0.05 / (1.0 + 7.0 * f32::from(step) / 1000.0));
+            let found = plain / divisor(plain, scaled);
+            assert!(found.to_bits().abs_diff(scaled.to_bits()) <= 1, "{found} instead of {scaled}");
         }
     }
 }
