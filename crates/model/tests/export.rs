@@ -58,17 +58,18 @@ fn synthesized(directory: &Path, family: &str, tied: bool) {
 #[test]
 fn an_f32_file_gives_the_bits_of_the_checkpoint() {
     let directory = tempfile::tempdir().unwrap();
+    // Not of a bf16 checkpoint: products with bf16 weights round their activations, those with f32 weights do not.
     let names =
-        ["llama", "llama-bf16", "llama-bias", "llama-f16", "llama-sharded", "mistral", "qwen2", "qwen3"];
-    for name in names.into_iter().chain(["llama3-rope"]) {
+        ["llama", "llama-bias", "llama-f16", "llama-sharded", "llama3-rope", "mistral", "qwen2", "qwen3"];
+    for name in names {
         let model = goldens().join(name);
         let file = directory.path().join(format!("{name}.gguf"));
         export(&model, "f32", &file).unwrap();
-        assert_eq!(loaded(&file, None), loaded(&model, None), "{name}");
+        assert!(loaded(&file, None) == loaded(&model, None), "{name}");
         // Once more, from file to file.
         let again = directory.path().join(format!("{name}-again.gguf"));
         export(&file, "f32", &again).unwrap();
-        assert_eq!(fs::read(&file).unwrap(), fs::read(&again).unwrap(), "{name}");
+        assert!(fs::read(&file).unwrap() == fs::read(&again).unwrap(), "{name}");
         let config = ModelConfig::open(&file, None).unwrap();
         let expected = ModelConfig::open(&model, None).unwrap();
         assert_eq!(config.rope_scaling, expected.rope_scaling);
@@ -83,7 +84,7 @@ fn halves_stay_what_they_are() {
         let model = goldens().join(name);
         let file = directory.path().join(format!("{name}.gguf"));
         export(&model, kind, &file).unwrap();
-        assert_eq!(loaded(&file, None), loaded(&model, None), "{name}");
+        assert!(loaded(&file, None) == loaded(&model, None), "{name}");
     }
 }
 
@@ -99,10 +100,10 @@ fn a_quantised_file_gives_the_bits_of_quantising_while_loading() {
             let expected = loaded(directory.path(), Some(name));
             let file = directory.path().join(format!("{name}.gguf"));
             export(directory.path(), name, &file).unwrap();
-            assert_eq!(loaded(&file, None), expected, "{family} {name}");
+            assert!(loaded(&file, None) == expected, "{family} {name}");
             let through = directory.path().join(format!("{name}-through.gguf"));
             export(&whole, name, &through).unwrap();
-            assert_eq!(fs::read(&file).unwrap(), fs::read(&through).unwrap(), "{family} {name} from GGUF");
+            assert!(fs::read(&file).unwrap() == fs::read(&through).unwrap(), "{family} {name} from GGUF");
         }
     }
 }
@@ -120,7 +121,7 @@ fn a_window_that_starts_at_a_later_layer_is_kept() {
     let file = directory.path().join("windowed.gguf");
     export(directory.path(), "f32", &file).unwrap();
     assert_eq!(ModelConfig::open(&file, None).unwrap().first_window_layer, 2);
-    assert_eq!(loaded(&file, None), loaded(directory.path(), None));
+    assert!(loaded(&file, None) == loaded(directory.path(), None));
     let notes = Export::open(directory.path(), "q8_0".parse().unwrap()).unwrap().notes().join("\n");
     assert!(notes.contains("past 8 tokens"), "{notes}");
 }
