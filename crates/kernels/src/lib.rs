@@ -35,7 +35,7 @@ mod strided;
 mod tree;
 
 pub use aligned::AlignedBuffer;
-pub use attention::{AttentionShape, BLOCK_TOKENS, KvLayout, RowContext, SPLIT_KEYS};
+pub use attention::{AttentionShape, BLOCK_TOKENS, KvBuffer, KvLayout, RowContext, SPLIT_KEYS};
 pub use isa::{Isa, UnknownIsa};
 pub use kernels::Kernels;
 pub use matmul::{BlockAxis, BlockScale, PackedMatrix, Piece, QuantizedRow};

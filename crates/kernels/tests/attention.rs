@@ -2,8 +2,8 @@
 
 mod common;
 
-use ashlar_kernels::{AttentionShape, BLOCK_TOKENS, Isa, Kernels, KvLayout, RowContext, StridedRows};
-use ashlar_vocabulary::BlockId;
+use ashlar_kernels::{AttentionShape, BLOCK_TOKENS, Isa, Kernels, KvBuffer, KvLayout, RowContext, StridedRows};
+use ashlar_vocabulary::{BlockId, KvCacheType};
 use common::{all_kernels, bits, numbers};
 use proptest::prelude::*;
 
@@ -13,7 +13,15 @@ struct Sequence {
     tokens: usize,
     qkv: Vec<f32>,
     table: Vec<BlockId>,
-    caches: (Vec<f32>, Vec<f32>),
+    cache_type: KvCacheType,
+    cache_elements: usize,
+}
+
+/// A cache that holds NaN.
+fn unwritten(kind: KvCacheType, elements: usize) -> KvBuffer {
+    let mut buffer = KvBuffer::zeroed(kind, elements);
+    buffer.fill(f32::NAN);
+    buffer
 }
 
 impl Sequence {
@@ -21,15 +29,20 @@ impl Sequence {
         let blocks = tokens.div_ceil(BLOCK_TOKENS);
         // Blocks lie scattered, with a stale one between neighbours.
         let table = (0..blocks).map(|block| BlockId(((blocks - block) * 2 - 1) as u32)).collect();
-        let floats = (2 * blocks + 1) * shape.layout.floats_per_block();
+        let cache_elements = (2 * blocks + 1) * shape.layout.elements_per_block();
         let qkv = numbers(tokens * width(&shape), seed);
-        Sequence { shape, tokens, qkv, table, caches: (vec![f32::NAN; floats], vec![f32::NAN; floats]) }
+        Sequence { shape, tokens, qkv, table, cache_type: KvCacheType::F32, cache_elements }
+    }
+
+    fn with_cache(self, cache_type: KvCacheType) -> Sequence {
+        Sequence { cache_type, ..self }
     }
 
     /// Writes and attends chunk by chunk.
     fn run(&self, kernels: &Kernels, chunks: &[usize]) -> Vec<f32> {
         let KvLayout { kv_heads, head_dim } = self.shape.layout;
-        let (mut k_cache, mut v_cache) = self.caches.clone();
+        let cache = || unwritten(self.cache_type, self.cache_elements);
+        let (mut k_cache, mut v_cache) = (cache(), cache());
         let (stride, out_width) = (width(&self.shape), self.shape.q_heads * head_dim);
         let mut out = vec![f32::NAN; self.tokens * out_width];
         let mut start = 0;
@@ -63,6 +76,7 @@ impl Sequence {
         let scores: Vec<f64> = (first..=row)
             .map(|key| (0..head_dim).map(|i| at(row, head * head_dim + i) * at(key, k + i)).sum::<f64>())
             .map(|score| score * f64::from(self.shape.scale))
+            .map(|score| self.shape.softcap.map_or(score, |cap| f64::from(cap) * (score / f64::from(cap)).tanh()))
             .collect();
         let max = scores.iter().copied().fold(f64::MIN, f64::max);
         let p: Vec<f64> = scores.iter().map(|score| (score - max).exp()).collect();
@@ -77,7 +91,7 @@ fn width(shape: &AttentionShape) -> usize {
 
 fn shape(kv_heads: usize, group: usize, head_dim: usize, window: Option<u32>) -> AttentionShape {
     let layout = KvLayout { kv_heads, head_dim };
-    AttentionShape { layout, q_heads: kv_heads * group, scale: 1.0 / (head_dim as f32).sqrt(), window }
+    AttentionShape { layout, q_heads: kv_heads * group, scale: 1.0 / (head_dim as f32).sqrt(), window, softcap: None }
 }
 
 proptest! {
@@ -88,8 +102,10 @@ proptest! {
         kv_heads in 1usize..3, group in 1usize..6, head_dim in prop_oneof![Just(8usize), Just(20), Just(64), Just(80)],
         tokens in prop_oneof![3 => 1usize..100, 1 => 250usize..600], window in prop::option::of(1u32..400),
         chunks in prop::collection::vec(1usize..70, 1..5), seed: u64,
+        softcap in prop::option::weighted(0.2, 0.5f32..30.0), cache_type in prop::sample::select(&KvCacheType::ALL),
     ) {
-        let sequence = Sequence::new(shape(kv_heads, group, head_dim, window), tokens, seed);
+        let shape = AttentionShape { softcap, ..shape(kv_heads, group, head_dim, window) };
+        let sequence = Sequence::new(shape, tokens, seed).with_cache(cache_type);
         let whole = bits(&sequence.run(&all_kernels()[0], &[tokens]));
         prop_assert!(whole.iter().all(|&bits| f32::from_bits(bits).is_finite()));
         for (index, kernels) in all_kernels().iter().enumerate() {
@@ -115,6 +131,8 @@ fn attention_is_close_to_double_precision() {
         (shape(2, 3, 24, Some(37)), 600),
         (shape(1, 2, 16, Some(256)), 530),
         (shape(3, 1, 5, None), 40),
+        (AttentionShape { softcap: Some(0.7), ..shape(2, 2, 32, None) }, 300),
+        (AttentionShape { softcap: Some(50.0), ..shape(1, 7, 64, None) }, 300),
     ] {
         let sequence = Sequence::new(shape, tokens, 11);
         let out = sequence.run(&Kernels::new(Isa::best(), 2), &[tokens]);
@@ -136,14 +154,15 @@ fn a_batch_of_sequences_gives_each_its_own_bits() {
         [5, 300, 40, 1].iter().map(|&tokens| Sequence::new(shape, tokens, tokens as u64)).collect();
     let out_width = shape.q_heads * shape.layout.head_dim;
     // All caches in one, tables moved accordingly.
-    let (mut k_cache, mut v_cache, mut tables, mut q) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    let (mut elements, mut tables, mut q) = (0, Vec::new(), Vec::new());
     for sequence in &sequences {
-        let base = (k_cache.len() / shape.layout.floats_per_block()) as u32;
+        let base = (elements / shape.layout.elements_per_block()) as u32;
         tables.push(sequence.table.iter().map(|block| BlockId(base + block.0)).collect::<Vec<_>>());
-        k_cache.extend_from_slice(&sequence.caches.0);
-        v_cache.extend_from_slice(&sequence.caches.1);
+        elements += sequence.cache_elements;
         q.extend_from_slice(&sequence.qkv[(sequence.tokens - 1) * width(&shape)..]);
     }
+    let cache = || unwritten(KvCacheType::F32, elements);
+    let (mut k_cache, mut v_cache) = (cache(), cache());
     for kernels in all_kernels() {
         for (sequence, table) in sequences.iter().zip(&tables) {
             let rows: Vec<RowContext<'_>> = (0..sequence.tokens)
@@ -174,4 +193,41 @@ fn a_batch_of_sequences_gives_each_its_own_bits() {
             assert_eq!(bits(&out[index * out_width..(index + 1) * out_width]), bits(last), "{kernels:?}");
         }
     }
+}
+
+#[test]
+fn a_narrower_cache_attends_to_rounded_keys_and_values() {
+    let shape = shape(2, 3, 24, Some(200));
+    let kernels = Kernels::new(Isa::best(), 2);
+    for (kind, bits_kept) in [(KvCacheType::Bf16, 8), (KvCacheType::F16, 11)] {
+        let narrow = Sequence::new(shape, 300, 5).with_cache(kind);
+        // The same keys and values, rounded beforehand, in a cache that rounds nothing.
+        let mut rounded = Sequence::new(shape, 300, 5);
+        let queries = shape.q_heads * shape.layout.head_dim;
+        for row in rounded.qkv.chunks_exact_mut(width(&shape)) {
+            for x in &mut row[queries..] {
+                *x = round_to(*x, bits_kept);
+            }
+        }
+        assert!(bits(&narrow.run(&kernels, &[300])) == bits(&rounded.run(&kernels, &[300])), "{kind}");
+    }
+}
+
+/// The nearest float with so many significant bits, ties to even; for what is normal in the narrower type.
+fn round_to(x: f32, bits_kept: u32) -> f32 {
+    let unit = 1u32 << (24 - bits_kept);
+    let (bits, odd) = (x.to_bits(), x.to_bits() / unit & 1);
+    f32::from_bits((bits + unit / 2 - 1 + odd) / unit * unit)
+}
+
+#[test]
+fn large_numbers_stay_finite_in_a_cache_of_halves() {
+    let shape = shape(1, 1, 16, None);
+    let mut sequence = Sequence::new(shape, 20, 3).with_cache(KvCacheType::F16);
+    let values = shape.layout.head_dim * 2..shape.layout.head_dim * 3;
+    for row in sequence.qkv.chunks_exact_mut(width(&shape)) {
+        row[values.clone()].fill(-1e9);
+    }
+    let out = sequence.run(&Kernels::new(Isa::best(), 1), &[20]);
+    assert!(out.iter().all(|&x| (x + 65504.0).abs() < 1.0), "{out:?}");
 }

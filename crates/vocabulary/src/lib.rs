@@ -2,12 +2,13 @@
 //!
 //! Layout: [`ids`] (newtypes), [`units`] (bytes, milliseconds), [`parts`] (the eight-part cut that the numeric
 //! contract is built on), [`shape`] (what a model looks like, without its weights), [`sampling`] (what a request asks of
-//! the sampler), [`weights`] (how they are stored).
+//! the sampler), [`weights`] and [`kv_cache`] (how weights and the cache are held).
 //!
 //! **Invariant:** this crate imports nothing of ours, performs no I/O and reads no clock.
 #![forbid(unsafe_code)]
 
 pub mod ids;
+pub mod kv_cache;
 pub mod parts;
 pub mod sampling;
 pub mod shape;
@@ -15,6 +16,7 @@ pub mod units;
 pub mod weights;
 
 pub use ids::*;
+pub use kv_cache::{KvCacheType, UnknownKvCacheType};
 pub use parts::{AxisCut, PARTS};
 pub use sampling::{GrammarSpec, SamplingParams, TokenLogprob, TokenLogprobs};
 pub use shape::{LayerRange, ModelShape};

@@ -1,8 +1,9 @@
 //! How keys and values lie in the cache, and how they get there.
 
+use super::buffer::{BrainFloat, CacheElement, Half, KvBuffer};
 use crate::kernels::Kernels;
 use crate::strided::StridedRows;
-use ashlar_vocabulary::BlockId;
+use ashlar_vocabulary::{BlockId, KvCacheType};
 
 /// Tokens of a cache block.
 pub const BLOCK_TOKENS: usize = 16;
@@ -21,19 +22,19 @@ pub struct KvLayout {
 
 impl KvLayout {
     /// Elements of one block in the key cache; as many again in the value cache.
-    pub const fn floats_per_block(&self) -> usize {
-        self.kv_heads * self.floats_per_head()
+    pub const fn elements_per_block(&self) -> usize {
+        self.kv_heads * self.elements_per_head()
     }
 
     /// Elements of one head of a block.
-    pub(super) const fn floats_per_head(&self) -> usize {
+    pub(super) const fn elements_per_head(&self) -> usize {
         self.head_dim * BLOCK_TOKENS
     }
 
     /// Where one head of a block starts.
     #[inline(always)]
     pub(super) fn head_start(&self, block: BlockId, kv_head: usize) -> usize {
-        (block.0 as usize * self.kv_heads + kv_head) * self.floats_per_head()
+        (block.0 as usize * self.kv_heads + kv_head) * self.elements_per_head()
     }
 }
 
@@ -69,32 +70,51 @@ impl RowContext<'_> {
 
 impl Kernels {
     /// Writes the keys and values of `rows` (each kv_heads·head_dim elements at the start of a row of `k` and `v`) to
-    /// their slots of one layer's caches.
+    /// their slots of one layer's caches, rounded to the caches' type.
     ///
     /// # Panics
-    /// If a length does not fit, or a row's block table is too short or points outside the caches.
+    /// If a length does not fit, the caches differ in type, or a row's block table is too short or points outside them.
     pub fn write_kv(
         &self,
         layout: KvLayout,
         rows: &[RowContext<'_>],
         k: StridedRows<'_>,
         v: StridedRows<'_>,
-        k_cache: &mut [f32],
-        v_cache: &mut [f32],
+        k_cache: &mut KvBuffer,
+        v_cache: &mut KvBuffer,
     ) {
-        let KvLayout { kv_heads, head_dim } = layout;
-        for (row, context) in rows.iter().enumerate() {
-            context.assert_covered();
-            let (block, slot) = (context.block(), context.position as usize % BLOCK_TOKENS);
-            let (k, v) = (k.row(row, kv_heads * head_dim), v.row(row, kv_heads * head_dim));
-            for head in 0..kv_heads {
-                let start = layout.head_start(block, head);
-                let elements = head * head_dim..(head + 1) * head_dim;
-                let keys = &mut k_cache[start..][..layout.floats_per_head()];
-                for (to, &k) in keys.chunks_exact_mut(BLOCK_TOKENS).zip(&k[elements.clone()]) {
-                    to[slot] = k;
-                }
-                v_cache[start + slot * head_dim..][..head_dim].copy_from_slice(&v[elements]);
+        match k_cache.kind() {
+            KvCacheType::F32 => write::<f32>(layout, rows, k, v, k_cache, v_cache),
+            KvCacheType::Bf16 => write::<BrainFloat>(layout, rows, k, v, k_cache, v_cache),
+            KvCacheType::F16 => write::<Half>(layout, rows, k, v, k_cache, v_cache),
+        }
+    }
+}
+
+fn write<E: CacheElement>(
+    layout: KvLayout,
+    rows: &[RowContext<'_>],
+    k: StridedRows<'_>,
+    v: StridedRows<'_>,
+    k_cache: &mut KvBuffer,
+    v_cache: &mut KvBuffer,
+) {
+    let KvLayout { kv_heads, head_dim } = layout;
+    let (k_cache, v_cache) = (k_cache.elements_mut::<E>(), v_cache.elements_mut::<E>());
+    for (row, context) in rows.iter().enumerate() {
+        context.assert_covered();
+        let (block, slot) = (context.block(), context.position as usize % BLOCK_TOKENS);
+        let (k, v) = (k.row(row, kv_heads * head_dim), v.row(row, kv_heads * head_dim));
+        for head in 0..kv_heads {
+            let start = layout.head_start(block, head);
+            let elements = head * head_dim..(head + 1) * head_dim;
+            let keys = &mut k_cache[start..][..layout.elements_per_head()];
+            for (to, &k) in keys.chunks_exact_mut(BLOCK_TOKENS).zip(&k[elements.clone()]) {
+                to[slot] = E::round(k);
+            }
+            let values = &mut v_cache[start + slot * head_dim..][..head_dim];
+            for (to, &v) in values.iter_mut().zip(&v[elements]) {
+                *to = E::round(v);
             }
         }
     }

@@ -1,31 +1,35 @@
 //! Attention over a paged cache of keys and values.
 //!
-//! Layout: [`layout`](KvLayout) (blocks, rows, writing), `split` (256 keys for a few queries: scores, softmax, output),
-//! `tile` (the register tiles of both products), this file (which task does what, and the merge of splits).
+//! Layout: [`buffer`](KvBuffer) (memory and element types), [`layout`](KvLayout) (blocks, rows, writing), `split` (256 keys
+//! for a few queries: scores, softmax, output), `tile` (the register tiles of both products), this file (which task does
+//! what, and the merge of splits).
 //!
 //! Order, per row and query head: keys form splits of 256 counted from position 0. Within a split, a score is one
-//! ascending chain over the head's elements, times the scale; p = e^(score − max); the sum of p takes sixteen
+//! ascending chain over the head's elements, times the scale, and with a soft cap c it is c·tanh(score/c);
+//! p = e^(score − max); the sum of p takes sixteen
 //! accumulators (key modulo 16) and a fixed tree; the output is one ascending chain over keys. Splits merge in ascending
 //! order. Keys outside the row's window take part in nothing, whatever the cache holds there.
 
+mod buffer;
 mod layout;
 mod split;
 mod tile;
 
+pub use buffer::KvBuffer;
 pub use layout::{BLOCK_TOKENS, KvLayout, RowContext};
 
 use crate::kernels::Kernels;
 use crate::lanes::{LaneKernel, Simd16};
 use crate::strided::{DisjointMut, StridedRows};
 use split::{Partial, Scratch, SplitInputs};
-use std::cell::RefCell;
+use std::cell::Cell;
 use std::ops::Range;
 
 /// Keys that share one softmax before splits are merged.
 pub const SPLIT_KEYS: usize = 256;
 
 /// Queries of one task: neighbouring rows of a sequence times the query heads of one KV head.
-const TASK_QUERIES: usize = 32;
+const TASK_QUERIES: usize = 48;
 
 /// What attention computes, apart from its operands.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -38,6 +42,8 @@ pub struct AttentionShape {
     pub scale: f32,
     /// Sliding window: a key counts if position − key < window.
     pub window: Option<u32>,
+    /// Soft cap of the scores: c·tanh(score/c); positive.
+    pub softcap: Option<f32>,
 }
 
 impl Kernels {
@@ -54,8 +60,8 @@ impl Kernels {
         shape: &AttentionShape,
         rows: &[RowContext<'_>],
         q: StridedRows<'_>,
-        k_cache: &[f32],
-        v_cache: &[f32],
+        k_cache: &KvBuffer,
+        v_cache: &KvBuffer,
         out: &mut [f32],
     ) {
         let AttentionShape { layout, q_heads, .. } = *shape;
@@ -64,19 +70,23 @@ impl Kernels {
             "query heads are a multiple of KV heads"
         );
         assert!(shape.scale > 0.0, "the scale is positive");
+        assert!(shape.softcap.is_none_or(|softcap| softcap > 0.0), "the soft cap is positive");
         assert_eq!(out.len(), rows.len() * q_heads * layout.head_dim, "out is rows × q_heads·head_dim");
         rows.iter().for_each(RowContext::assert_covered);
+        assert_eq!(k_cache.kind(), v_cache.kind(), "keys and values are of one type");
+        let kv_heads = shape.layout.kv_heads;
         let call = Call { shape: *shape, rows, q, k_cache, v_cache };
         let tiles = call.tiles();
-        let tasks = tiles.len() * layout.kv_heads;
+        let tasks = tiles.len() * kv_heads;
         let splits = tiles.iter().map(|tile| call.splits(tile.clone()).len()).max().unwrap_or(0);
         let output = DisjointMut::new(out);
         if tasks < 2 * self.threads() && splits > 1 {
             return self.attention_over_splits(&call, &tiles, splits, &output);
         }
         self.pool().run(tasks, &|task| {
-            // Later tiles of a chunk have longer contexts: they go first, so that threads finish together.
-            let (tile, kv_head) = (&tiles[tiles.len() - 1 - task / layout.kv_heads], task % layout.kv_heads);
+            // Head by head, so that its keys and values stay in the L2 cache. Later tiles of a chunk have longer contexts:
+            // they go first, so that threads finish together.
+            let (kv_head, tile) = (task / tiles.len(), &tiles[tiles.len() - 1 - task % tiles.len()]);
             let splits = call.splits(tile.clone());
             self.dispatch(Task {
                 call: &call,
@@ -98,7 +108,11 @@ impl Kernels {
     ) {
         let AttentionShape { layout, q_heads, .. } = call.shape;
         let width = Partial::floats(layout.head_dim);
-        let mut partials = vec![0.0; call.rows.len() * q_heads * most_splits * width];
+        let mut partials = PARTIALS.take();
+        let len = call.rows.len() * q_heads * most_splits * width;
+        if partials.len() < len {
+            partials.resize(len, 0.0);
+        }
         let store = DisjointMut::new(&mut partials);
         self.pool().run(tiles.len() * layout.kv_heads * most_splits, &|task| {
             let (task, index) = (task / most_splits, task % most_splits);
@@ -107,21 +121,32 @@ impl Kernels {
             let sink = Sink::Partials { store: &store, most_splits };
             self.dispatch(Task { call, rows: tile, kv_head, splits: split..split + 1, sink });
         });
-        for tile in tiles {
-            let first = call.splits(tile.clone()).start;
-            for row in tile.clone() {
-                for head in 0..q_heads {
-                    let slot = row * q_heads + head;
-                    // SAFETY: no task is running.
-                    let out = unsafe { output.range(slot * layout.head_dim..(slot + 1) * layout.head_dim) };
-                    let own = call.splits(row..row + 1);
-                    let partials = &partials[slot * most_splits * width..][..most_splits * width];
-                    let partials = &partials[(own.start - first) * width..(own.end - first) * width];
-                    self.dispatch(MergePartials { partials, out });
-                }
+        // Per row, where its splits begin among those of its tile.
+        let tile_of = |row: usize| tiles.partition_point(|tile| tile.end <= row);
+        self.pool().run(call.rows.len() * layout.kv_heads, &|task| {
+            let (row, kv_head) = (task / layout.kv_heads, task % layout.kv_heads);
+            let first = call.splits(tiles[tile_of(row)].clone()).start;
+            let own = call.splits(row..row + 1);
+            for head in kv_head * call.group()..(kv_head + 1) * call.group() {
+                let slot = row * q_heads + head;
+                let start = (slot * most_splits + own.start - first) * width;
+                // SAFETY: one task per row and head, and all tasks that wrote these have ended.
+                let (partials, out) = unsafe {
+                    (
+                        store.range(start..start + own.len() * width),
+                        output.range(slot * layout.head_dim..(slot + 1) * layout.head_dim),
+                    )
+                };
+                self.dispatch(MergePartials { partials, out });
             }
-        }
+        });
+        PARTIALS.set(partials);
     }
+}
+
+thread_local! {
+    /// Of the thread that called, see [`Task`].
+    static PARTIALS: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
 }
 
 /// The operands of one call.
@@ -129,8 +154,8 @@ struct Call<'a> {
     shape: AttentionShape,
     rows: &'a [RowContext<'a>],
     q: StridedRows<'a>,
-    k_cache: &'a [f32],
-    v_cache: &'a [f32],
+    k_cache: &'a KvBuffer,
+    v_cache: &'a KvBuffer,
 }
 
 impl Call<'_> {
@@ -196,7 +221,7 @@ struct Task<'a> {
 
 thread_local! {
     /// Reused from task to task.
-    static SCRATCH: RefCell<Scratch> = RefCell::new(Scratch::default());
+    static SCRATCH: Cell<Option<Box<Scratch>>> = const { Cell::new(None) };
 }
 
 impl LaneKernel for Task<'_> {
@@ -204,9 +229,9 @@ impl LaneKernel for Task<'_> {
 
     #[inline(always)]
     fn run<S: Simd16>(self) {
-        let mut scratch = SCRATCH.take();
+        let mut scratch = SCRATCH.take().unwrap_or_default();
         self.run_with::<S>(&mut scratch);
-        SCRATCH.set(scratch);
+        SCRATCH.set(Some(scratch));
     }
 }
 
@@ -214,16 +239,17 @@ impl Task<'_> {
     #[inline(always)]
     fn run_with<S: Simd16>(self, scratch: &mut Scratch) {
         let Task { call, rows, kv_head, splits, sink } = self;
-        let AttentionShape { layout, q_heads, scale, .. } = call.shape;
+        let AttentionShape { layout, q_heads, scale, softcap, .. } = call.shape;
         let (group, head_dim) = (call.group(), layout.head_dim);
         let width = Partial::floats(head_dim);
         let first_split = call.splits(rows.clone()).start;
-        scratch.begin(rows.len() * group, head_dim);
-        scratch.queries.clear();
-        for row in rows.clone() {
+        scratch.begin(rows.len() * group, layout);
+        for (index, row) in rows.clone().enumerate() {
             let q = call.q.row(row, q_heads * head_dim);
             let heads = q[kv_head * group * head_dim..].chunks_exact(head_dim).take(group);
-            scratch.queries.extend(heads.map(<[f32]>::as_ptr));
+            for (head, q) in heads.enumerate() {
+                scratch.set_query(index * group + head, q);
+            }
         }
         for split in splits {
             let start = split * SPLIT_KEYS;
@@ -238,6 +264,7 @@ impl Task<'_> {
                 layout,
                 kv_head,
                 scale,
+                softcap,
                 table: call.rows[rows.start].block_table,
                 first_block: start / BLOCK_TOKENS,
                 k_cache: call.k_cache,
@@ -274,9 +301,9 @@ impl Task<'_> {
     }
 }
 
-/// The ascending merge of one row's and head's splits.
+/// The ascending merge of one row's and head's splits, in the memory of the first.
 struct MergePartials<'a> {
-    partials: &'a [f32],
+    partials: &'a mut [f32],
     out: &'a mut [f32],
 }
 
@@ -285,12 +312,10 @@ impl LaneKernel for MergePartials<'_> {
 
     #[inline(always)]
     fn run<S: Simd16>(self) {
-        let width = Partial::floats(self.out.len());
-        let mut merged = vec![0.0; width];
-        merged[0] = f32::NEG_INFINITY;
-        for partial in self.partials.chunks_exact(width) {
-            Partial::merge::<S>(&mut merged, partial);
+        let (merged, rest) = self.partials.split_at_mut(Partial::floats(self.out.len()));
+        for partial in rest.chunks_exact(merged.len()) {
+            Partial::merge::<S>(merged, partial);
         }
-        Partial::finish::<S>(&merged, self.out);
+        Partial::finish::<S>(merged, self.out);
     }
 }

@@ -1,57 +1,85 @@
 //! One split of keys for the queries of a task: scores, softmax, output; and how splits merge.
 
 use super::SPLIT_KEYS;
+use super::buffer::{BrainFloat, CacheElement, Half, KvBuffer};
 use super::layout::{BLOCK_TOKENS, KvLayout};
-use super::tile::{ScoreTile, ValueTile};
+use super::tile::{ScoreTile, TILE_BLOCKS, TILE_QUERIES, ValueTile};
+use crate::aligned::AlignedBuffer;
 use crate::lanes::{LANES, Simd16};
 use crate::math;
-use ashlar_vocabulary::BlockId;
+use ashlar_vocabulary::{BlockId, KvCacheType};
 use std::ops::Range;
 
-/// Blocks of a split.
-const SPLIT_BLOCKS: usize = SPLIT_KEYS / BLOCK_TOKENS;
 /// Keys whose values stay in the L1 cache while all queries pass over them.
-const VALUE_RUN: usize = 64;
-/// Queries of a register tile.
-const TILE_QUERIES: usize = 4;
+const VALUE_RUN: usize = TILE_BLOCKS * BLOCK_TOKENS;
+/// Distance between queries' scores: a power of two would crowd them into a few sets of the L1 cache.
+const SCORE_STRIDE: usize = SPLIT_KEYS + LANES;
 
 /// Working memory of one task.
-#[derive(Default)]
 pub(super) struct Scratch {
-    /// Query vectors, head_dim elements each; valid for one task.
-    pub(super) queries: Vec<*const f32>,
+    /// `[tile][head_dim][6]`: one element of the six queries of a tile side by side.
+    queries: AlignedBuffer,
     /// Per query, the keys it attends to, relative to the split.
     pub(super) keys: Vec<Range<usize>>,
-    /// `[query][256]`: scores, then probabilities.
-    scores: Vec<f32>,
+    /// `[query][key]`: scores, then probabilities.
+    scores: AlignedBuffer,
     /// `[query]` [`Partial`]: the split's results.
-    pub(super) partials: Vec<f32>,
+    pub(super) partials: AlignedBuffer,
     /// `[query]` [`Partial`]: the splits merged so far.
-    pub(super) merged: Vec<f32>,
+    pub(super) merged: AlignedBuffer,
+    /// Four blocks of keys or values, widened.
+    widened: AlignedBuffer,
+}
+
+impl Default for Scratch {
+    fn default() -> Scratch {
+        let empty = || AlignedBuffer::zeroed(0);
+        let (queries, scores, partials, merged, widened) = (empty(), empty(), empty(), empty(), empty());
+        Scratch { queries, keys: Vec::new(), scores, partials, merged, widened }
+    }
+}
+
+/// Makes room for `len` elements.
+fn reserve(buffer: &mut AlignedBuffer, len: usize) {
+    if buffer.len() < len {
+        *buffer = AlignedBuffer::zeroed(len);
+    }
 }
 
 impl Scratch {
     /// Makes room for `queries` queries and starts them with nothing merged.
+    pub(super) fn begin(&mut self, queries: usize, layout: KvLayout) {
+        let width = Partial::floats(layout.head_dim);
+        reserve(&mut self.queries, queries.next_multiple_of(TILE_QUERIES) * layout.head_dim);
+        reserve(&mut self.scores, queries * SCORE_STRIDE);
+        reserve(&mut self.partials, queries * width);
+        reserve(&mut self.merged, queries * width);
+        reserve(&mut self.widened, TILE_BLOCKS * layout.elements_per_head());
+        for merged in self.merged.chunks_exact_mut(width).take(queries) {
+            merged[width - LANES] = f32::NEG_INFINITY;
+            merged[width - LANES + 1] = 0.0;
+        }
+    }
+
+    /// Takes a query's elements.
     #[inline(always)]
-    pub(super) fn begin(&mut self, queries: usize, head_dim: usize) {
-        let width = Partial::floats(head_dim);
-        self.scores.resize(queries * SPLIT_KEYS, 0.0);
-        self.partials.resize(queries * width, 0.0);
-        self.merged.resize(queries * width, 0.0);
-        for merged in self.merged.chunks_exact_mut(width) {
-            merged[0] = f32::NEG_INFINITY;
-            merged[1..].fill(0.0);
+    pub(super) fn set_query(&mut self, query: usize, elements: &[f32]) {
+        let tile = &mut self.queries[query / TILE_QUERIES * TILE_QUERIES * elements.len()..];
+        let (slots, _) = tile.as_chunks_mut::<TILE_QUERIES>();
+        for (slots, &element) in slots.iter_mut().zip(elements) {
+            slots[query % TILE_QUERIES] = element;
         }
     }
 }
 
-/// The result of some keys for one query: maximum score, sum of p, output not yet divided by it.
+/// The result of some keys for one query: the output not yet divided by the sum of p (up to whole vectors), then the
+/// maximum score and the sum.
 pub(super) struct Partial;
 
 impl Partial {
-    /// Elements of a partial result: maximum, sum, output.
+    /// Elements of a partial result, in whole vectors.
     pub(super) const fn floats(head_dim: usize) -> usize {
-        head_dim + 2
+        head_dim.next_multiple_of(LANES) + LANES
     }
 
     /// The partial result of one query.
@@ -60,28 +88,44 @@ impl Partial {
         &partials[query * Partial::floats(head_dim)..][..Partial::floats(head_dim)]
     }
 
+    /// Output zero, with this maximum and sum.
+    #[inline(always)]
+    fn start<S: Simd16>(partial: &mut [f32], max: f32, sum: f32) {
+        for vector in partial.chunks_exact_mut(LANES) {
+            S::splat(0.0).write(vector);
+        }
+        let at = partial.len() - LANES;
+        (partial[at], partial[at + 1]) = (max, sum);
+    }
+
     /// merged ← merged · e^(max₁−max) + next · e^(max₂−max); the second product is fused. The first partial is copied.
     #[inline(always)]
     pub(super) fn merge<S: Simd16>(merged: &mut [f32], next: &[f32]) {
-        if merged[0] == f32::NEG_INFINITY && merged[1] == 0.0 {
+        let at = merged.len() - LANES;
+        if merged[at] == f32::NEG_INFINITY && merged[at + 1] == 0.0 {
             merged.copy_from_slice(next);
             return;
         }
-        let max = if merged[0] > next[0] { merged[0] } else { next[0] };
-        let (old, new) = (math::exp_f32(merged[0] - max), math::exp_f32(next[0] - max));
-        merged[0] = max;
-        for (merged, next) in merged[1..].chunks_mut(LANES).zip(next[1..].chunks(LANES)) {
-            let (a, b) = (S::read_tail(merged, 0.0), S::read_tail(next, 0.0));
-            b.mul_add(S::splat(new), a.mul(S::splat(old))).write_tail(merged);
+        // One of the two factors is e⁰ = 1.
+        let (max, old, new) = if merged[at] > next[at] {
+            (merged[at], 1.0, math::exp_f32(next[at] - merged[at]))
+        } else {
+            (next[at], math::exp_f32(merged[at] - next[at]), 1.0)
+        };
+        // The sum goes the same way as the output: both factors are lanes of one vector with it.
+        for (merged, next) in merged.chunks_exact_mut(LANES).zip(next.chunks_exact(LANES)) {
+            let (a, b) = (S::read(merged), S::read(next));
+            b.mul_add(S::splat(new), a.mul(S::splat(old))).write(merged);
         }
+        merged[at] = max;
     }
 
     /// out = output / sum.
     #[inline(always)]
     pub(super) fn finish<S: Simd16>(merged: &[f32], out: &mut [f32]) {
-        let sum = S::splat(merged[1]);
-        for (merged, out) in merged[2..].chunks(LANES).zip(out.chunks_mut(LANES)) {
-            S::read_tail(merged, 0.0).div(sum).write_tail(out);
+        let sum = S::splat(merged[merged.len() - LANES + 1]);
+        for (merged, out) in merged.chunks_exact(LANES).zip(out.chunks_mut(LANES)) {
+            S::read(merged).div(sum).write_tail(out);
         }
     }
 }
@@ -91,11 +135,12 @@ pub(super) struct SplitInputs<'a> {
     pub(super) layout: KvLayout,
     pub(super) kv_head: usize,
     pub(super) scale: f32,
+    pub(super) softcap: Option<f32>,
     pub(super) table: &'a [BlockId],
     /// Of the split, in the table.
     pub(super) first_block: usize,
-    pub(super) k_cache: &'a [f32],
-    pub(super) v_cache: &'a [f32],
+    pub(super) k_cache: &'a KvBuffer,
+    pub(super) v_cache: &'a KvBuffer,
 }
 
 impl SplitInputs<'_> {
@@ -109,49 +154,101 @@ impl SplitInputs<'_> {
             return;
         }
         let blocks = low / BLOCK_TOKENS..high.div_ceil(BLOCK_TOKENS);
-        let (mut k, mut v) = ([std::ptr::null(); SPLIT_BLOCKS], [std::ptr::null(); SPLIT_BLOCKS]);
-        for block in blocks.clone() {
-            let start = self.layout.head_start(self.table[self.first_block + block], self.kv_head);
-            k[block] = self.k_cache[start..][..self.layout.floats_per_head()].as_ptr();
-            v[block] = self.v_cache[start..][..self.layout.floats_per_head()].as_ptr();
-        }
-        self.scores::<S>(scratch, &k, &v, blocks);
+        self.scores::<S>(scratch, blocks);
         for query in 0..scratch.keys.len() {
             self.softmax::<S>(scratch, query);
         }
-        self.outputs::<S>(scratch, &v, low..high);
+        self.outputs::<S>(scratch, low..high);
     }
 
-    /// Raw scores of all queries for some blocks. Keys that a query does not attend to get some number, or NaN.
+    /// Where up to four blocks of the split lie, as `f32`: in the cache itself, or widened in `widened`. Blocks up to `end`
+    /// will be asked for next.
     #[inline(always)]
-    fn scores<S: Simd16>(
+    fn blocks<S: Simd16>(
         &self,
-        scratch: &mut Scratch,
-        k: &[*const f32; SPLIT_BLOCKS],
-        v: &[*const f32; SPLIT_BLOCKS],
+        cache: &KvBuffer,
         blocks: Range<usize>,
-    ) {
-        let queries = scratch.queries.len();
-        let step = S::TILE_VECTORS.min(4);
-        for first in blocks.clone().step_by(step) {
-            let count = step.min(blocks.end - first);
-            // A block of one head is a page, where the hardware's own prefetching ends: ask for the next keys, and in
-            // the end for the first values.
-            let next: [*const f32; 4] = std::array::from_fn(|index| match first + step + index {
-                block if block < blocks.end => k[block],
-                block => v[(blocks.start + block - blocks.end.max(first + step)).min(blocks.end - 1)],
-            });
+        end: usize,
+        widened: &mut AlignedBuffer,
+    ) -> [*const f32; TILE_BLOCKS] {
+        match cache.kind() {
+            KvCacheType::F32 => std::array::from_fn(|index| match blocks.start + index {
+                block if block < blocks.end => self.head::<f32>(cache, block),
+                _ => std::ptr::null(),
+            }),
+            KvCacheType::Bf16 => self.widen::<S, BrainFloat>(cache, blocks, end, widened),
+            KvCacheType::F16 => self.widen::<S, Half>(cache, blocks, end, widened),
+        }
+    }
+
+    /// One head of one block of the split, as it is stored.
+    #[inline(always)]
+    fn head<E: CacheElement>(&self, cache: &KvBuffer, block: usize) -> *const E {
+        let start = self.layout.head_start(self.table[self.first_block + block], self.kv_head);
+        cache.elements::<E>()[start..][..self.layout.elements_per_head()].as_ptr()
+    }
+
+    /// Widens up to four blocks, side by side.
+    #[inline(always)]
+    fn widen<S: Simd16, E: CacheElement>(
+        &self,
+        cache: &KvBuffer,
+        blocks: Range<usize>,
+        end: usize,
+        widened: &mut AlignedBuffer,
+    ) -> [*const f32; TILE_BLOCKS] {
+        let elements = self.layout.elements_per_head();
+        let from = widened.as_ptr();
+        for (block, to) in blocks.zip(widened.chunks_exact_mut(elements)) {
+            let head = self.head::<E>(cache, block);
+            let ahead = self.head::<E>(cache, (block + TILE_BLOCKS).min(end - 1));
+            for (vector, to) in to.chunks_exact_mut(LANES).enumerate() {
+                S::prefetch(ahead.wrapping_add(vector * LANES).cast());
+                // SAFETY: a head of a block is whole vectors.
+                unsafe { E::load::<S>(head.add(vector * LANES)) }.write(to);
+            }
+        }
+        std::array::from_fn(|block| from.wrapping_add(block * elements))
+    }
+
+    /// What will be read after some blocks of keys: a block of one head is about a page, where the hardware's own
+    /// prefetching ends, so that the next keys are asked for, and in the end the first values. Only where the cache is read
+    /// in place: `widen` asks for itself.
+    #[inline(always)]
+    fn after(&self, next: usize, blocks: &Range<usize>) -> Option<[*const f32; TILE_BLOCKS]> {
+        (self.k_cache.kind() == KvCacheType::F32).then(|| {
+            std::array::from_fn(|index| match next + index {
+                block if block < blocks.end => self.head::<f32>(self.k_cache, block),
+                block => {
+                    let value = blocks.start + block - blocks.end.max(next);
+                    self.head::<f32>(self.v_cache, value.min(blocks.end - 1))
+                }
+            })
+        })
+    }
+
+    /// Scores of all queries for some blocks. Keys that a query does not attend to get some number, or NaN.
+    #[inline(always)]
+    fn scores<S: Simd16>(&self, scratch: &mut Scratch, blocks: Range<usize>) {
+        let queries = scratch.keys.len();
+        for first in blocks.clone().step_by(TILE_BLOCKS) {
+            let count = TILE_BLOCKS.min(blocks.end - first);
+            let keys =
+                self.blocks::<S>(self.k_cache, first..first + count, blocks.end, &mut scratch.widened);
+            let ahead = self.after(first + TILE_BLOCKS, &blocks);
             for query in (0..queries).step_by(TILE_QUERIES) {
                 let tile = ScoreTile {
                     head_dim: self.layout.head_dim,
-                    queries: &scratch.queries[query..queries.min(query + TILE_QUERIES)],
-                    keys: &k[first..first + count],
-                    ahead: (query == 0).then_some(next),
-                    scores: scratch.scores[query * SPLIT_KEYS + first * BLOCK_TOKENS..].as_mut_ptr(),
-                    stride: SPLIT_KEYS,
+                    count: TILE_QUERIES.min(queries - query),
+                    queries: scratch.queries[query * self.layout.head_dim..].as_ptr(),
+                    keys: &keys[..count],
+                    ahead: ahead.filter(|_| query == 0),
+                    scale: self.scale,
+                    scores: scratch.scores[query * SCORE_STRIDE + first * BLOCK_TOKENS..].as_mut_ptr(),
+                    stride: SCORE_STRIDE,
                 };
-                // SAFETY: queries point to head_dim elements (`Task` sliced them), keys to whole heads of blocks
-                // (sliced above), scores to rows of 256 of which these blocks are a part.
+                // SAFETY: `begin` made room for whole tiles of queries, keys point to whole heads of blocks (sliced by
+                // `head`), scores to rows of 256 of which these blocks are a part.
                 unsafe { tile.run::<S>() };
             }
         }
@@ -164,78 +261,109 @@ impl SplitInputs<'_> {
         if keys.is_empty() {
             return;
         }
-        let scores = &mut scratch.scores[query * SPLIT_KEYS..][..SPLIT_KEYS];
+        let scores = &mut scratch.scores[query * SCORE_STRIDE..][..SPLIT_KEYS];
         let (start, end) = (keys.start / LANES * LANES, keys.end.div_ceil(LANES) * LANES);
+        if let Some(softcap) = self.softcap {
+            for scores in scores[start..end].chunks_exact_mut(LANES) {
+                let share = S::read(scores).div(S::splat(softcap));
+                math::tanh_lanes(share).mul(S::splat(softcap)).write(scores);
+            }
+        }
         scores[start..keys.start].fill(f32::NEG_INFINITY);
         scores[keys.end..end].fill(f32::NEG_INFINITY);
-        let scale = S::splat(self.scale);
-        let mut max = S::splat(f32::NEG_INFINITY);
-        for scores in scores[start..end].chunks_exact_mut(LANES) {
-            let scaled = S::read(scores).mul(scale);
-            scaled.write(scores);
-            max = max.max(scaled);
+        let lowest = S::splat(f32::NEG_INFINITY);
+        // Four maxima, so that none waits for the one before; the largest is the same in any order.
+        let (wide, rest) = scores[start..end].as_chunks_mut::<{ 4 * LANES }>();
+        let mut max = [lowest; 4];
+        for scores in wide {
+            for (vector, max) in max.iter_mut().enumerate() {
+                *max = S::read(&scores[vector * LANES..]).max(*max);
+            }
         }
-        let max = max.max_lane();
+        for scores in rest.chunks_exact(LANES) {
+            max[0] = S::read(scores).max(max[0]);
+        }
+        let max = max[0].max(max[1]).max(max[2].max(max[3])).max_lane();
         let mut sum = S::splat(0.0);
         for scores in scores[start..end].chunks_exact_mut(LANES) {
-            let p = math::exp_lanes(S::read(scores).sub(S::splat(max)));
+            let p = math::exp_lanes_nonpositive(S::read(scores).sub(S::splat(max)));
             p.write(scores);
             sum = sum.add(p);
         }
         let width = Partial::floats(self.layout.head_dim);
-        let partial = &mut scratch.partials[query * width..][..width];
-        partial[0] = max;
-        partial[1] = sum.sum_lanes();
-        partial[2..].fill(0.0);
+        Partial::start::<S>(&mut scratch.partials[query * width..][..width], max, sum.sum_lanes());
     }
 
     /// Σ p·v over the keys that each query attends to, ascending.
     #[inline(always)]
-    fn outputs<S: Simd16>(&self, scratch: &mut Scratch, v: &[*const f32; SPLIT_BLOCKS], keys: Range<usize>) {
-        let queries = scratch.queries.len();
+    fn outputs<S: Simd16>(&self, scratch: &mut Scratch, keys: Range<usize>) {
+        let mut start = keys.start;
+        while start < keys.end {
+            let run = start..keys.end.min((start / VALUE_RUN + 1) * VALUE_RUN);
+            start = run.end;
+            let blocks = run.start / BLOCK_TOKENS..run.end.div_ceil(BLOCK_TOKENS);
+            let end = keys.end.div_ceil(BLOCK_TOKENS);
+            let values = self.blocks::<S>(self.v_cache, blocks.clone(), end, &mut scratch.widened);
+            let next = blocks.end..end.min(blocks.end + TILE_BLOCKS);
+            let ahead = (self.v_cache.kind() == KvCacheType::F32 && !next.is_empty())
+                .then(|| self.blocks::<S>(self.v_cache, next, end, &mut scratch.widened));
+            self.value_tiles::<S>(scratch, &values, ahead, blocks.start, run);
+        }
+    }
+
+    /// The same over a run of keys, for all queries: `values` are its blocks, of which the first is `first_block` of the
+    /// split.
+    #[inline(always)]
+    fn value_tiles<S: Simd16>(
+        &self,
+        scratch: &mut Scratch,
+        values: &[*const f32; TILE_BLOCKS],
+        ahead: Option<[*const f32; TILE_BLOCKS]>,
+        first_block: usize,
+        run: Range<usize>,
+    ) {
+        let queries = scratch.keys.len();
         let width = Partial::floats(self.layout.head_dim);
-        let all_end = keys.end;
-        for run in keys.clone().step_by(VALUE_RUN) {
-            let run = run..keys.end.min(run + VALUE_RUN);
-            for first in (0..queries).step_by(TILE_QUERIES) {
-                let tile = first..queries.min(first + TILE_QUERIES);
-                // Keys that all queries of the tile attend to go together; those before and after, query by query.
-                let clamp = |keys: &Range<usize>| keys.start.max(run.start)..keys.end.min(run.end);
-                let (mut low, mut high) = (run.start, run.end);
-                for keys in &scratch.keys[tile.clone()] {
-                    low = low.max(keys.start);
-                    high = high.min(keys.end);
-                }
-                let shared = low..high.max(low);
-                let values = |query: usize, count: usize, keys: Range<usize>| ValueTile {
-                    head_dim: self.layout.head_dim,
-                    values: v,
-                    keys,
-                    p: scratch.scores[query * SPLIT_KEYS..][..count * SPLIT_KEYS].as_ptr(),
-                    p_stride: SPLIT_KEYS,
-                    count,
-                    ahead: if query == 0 && run.end < all_end { VALUE_RUN } else { 0 },
-                };
-                for query in tile.clone() {
-                    let own = clamp(&scratch.keys[query]);
-                    let before = own.start..own.end.min(shared.start);
-                    let output = scratch.partials[query * width + 2..].as_mut_ptr();
-                    // SAFETY: the keys lie in the query's range, whose blocks `run` looked up; the output has head_dim
-                    // elements, p 256.
-                    unsafe { values(query, 1, before).run::<S>(output, width) };
-                }
-                if !shared.is_empty() {
-                    let output = scratch.partials[first * width + 2..].as_mut_ptr();
-                    // SAFETY: as above, for every query of the tile.
-                    unsafe { values(first, tile.len(), shared.clone()).run::<S>(output, width) };
-                }
-                for query in tile {
-                    let own = clamp(&scratch.keys[query]);
-                    let after = own.start.max(shared.start).max(shared.end)..own.end;
-                    let output = scratch.partials[query * width + 2..].as_mut_ptr();
-                    // SAFETY: as above.
-                    unsafe { values(query, 1, after).run::<S>(output, width) };
-                }
+        for first in (0..queries).step_by(TILE_QUERIES) {
+            let tile = first..queries.min(first + TILE_QUERIES);
+            // Keys that all queries of the tile attend to go together; those before and after, query by query.
+            let range = |start: usize, end: usize| start..end.max(start);
+            let clamp = |keys: &Range<usize>| range(keys.start.max(run.start), keys.end.min(run.end));
+            let (mut low, mut high) = (run.start, run.end);
+            for keys in &scratch.keys[tile.clone()] {
+                low = low.max(keys.start);
+                high = high.min(keys.end);
+            }
+            let shared = range(low, high);
+            let first_key = first_block * BLOCK_TOKENS;
+            let values = |query: usize, count: usize, keys: Range<usize>| ValueTile {
+                head_dim: self.layout.head_dim,
+                values,
+                ahead: ahead.filter(|_| query == 0),
+                keys: keys.start - first_key..keys.end - first_key,
+                p: scratch.scores[query * SCORE_STRIDE..][..count * SCORE_STRIDE][first_key..].as_ptr(),
+                p_stride: SCORE_STRIDE,
+                count,
+            };
+            for query in tile.clone() {
+                let own = clamp(&scratch.keys[query]);
+                let before = range(own.start, own.end.min(shared.start));
+                let output = scratch.partials[query * width..].as_mut_ptr();
+                // SAFETY: the keys lie in the run, whose blocks `head` sliced; the output has head_dim elements, p those
+                // of the split from the run on.
+                unsafe { values(query, 1, before).run::<S>(output, width) };
+            }
+            if !shared.is_empty() {
+                let output = scratch.partials[first * width..].as_mut_ptr();
+                // SAFETY: as above, for every query of the tile.
+                unsafe { values(first, tile.len(), shared.clone()).run::<S>(output, width) };
+            }
+            for query in tile {
+                let own = clamp(&scratch.keys[query]);
+                let after = range(own.start.max(shared.end), own.end);
+                let output = scratch.partials[query * width..].as_mut_ptr();
+                // SAFETY: as above.
+                unsafe { values(query, 1, after).run::<S>(output, width) };
             }
         }
     }

@@ -37,6 +37,28 @@ impl Avx2Int {
     }
 }
 
+/// The lower levels of the tree over lanes: lane i + lane i+4, then i+2, i+1.
+#[inline(always)]
+pub(super) unsafe fn sum_eight(lanes: __m256) -> f32 {
+    // SAFETY: the caller runs on a machine with AVX.
+    unsafe {
+        let four = _mm_add_ps(_mm256_castps256_ps128(lanes), _mm256_extractf128_ps::<1>(lanes));
+        let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+        _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
+    }
+}
+
+/// The largest of eight lanes.
+#[inline(always)]
+pub(super) unsafe fn max_eight(lanes: __m256) -> f32 {
+    // SAFETY: the caller runs on a machine with AVX.
+    unsafe {
+        let four = _mm_max_ps(_mm256_castps256_ps128(lanes), _mm256_extractf128_ps::<1>(lanes));
+        let two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+        _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)))
+    }
+}
+
 impl Simd16 for Avx2 {
     type Int = Avx2Int;
 
@@ -109,6 +131,22 @@ impl Simd16 for Avx2 {
     unsafe fn load_half(from: *const u16) -> Self {
         let half = |at: *const u16| avx2!(_mm256_cvtph_ps(_mm_loadu_si128(at.cast())));
         Avx2(half(from), half(from.wrapping_add(8)))
+    }
+    #[inline(always)]
+    unsafe fn load_brain(from: *const u16) -> Self {
+        let half = |at: *const u16| {
+            let words = avx2!(_mm256_cvtepu16_epi32(_mm_loadu_si128(at.cast())));
+            avx2!(_mm256_castsi256_ps(_mm256_slli_epi32::<16>(words)))
+        };
+        Avx2(half(from), half(from.wrapping_add(8)))
+    }
+    #[inline(always)]
+    fn sum_lanes(self) -> f32 {
+        avx2!(sum_eight(_mm256_add_ps(self.0, self.1)))
+    }
+    #[inline(always)]
+    fn max_lane(self) -> f32 {
+        avx2!(max_eight(_mm256_max_ps(self.0, self.1)))
     }
     #[inline(always)]
     fn dot_pairs(self, w: Avx2Int, x: Avx2Int) -> Self {

@@ -1,5 +1,6 @@
 //! Sixteen lanes as one AVX-512 register; bytes multiply by VNNI.
 
+use super::avx2::{max_eight, sum_eight};
 use super::{Int16, LaneKernel, Simd16};
 use std::arch::x86_64::*;
 
@@ -77,6 +78,13 @@ macro_rules! avx512 {
     };
 }
 
+/// Lanes 8…15.
+#[inline(always)]
+unsafe fn high_half(lanes: __m512) -> __m256 {
+    // SAFETY: the caller runs on a machine with AVX-512F.
+    unsafe { _mm256_castpd_ps(_mm512_extractf64x4_pd::<1>(_mm512_castps_pd(lanes))) }
+}
+
 impl<const PAIRS: bool> Simd16 for Avx512<PAIRS> {
     type Int = Avx512Int<PAIRS>;
 
@@ -141,6 +149,19 @@ impl<const PAIRS: bool> Simd16 for Avx512<PAIRS> {
     #[inline(always)]
     unsafe fn load_half(from: *const u16) -> Self {
         Avx512(avx512!(_mm512_cvtph_ps(_mm256_loadu_si256(from.cast()))))
+    }
+    #[inline(always)]
+    unsafe fn load_brain(from: *const u16) -> Self {
+        let words = avx512!(_mm512_cvtepu16_epi32(_mm256_loadu_si256(from.cast())));
+        Avx512(avx512!(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(words))))
+    }
+    #[inline(always)]
+    fn sum_lanes(self) -> f32 {
+        avx512!(sum_eight(_mm256_add_ps(_mm512_castps512_ps256(self.0), high_half(self.0))))
+    }
+    #[inline(always)]
+    fn max_lane(self) -> f32 {
+        avx512!(max_eight(_mm256_max_ps(_mm512_castps512_ps256(self.0), high_half(self.0))))
     }
     #[inline(always)]
     fn dot_pairs(self, w: Self::Int, x: Self::Int) -> Self {

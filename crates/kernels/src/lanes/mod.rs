@@ -58,6 +58,11 @@ pub(crate) trait Simd16: Copy {
     /// # Safety
     /// `from` must be valid for reading sixteen elements; no alignment is needed.
     unsafe fn load_half(from: *const u16) -> Self;
+    /// Widens sixteen brain floats, exactly.
+    ///
+    /// # Safety
+    /// `from` must be valid for reading sixteen elements; no alignment is needed.
+    unsafe fn load_brain(from: *const u16) -> Self;
     /// Per lane `(self + w₁·x₁) + w₀·x₀` over pairs of brain floats, the one in the high half of the word (1) first. Each
     /// step is a fused multiply-add; results too small to be normal become zero, and operands must not be subnormal.
     fn dot_pairs(self, w: Self::Int, x: Self::Int) -> Self;
@@ -108,24 +113,10 @@ pub(crate) trait Simd16: Copy {
     }
 
     /// The fixed tree over lanes: lane i + lane i+8, then i+4, i+2, i+1.
-    #[inline(always)]
-    fn sum_lanes(self) -> f32 {
-        let mut lanes = self.to_array();
-        let mut half = LANES / 2;
-        while half > 0 {
-            for i in 0..half {
-                lanes[i] += lanes[i + half];
-            }
-            half /= 2;
-        }
-        lanes[0]
-    }
+    fn sum_lanes(self) -> f32;
 
-    /// The largest lane (exact in any order).
-    #[inline(always)]
-    fn max_lane(self) -> f32 {
-        self.to_array().into_iter().fold(f32::NEG_INFINITY, |a, b| if a > b { a } else { b })
-    }
+    /// The largest lane (exact in any order, but for the sign of a zero and the bits of a NaN).
+    fn max_lane(self) -> f32;
 }
 
 /// Sixteen integers of 32 bits, each also seen as four bytes.

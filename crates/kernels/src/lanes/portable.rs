@@ -89,6 +89,28 @@ impl Simd16 for Portable {
         Portable(halves.map(crate::half::widen))
     }
     #[inline(always)]
+    unsafe fn load_brain(from: *const u16) -> Self {
+        // SAFETY: the caller vouches for sixteen readable elements.
+        let brains = unsafe { from.cast::<[u16; LANES]>().read_unaligned() };
+        Portable(brains.map(|bits| f32::from_bits(u32::from(bits) << 16)))
+    }
+    #[inline(always)]
+    fn sum_lanes(self) -> f32 {
+        let mut lanes = self.0;
+        let mut half = LANES / 2;
+        while half > 0 {
+            for i in 0..half {
+                lanes[i] += lanes[i + half];
+            }
+            half /= 2;
+        }
+        lanes[0]
+    }
+    #[inline(always)]
+    fn max_lane(self) -> f32 {
+        self.0.into_iter().fold(f32::NEG_INFINITY, |a, b| if a > b { a } else { b })
+    }
+    #[inline(always)]
     fn dot_pairs(self, w: PortableInt, x: PortableInt) -> Self {
         super::dot_pairs_emulated(self, w, x)
     }

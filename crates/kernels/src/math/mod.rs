@@ -8,4 +8,4 @@ mod single;
 
 pub use double::{exp, log, pow, sin_cos};
 pub use single::exp_f32;
-pub(crate) use single::exp_lanes;
+pub(crate) use single::{exp_lanes, exp_lanes_nonpositive, tanh_lanes};
