@@ -6,13 +6,14 @@ use ashlar_scheduler::cluster::{Cluster, ClusterConfig, Effect, Event, NodeConne
 use ashlar_scheduler::time::Millis;
 use ashlar_shard_plan::Links;
 use ashlar_vocabulary::{
-    Bytes, LeaseTerm, ModelDigest, ModelShape, NodeId, ReplicaRevision, WeightType, WeightTypes,
+    Bytes, KvCacheType, LeaseTerm, ModelDigest, ModelShape, NodeId, Precision, ReplicaRevision, WeightType,
+    WeightTypes,
 };
 
 fn config() -> ClusterConfig {
     ClusterConfig {
         model: "demo".into(),
-        quantization: None,
+        precision: Precision::default(),
         model_digest: ModelDigest([1; 32]),
         shape: ModelShape {
             hidden_size: 64,
@@ -25,6 +26,7 @@ fn config() -> ClusterConfig {
             max_position_embeddings: 512,
             tied_head: true,
             weights: WeightTypes::uniform(WeightType::F32, 8),
+            kv_cache: KvCacheType::F32,
         },
         max_context_tokens: 512,
         term: LeaseTerm(3),

@@ -13,8 +13,8 @@ use ashlar_protocol::serving::{
 use ashlar_protocol::step::StepTiming;
 use ashlar_scheduler::{ModelCard, Scheduler, SchedulerConfig};
 use ashlar_vocabulary::{
-    Bytes, LeaseTerm, ModelDigest, ModelShape, NodeId, RequestId, SamplingParams, TokenId, WeightType,
-    WeightTypes,
+    Bytes, KvCacheType, LeaseTerm, ModelDigest, ModelShape, NodeId, Precision, RequestId, SamplingParams,
+    TokenId, WeightType, WeightTypes,
 };
 use rank::{Rank, oracle};
 use std::net::SocketAddr;
@@ -38,8 +38,15 @@ fn model() -> ModelCard {
         max_position_embeddings: 512,
         tied_head: true,
         weights: WeightTypes::uniform(WeightType::F32, 8),
+        kv_cache: KvCacheType::F32,
     };
-    ModelCard { source: "demo".into(), quantization: None, digest: DIGEST, shape, max_context_tokens: 512 }
+    ModelCard {
+        source: "demo".into(),
+        precision: Precision::default(),
+        digest: DIGEST,
+        shape,
+        max_context_tokens: 512,
+    }
 }
 
 struct Running {

@@ -234,7 +234,7 @@ impl Executor {
         let directory = hub::resolve(name, &mut |file| info!("fetching {file} of {name}"))
             .map_err(|error| error.to_string())?;
         let digest =
-            digest::model_digest(&directory, assignment.quantization).map_err(|error| error.to_string())?;
+            digest::model_digest(&directory, assignment.precision).map_err(|error| error.to_string())?;
         if digest != assignment.model_digest {
             return Err(format!(
                 "{} has digest {digest}, the cluster serves {}: give every node the same model",
@@ -247,7 +247,7 @@ impl Executor {
         let started = Instant::now();
         let model = StageModel::load(
             &directory,
-            assignment.quantization,
+            assignment.precision,
             slice.clone(),
             self.kernels.clone(),
             &mut |loaded, total| {

@@ -8,7 +8,7 @@ use ashlar_shard_node::beat::Beat;
 use ashlar_shard_node::group::{Group, GroupTransport};
 use ashlar_shard_node::links::{self, LinkBreaker, LinkError, LinkSettings, PendingLinks, Waiting};
 use ashlar_vocabulary::{
-    LayerRange, LeaseTerm, ModelDigest, ReplicaId, ReplicaRevision, StageIndex, StepId, TensorRank,
+    LayerRange, LeaseTerm, ModelDigest, Precision, ReplicaId, ReplicaRevision, StageIndex, StepId, TensorRank,
 };
 use std::net::TcpListener;
 use std::sync::mpsc;
@@ -35,7 +35,7 @@ fn assignment(rank: usize, addresses: &[String]) -> Assignment {
         replica: ReplicaId(0),
         model: String::new(),
         model_digest: ModelDigest([0; 32]),
-        quantization: None,
+        precision: Precision::default(),
         stage: StageIndex(0),
         num_stages: 1,
         layers: LayerRange { start: 0, end: 1 },

@@ -181,8 +181,9 @@ fn check_layout(args: &[&str]) {
 #[test]
 fn every_cut_of_a_quantised_model_answers_with_the_same_bytes() {
     let all = mixed();
-    for quantization in ["q4_k_m", "q8_0", "bf16"] {
-        let args = |layout: &[&'static str]| [&["--quantize", quantization], layout].concat();
+    for (quantization, kv_cache_type) in [("q4_k_m", "f32"), ("q8_0", "bf16"), ("bf16", "f16")] {
+        let precision = ["--quantize", quantization, "--kv-cache-type", kv_cache_type];
+        let args = |layout: &[&'static str]| [&precision, layout].concat();
         let alone = ["--stages", "1", "--threads", "1", "--set", "enable_prefix_caching=false"];
         let expected = ask_all(&Cluster::start(&args(&alone)), &all);
         assert_ne!(expected, reference().0, "{quantization} rounds");

@@ -11,6 +11,7 @@ mod demo;
 mod http;
 mod plan;
 mod port;
+mod precision;
 mod quantize;
 mod roles;
 mod supervisor;

@@ -1,11 +1,12 @@
 //! `ashlar plan`: which node would hold what, the memory ledger, the predicted speed. Starts nothing.
 
+use crate::precision::PrecisionArgs;
 use anyhow::{Context, Result, bail};
 use ashlar_kernels::{Isa, Kernels, measure};
 use ashlar_model::{ModelConfig, hub, synth};
 use ashlar_service_kit::memory;
 use ashlar_shard_plan::{DeviceReport, Layout, Links, PlanRequest, plan, survivable_losses};
-use ashlar_vocabulary::{Bytes, NodeId, Quantization};
+use ashlar_vocabulary::{Bytes, NodeId};
 use clap::Args;
 use std::time::Duration;
 
@@ -37,9 +38,8 @@ pub(crate) struct PlanArgs {
     /// Longest sequence in tokens.
     #[arg(long, default_value_t = 4096)]
     max_context: usize,
-    /// Quantise the weights: q8_0, q4_0, q4_k_m …
-    #[arg(long, value_name = "TYPE")]
-    quantize: Option<Quantization>,
+    #[command(flatten)]
+    precision: PrecisionArgs,
     /// Link round trip in microseconds.
     #[arg(long, default_value_t = 50.0)]
     round_trip_us: f64,
@@ -85,7 +85,7 @@ pub(crate) fn run(args: PlanArgs) -> Result<()> {
     if args.nodes == 0 {
         bail!("--nodes must be at least 1");
     }
-    let config = match synth::named_config(&args.model) {
+    let mut config = match synth::named_config(&args.model) {
         Some(config) => {
             let directory = std::env::temp_dir().join(format!("ashlar-plan-{}", std::process::id()));
             std::fs::create_dir_all(&directory)?;
@@ -100,10 +100,8 @@ pub(crate) fn run(args: PlanArgs) -> Result<()> {
             ModelConfig::open(&directory, None)?
         }
     };
-    let shape = match args.quantize {
-        Some(quantization) => config.quantized(quantization).shape,
-        None => config.shape,
-    };
+    config.serve_in(args.precision.precision());
+    let shape = config.shape;
     let devices = if args.device.is_empty() { this_machine(args.nodes) } else { args.device.clone() };
     let links = Links {
         round_trip_s: args.round_trip_us * 1e-6,

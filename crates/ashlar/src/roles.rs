@@ -7,7 +7,7 @@ use ashlar_scheduler::{ModelCard, SchedulerConfig, SchedulerError};
 use ashlar_service_kit::telemetry::{self, TelemetryConfig, TelemetryGuard};
 use ashlar_service_kit::{Shutdown, config};
 use ashlar_shard_node::NodeConfig;
-use ashlar_vocabulary::Quantization;
+use ashlar_vocabulary::Precision;
 use clap::Args;
 use std::path::PathBuf;
 
@@ -76,7 +76,7 @@ pub(crate) fn gateway(args: &RoleArgs) -> Result<()> {
 pub(crate) fn scheduler(args: &RoleArgs) -> Result<()> {
     let config: SchedulerConfig = load(args)?;
     let _telemetry = start("scheduler", config.otlp_endpoint.clone())?;
-    let card = permanent(model_card(&config.model, config.quantize, config.max_context_tokens))?;
+    let card = permanent(model_card(&config.model, config.precision(), config.max_context_tokens))?;
     runtime()?.block_on(async {
         let shutdown = Shutdown::listen().context("cannot listen to signals")?;
         let asked = async move {
@@ -107,16 +107,16 @@ pub(crate) fn node(args: &RoleArgs) -> Result<()> {
 /// What the scheduler must know of a model, read from its files.
 pub(crate) fn model_card(
     model: &str,
-    quantization: Option<Quantization>,
+    precision: Precision,
     max_context_tokens: Option<u32>,
 ) -> Result<ModelCard> {
     let directory = resolve(model)?;
-    let config = ModelConfig::open(&directory, quantization)?;
+    let config = ModelConfig::open(&directory, precision)?;
     let trained = u32::try_from(config.shape.max_position_embeddings).unwrap_or(u32::MAX);
-    let digest = digest::model_digest(&directory, quantization)?;
+    let digest = digest::model_digest(&directory, precision)?;
     Ok(ModelCard {
         source: model.to_owned(),
-        quantization,
+        precision,
         digest,
         max_context_tokens: max_context_tokens.unwrap_or(trained).min(trained),
         shape: config.shape,

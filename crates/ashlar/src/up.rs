@@ -3,6 +3,7 @@
 use crate::demo;
 use crate::http::Client;
 use crate::port::ReservedPort;
+use crate::precision::PrecisionArgs;
 use crate::roles;
 use crate::supervisor::{Notice, Role, Supervised};
 use anyhow::{Context, Result, bail};
@@ -11,7 +12,7 @@ use ashlar_model::hub;
 use ashlar_scheduler::SchedulerConfig;
 use ashlar_service_kit::{Shutdown, memory};
 use ashlar_shard_node::NodeConfig;
-use ashlar_vocabulary::{Bytes, NodeId, Quantization};
+use ashlar_vocabulary::{Bytes, NodeId};
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
@@ -43,9 +44,8 @@ pub(crate) struct UpArgs {
     /// Model directory or hub id (`org/name`, `org/name@revision`); default: the demo model.
     #[arg(long, value_name = "DIR|HUB_ID")]
     model: Option<String>,
-    /// Quantise the weights while they are loaded: q8_0, q6_k, q5_k_m, q5_1, q5_0, q4_k_m, q4_k_s, q4_1, q4_0.
-    #[arg(long, value_name = "TYPE")]
-    quantize: Option<Quantization>,
+    #[command(flatten)]
+    precision: PrecisionArgs,
     /// Node processes; default: stages × tp × replicas. More are standbys.
     #[arg(long, value_parser = count())]
     nodes: Option<usize>,
@@ -148,7 +148,7 @@ impl Cluster {
             .file_name()
             .filter(|_| Path::new(&model_name).exists())
             .map_or(model_name.clone(), |name| name.to_string_lossy().into_owned());
-        let card = roles::model_card(&directory.to_string_lossy(), args.quantize, None)?;
+        let card = roles::model_card(&directory.to_string_lossy(), args.precision.precision(), None)?;
         let stages = args.stages.or(demo.then_some(2));
         let (tp, replicas) = (args.tp.unwrap_or(1), args.replicas.unwrap_or(1));
         let needed = stages.unwrap_or(1) * tp * replicas;
@@ -167,7 +167,8 @@ impl Cluster {
         scheduler.store =
             args.store.clone().unwrap_or_else(|| format!("redb:{}", state.join("cluster.redb").display()));
         scheduler.max_context_tokens = Some(context);
-        scheduler.quantize = args.quantize;
+        scheduler.quantize = args.precision.quantize;
+        scheduler.kv_cache_type = args.precision.kv_cache_type;
         scheduler.stages = stages;
         scheduler.tensor_parallel_size = args.tp;
         scheduler.replicas = args.replicas.or(args.nodes.is_none().then_some(1));

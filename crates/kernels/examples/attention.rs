@@ -4,8 +4,8 @@
 //! `cargo run --release -p ashlar-kernels --example attention -- [threads] [isa] [cache type] [context rows]`
 
 use ashlar_kernels::{
-    AttentionShape, BLOCK_TOKENS, Isa, Kernels, KvBuffer, KvLayout, RowContext, StridedRows, available_threads,
-    measure,
+    AttentionShape, BLOCK_TOKENS, Isa, Kernels, KvBuffer, KvLayout, RowContext, StridedRows,
+    available_threads, measure,
 };
 use ashlar_vocabulary::{BlockId, KvCacheType};
 use std::hint::black_box;
@@ -23,7 +23,8 @@ fn main() {
         arguments.next().map_or_else(available_threads, |text| text.parse().expect("threads: a number"));
     let isa =
         arguments.next().map_or_else(Isa::best, |text| text.parse().expect("isa: avx512, avx2 or portable"));
-    let kind = arguments.next().map_or_else(KvCacheType::default, |text| text.parse().expect("f32, bf16 or f16"));
+    let kind =
+        arguments.next().map_or_else(KvCacheType::default, |text| text.parse().expect("f32, bf16 or f16"));
     let kernels = Kernels::new(isa, threads);
     println!("{isa}, {threads} threads, a cache of {kind}");
     let one = arguments.next().map(|context| (context, arguments.next().unwrap_or_else(|| "1".to_owned())));
@@ -59,7 +60,8 @@ fn figure(kernels: &Kernels, kind: KvCacheType, context: usize, rows: usize) {
         .collect();
     let width = Q_HEADS * LAYOUT.head_dim;
     let q = vec![0.125; rows * width];
-    let shape = AttentionShape { layout: LAYOUT, q_heads: Q_HEADS, scale: 0.125, window: None, softcap: None };
+    let shape =
+        AttentionShape { layout: LAYOUT, q_heads: Q_HEADS, scale: 0.125, window: None, softcap: None };
     let mut out = vec![0.0; rows * width];
     let reader = measure::Reader::new(kernels, 400 << 20);
     let (mut bandwidth, mut peak, mut best) = (0.0f64, 0.0f64, f64::INFINITY);

@@ -2,7 +2,9 @@
 
 mod common;
 
-use ashlar_kernels::{AttentionShape, BLOCK_TOKENS, Isa, Kernels, KvBuffer, KvLayout, RowContext, StridedRows};
+use ashlar_kernels::{
+    AttentionShape, BLOCK_TOKENS, Isa, Kernels, KvBuffer, KvLayout, RowContext, StridedRows,
+};
 use ashlar_vocabulary::{BlockId, KvCacheType};
 use common::{all_kernels, bits, numbers};
 use proptest::prelude::*;
@@ -76,7 +78,9 @@ impl Sequence {
         let scores: Vec<f64> = (first..=row)
             .map(|key| (0..head_dim).map(|i| at(row, head * head_dim + i) * at(key, k + i)).sum::<f64>())
             .map(|score| score * f64::from(self.shape.scale))
-            .map(|score| self.shape.softcap.map_or(score, |cap| f64::from(cap) * (score / f64::from(cap)).tanh()))
+            .map(|score| {
+                self.shape.softcap.map_or(score, |cap| f64::from(cap) * (score / f64::from(cap)).tanh())
+            })
             .collect();
         let max = scores.iter().copied().fold(f64::MIN, f64::max);
         let p: Vec<f64> = scores.iter().map(|score| (score - max).exp()).collect();
@@ -91,7 +95,13 @@ fn width(shape: &AttentionShape) -> usize {
 
 fn shape(kv_heads: usize, group: usize, head_dim: usize, window: Option<u32>) -> AttentionShape {
     let layout = KvLayout { kv_heads, head_dim };
-    AttentionShape { layout, q_heads: kv_heads * group, scale: 1.0 / (head_dim as f32).sqrt(), window, softcap: None }
+    AttentionShape {
+        layout,
+        q_heads: kv_heads * group,
+        scale: 1.0 / (head_dim as f32).sqrt(),
+        window,
+        softcap: None,
+    }
 }
 
 proptest! {

@@ -212,6 +212,7 @@ impl Block {
             q_heads: d.query / d.head_dim,
             scale: 1.0 / (d.head_dim as f32).sqrt(),
             window: d.window,
+            softcap: None,
         };
         let attended = &mut work.narrow[..count * d.query];
         let queries = StridedRows { data: qkv, stride };

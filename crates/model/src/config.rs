@@ -5,7 +5,7 @@
 
 use crate::gguf;
 use ashlar_gguf::GgufFiles;
-use ashlar_vocabulary::{ModelShape, Quantization, WeightType, WeightTypes};
+use ashlar_vocabulary::{KvCacheType, ModelShape, Precision, Quantization, WeightType, WeightTypes};
 use serde::Deserialize;
 use std::path::{Path, PathBuf};
 
@@ -134,22 +134,24 @@ struct RawConfig {
 }
 
 impl ModelConfig {
-    /// Reads the configuration of the model in `directory` (or of the GGUF file that it names), to be quantised when it is loaded if asked for.
-    pub fn open(directory: &Path, quantization: Option<Quantization>) -> Result<ModelConfig, ConfigError> {
-        let config = match gguf::file_of(directory) {
+    /// Reads the configuration of the model in `directory` (or of the GGUF file that it names), to be served in
+    /// `precision`.
+    pub fn open(directory: &Path, precision: impl Into<Precision>) -> Result<ModelConfig, ConfigError> {
+        let precision = precision.into();
+        let mut config = match gguf::file_of(directory) {
             Some(file) => ModelConfig::from_gguf(&GgufFiles::open(&file)?)?,
             None => ModelConfig::from_dir(directory)?,
         };
-        Ok(match quantization {
-            Some(quantization) => config.quantized(quantization),
-            None => config,
-        })
+        config.serve_in(precision);
+        Ok(config)
     }
 
-    /// The same model, quantised when it is loaded.
-    pub fn quantized(mut self, quantization: Quantization) -> ModelConfig {
-        self.shape.weights = self.stored(quantization);
-        self
+    /// Makes it the configuration of the same model served in `precision`.
+    pub fn serve_in(&mut self, precision: Precision) {
+        if let Some(quantization) = precision.quantization {
+            self.shape.weights = self.stored(quantization);
+        }
+        self.shape.kv_cache = precision.kv_cache;
     }
 
     /// The types in which a file of the quantised model has its matrices.
@@ -277,6 +279,7 @@ fn shape_of(raw: &RawConfig) -> Result<ModelShape, ConfigError> {
             },
             raw.num_hidden_layers,
         ),
+        kv_cache: KvCacheType::default(),
     })
 }
 

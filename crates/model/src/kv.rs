@@ -1,7 +1,7 @@
 //! A rank's paged KV cache: the same block numbers on every rank of a replica, each with its own layers and heads.
 
-use ashlar_kernels::{BLOCK_TOKENS, KvLayout};
-use ashlar_vocabulary::Bytes;
+use ashlar_kernels::{BLOCK_TOKENS, KvBuffer, KvLayout};
+use ashlar_vocabulary::{Bytes, KvCacheType};
 
 /// Keys and values of all blocks, per layer.
 #[derive(Debug)]
@@ -15,17 +15,16 @@ pub struct KvCache {
 #[derive(Debug)]
 pub struct LayerCache {
     /// Keys.
-    pub keys: Vec<f32>,
+    pub keys: KvBuffer,
     /// Values.
-    pub values: Vec<f32>,
+    pub values: KvBuffer,
 }
 
 impl KvCache {
     /// Reserves `blocks` blocks of [`BLOCK_TOKENS`] tokens for `layers` layers. Pages become resident when first used.
-    pub fn new(layout: KvLayout, layers: usize, blocks: usize) -> KvCache {
-        let floats = layout.floats_per_block() * blocks;
-        let layers =
-            (0..layers).map(|_| LayerCache { keys: vec![0.0; floats], values: vec![0.0; floats] }).collect();
+    pub fn new(layout: KvLayout, kind: KvCacheType, layers: usize, blocks: usize) -> KvCache {
+        let buffer = || KvBuffer::zeroed(kind, layout.elements_per_block() * blocks);
+        let layers = (0..layers).map(|_| LayerCache { keys: buffer(), values: buffer() }).collect();
         KvCache { layout, blocks, layers }
     }
 
@@ -51,6 +50,6 @@ impl KvCache {
 
     /// Reserved memory.
     pub fn bytes(&self) -> Bytes {
-        Bytes(self.layers.iter().map(|l| 4 * (l.keys.len() + l.values.len()) as u64).sum())
+        Bytes(self.layers.iter().map(|l| (l.keys.bytes() + l.values.bytes()) as u64).sum())
     }
 }

@@ -12,7 +12,7 @@ use ashlar_kernels::{
     Kernels, KvLayout, Llama3Scaling, PackedMatrix, RowContext, inv_freq, scale_inv_freq_linear,
     scale_inv_freq_llama3,
 };
-use ashlar_vocabulary::{Bytes, LayerWeightTypes, Quantization, TokenId, WeightType};
+use ashlar_vocabulary::{Bytes, LayerWeightTypes, Precision, TokenId, WeightType};
 use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
@@ -131,12 +131,12 @@ impl StageModel {
     /// Reads the slice of the model in `directory`, and quantises it if asked to. `progress` hears (bytes ready, bytes in all).
     pub fn load(
         directory: &Path,
-        quantization: Option<Quantization>,
+        precision: impl Into<Precision>,
         slice: RankSlice,
         kernels: Arc<Kernels>,
         progress: &mut dyn FnMut(Bytes, Bytes),
     ) -> Result<StageModel, LoadError> {
-        let config = ModelConfig::open(directory, quantization)?;
+        let config = ModelConfig::open(directory, precision)?;
         let files = WeightFiles::open(directory)?;
         let shape = &config.shape;
         if let Some(problem) = slice.problem(shape) {
@@ -216,7 +216,12 @@ impl StageModel {
     pub fn kv_cache(&self, blocks: usize) -> KvCache {
         let head_dim = self.config.shape.head_dim;
         let kv_heads = self.slice.keys(&self.config.shape).len() / head_dim;
-        KvCache::new(KvLayout { kv_heads, head_dim }, self.slice.layers.len(), blocks)
+        KvCache::new(
+            KvLayout { kv_heads, head_dim },
+            self.config.shape.kv_cache,
+            self.slice.layers.len(),
+            blocks,
+        )
     }
 
     /// Buffers for steps of up to `rows` rows.

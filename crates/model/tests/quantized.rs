@@ -7,7 +7,7 @@ use ashlar_kernels::Isa;
 use ashlar_model::stage::expected_bytes;
 use ashlar_model::synth::{FloatType, SynthRequest, synthesize};
 use ashlar_model::{ModelConfig, RankSlice};
-use ashlar_vocabulary::Quantization;
+use ashlar_vocabulary::{KvCacheType, Precision, Quantization};
 use common::{Grid, bits};
 use std::path::Path;
 
@@ -63,6 +63,31 @@ fn every_cut_of_every_type_gives_the_same_bits() {
                 assert!(same, "{name}, tied {tied}: {what}");
             }
         }
+    }
+}
+
+#[test]
+fn every_cut_with_a_narrower_cache_gives_the_same_bits_close_to_the_wide_ones() {
+    let directory = tempfile::tempdir().unwrap();
+    model(directory.path(), true);
+    let exact = logits(&mut Grid::whole(directory.path()));
+    let scale = exact[36].iter().fold(0f32, |most, x| most.max(x.abs()));
+    for (kv_cache, tolerance) in [(KvCacheType::Bf16, 0.02), (KvCacheType::F16, 0.002)] {
+        let precision = Precision { kv_cache, ..Precision::default() };
+        let grid = |stages, size, isa, threads| {
+            Grid::quantized(directory.path(), precision, stages, size, isa, threads)
+        };
+        let expected = logits(&mut grid(1, 1, Isa::best(), 1));
+        for (mut grid, what) in [
+            (grid(2, 2, Isa::best(), 2), "2 stages × 2 ranks"),
+            (grid(4, 4, Isa::best(), 1), "4 stages × 4 ranks"),
+            (grid(1, 1, Isa::Portable, 3), "portable"),
+        ] {
+            let same = logits(&mut grid).iter().zip(&expected).all(|(a, b)| bits(a) == bits(b));
+            assert!(same, "{kv_cache}: {what}");
+        }
+        let worst = expected[36].iter().zip(&exact[36]).fold(0f32, |most, (a, b)| most.max((a - b).abs()));
+        assert!(worst > 0.0 && worst / scale < tolerance, "{kv_cache}: {}", worst / scale);
     }
 }
 

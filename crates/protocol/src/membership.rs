@@ -5,7 +5,7 @@
 
 use crate::step::{StepPlan, StepResult, StepTiming};
 use ashlar_vocabulary::{
-    Bytes, LayerRange, LeaseTerm, ModelDigest, NodeId, Quantization, ReplicaId, ReplicaRevision, StageIndex,
+    Bytes, LayerRange, LeaseTerm, ModelDigest, NodeId, Precision, ReplicaId, ReplicaRevision, StageIndex,
     StepId, TensorRank,
 };
 use serde::{Deserialize, Serialize};
@@ -132,8 +132,8 @@ pub struct Assignment {
     pub replica: ReplicaId,
     /// Where the model's files are: a directory, or a hub id.
     pub model: String,
-    /// How to quantise it while it is loaded; `None` leaves weights as the files have them.
-    pub quantization: Option<Quantization>,
+    /// In which precision to serve it.
+    pub precision: Precision,
     /// Digest of the model; the node refuses other bytes.
     pub model_digest: ModelDigest,
     /// Which stage.

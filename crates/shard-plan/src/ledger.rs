@@ -131,7 +131,7 @@ impl Piece {
     /// Bytes of KV cache per token of context on this rank, all of its layers.
     pub fn kv_bytes_per_token(&self, shape: &ModelShape) -> usize {
         let kv = shape.key_cut().rank(self.rank, self.tensor_parallel_size).len();
-        self.layers * 2 * kv * BYTES_PER_ACTIVATION
+        self.layers * 2 * kv * shape.kv_cache.bytes()
     }
 
     /// Whether one copy of a tied table serves as embedding and head: one stage of one rank.

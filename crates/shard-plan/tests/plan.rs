@@ -1,7 +1,7 @@
 //! Layouts of whole models: what is chosen, what is respected, what is refused.
 
 use ashlar_shard_plan::{DeviceReport, LinkReport, Links, PlanError, PlanRequest, plan, survivable_losses};
-use ashlar_vocabulary::{Bytes, LayerRange, ModelShape, NodeId, WeightType, WeightTypes};
+use ashlar_vocabulary::{Bytes, KvCacheType, LayerRange, ModelShape, NodeId, WeightType, WeightTypes};
 use proptest::prelude::*;
 
 const GIB: u64 = 1 << 30;
@@ -19,6 +19,7 @@ fn llama_1b() -> ModelShape {
         max_position_embeddings: 131_072,
         tied_head: true,
         weights: WeightTypes { embedding: WeightType::Bf16, ..WeightTypes::uniform(WeightType::F32, 16) },
+        kv_cache: KvCacheType::F32,
     }
 }
 
@@ -34,6 +35,7 @@ fn small(num_layers: usize, tied_head: bool) -> ModelShape {
         max_position_embeddings: 512,
         tied_head,
         weights: WeightTypes::uniform(WeightType::F32, num_layers),
+        kv_cache: KvCacheType::F32,
     }
 }
 
@@ -72,6 +74,17 @@ fn one_node_with_room_holds_all_and_shares_tied_weights() {
     assert_eq!(ledger.kv_cache, Bytes(512 * 16 * 16 * 2 * 8 * 64 * 4));
     assert_eq!(ledger.rows().iter().map(|row| row.bytes).sum::<Bytes>(), ledger.total);
     assert_eq!(ledger.total + ledger.free, ledger.capacity);
+}
+
+#[test]
+fn a_narrower_cache_takes_half_the_memory() {
+    let plan_with = |kv_cache| {
+        let shape = ModelShape { kv_cache, ..llama_1b() };
+        let layout = plan(&shape, &devices(1, 8 * GIB), &Links::default(), &PlanRequest::default());
+        layout.expect("planned").replicas[0].stages[0].ledgers[0].kv_cache
+    };
+    assert_eq!(plan_with(KvCacheType::Bf16).0 * 2, plan_with(KvCacheType::F32).0);
+    assert_eq!(plan_with(KvCacheType::F16), plan_with(KvCacheType::Bf16));
 }
 
 #[test]

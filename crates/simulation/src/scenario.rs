@@ -6,7 +6,7 @@ use crate::random::Random;
 use ashlar_scheduler::cluster::ClusterConfig;
 use ashlar_scheduler::engine::EngineConfig;
 use ashlar_shard_plan::Links;
-use ashlar_vocabulary::{LeaseTerm, ModelShape, WeightType, WeightTypes};
+use ashlar_vocabulary::{KvCacheType, LeaseTerm, ModelShape, Precision, WeightType, WeightTypes};
 
 /// Faults happen before this moment; afterwards the world must heal.
 pub(crate) const FAULTS_END_US: u64 = 12_000_000;
@@ -97,7 +97,7 @@ impl Scenario {
     pub(crate) fn cluster(&self, term: LeaseTerm, holder: String) -> ClusterConfig {
         ClusterConfig {
             model: "simulated".into(),
-            quantization: None,
+            precision: Precision::default(),
             model_digest: DIGEST,
             shape: ModelShape {
                 hidden_size: 64,
@@ -110,6 +110,7 @@ impl Scenario {
                 max_position_embeddings: 512,
                 tied_head: true,
                 weights: WeightTypes::uniform(WeightType::F32, 8),
+                kv_cache: KvCacheType::F32,
             },
             max_context_tokens: self.max_context_tokens,
             term,

@@ -2,22 +2,22 @@
 //!
 //! Layout: [`ids`] (newtypes), [`units`] (bytes, milliseconds), [`parts`] (the eight-part cut that the numeric
 //! contract is built on), [`shape`] (what a model looks like, without its weights), [`sampling`] (what a request asks of
-//! the sampler), [`weights`] and [`kv_cache`] (how weights and the cache are held).
+//! the sampler), [`weights`] (the types of weights), [`precision`] (what an owner chooses among them, and for the cache).
 //!
 //! **Invariant:** this crate imports nothing of ours, performs no I/O and reads no clock.
 #![forbid(unsafe_code)]
 
 pub mod ids;
-pub mod kv_cache;
 pub mod parts;
+pub mod precision;
 pub mod sampling;
 pub mod shape;
 pub mod units;
 pub mod weights;
 
 pub use ids::*;
-pub use kv_cache::{KvCacheType, UnknownKvCacheType};
 pub use parts::{AxisCut, PARTS};
+pub use precision::{KvCacheType, Precision, UnknownKvCacheType};
 pub use sampling::{GrammarSpec, SamplingParams, TokenLogprob, TokenLogprobs};
 pub use shape::{LayerRange, ModelShape};
 pub use units::Bytes;

@@ -1,6 +1,7 @@
 //! What a model looks like without its weights: enough to plan, to reserve memory and to predict time.
 
 use crate::parts::AxisCut;
+use crate::precision::KvCacheType;
 use crate::weights::WeightTypes;
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -28,6 +29,9 @@ pub struct ModelShape {
     pub tied_head: bool,
     /// The types in which matrices are held.
     pub weights: WeightTypes,
+    /// The type in which keys and values are held.
+    #[serde(default)]
+    pub kv_cache: KvCacheType,
 }
 
 impl ModelShape {

@@ -4,9 +4,7 @@ use crate::engine::ReplicaUp;
 use ashlar_protocol::membership::{Assignment, Join};
 use ashlar_protocol::step::StepTiming;
 use ashlar_shard_plan::Links;
-use ashlar_vocabulary::{
-    Bytes, LeaseTerm, ModelDigest, ModelShape, Quantization, ReplicaId, ReplicaRevision,
-};
+use ashlar_vocabulary::{Bytes, LeaseTerm, ModelDigest, ModelShape, Precision, ReplicaId, ReplicaRevision};
 
 /// Names one connection of a node; never reused. A node that reconnects has another one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -17,8 +15,8 @@ pub struct NodeConnection(pub u64);
 pub struct ClusterConfig {
     /// Where the model's files are: a directory, or a hub id.
     pub model: String,
-    /// How nodes quantise it while they load it.
-    pub quantization: Option<Quantization>,
+    /// In which precision nodes serve it.
+    pub precision: Precision,
     /// Its digest; nodes refuse other bytes.
     pub model_digest: ModelDigest,
     /// Its dimensions.

@@ -130,7 +130,7 @@ impl Cluster {
                 revision,
                 replica: id,
                 model: config.model.clone(),
-                quantization: config.quantization,
+                precision: config.precision,
                 model_digest: config.model_digest,
                 stage: seat.place.stage,
                 num_stages: replica.num_stages as u32,

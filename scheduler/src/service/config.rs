@@ -2,7 +2,7 @@
 
 use super::SchedulerError;
 use ashlar_shard_plan::Links;
-use ashlar_vocabulary::{ModelDigest, ModelShape, Quantization};
+use ashlar_vocabulary::{KvCacheType, ModelDigest, ModelShape, Precision, Quantization};
 use serde::{Deserialize, Serialize};
 
 /// The model that a scheduler serves. Whoever starts it has opened the model; the scheduler itself never does.
@@ -10,8 +10,8 @@ use serde::{Deserialize, Serialize};
 pub struct ModelCard {
     /// Directory or hub id, as nodes will open it.
     pub source: String,
-    /// How nodes quantise it while they load it.
-    pub quantization: Option<Quantization>,
+    /// In which precision nodes serve it.
+    pub precision: Precision,
     /// Digest; nodes and gateways refuse to mix others in.
     pub digest: ModelDigest,
     /// Dimensions.
@@ -29,6 +29,9 @@ pub struct SchedulerConfig {
     /// Quantise the weights while they are loaded: q8_0, q4_0, q4_k_m … (see `ashlar up --help`).
     #[serde(default)]
     pub quantize: Option<Quantization>,
+    /// Element type of the KV cache: f32, bf16 or f16.
+    #[serde(default)]
+    pub kv_cache_type: KvCacheType,
     /// Where nodes connect, `host:port`; port 0 picks a free one.
     #[serde(default = "default_listen_nodes")]
     pub listen_nodes: String,
@@ -101,11 +104,17 @@ pub struct SchedulerConfig {
 }
 
 impl SchedulerConfig {
+    /// In which precision the model is served.
+    pub fn precision(&self) -> Precision {
+        Precision { quantization: self.quantize, kv_cache: self.kv_cache_type }
+    }
+
     /// The defaults, for `model`.
     pub fn new(model: impl Into<String>) -> SchedulerConfig {
         SchedulerConfig {
             model: model.into(),
             quantize: None,
+            kv_cache_type: KvCacheType::default(),
             listen_nodes: default_listen_nodes(),
             listen_gateways: default_listen_gateways(),
             store: default_store(),

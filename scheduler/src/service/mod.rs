@@ -177,7 +177,7 @@ impl Scheduler {
         let config = &self.config;
         ClusterConfig {
             model: self.model.source.clone(),
-            quantization: self.model.quantization,
+            precision: self.model.precision,
             model_digest: self.model.digest,
             shape: self.model.shape.clone(),
             max_context_tokens: self.model.max_context_tokens,

@@ -97,7 +97,7 @@ impl Sequences {
 
 /// Bytes of keys and values of one token, all layers and heads.
 pub(crate) fn kv_bytes_per_token(shape: &ModelShape) -> usize {
-    2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * size_of::<f32>()
+    2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * shape.kv_cache.bytes()
 }
 
 /// An upper bound of a rank's step buffers, for the memory check.
@@ -112,9 +112,7 @@ pub(crate) fn fill_cache(cache: &mut KvCache, layers: usize) {
     for layer in 0..layers {
         let layer = cache.layer_mut(layer);
         for values in [&mut layer.keys, &mut layer.values] {
-            for (index, value) in values.iter_mut().enumerate() {
-                *value = (index % 61) as f32 / 61.0 - 0.5;
-            }
+            values.fill(0.25);
         }
     }
 }
@@ -133,6 +131,7 @@ pub(crate) fn llama_1b() -> ModelShape {
         max_position_embeddings: 131_072,
         tied_head: true,
         weights: ashlar_vocabulary::WeightTypes::uniform(ashlar_vocabulary::WeightType::F32, 16),
+        kv_cache: ashlar_vocabulary::KvCacheType::F32,
     }
 }
 

@@ -233,8 +233,7 @@ impl SplitInputs<'_> {
         let queries = scratch.keys.len();
         for first in blocks.clone().step_by(TILE_BLOCKS) {
             let count = TILE_BLOCKS.min(blocks.end - first);
-            let keys =
-                self.blocks::<S>(self.k_cache, first..first + count, blocks.end, &mut scratch.widened);
+            let keys = self.blocks::<S>(self.k_cache, first..first + count, blocks.end, &mut scratch.widened);
             let ahead = self.after(first + TILE_BLOCKS, &blocks);
             for query in (0..queries).step_by(TILE_QUERIES) {
                 let tile = ScoreTile {

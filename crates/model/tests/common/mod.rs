@@ -5,7 +5,7 @@ use ashlar_kernels::{BLOCK_TOKENS, Isa, Kernels, RowContext};
 use ashlar_model::{
     Collective, CollectiveError, KvCache, ModelConfig, RankSlice, StageInput, StageModel, Workspace,
 };
-use ashlar_vocabulary::{BlockId, LayerRange, Quantization, TokenId};
+use ashlar_vocabulary::{BlockId, LayerRange, Precision, Quantization, TokenId};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Barrier, Mutex};
 
@@ -98,18 +98,19 @@ impl Grid {
         isa: Isa,
         threads: usize,
     ) -> Grid {
-        Grid::quantized(directory, None, stages, tensor_parallel_size, isa, threads)
+        Grid::quantized(directory, None::<Quantization>, stages, tensor_parallel_size, isa, threads)
     }
 
     pub fn quantized(
         directory: &Path,
-        quantization: Option<Quantization>,
+        precision: impl Into<Precision>,
         stages: usize,
         tensor_parallel_size: usize,
         isa: Isa,
         threads: usize,
     ) -> Grid {
-        let config = ModelConfig::open(directory, quantization).unwrap();
+        let precision = precision.into();
+        let config = ModelConfig::open(directory, precision).unwrap();
         let layers = config.shape.num_layers;
         let stages = (0..stages)
             .map(|stage| {
@@ -125,8 +126,8 @@ impl Grid {
                             tensor_parallel_size,
                         };
                         let kernels = Arc::new(Kernels::new(isa, threads));
-                        let model = StageModel::load(directory, quantization, slice, kernels, &mut |_, _| {})
-                            .unwrap();
+                        let model =
+                            StageModel::load(directory, precision, slice, kernels, &mut |_, _| {}).unwrap();
                         Rank { cache: model.kv_cache(64), work: model.workspace(ROWS_MAX), model, group }
                     })
                     .collect()

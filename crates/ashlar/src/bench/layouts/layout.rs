@@ -91,7 +91,7 @@ impl Running {
             let kernels = Arc::new(Kernels::new(each.isa, each.threads));
             let model = StageModel::load(
                 directory,
-                plan.quantization(),
+                plan.precision(),
                 slice.clone(),
                 kernels,
                 &mut |loaded, total| {

@@ -8,7 +8,7 @@ use crate::bench::rows::{Sequences, Work};
 use crate::bench::{MEASURING, progress_bar};
 use anyhow::{Result, bail};
 use ashlar_kernels::Kernels;
-use ashlar_vocabulary::{ModelShape, Quantization};
+use ashlar_vocabulary::{ModelShape, Precision};
 use serde::Serialize;
 
 /// A load that every layout can be put under.
@@ -81,7 +81,7 @@ pub(super) struct Plan {
     sequences: Sequences,
     /// Index of the first of the two prompts' sequences.
     first_prompt: usize,
-    quantization: Option<Quantization>,
+    precision: Precision,
 }
 
 /// Prompts that are counted per measurement and micro-batch.
@@ -113,13 +113,13 @@ impl Plan {
             chunk: args.chunk,
             repeat: args.repeat,
             first_prompt,
-            quantization: args.quantize,
+            precision: args.precision.precision(),
         })
     }
 
-    /// How weights are quantised on loading.
-    pub(super) fn quantization(&self) -> Option<Quantization> {
-        self.quantization
+    /// In which precision the model is held.
+    pub(super) fn precision(&self) -> Precision {
+        self.precision
     }
 
     /// Every sequence of the run.

@@ -17,6 +17,7 @@ mod wiring;
 use super::machine::Machine;
 use super::rows::{kv_bytes_per_token, workspace_bytes};
 use super::{LOADING, memory_budget, progress_bar, require_memory};
+use crate::precision::PrecisionArgs;
 use anyhow::{Context, Result, bail};
 use ashlar_kernels::{Isa, Kernels};
 use ashlar_model::stage::expected_bytes;
@@ -24,7 +25,7 @@ use ashlar_model::{ModelConfig, RankSlice, hub};
 use ashlar_protocol::data::LinkFaults;
 use ashlar_shard_node::config::LinkConfig;
 use ashlar_shard_node::links::LinkSettings;
-use ashlar_vocabulary::{Bytes, LayerRange, ModelShape, Quantization};
+use ashlar_vocabulary::{Bytes, LayerRange, ModelShape};
 use clap::Args;
 use layout::{Kind, RankSetup, Running};
 use measure::{Measurement, Plan};
@@ -44,9 +45,8 @@ pub(crate) struct LayoutArgs {
     /// Model directory or hub id.
     #[arg(long, value_name = "DIR|HUB_ID")]
     model: String,
-    /// Quantise the weights while they are loaded: q8_0, q4_0, q4_k_m …
-    #[arg(long, value_name = "TYPE")]
-    quantize: Option<Quantization>,
+    #[command(flatten)]
+    precision: PrecisionArgs,
     /// Sequences per decode step.
     #[arg(long, value_delimiter = ',', default_value = "1,4,16,32")]
     batches: Vec<usize>,
@@ -125,7 +125,7 @@ impl Transport {
 pub(crate) fn run(args: &LayoutArgs) -> Result<()> {
     check(args)?;
     let directory = hub::resolve(&args.model, &mut |file| eprintln!("fetching {file}"))?;
-    let config = ModelConfig::open(&directory, args.quantize)?;
+    let config = ModelConfig::open(&directory, args.precision.precision())?;
     let cut = args.cut.unwrap_or_else(|| balanced_cut(&config.shape));
     let others = others(args, &config.shape, cut)?;
     let plan = Plan::new(args, &config.shape)?;

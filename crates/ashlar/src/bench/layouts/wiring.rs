@@ -6,7 +6,9 @@ use ashlar_protocol::membership::Assignment;
 use ashlar_shard_node::beat::Beat;
 use ashlar_shard_node::group::GroupTransport;
 use ashlar_shard_node::links::{self, Inbound, LinkBreaker, LinkSettings, Links, PendingLinks, Waiting};
-use ashlar_vocabulary::{LeaseTerm, ModelDigest, ReplicaId, ReplicaRevision, StageIndex, TensorRank};
+use ashlar_vocabulary::{
+    LeaseTerm, ModelDigest, Precision, ReplicaId, ReplicaRevision, StageIndex, TensorRank,
+};
 use std::net::TcpListener;
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
@@ -56,7 +58,7 @@ pub(super) fn connect(
         revision: REVISION,
         replica: ReplicaId(0),
         model: String::new(),
-        quantization: None,
+        precision: Precision::default(),
         model_digest: ModelDigest([0; 32]),
         stage: StageIndex(stage as u32),
         num_stages: 2,

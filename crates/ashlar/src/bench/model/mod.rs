@@ -10,11 +10,12 @@ use super::peer::{Figure, Peer, Phase, Sizes};
 use super::rows::{Sequences, Work, fill_cache, kv_bytes_per_token, workspace_bytes};
 use super::table::figure;
 use super::{LOADING, MEASURING, memory_budget, progress_bar, require_memory};
+use crate::precision::PrecisionArgs;
 use anyhow::{Context, Result, bail};
 use ashlar_kernels::{Isa, Kernels, available_threads};
 use ashlar_model::stage::{LOGIT_ROWS_MAX, expected_bytes};
 use ashlar_model::{KvCache, ModelConfig, RankSlice, SingleRank, StageInput, StageModel, Workspace, hub};
-use ashlar_vocabulary::{Bytes, ModelShape, Quantization};
+use ashlar_vocabulary::{Bytes, ModelShape};
 use clap::Args;
 use report::{PeerReport, Report};
 use std::hint::black_box;
@@ -41,9 +42,8 @@ pub(crate) struct ModelArgs {
     /// Model directory or hub id.
     #[arg(long, value_name = "DIR|HUB_ID")]
     model: String,
-    /// Quantise the weights while they are loaded: q8_0, q4_0, q4_k_m …
-    #[arg(long, value_name = "TYPE")]
-    quantize: Option<Quantization>,
+    #[command(flatten)]
+    precision: PrecisionArgs,
     /// Compute threads; default: all that this process may use.
     #[arg(long)]
     threads: Option<usize>,
@@ -94,7 +94,7 @@ struct Kind {
 
 pub(crate) fn run(args: &ModelArgs) -> Result<()> {
     let directory = hub::resolve(&args.model, &mut |file| eprintln!("fetching {file}"))?;
-    let config = ModelConfig::open(&directory, args.quantize)?;
+    let config = ModelConfig::open(&directory, args.precision.precision())?;
     let (shape, mut kinds) = (config.shape.clone(), kinds(args, &config.shape)?);
     let sequences = args.batches.iter().copied().max().unwrap_or(0);
     let decoding = std::iter::repeat_n(args.context + args.decode, sequences);
@@ -112,11 +112,16 @@ pub(crate) fn run(args: &ModelArgs) -> Result<()> {
     let kernels = Arc::new(kernels);
     let bar = progress_bar(0, LOADING).with_message("loading");
     let loading = Instant::now();
-    let model =
-        StageModel::load(&directory, args.quantize, slice, Arc::clone(&kernels), &mut |loaded, total| {
+    let model = StageModel::load(
+        &directory,
+        args.precision.precision(),
+        slice,
+        Arc::clone(&kernels),
+        &mut |loaded, total| {
             bar.set_length(total.0);
             bar.set_position(loaded.0);
-        })?;
+        },
+    )?;
     bar.finish_and_clear();
     let load_s = loading.elapsed().as_secs_f64();
     let mut bench = Bench {

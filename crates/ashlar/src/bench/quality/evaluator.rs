@@ -6,7 +6,7 @@ use anyhow::{Context, Result, bail};
 use ashlar_kernels::{BLOCK_TOKENS, Kernels, RowContext};
 use ashlar_model::stage::expected_bytes;
 use ashlar_model::{KvCache, ModelConfig, RankSlice, SingleRank, StageInput, StageModel, Workspace};
-use ashlar_vocabulary::{BlockId, Bytes, ModelShape, Quantization, TokenId};
+use ashlar_vocabulary::{BlockId, Bytes, ModelShape, Precision, TokenId};
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -20,17 +20,17 @@ pub(super) struct Source {
     pub(super) name: String,
     /// Its directory or GGUF file.
     pub(super) path: PathBuf,
-    /// How it is quantised while it is loaded.
-    pub(super) quantization: Option<Quantization>,
+    /// In which precision it is held.
+    pub(super) precision: Precision,
     /// What it is then.
     pub(super) config: ModelConfig,
 }
 
 impl Source {
     /// Reads the configuration.
-    pub(super) fn open(name: String, path: PathBuf, quantization: Option<Quantization>) -> Result<Source> {
-        let config = ModelConfig::open(&path, quantization).with_context(|| format!("cannot use {name}"))?;
-        Ok(Source { name, path, quantization, config })
+    pub(super) fn open(name: String, path: PathBuf, precision: Precision) -> Result<Source> {
+        let config = ModelConfig::open(&path, precision).with_context(|| format!("cannot use {name}"))?;
+        Ok(Source { name, path, precision, config })
     }
 
     fn shape(&self) -> &ModelShape {
@@ -74,9 +74,8 @@ impl Source {
             bar.set_length(total.0);
             bar.set_position(loaded.0);
         };
-        let model =
-            StageModel::load(&self.path, self.quantization, slice, Arc::clone(kernels), &mut progress)
-                .with_context(|| format!("cannot load {}", self.name))?;
+        let model = StageModel::load(&self.path, self.precision, slice, Arc::clone(kernels), &mut progress)
+            .with_context(|| format!("cannot load {}", self.name))?;
         bar.finish_and_clear();
         let blocks = chunk.div_ceil(BLOCK_TOKENS);
         Ok(Evaluator {

@@ -20,7 +20,7 @@ use ashlar_kernels::{Isa, Kernels, available_threads};
 use ashlar_model::hub;
 use ashlar_model::stage::LOGIT_ROWS_MAX;
 use ashlar_tokenizer::{Tokenizer, TokenizerError};
-use ashlar_vocabulary::{Bytes, Quantization, TokenId};
+use ashlar_vocabulary::{Bytes, KvCacheType, Precision, Quantization, TokenId};
 use clap::Args;
 use evaluator::{Evaluator, STEP_ROWS_MAX, Source};
 use report::{Candidate, Reference, Report, TextReport};
@@ -50,6 +50,9 @@ pub(crate) struct QualityArgs {
     /// Compare with the same model, quantised while it is loaded: q8_0, q4_0, q4_k_m …
     #[arg(long, value_name = "TYPE", value_delimiter = ',')]
     quantize: Vec<Quantization>,
+    /// Compare with the same model over a cache of another type: bf16, f16.
+    #[arg(long, value_name = "TYPE", value_delimiter = ',')]
+    kv_cache_type: Vec<KvCacheType>,
     /// Compare with another model of the same vocabulary; may be repeated.
     #[arg(long, value_name = "FILE.gguf|DIR|HUB_ID")]
     against: Vec<String>,
@@ -122,13 +125,17 @@ fn measure(args: &QualityArgs) -> Result<Report> {
 fn sources(args: &QualityArgs) -> Result<(Source, Vec<Source>)> {
     let resolve = |model: &str| hub::resolve(model, &mut |file| eprintln!("fetching {file}"));
     let path = resolve(&args.model)?;
-    let reference = Source::open(args.model.clone(), path.clone(), None)?;
+    let reference = Source::open(args.model.clone(), path.clone(), Precision::default())?;
     let mut candidates = Vec::new();
     for &quantization in &args.quantize {
-        candidates.push(Source::open(quantization.to_string(), path.clone(), Some(quantization))?);
+        candidates.push(Source::open(quantization.to_string(), path.clone(), Some(quantization).into())?);
+    }
+    for &kv_cache in &args.kv_cache_type {
+        let precision = Precision { kv_cache, ..Precision::default() };
+        candidates.push(Source::open(format!("KV cache {kv_cache}"), path.clone(), precision)?);
     }
     for model in &args.against {
-        candidates.push(Source::open(model.clone(), resolve(model)?, None)?);
+        candidates.push(Source::open(model.clone(), resolve(model)?, Precision::default())?);
     }
     for source in candidates.iter().chain([&reference]) {
         source.require_context(args.chunk)?;

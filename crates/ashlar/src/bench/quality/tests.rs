@@ -30,6 +30,7 @@ fn args(model: &str, folder: &Path, text: &str) -> QualityArgs {
         model: model.to_owned(),
         text: file,
         quantize: Vec::new(),
+        kv_cache_type: Vec::new(),
         against: Vec::new(),
         chunk: 64,
         tokens: None,

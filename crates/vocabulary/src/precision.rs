@@ -1,8 +1,26 @@
-//! Types that a KV cache can hold.
+//! In which precision a model's numbers are held: its weights, and its cache.
 
+use crate::weights::Quantization;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::str::FromStr;
+
+/// In which precision a model is served: what its owner chose, apart from what its files hold.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Precision {
+    /// To which types weights are quantised while they are loaded; `None` leaves them as they are stored.
+    #[serde(default)]
+    pub quantization: Option<Quantization>,
+    /// Element type of the KV cache.
+    #[serde(default)]
+    pub kv_cache: KvCacheType,
+}
+
+impl From<Option<Quantization>> for Precision {
+    fn from(quantization: Option<Quantization>) -> Precision {
+        Precision { quantization, ..Precision::default() }
+    }
+}
 
 /// Element type of the KV cache. Keys and values are rounded to it when they are written, before anyone reads them.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
