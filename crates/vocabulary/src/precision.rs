@@ -86,6 +86,8 @@ mod tests {
         for kind in KvCacheType::ALL {
             assert_eq!(kind.to_string().parse(), Ok(kind));
         }
-        assert!("fp8".parse::<KvCacheType>().unwrap_err().to_string().contains("f32, bf16 or f16"));
+        assert!(
+            "fp8".parse::<KvCacheType>().expect_err("no such type").to_string().contains("f32, bf16 or f16")
+        );
     }
 }
