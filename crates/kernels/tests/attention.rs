@@ -226,7 +226,7 @@ fn a_narrower_cache_attends_to_rounded_keys_and_values() {
 /// The nearest float with so many significant bits, ties to even; for what is normal in the narrower type.
 fn round_to(x: f32, bits_kept: u32) -> f32 {
     let unit = 1u32 << (24 - bits_kept);
-    let (bits, odd) = (x.to_bits(), x.to_bits() / unit & 1);
+    let (bits, odd) = (x.to_bits(), (x.to_bits() / unit) & 1);
     f32::from_bits((bits + unit / 2 - 1 + odd) / unit * unit)
 }
 
