@@ -27,7 +27,9 @@ impl Model {
         if path.is_file() {
             let mut file = File::open(path)?;
             let content = gguf_file::Content::read(&mut file)?;
-            return Ok(Model::Quantized(quantized_llama::ModelWeights::from_gguf(content, &mut file, &device)?));
+            return Ok(Model::Quantized(quantized_llama::ModelWeights::from_gguf(
+                content, &mut file, &device,
+            )?));
         }
         let text = std::fs::read_to_string(path.join("config.json"))?;
         let json: serde_json::Value = serde_json::from_str(&text).unwrap();
@@ -61,7 +63,9 @@ impl Model {
         let mut forward = |tokens: &[u32], position: usize| -> Result<()> {
             let logits = match self {
                 Model::Quantized(model) => model.forward(&input(tokens)?, position)?,
-                Model::Plain(model, ..) => model.forward(&input(tokens)?, position, cache.as_mut().unwrap())?,
+                Model::Plain(model, ..) => {
+                    model.forward(&input(tokens)?, position, cache.as_mut().unwrap())?
+                }
             };
             logits.flatten_all()?.to_dtype(DType::F32)?.to_vec1::<f32>().map(drop)
         };

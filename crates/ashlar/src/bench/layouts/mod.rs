@@ -25,6 +25,7 @@ use ashlar_model::{ModelConfig, RankSlice, hub};
 use ashlar_protocol::data::LinkFaults;
 use ashlar_shard_node::config::LinkConfig;
 use ashlar_shard_node::links::LinkSettings;
+use ashlar_shard_plan::ledger::Piece;
 use ashlar_vocabulary::{Bytes, LayerRange, ModelShape};
 use clap::Args;
 use layout::{Kind, RankSetup, Running};
@@ -205,11 +206,13 @@ fn others(args: &LayoutArgs, shape: &ModelShape, cut: usize) -> Result<Vec<Kind>
     Ok(kinds)
 }
 
-/// Layers of the first of two stages, so that the larger of both stages' weights is smallest; the head counts.
+/// Layers of the first of two stages, so that what the slower of both reads is least; the head counts.
 fn balanced_cut(shape: &ModelShape) -> usize {
-    let (layer, head) = (shape.layer_weights(), shape.embedding_weights());
-    let larger = |cut: usize| (cut * layer).max((shape.num_layers - cut) * layer + head);
-    (1..shape.num_layers).min_by_key(|&cut| larger(cut)).unwrap_or(0)
+    let bytes = |layers: usize, last| {
+        Piece { layers, first: !last, last, rank: 0, tensor_parallel_size: 1 }.product_bytes(shape)
+    };
+    let slower = |cut: usize| bytes(cut, false).max(bytes(shape.num_layers - cut, true));
+    (1..shape.num_layers).min_by(|&a, &b| slower(a).total_cmp(&slower(b))).unwrap_or(0)
 }
 
 /// Memory of a layout: weights, cache and buffers of all its ranks.
