@@ -208,8 +208,9 @@ fn others(args: &LayoutArgs, shape: &ModelShape, cut: usize) -> Result<Vec<Kind>
 
 /// Layers of the first of two stages, so that what the slower of both reads is least; the head counts.
 fn balanced_cut(shape: &ModelShape) -> usize {
-    let bytes = |layers: usize, last| {
-        Piece { layers, first: !last, last, rank: 0, tensor_parallel_size: 1 }.product_bytes(shape)
+    let bytes = |layers: usize, last: bool| {
+        let piece = Piece { layers, first: !last, last, rank: 0, tensor_parallel_size: 1 };
+        piece.product_bytes(shape)
     };
     let slower = |cut: usize| bytes(cut, false).max(bytes(shape.num_layers - cut, true));
     (1..shape.num_layers).min_by(|&a, &b| slower(a).total_cmp(&slower(b))).unwrap_or(0)
