@@ -32,6 +32,9 @@ pub struct NodeConfig {
     /// Compute threads; default: all available.
     #[serde(default)]
     pub threads: Option<usize>,
+    /// Whether each compute thread stays on a core of its own, and on which.
+    #[serde(default)]
+    pub pin: Pin,
     /// Instruction set: `avx512`, `avx2` or `portable`; default: the best this machine has. The bits are the same.
     #[serde(default)]
     pub isa: Option<String>,
@@ -47,6 +50,22 @@ pub struct NodeConfig {
     /// Deliberate trouble on this node's data links, for tests and drills.
     #[serde(default)]
     pub link_faults: LinkFaults,
+}
+
+/// Whether compute threads are kept on cores.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged, expecting = "`pin` is true, false or a list of cores")]
+pub enum Pin {
+    /// On the first cores that this process may use, or not at all.
+    Each(bool),
+    /// On these, one thread on each.
+    Cores(Vec<usize>),
+}
+
+impl Default for Pin {
+    fn default() -> Pin {
+        Pin::Each(false)
+    }
 }
 
 /// How a node exchanges with the other ranks of its tensor-parallel group. Unknown keys are refused.
@@ -112,6 +131,17 @@ mod tests {
             toml::from_str(&[EXAMPLE, &uncommented("links"), &uncommented("link_faults")].concat()).unwrap();
         assert_eq!(config.links, LinkConfig { shared_memory: true, spin_us: Some(200) });
         assert_eq!(config.link_faults, LinkFaults::default());
+    }
+
+    #[test]
+    fn pins_are_a_choice_or_a_list() {
+        let with = |pin: &str| toml::from_str::<NodeConfig>(&format!("pin = {pin}\n{EXAMPLE}"));
+        assert_eq!(toml::from_str::<NodeConfig>(EXAMPLE).unwrap().pin, Pin::Each(false));
+        assert_eq!(with("true").unwrap().pin, Pin::Each(true));
+        let listed = with("[4, 5]").unwrap();
+        assert_eq!(listed.pin, Pin::Cores(vec![4, 5]));
+        assert_eq!(toml::from_str::<NodeConfig>(&toml::to_string(&listed).unwrap()).unwrap(), listed);
+        assert!(with("\"all\"").unwrap_err().to_string().contains("a list of cores"));
     }
 
     #[test]

@@ -350,6 +350,8 @@ impl Executor {
         let PlaceLinks::Up(links) = &mut place.links else { return Err("links are not up".into()) };
         let (model, beat) = (&loaded.model, &self.beat);
         let (revision, step) = (place.assignment.revision, work.step);
+        // Only while it computes: threads that links and grammars start at other times are to run where they like.
+        let _on_core = self.kernels.pool().pin_caller();
         let started = Instant::now();
         let mut timing = StepTiming::default();
         let mut result = StepResult {

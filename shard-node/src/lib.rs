@@ -9,6 +9,7 @@
 //! * [`links`]: data connections to other ranks.
 //! * [`group`]: the tensor-parallel group's exchange, through shared memory or over sockets.
 //! * [`fence`]: the persisted highest lease term.
+//! * [`threads`]: how many threads compute, and on which cores.
 //! * [`spans`]: what traced requests cost this rank.
 //! * [`service`]: the thin shell: control connection, data listener, reconnects.
 //!
@@ -26,6 +27,7 @@ pub mod sampling;
 pub mod sequencer;
 pub mod service;
 pub mod spans;
+pub mod threads;
 
-pub use config::NodeConfig;
+pub use config::{NodeConfig, Pin};
 pub use service::{NodeError, serve};

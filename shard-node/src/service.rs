@@ -4,8 +4,9 @@ use crate::config::NodeConfig;
 use crate::executor::{Command, Executor, Shared};
 use crate::fence::Fence;
 use crate::links::{self, LinkBreaker};
+use crate::threads::{self, ThreadsError};
+use ashlar_kernels::Kernels;
 use ashlar_kernels::measure::{self, Reader};
-use ashlar_kernels::{Isa, Kernels};
 use ashlar_protocol::frame::{self, FrameError};
 use ashlar_protocol::membership::{FromNode, Join, ToNode};
 use ashlar_service_kit::memory;
@@ -49,9 +50,9 @@ pub enum NodeError {
         /// Why.
         source: std::io::Error,
     },
-    /// An unknown or unavailable instruction set.
-    #[error("isa `{0}` is unknown or not available on this machine: use avx512, avx2 or portable")]
-    Isa(String),
+    /// The compute threads.
+    #[error(transparent)]
+    Threads(#[from] ThreadsError),
     /// The scheduler refused this node.
     #[error("the scheduler refused this node: {0}")]
     Rejected(String),
@@ -59,7 +60,7 @@ pub enum NodeError {
 
 /// Runs a node until `shutdown` completes.
 pub async fn serve(config: NodeConfig, shutdown: impl Future<Output = ()>) -> Result<(), NodeError> {
-    let kernels = Arc::new(make_kernels(&config)?);
+    let kernels = Arc::new(threads::kernels(&config)?);
     let fence = Fence::open(config.state.join(format!("{}.fence.toml", config.name)))
         .map_err(|source| NodeError::State { path: config.state.clone(), source })?;
     let listener = TcpListener::bind(&config.listen)
@@ -90,18 +91,6 @@ pub async fn serve(config: NodeConfig, shutdown: impl Future<Output = ()>) -> Re
     // Joined off the runtime: the thread may be in the middle of a layer.
     let _ = tokio::task::spawn_blocking(move || compute.join()).await;
     result
-}
-
-fn make_kernels(config: &NodeConfig) -> Result<Kernels, NodeError> {
-    let isa = match &config.isa {
-        None => Isa::best(),
-        Some(name) => match name.parse::<Isa>() {
-            Ok(isa) if isa.is_available() => isa,
-            _ => return Err(NodeError::Isa(name.clone())),
-        },
-    };
-    let threads = config.threads.unwrap_or_else(ashlar_kernels::available_threads).max(1);
-    Ok(Kernels::new(isa, threads))
 }
 
 fn join_message(
@@ -136,6 +125,7 @@ fn join_message(
 /// some of them, and nothing makes one too fast.
 fn measure_machine(kernels: &Kernels, working_set_bytes: usize) -> (f64, f64) {
     const LOOKS: usize = 50;
+    let _on_core = kernels.pool().pin_caller();
     let reader = Reader::new(kernels, working_set_bytes);
     let look = |_| {
         let bytes_per_s = reader.bytes_per_s(kernels, Duration::from_millis(3));

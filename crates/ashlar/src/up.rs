@@ -11,7 +11,7 @@ use ashlar_gateway::GatewayConfig;
 use ashlar_model::hub;
 use ashlar_scheduler::SchedulerConfig;
 use ashlar_service_kit::{Shutdown, memory};
-use ashlar_shard_node::NodeConfig;
+use ashlar_shard_node::{NodeConfig, Pin};
 use ashlar_vocabulary::{Bytes, NodeId};
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
@@ -70,6 +70,9 @@ pub(crate) struct UpArgs {
     /// Compute threads of each node; default: the machine's, shared out.
     #[arg(long, value_name = "N", value_parser = count())]
     threads: Option<usize>,
+    /// Keep each compute thread on a core of its own, on different cores for each node.
+    #[arg(long)]
+    pin: bool,
     /// Memory of each node, for example 4GiB; default: nine tenths of what is available, shared out.
     #[arg(long, value_name = "SIZE", value_parser = crate::plan::parse_bytes)]
     memory: Option<Bytes>,
@@ -183,6 +186,11 @@ impl Cluster {
             ..GatewayConfig::default()
         };
         let threads = args.threads.unwrap_or_else(|| (ashlar_kernels::available_threads() / nodes).max(1));
+        let cores = if args.pin {
+            cores_of_nodes(&ashlar_kernels::available_cores(), nodes, threads)?
+        } else {
+            Vec::new()
+        };
         let available = memory::available_memory().unwrap_or(Bytes(1 << 30)).0 / 10 * 9;
         let memory = args.memory.map_or(available / nodes as u64, |bytes| bytes.0);
         let roles = Writer { state };
@@ -198,6 +206,7 @@ impl Cluster {
                     model: None,
                     memory_bytes: Some(memory),
                     threads: Some(threads),
+                    pin: cores.get(index).map_or_else(Pin::default, |cores| Pin::Cores(cores.clone())),
                     isa: args.isa.clone(),
                     layers: None,
                     otlp_endpoint: args.otlp_endpoint.clone(),
@@ -310,6 +319,18 @@ impl Cluster {
     }
 }
 
+/// `threads` cores for each of `nodes` nodes, no core twice.
+fn cores_of_nodes(cores: &[usize], nodes: usize, threads: usize) -> Result<Vec<Vec<usize>>> {
+    if nodes * threads > cores.len() {
+        bail!(
+            "--pin needs a core for each thread: {nodes} nodes × {threads} threads are more than the {} cores that \
+             threads can be kept on here; lower --threads, or leave --pin out",
+            cores.len()
+        );
+    }
+    Ok(cores.chunks(threads).take(nodes).map(<[usize]>::to_vec).collect())
+}
+
 fn show_progress(bar: &ProgressBar, cluster: &Value, problem: &mut String) {
     let now = cluster["problem"].as_str().unwrap_or_default();
     if now != problem {
@@ -368,5 +389,19 @@ fn merge(table: &mut toml::Table, settings: toml::Table) {
             (Some(toml::Value::Table(inner)), toml::Value::Table(settings)) => merge(inner, settings),
             (_, value) => drop(table.insert(key, value)),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn pinned_nodes_get_different_cores_or_an_explanation() {
+        let cores = cores_of_nodes(&[0, 1, 4, 5, 6], 2, 2).unwrap();
+        assert_eq!(cores, [[0, 1], [4, 5]]);
+        let error = cores_of_nodes(&[0, 1], 3, 1).unwrap_err();
+        assert!(error.to_string().contains("lower --threads"), "{error}");
     }
 }

@@ -21,8 +21,16 @@ impl Kernels {
     /// # Panics
     /// If this machine cannot run `isa`; ask [`Isa::available`] first.
     pub fn new(isa: Isa, threads: usize) -> Kernels {
+        Kernels::on_pool(isa, ThreadPool::new(threads))
+    }
+
+    /// Kernels on the threads of `pool`.
+    ///
+    /// # Panics
+    /// If this machine cannot run `isa`; ask [`Isa::available`] first.
+    pub fn on_pool(isa: Isa, pool: ThreadPool) -> Kernels {
         assert!(isa.is_available(), "this machine cannot run {isa} kernels");
-        Kernels { isa, pool: ThreadPool::new(threads), scratch: Mutex::default() }
+        Kernels { isa, pool, scratch: Mutex::default() }
     }
 
     /// The instruction set in use.

@@ -1,7 +1,7 @@
 //! Numeric kernels on the CPU: pure functions over `f32` slices, with one definition of every result's bits.
 //!
 //! Layout, in reading order: [`isa`](Isa) and `lanes` (sixteen lanes over three instruction sets), [`pool`](ThreadPool)
-//! (threads), `matmul` with [`PackedMatrix`] (products), `tree` (sums over parts and ranks), `norm`, `rope`,
+//! (threads), [`cores`](available_cores) (where they run), `matmul` with [`PackedMatrix`] (products), `tree` (sums over parts and ranks), `norm`, `rope`,
 //! `elementwise`, `attention` (paged, splits of 256 keys), `softmax` (log-sum-exp), [`sampling`], [`math`] (elementary
 //! functions) and [`measure`] (what this machine can do).
 //!
@@ -13,11 +13,12 @@
 //!   then a fixed tree).
 //! - No libm: elementary functions are fixed sequences of IEEE operations. `mul_add` is the correctly rounded fused
 //!   operation, and nothing else is fused.
-//! - No randomness, no clock (but for [`measure`]), no I/O, no model: this crate imports only the vocabulary.
+//! - No randomness, no clock (but for [`measure`]), no I/O, no model: of ours this crate imports only the vocabulary.
 //! - A shape that does not fit is a programming error and panics; what a caller can meet at run time is a typed error.
 
 mod aligned;
 mod attention;
+mod cores;
 mod elementwise;
 mod half;
 mod isa;
@@ -36,10 +37,11 @@ mod tree;
 
 pub use aligned::AlignedBuffer;
 pub use attention::{AttentionShape, BLOCK_TOKENS, KvBuffer, KvLayout, RowContext, SPLIT_KEYS};
+pub use cores::{PinError, PinnedThread, available_cores, available_threads};
 pub use isa::{Isa, UnknownIsa};
 pub use kernels::Kernels;
 pub use matmul::{BlockAxis, BlockScale, PackedMatrix, Piece, QuantizedRow};
-pub use pool::{ThreadPool, available_threads};
+pub use pool::ThreadPool;
 pub use rope::{Llama3Scaling, inv_freq, scale_inv_freq_linear, scale_inv_freq_llama3};
 pub use sampling::{SampleError, Sampled, SamplerScratch, SamplerState};
 pub use softmax::LogSumExp;

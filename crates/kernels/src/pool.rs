@@ -3,7 +3,11 @@
 //! A job is published by raising the epoch in one atomic word; workers *join* an open job by counting themselves into
 //! the same word. When the tasks have run out the caller closes the job and waits for those that joined: a worker that
 //! was asleep, or that another process kept from its core, never delays a job it took no task of.
+//!
+//! On request every thread has a core of its own. Workers stay on theirs for life; the caller only while it says so, since
+//! threads that it starts would otherwise be confined to its core, too.
 
+use crate::cores::{PinError, PinnedThread};
 use std::any::Any;
 use std::cell::{Cell, UnsafeCell};
 use std::fmt;
@@ -27,17 +31,14 @@ thread_local! {
     static INSIDE: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Threads that this process may use: cores, affinity and a container's quota considered.
-pub fn available_threads() -> usize {
-    thread::available_parallelism().map_or(1, std::num::NonZero::get)
-}
-
 /// A fixed set of threads that share the tasks of one job at a time.
 pub struct ThreadPool {
     shared: Arc<Shared>,
     workers: Vec<JoinHandle<()>>,
     /// Held while a job runs: jobs of several callers take turns.
     turn: Mutex<()>,
+    /// The caller's core, where threads are pinned.
+    callers_core: Option<usize>,
 }
 
 impl ThreadPool {
@@ -46,16 +47,47 @@ impl ThreadPool {
     /// # Panics
     /// If the operating system refuses a thread.
     pub fn new(threads: usize) -> ThreadPool {
-        let shared = Arc::new(Shared::default());
-        let workers = (1..threads.max(1))
-            .map(|index| {
-                let shared = Arc::clone(&shared);
-                let worker =
-                    thread::Builder::new().name(format!("kernels-{index}")).spawn(move || shared.serve());
-                worker.expect("the operating system must grant the pool its threads")
-            })
-            .collect();
-        ThreadPool { shared, workers, turn: Mutex::new(()) }
+        let mut pool = ThreadPool::of_caller(None);
+        (1..threads).for_each(|_| pool.start_worker());
+        pool
+    }
+
+    /// A pool of one thread on each of `cores` (at least one): the first is the caller's, see [`ThreadPool::pin_caller`].
+    ///
+    /// # Errors
+    /// If the calling thread may not use one of the cores, or threads cannot be pinned on this system.
+    ///
+    /// # Panics
+    /// If `cores` is empty, or the operating system refuses a thread.
+    pub fn on_cores(cores: &[usize]) -> Result<ThreadPool, PinError> {
+        let (&callers, workers) = cores.split_first().expect("a pool has at least one thread");
+        drop(PinnedThread::to(callers)?);
+        let mut pool = ThreadPool::of_caller(Some(callers));
+        for &core in workers {
+            // A thread starts where the one that starts it may run: so a refusal is known here.
+            let _here = PinnedThread::to(core)?;
+            pool.start_worker();
+        }
+        Ok(pool)
+    }
+
+    fn of_caller(callers_core: Option<usize>) -> ThreadPool {
+        ThreadPool { shared: Arc::default(), workers: Vec::new(), turn: Mutex::default(), callers_core }
+    }
+
+    fn start_worker(&mut self) {
+        let shared = Arc::clone(&self.shared);
+        let name = format!("kernels-{}", self.workers.len() + 1);
+        let worker = thread::Builder::new().name(name).spawn(move || shared.serve());
+        self.workers.push(worker.expect("the operating system must grant the pool its threads"));
+    }
+
+    /// Keeps the calling thread on the core that the pool has for its caller, until the guard is dropped; `None` if the
+    /// pool's threads are not pinned, or the thread may not use that core any more.
+    ///
+    /// It costs two system calls: once for many jobs is right, once per job is not.
+    pub fn pin_caller(&self) -> Option<PinnedThread> {
+        self.callers_core.and_then(|core| PinnedThread::to(core).ok())
     }
 
     /// Threads that take part in a job, the caller included.

@@ -190,10 +190,12 @@ impl Int16 for Avx2Int {
     }
     #[inline(always)]
     unsafe fn store_bytes(self, to: *mut i8) {
-        let mut lanes = [0i32; super::LANES];
-        avx2!(self.store(lanes.as_mut_ptr().cast()));
-        let bytes = lanes.map(|lane| lane as i8);
-        avx2!(to.cast::<[i8; super::LANES]>().write_unaligned(bytes))
+        let Avx2Int(first, second) = self.and(Self::splat(0xff));
+        // Packing works within halves of a register: lanes 0…3, 8…11 | 4…7, 12…15.
+        let halves = avx2!(_mm256_packus_epi32(first, second));
+        let halves = avx2!(_mm256_permute4x64_epi64::<0b11_01_10_00>(halves));
+        let (low, high) = avx2!((_mm256_castsi256_si128(halves), _mm256_extracti128_si256::<1>(halves)));
+        avx2!(_mm_storeu_si128(to.cast(), _mm_packus_epi16(low, high)));
     }
     #[inline(always)]
     fn and(self, other: Self) -> Self {

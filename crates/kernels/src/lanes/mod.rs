@@ -220,14 +220,14 @@ fn halves_of_pairs<S: Simd16>(pairs: S::Int) -> [S; 2] {
 #[inline(always)]
 fn dot_pairs_emulated<S: Simd16>(sum: S, w: S::Int, x: S::Int) -> S {
     let (w, x) = (halves_of_pairs::<S>(w), halves_of_pairs::<S>(x));
-    let magnitude = S::Int::splat(0x7fff_ffff);
-    let sign = S::Int::splat(i32::MIN);
-    let normal = S::splat(f32::MIN_POSITIVE);
-    let flush = |x: S| {
-        let size = x.to_bits().and(magnitude).as_float();
-        size.select_less(normal, x.to_bits().and(sign).as_float(), x)
-    };
-    flush(w[0].mul_add(x[0], flush(w[1].mul_add(x[1], sum))))
+    flush::<S>(w[0].mul_add(x[0], flush::<S>(w[1].mul_add(x[1], sum))))
+}
+
+/// Zero, with its sign, in place of a subnormal. A function, as a closure would not be inlined for certain.
+#[inline(always)]
+fn flush<S: Simd16>(x: S) -> S {
+    let size = x.to_bits().and(S::Int::splat(0x7fff_ffff)).as_float();
+    size.select_less(S::splat(f32::MIN_POSITIVE), x.to_bits().and(S::Int::splat(i32::MIN)).as_float(), x)
 }
 
 /// Runs `kernel` compiled for `isa`.

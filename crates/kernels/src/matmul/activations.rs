@@ -79,7 +79,7 @@ impl LaneKernel for QuantizeTile<'_> {
                     quants[0].store_bytes(bytes.as_mut_ptr().cast());
                     quants[1].store_bytes(bytes.as_mut_ptr().cast::<i8>().add(LANES));
                 }
-                let sums = quants.map(S::Int::sum_lanes);
+                let sums = [quants[0].sum_lanes(), quants[1].sum_lanes()];
                 let (first, second) = match extra {
                     Extra::WholeSum { zero } => {
                         let sum = sums[0] + sums[1];
@@ -98,10 +98,8 @@ impl LaneKernel for QuantizeTile<'_> {
 /// The scale of a block of two vectors, and its integers.
 #[inline(always)]
 fn quantize<S: Simd16>(block: [S; 2]) -> (f32, [S::Int; 2]) {
-    // Magnitudes compare like integers, NaNs above infinity: one exact maximum finds both.
-    let magnitude = S::Int::splat(0x7fff_ffff);
-    let largest = block.map(|x| x.to_bits().and(magnitude).max_lane());
-    let largest = f32::from_bits(largest[0].max(largest[1]) as u32);
+    // Not by `map` of an array: what it calls is compiled without the vector instructions, and then not inlined.
+    let largest = f32::from_bits(largest::<S>(block[0]).max(largest::<S>(block[1])) as u32);
     let factor = 127.0 / largest;
     if !largest.is_finite() {
         (f32::NAN, [S::Int::splat(0); 2])
@@ -109,6 +107,12 @@ fn quantize<S: Simd16>(block: [S; 2]) -> (f32, [S::Int; 2]) {
         (0.0, [S::Int::splat(0); 2])
     } else {
         let factor = S::splat(factor);
-        (largest / 127.0, block.map(|x| x.mul(factor).round()))
+        (largest / 127.0, [block[0].mul(factor).round(), block[1].mul(factor).round()])
     }
+}
+
+/// The bits of the largest magnitude: they compare like integers, NaNs above infinity, so that one exact maximum finds both.
+#[inline(always)]
+fn largest<S: Simd16>(values: S) -> i32 {
+    values.to_bits().and(S::Int::splat(0x7fff_ffff)).max_lane()
 }
