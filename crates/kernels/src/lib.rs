@@ -38,7 +38,9 @@ pub use aligned::AlignedBuffer;
 pub use attention::{AttentionShape, BLOCK_TOKENS, KvLayout, RowContext, SPLIT_KEYS};
 pub use isa::{Isa, UnknownIsa};
 pub use kernels::Kernels;
-pub use matmul::{BlockAxis, BlockScale, PackedMatrix, Piece, QuantizedRow};
+pub use matmul::{
+    BlockAxis, BlockScale, PACKED_VERSION, PackedMatrix, Piece, QuantizedRow, SegmentLayout, StoredSegment,
+};
 pub use pool::{ThreadPool, available_threads};
 pub use rope::{Llama3Scaling, inv_freq, scale_inv_freq_linear, scale_inv_freq_llama3};
 pub use sampling::{SampleError, Sampled, SamplerScratch, SamplerState};
