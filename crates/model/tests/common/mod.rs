@@ -110,6 +110,19 @@ impl Grid {
         threads: usize,
     ) -> Grid {
         let config = ModelConfig::open(directory, quantization).unwrap();
+        Grid::of(config, stages, tensor_parallel_size, &|slice| {
+            let kernels = Arc::new(Kernels::new(isa, threads));
+            StageModel::load(directory, quantization, slice, kernels, &mut |_, _| {}).unwrap()
+        })
+    }
+
+    /// Ranks that `load` loads.
+    pub fn of(
+        config: ModelConfig,
+        stages: usize,
+        tensor_parallel_size: usize,
+        load: &dyn Fn(RankSlice) -> StageModel,
+    ) -> Grid {
         let layers = config.shape.num_layers;
         let stages = (0..stages)
             .map(|stage| {
@@ -124,9 +137,7 @@ impl Grid {
                             tensor_rank: group.rank,
                             tensor_parallel_size,
                         };
-                        let kernels = Arc::new(Kernels::new(isa, threads));
-                        let model = StageModel::load(directory, quantization, slice, kernels, &mut |_, _| {})
-                            .unwrap();
+                        let model = load(slice);
                         Rank { cache: model.kv_cache(64), work: model.workspace(ROWS_MAX), model, group }
                     })
                     .collect()
