@@ -1,5 +1,6 @@
 //! What a node is told before it starts.
 
+use ashlar_model::CachePlace;
 use ashlar_protocol::data::LinkFaults;
 use ashlar_vocabulary::{LayerRange, NodeId};
 use serde::{Deserialize, Serialize};
@@ -26,6 +27,9 @@ pub struct NodeConfig {
     /// Directory or hub id of the model, if it differs from what the scheduler names.
     #[serde(default)]
     pub model: Option<String>,
+    /// Whether, or where, to keep a packed copy of the weights, so that the next start reads it; default: not.
+    #[serde(default)]
+    pub cache: Option<CacheConfig>,
     /// Memory to offer in bytes; default: nine tenths of what is available.
     #[serde(default)]
     pub memory_bytes: Option<u64>,
@@ -65,6 +69,35 @@ pub enum Pin {
 impl Default for Pin {
     fn default() -> Pin {
         Pin::Each(false)
+    }
+}
+
+/// Whether, or where, a node keeps packed copies of its weights.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged, expecting = "true (beside the model), false, or a directory")]
+pub enum CacheConfig {
+    /// Beside the model, or not at all.
+    Beside(bool),
+    /// In this directory.
+    Directory(PathBuf),
+}
+
+impl CacheConfig {
+    /// Where copies are kept, if they are.
+    pub fn place(&self) -> Option<CachePlace> {
+        match self {
+            CacheConfig::Beside(beside) => beside.then_some(CachePlace::BesideModel),
+            CacheConfig::Directory(directory) => Some(CachePlace::Directory(directory.clone())),
+        }
+    }
+}
+
+impl From<CachePlace> for CacheConfig {
+    fn from(place: CachePlace) -> CacheConfig {
+        match place {
+            CachePlace::BesideModel => CacheConfig::Beside(true),
+            CachePlace::Directory(directory) => CacheConfig::Directory(directory),
+        }
     }
 }
 
@@ -142,6 +175,19 @@ mod tests {
         assert_eq!(listed.pin, Pin::Cores(vec![4, 5]));
         assert_eq!(toml::from_str::<NodeConfig>(&toml::to_string(&listed).unwrap()).unwrap(), listed);
         assert!(with("\"all\"").unwrap_err().to_string().contains("a list of cores"));
+    }
+
+    #[test]
+    fn copies_are_kept_beside_the_model_or_in_a_directory_or_not() {
+        let place = |line: &str| {
+            let config: NodeConfig = toml::from_str(&format!("{line}\n{EXAMPLE}")).unwrap();
+            config.cache.as_ref().and_then(CacheConfig::place)
+        };
+        assert_eq!((place(""), place("cache = false")), (None, None));
+        assert_eq!(place("cache = true"), Some(CachePlace::BesideModel));
+        assert_eq!(place("cache = \"/c\""), Some(CachePlace::Directory("/c".into())));
+        let error = toml::from_str::<NodeConfig>(&format!("cache = 7\n{EXAMPLE}")).unwrap_err().to_string();
+        assert!(error.contains("true (beside the model), false, or a directory"), "{error}");
     }
 
     #[test]

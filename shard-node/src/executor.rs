@@ -1,7 +1,8 @@
 //! The compute thread: loads an assignment's slice, then applies plans strictly in order.
 
 use crate::beat::Beat;
-use crate::config::NodeConfig;
+use crate::config::{CacheConfig, NodeConfig};
+use crate::copies::{Copies, Wanted};
 use crate::fence::Fence;
 use crate::links::{Inbound, LinkBreaker, LinkSettings, Links, PendingLinks, Waiting};
 use crate::sampling::Samplers;
@@ -64,7 +65,7 @@ impl Shared {
 /// Weights in memory, kept from one layout to the next if they stay the same.
 struct Loaded {
     digest: ModelDigest,
-    model: StageModel,
+    model: Arc<StageModel>,
     compiler: Option<GrammarCompiler>,
 }
 
@@ -98,6 +99,7 @@ pub struct Executor {
     fence: Fence,
     waiting: Waiting,
     sequencer: Sequencer,
+    copies: Copies,
     loaded: Option<Loaded>,
     place: Option<Place>,
 }
@@ -113,6 +115,7 @@ impl Executor {
         fence: Fence,
     ) -> Executor {
         Executor {
+            copies: Copies::new(config.cache.as_ref().and_then(CacheConfig::place)),
             config,
             kernels,
             beat: Beat::new(out.clone()),
@@ -228,6 +231,7 @@ impl Executor {
         {
             return Ok(());
         }
+        self.copies.stop();
         self.loaded = None;
         self.shared.set(None);
         let name = self.config.model.as_deref().unwrap_or(&assignment.model);
@@ -245,21 +249,18 @@ impl Executor {
         let (revision, out, beat) = (assignment.revision, self.out.clone(), self.beat.clone());
         let mut last_report: Option<Instant> = None;
         let started = Instant::now();
-        let model = StageModel::load(
-            &directory,
-            assignment.precision,
-            slice.clone(),
-            self.kernels.clone(),
-            &mut |loaded, total| {
-                let _ = beat.tick();
-                let due = last_report.is_none_or(|at| at.elapsed() > Duration::from_millis(200));
-                if due || loaded == total {
-                    last_report = Some(Instant::now());
-                    let _ = out.blocking_send(FromNode::Loading { revision, loaded, total });
-                }
-            },
-        )
-        .map_err(|error| error.to_string())?;
+        let mut progress = |loaded, total| {
+            let _ = beat.tick();
+            let due = last_report.is_none_or(|at| at.elapsed() > Duration::from_millis(200));
+            if due || loaded == total {
+                last_report = Some(Instant::now());
+                let _ = out.blocking_send(FromNode::Loading { revision, loaded, total });
+            }
+        };
+        let precision = assignment.precision;
+        let wanted = Wanted { directory: &directory, precision, slice: slice.clone() };
+        let model =
+            self.copies.load(wanted, &self.kernels, &mut progress).map_err(|error| error.to_string())?;
         let samples = slice.last && slice.tensor_rank == 0;
         let compiler = if samples { self.compiler(&directory, &model) } else { None };
         info!(

@@ -5,6 +5,7 @@
 //! * [`config`]: what a node is told before it starts.
 //! * [`sequencer`]: pure: which plans are valid, and what each sequence's tokens and blocks are.
 //! * [`executor`]: the compute thread: applies plans strictly in order.
+//! * `copies`: packed copies of the slice, from one start to the next.
 //! * [`sampling`]: samplers and grammars of the last stage's rank 0.
 //! * [`links`]: data connections to other ranks.
 //! * [`group`]: the tensor-parallel group's exchange, through shared memory or over sockets.
@@ -19,6 +20,7 @@
 
 pub mod beat;
 pub mod config;
+mod copies;
 pub mod executor;
 pub mod fence;
 pub mod group;

@@ -1,5 +1,6 @@
 //! `ashlar up`: a small real cluster on this machine. Every role is a supervised child process.
 
+use crate::cache::CacheArgs;
 use crate::demo;
 use crate::http::Client;
 use crate::port::ReservedPort;
@@ -11,6 +12,7 @@ use ashlar_gateway::GatewayConfig;
 use ashlar_model::hub;
 use ashlar_scheduler::SchedulerConfig;
 use ashlar_service_kit::{Shutdown, memory};
+use ashlar_shard_node::config::CacheConfig;
 use ashlar_shard_node::{NodeConfig, Pin};
 use ashlar_vocabulary::{Bytes, NodeId};
 use clap::Args;
@@ -39,6 +41,8 @@ const DEFAULT_CONTEXT_MAX: u32 = 8192;
   ashlar up --model Qwen/Qwen3-0.6B --tp 2         a hub id (HF_TOKEN, HF_HOME, HF_HUB_OFFLINE are honoured)
   ashlar up --model ./llama-3.2-1b --quantize q4_k_m
                                                    weights in 4 to 6 bits, packed while they are loaded
+  ashlar up --model ./llama-3.2-1b --quantize q4_k_m --cache
+                                                   packed once: later starts read what the first one packed
   ashlar up --replicas 2 --nodes 5                 two replicas of two stages and one standby")]
 pub(crate) struct UpArgs {
     /// Model directory or hub id (`org/name`, `org/name@revision`); default: the demo model.
@@ -58,6 +62,8 @@ pub(crate) struct UpArgs {
     /// Full copies of the model.
     #[arg(long, value_parser = count())]
     replicas: Option<usize>,
+    #[command(flatten)]
+    cache: CacheArgs,
     /// Where the HTTP API listens.
     #[arg(long, default_value = "127.0.0.1:8080")]
     listen: SocketAddr,
@@ -193,6 +199,7 @@ impl Cluster {
         };
         let available = memory::available_memory().unwrap_or(Bytes(1 << 30)).0 / 10 * 9;
         let memory = args.memory.map_or(available / nodes as u64, |bytes| bytes.0);
+        let cache = args.cache.place()?;
         let roles = Writer { state };
         let nodes = (0..nodes)
             .map(|index| {
@@ -204,6 +211,7 @@ impl Cluster {
                     advertise_host: None,
                     state: state.to_owned(),
                     model: None,
+                    cache: cache.clone().map(CacheConfig::from),
                     memory_bytes: Some(memory),
                     threads: Some(threads),
                     pin: cores.get(index).map_or_else(Pin::default, |cores| Pin::Cores(cores.clone())),

@@ -40,7 +40,9 @@ pub use attention::{AttentionShape, BLOCK_TOKENS, KvBuffer, KvLayout, RowContext
 pub use cores::{PinError, PinnedThread, available_cores, available_threads};
 pub use isa::{Isa, UnknownIsa};
 pub use kernels::Kernels;
-pub use matmul::{BlockAxis, BlockScale, PackedMatrix, Piece, QuantizedRow};
+pub use matmul::{
+    BlockAxis, BlockScale, PACKED_VERSION, PackedMatrix, Piece, QuantizedRow, SegmentLayout, StoredSegment,
+};
 pub use pool::ThreadPool;
 pub use rope::{Llama3Scaling, inv_freq, scale_inv_freq_linear, scale_inv_freq_llama3};
 pub use sampling::{SampleError, Sampled, SamplerScratch, SamplerState};

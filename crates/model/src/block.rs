@@ -7,10 +7,9 @@
 use crate::collective::{Collective, CollectiveError};
 use crate::config::ModelConfig;
 use crate::kv::LayerCache;
-use crate::pack::{PackSource, pack};
 use crate::slice::RankSlice;
+use crate::source::{Content, MatrixSource, VectorSource, WeightSource};
 use crate::stage::Workspace;
-use crate::weights::{WeightError, WeightFiles};
 use ashlar_kernels::{AttentionShape, Kernels, KvLayout, PackedMatrix, RowContext, StridedRows};
 use ashlar_vocabulary::Bytes;
 use std::ops::Range;
@@ -45,101 +44,113 @@ struct BlockDims {
     eps: f32,
 }
 
+/// The name of a part of layer `layer`.
+fn name(layer: usize, part: &str) -> String {
+    format!("layers.{layer}.{part}")
+}
+
 impl Block {
-    /// Reads layer `layer`'s share.
-    pub fn load(
-        files: &WeightFiles,
-        kernels: &Kernels,
+    /// Takes layer `layer`'s share from `weights`.
+    pub(crate) fn load<S: WeightSource>(
+        weights: &S,
         config: &ModelConfig,
         slice: &RankSlice,
         layer: usize,
-    ) -> Result<Block, WeightError> {
+    ) -> Result<Block, S::Error> {
         let shape = &config.shape;
         let (hidden, head_dim) = (shape.hidden_size, shape.head_dim);
         let (all_q, all_kv) = (shape.num_heads * head_dim, shape.num_kv_heads * head_dim);
         let (q, kv, ff) = (slice.queries(shape), slice.keys(shape), slice.feed_forward(shape));
-        let name = |suffix: &str| format!("model.layers.{layer}.{suffix}");
-        let vector = |suffix: &str, length: usize, range: Range<usize>| {
-            let reader = files.tensor(&name(suffix), &[length])?;
-            reader.read(0..1, range)
-        };
-        let fused_bias = |pieces: &[(&str, usize, &Range<usize>)]| -> Result<Vec<f32>, WeightError> {
-            let mut bias = Vec::new();
-            for (suffix, length, range) in pieces {
-                bias.extend(vector(suffix, *length, (*range).clone())?);
-            }
-            Ok(bias)
-        };
+        let (whole, ff_all) = (0..hidden, shape.intermediate_size);
         let types = config.shape.weights.layers[layer];
-        let (attention_parts, feed_forward_parts) = (
-            shape.attention_cut().rank_parts(slice.tensor_rank, slice.tensor_parallel_size),
-            shape.feed_forward_cut().rank_parts(slice.tensor_rank, slice.tensor_parallel_size),
-        );
-        let piece = |suffix: &str, kind, shape: [usize; 2], rows: &Range<usize>, columns: &Range<usize>| {
-            PackSource { name: name(suffix), shape, rows: rows.clone(), columns: columns.clone(), kind }
+        let attention_parts = shape.attention_cut().rank_parts(slice.tensor_rank, slice.tensor_parallel_size);
+        let feed_forward_parts =
+            shape.feed_forward_cut().rank_parts(slice.tensor_rank, slice.tensor_parallel_size);
+        let stored = |suffix: &str| format!("model.layers.{layer}.{suffix}");
+        let rows = |suffix: &str, kind, all: usize, rows: &Range<usize>| MatrixSource {
+            name: stored(&format!("{suffix}.weight")),
+            shape: [all, hidden],
+            rows: rows.clone(),
+            columns: whole.clone(),
+            kind,
         };
-        let load = |pieces: &[PackSource], parts: &[Range<usize>]| pack(files, kernels, pieces, parts);
-        let whole = 0..hidden;
-        let ff_all = shape.intermediate_size;
+        let columns = |suffix: &str, kind, all: usize, columns: &Range<usize>| MatrixSource {
+            name: stored(&format!("{suffix}.weight")),
+            shape: [hidden, all],
+            rows: whole.clone(),
+            columns: columns.clone(),
+            kind,
+        };
+        let matrix = |part: &str, sources: &[MatrixSource], parts: &[Range<usize>]| {
+            weights.matrix(&name(layer, part), sources, parts)
+        };
+        let vector = |part: &str, sources: &[(&str, usize, &Range<usize>)]| {
+            let source = |&(suffix, length, range): &(&str, usize, &Range<usize>)| VectorSource {
+                name: stored(suffix),
+                length,
+                range: range.clone(),
+            };
+            weights.vector(&name(layer, part), &sources.iter().map(source).collect::<Vec<_>>())
+        };
+        let bias = |part: &str, present: bool, sources: &[(&str, usize, &Range<usize>)]| {
+            present.then(|| vector(part, sources)).transpose()
+        };
+        let head_norms = if config.head_norms {
+            let whole_head = 0..head_dim;
+            Some((
+                vector("query_norm", &[("self_attn.q_norm.weight", head_dim, &whole_head)])?,
+                vector("key_norm", &[("self_attn.k_norm.weight", head_dim, &whole_head)])?,
+            ))
+        } else {
+            None
+        };
         Ok(Block {
-            input_norm: vector("input_layernorm.weight", hidden, 0..hidden)?,
-            qkv: load(
+            input_norm: vector("input_norm", &[("input_layernorm.weight", hidden, &whole)])?,
+            qkv: matrix(
+                "qkv",
                 &[
-                    piece("self_attn.q_proj.weight", types.query, [all_q, hidden], &q, &whole),
-                    piece("self_attn.k_proj.weight", types.key, [all_kv, hidden], &kv, &whole),
-                    piece("self_attn.v_proj.weight", types.value, [all_kv, hidden], &kv, &whole),
+                    rows("self_attn.q_proj", types.query, all_q, &q),
+                    rows("self_attn.k_proj", types.key, all_kv, &kv),
+                    rows("self_attn.v_proj", types.value, all_kv, &kv),
                 ],
                 &[0..hidden],
             )?,
-            qkv_bias: config
-                .qkv_bias
-                .then(|| {
-                    fused_bias(&[
-                        ("self_attn.q_proj.bias", all_q, &q),
-                        ("self_attn.k_proj.bias", all_kv, &kv),
-                        ("self_attn.v_proj.bias", all_kv, &kv),
-                    ])
-                })
-                .transpose()?,
-            head_norms: config
-                .head_norms
-                .then(|| {
-                    Ok::<_, WeightError>((
-                        vector("self_attn.q_norm.weight", head_dim, 0..head_dim)?,
-                        vector("self_attn.k_norm.weight", head_dim, 0..head_dim)?,
-                    ))
-                })
-                .transpose()?,
-            output: load(
-                &[piece("self_attn.o_proj.weight", types.output, [hidden, all_q], &whole, &q)],
+            qkv_bias: bias(
+                "qkv_bias",
+                config.qkv_bias,
+                &[
+                    ("self_attn.q_proj.bias", all_q, &q),
+                    ("self_attn.k_proj.bias", all_kv, &kv),
+                    ("self_attn.v_proj.bias", all_kv, &kv),
+                ],
+            )?,
+            head_norms,
+            output: matrix(
+                "output",
+                &[columns("self_attn.o_proj", types.output, all_q, &q)],
                 &attention_parts,
             )?,
-            output_bias: config
-                .output_bias
-                .then(|| vector("self_attn.o_proj.bias", hidden, 0..hidden))
-                .transpose()?,
-            feed_forward_norm: vector("post_attention_layernorm.weight", hidden, 0..hidden)?,
-            gate_up: load(
-                &[
-                    piece("mlp.gate_proj.weight", types.gate, [ff_all, hidden], &ff, &whole),
-                    piece("mlp.up_proj.weight", types.up, [ff_all, hidden], &ff, &whole),
-                ],
+            output_bias: bias(
+                "output_bias",
+                config.output_bias,
+                &[("self_attn.o_proj.bias", hidden, &whole)],
+            )?,
+            feed_forward_norm: vector(
+                "feed_forward_norm",
+                &[("post_attention_layernorm.weight", hidden, &whole)],
+            )?,
+            gate_up: matrix(
+                "gate_up",
+                &[rows("mlp.gate_proj", types.gate, ff_all, &ff), rows("mlp.up_proj", types.up, ff_all, &ff)],
                 &[0..hidden],
             )?,
-            gate_up_bias: config
-                .mlp_bias
-                .then(|| {
-                    fused_bias(&[("mlp.gate_proj.bias", ff_all, &ff), ("mlp.up_proj.bias", ff_all, &ff)])
-                })
-                .transpose()?,
-            down: load(
-                &[piece("mlp.down_proj.weight", types.down, [hidden, ff_all], &whole, &ff)],
-                &feed_forward_parts,
+            gate_up_bias: bias(
+                "gate_up_bias",
+                config.mlp_bias,
+                &[("mlp.gate_proj.bias", ff_all, &ff), ("mlp.up_proj.bias", ff_all, &ff)],
             )?,
-            down_bias: config
-                .mlp_bias
-                .then(|| vector("mlp.down_proj.bias", hidden, 0..hidden))
-                .transpose()?,
+            down: matrix("down", &[columns("mlp.down_proj", types.down, ff_all, &ff)], &feed_forward_parts)?,
+            down_bias: bias("down_bias", config.mlp_bias, &[("mlp.down_proj.bias", hidden, &whole)])?,
             dims: BlockDims {
                 hidden,
                 query: q.len(),
@@ -152,6 +163,26 @@ impl Block {
                 eps: config.rms_norm_eps,
             },
         })
+    }
+
+    /// What it holds as layer `layer`, under the names by which [`Block::load`] asks for it.
+    pub(crate) fn contents(&self, layer: usize) -> Vec<(String, Content<'_>)> {
+        let matrices =
+            [("qkv", &self.qkv), ("output", &self.output), ("gate_up", &self.gate_up), ("down", &self.down)];
+        let (query_norm, key_norm) = self.head_norms.as_ref().map(|(query, key)| (query, key)).unzip();
+        let vectors = [
+            ("input_norm", Some(&self.input_norm)),
+            ("qkv_bias", self.qkv_bias.as_ref()),
+            ("query_norm", query_norm),
+            ("key_norm", key_norm),
+            ("output_bias", self.output_bias.as_ref()),
+            ("feed_forward_norm", Some(&self.feed_forward_norm)),
+            ("gate_up_bias", self.gate_up_bias.as_ref()),
+            ("down_bias", self.down_bias.as_ref()),
+        ];
+        let matrices = matrices.into_iter().map(|(part, matrix)| (part, Content::Matrix(matrix)));
+        let vectors = vectors.into_iter().filter_map(|(part, vector)| Some((part, Content::Vector(vector?))));
+        matrices.chain(vectors).map(|(part, content)| (name(layer, part), content)).collect()
     }
 
     /// Words that the largest of the block's products takes for its activations.

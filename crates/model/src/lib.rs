@@ -7,7 +7,8 @@
 //! * [`weights`]: safetensors files, read by position; a rank reads only its slice.
 //! * [`digest`]: what identifies a model's bits.
 //! * [`slice`]: which rows and columns of which tensor belong to a rank.
-//! * `pack`: tensors become packed products, quantised where asked for.
+//! * `source`: where a stage's weights come from; `pack`: from tensors, which become packed products, quantised where
+//!   asked for; [`cache`]: from the packed copy of an earlier start.
 //! * [`stage`]: a rank's packed weights; [`block`]: one transformer block; [`kv`]: its KV cache.
 //! * [`collective`]: the seam to the other ranks of the group.
 //! * [`synth`]: random weights of a real shape.
@@ -19,6 +20,7 @@
 #![forbid(unsafe_code)]
 
 pub mod block;
+pub mod cache;
 pub mod collective;
 pub mod config;
 pub mod digest;
@@ -28,10 +30,12 @@ pub mod hub;
 pub mod kv;
 mod pack;
 pub mod slice;
+mod source;
 pub mod stage;
 pub mod synth;
 pub mod weights;
 
+pub use cache::{CachePlace, CopyReadError, CopyWriteError, Origin, PackedCopy};
 pub use collective::{Collective, CollectiveError, SingleRank};
 pub use config::{ConfigError, ModelConfig};
 pub use export::{Export, ExportError};

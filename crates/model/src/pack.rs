@@ -1,5 +1,6 @@
 //! From tensors in files to packed products: read, quantised where asked for, and stacked.
 
+use crate::source::{self, MatrixSource, VectorSource, WeightSource};
 use crate::weights::{TensorReader, WeightError, WeightFiles};
 use ashlar_gguf::{TensorType, UnpackedBlock, quantize, unpack};
 use ashlar_kernels::{BlockAxis, BlockScale, Kernels, PackedMatrix, QuantizedRow};
@@ -7,27 +8,63 @@ use ashlar_vocabulary::WeightType;
 use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
-/// A piece of one stored matrix, to be stacked above its siblings into one fused product.
+/// The model's files, packed on the threads of `kernels`.
 #[derive(Debug)]
-pub(crate) struct PackSource {
-    pub(crate) name: String,
-    /// Shape of the stored tensor.
-    pub(crate) shape: [usize; 2],
-    pub(crate) rows: Range<usize>,
-    pub(crate) columns: Range<usize>,
-    /// The type to hold it in.
-    pub(crate) kind: WeightType,
+pub(crate) struct FileSource<'a> {
+    pub(crate) files: &'a WeightFiles,
+    pub(crate) kernels: &'a Kernels,
+}
+
+impl WeightSource for FileSource<'_> {
+    type Error = WeightError;
+
+    fn matrix(
+        &self,
+        _name: &str,
+        sources: &[MatrixSource],
+        parts: &[Range<usize>],
+    ) -> Result<PackedMatrix, WeightError> {
+        pack(self.files, self.kernels, sources, parts)
+    }
+
+    fn vector(&self, _name: &str, sources: &[VectorSource]) -> Result<Vec<f32>, WeightError> {
+        let mut values = Vec::new();
+        for source in sources {
+            let reader = self.files.tensor(&source.name, &[source.length])?;
+            values.extend(reader.read(0..1, source.range.clone())?);
+        }
+        Ok(values)
+    }
+
+    fn table(&self, _name: &str, source: &MatrixSource) -> Result<Vec<u8>, WeightError> {
+        table(&self.files.tensor(&source.name, &source.shape)?, source.kind, source.rows.clone())
+    }
+}
+
+/// The rows `rows` of an embedding in `kind`.
+fn table(reader: &TensorReader<'_>, kind: WeightType, rows: Range<usize>) -> Result<Vec<u8>, WeightError> {
+    let hidden = reader.columns();
+    if reader.kind() == kind {
+        return reader.read_bytes(rows, 0..hidden);
+    }
+    const ROWS_AT_ONCE: usize = 512;
+    let mut bytes = Vec::with_capacity(rows.len() * kind.bytes(hidden));
+    for first in rows.clone().step_by(ROWS_AT_ONCE) {
+        let values = reader.read(first..rows.end.min(first + ROWS_AT_ONCE), 0..hidden)?;
+        bytes.extend(quantized(reader, kind, &values)?);
+    }
+    Ok(bytes)
 }
 
 /// Packs `sources`, one above the other, as one product over inputs in `parts`.
-pub(crate) fn pack(
+fn pack(
     files: &WeightFiles,
     kernels: &Kernels,
-    sources: &[PackSource],
+    sources: &[MatrixSource],
     parts: &[Range<usize>],
 ) -> Result<PackedMatrix, WeightError> {
     let mut matrices = Vec::new();
-    for alike in sources.chunk_by(|a, b| a.kind == b.kind) {
+    for alike in source::runs(sources) {
         matrices.push(match alike[0].kind {
             kind if !kind.is_quantized() => pack_dense(files, kernels, kind, alike, parts)?,
             kind => pack_blocks(files, kernels, kind, alike, parts)?,
@@ -36,7 +73,10 @@ pub(crate) fn pack(
     Ok(PackedMatrix::stack(matrices))
 }
 
-fn readers<'a>(files: &'a WeightFiles, sources: &[PackSource]) -> Result<Vec<TensorReader<'a>>, WeightError> {
+fn readers<'a>(
+    files: &'a WeightFiles,
+    sources: &[MatrixSource],
+) -> Result<Vec<TensorReader<'a>>, WeightError> {
     sources.iter().map(|source| files.tensor(&source.name, &source.shape)).collect()
 }
 
@@ -44,7 +84,7 @@ fn pack_dense(
     files: &WeightFiles,
     kernels: &Kernels,
     kind: WeightType,
-    sources: &[PackSource],
+    sources: &[MatrixSource],
     parts: &[Range<usize>],
 ) -> Result<PackedMatrix, WeightError> {
     let readers = readers(files, sources)?;
@@ -61,7 +101,7 @@ fn pack_dense(
 }
 
 /// Which source has output `row` of the stack, and as which of its stored rows.
-fn locate(sources: &[PackSource], row: usize) -> (usize, usize) {
+fn locate(sources: &[MatrixSource], row: usize) -> (usize, usize) {
     let (mut source, mut local) = (0, row);
     while local >= sources[source].rows.len() {
         local -= sources[source].rows.len();
@@ -83,7 +123,7 @@ fn pack_blocks(
     files: &WeightFiles,
     kernels: &Kernels,
     kind: WeightType,
-    sources: &[PackSource],
+    sources: &[MatrixSource],
     parts: &[Range<usize>],
 ) -> Result<PackedMatrix, WeightError> {
     let readers = readers(files, sources)?;
@@ -178,11 +218,7 @@ impl BlockRow {
 }
 
 /// `values` in blocks of `kind`.
-pub(crate) fn quantized(
-    reader: &TensorReader<'_>,
-    kind: WeightType,
-    values: &[f32],
-) -> Result<Vec<u8>, WeightError> {
+fn quantized(reader: &TensorReader<'_>, kind: WeightType, values: &[f32]) -> Result<Vec<u8>, WeightError> {
     let mut bytes = Vec::new();
     quantize(tensor_type(kind), values, &mut bytes).map_err(|error| reader.unusable(&error))?;
     Ok(bytes)

@@ -4,21 +4,26 @@ use crate::block::Block;
 use crate::collective::{Collective, CollectiveError};
 use crate::config::{ConfigError, ModelConfig, RopeScaling};
 use crate::kv::KvCache;
-use crate::pack::{PackSource, pack, quantized};
+use crate::pack::FileSource;
 use crate::slice::RankSlice;
-use crate::weights::{TensorReader, WeightError, WeightFiles, widen};
+use crate::source::{Content, MatrixSource, VectorSource, WeightSource};
+use crate::weights::{WeightError, WeightFiles, widen};
 use ashlar_gguf::BlockError;
 use ashlar_kernels::{
     Kernels, KvLayout, Llama3Scaling, PackedMatrix, RowContext, inv_freq, scale_inv_freq_linear,
     scale_inv_freq_llama3,
 };
 use ashlar_vocabulary::{Bytes, LayerWeightTypes, Precision, TokenId, WeightType};
-use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
 /// Rows whose logits are computed together; bounds the logits workspace.
 pub const LOGIT_ROWS_MAX: usize = 32;
+
+/// Names of what lies outside of the layers.
+const EMBEDDING: &str = "embedding";
+const HEAD: &str = "head";
+const HEAD_NORM: &str = "head_norm";
 
 /// Why a rank could not load its share.
 #[derive(Debug, thiserror::Error)]
@@ -137,11 +142,24 @@ impl StageModel {
         progress: &mut dyn FnMut(Bytes, Bytes),
     ) -> Result<StageModel, LoadError> {
         let config = ModelConfig::open(directory, precision)?;
-        let files = WeightFiles::open(directory)?;
-        let shape = &config.shape;
-        if let Some(problem) = slice.problem(shape) {
+        if let Some(problem) = slice.problem(&config.shape) {
             return Err(LoadError::Slice(problem));
         }
+        let files = WeightFiles::open(directory)?;
+        let packer = kernels.clone();
+        let source = FileSource { files: &files, kernels: &packer };
+        Ok(StageModel::assemble(config, slice, kernels, &source, progress)?)
+    }
+
+    /// Puts a slice that the model can be cut in together from `weights`.
+    pub(crate) fn assemble<S: WeightSource>(
+        config: ModelConfig,
+        slice: RankSlice,
+        kernels: Arc<Kernels>,
+        weights: &S,
+        progress: &mut dyn FnMut(Bytes, Bytes),
+    ) -> Result<StageModel, S::Error> {
+        let shape = &config.shape;
         let rows = slice.vocabulary(shape);
         let (vocab, hidden) = (shape.vocab_size, shape.hidden_size);
         let shares_table = shape.tied_head && slice.first && slice.last && slice.tensor_parallel_size == 1;
@@ -155,36 +173,56 @@ impl StageModel {
             head: None,
         };
         let total = expected_bytes(&config, &slice);
+        let source = |name: &str, kind| MatrixSource {
+            name: name.to_owned(),
+            shape: [vocab, hidden],
+            rows: rows.clone(),
+            columns: 0..hidden,
+            kind,
+        };
         progress(Bytes(0), total);
         if slice.first {
             model.embedding = Some(if shares_table {
                 Embedding::Tied
             } else {
-                let reader = files.tensor("model.embed_tokens.weight", &[vocab, hidden])?;
                 let kind = shape.weights.embedding;
-                Embedding::Table { kind, bytes: table(&reader, kind, rows.clone())? }
+                let source = source("model.embed_tokens.weight", kind);
+                Embedding::Table { kind, bytes: weights.table(EMBEDDING, &source)? }
             });
             progress(model.bytes(), total);
         }
         for layer in slice.layers.start..slice.layers.end {
-            model.blocks.push(Block::load(&files, &model.kernels, &config, &slice, layer)?);
+            model.blocks.push(Block::load(weights, &config, &slice, layer)?);
             progress(model.bytes(), total);
         }
         if slice.last {
             let name = if shape.tied_head { "model.embed_tokens.weight" } else { "lm_head.weight" };
-            let source = PackSource {
-                name: name.to_owned(),
-                shape: [vocab, hidden],
-                rows,
-                columns: 0..hidden,
-                kind: shape.weights.head,
-            };
-            let weights = pack(&files, &model.kernels, &[source], &[0..hidden])?;
-            let norm = files.tensor("model.norm.weight", &[hidden])?.read(0..1, 0..hidden)?;
-            model.head = Some(Head { norm, weights });
+            let source = source(name, shape.weights.head);
+            let norm = VectorSource { name: "model.norm.weight".into(), length: hidden, range: 0..hidden };
+            model.head = Some(Head {
+                weights: weights.matrix(HEAD, &[source], &[0..hidden])?,
+                norm: weights.vector(HEAD_NORM, &[norm])?,
+            });
         }
         progress(total, total);
         Ok(model)
+    }
+
+    /// What it holds, under the names by which [`StageModel::assemble`] asks for it.
+    pub(crate) fn contents(&self) -> Vec<(String, Content<'_>)> {
+        let mut contents = Vec::new();
+        if let Some(Embedding::Table { kind, bytes }) = &self.embedding {
+            let table = Content::Table { kind: *kind, columns: self.config.shape.hidden_size, bytes };
+            contents.push((EMBEDDING.to_owned(), table));
+        }
+        for (layer, block) in (self.slice.layers.start..).zip(&self.blocks) {
+            contents.extend(block.contents(layer));
+        }
+        if let Some(head) = &self.head {
+            contents.push((HEAD.to_owned(), Content::Matrix(&head.weights)));
+            contents.push((HEAD_NORM.to_owned(), Content::Vector(&head.norm)));
+        }
+        contents
     }
 
     /// The model's configuration.
@@ -393,21 +431,6 @@ pub(crate) fn inverse_frequencies(config: &ModelConfig) -> Vec<f32> {
         ),
     }
     frequencies
-}
-
-/// The rows `rows` of an embedding in `kind`.
-fn table(reader: &TensorReader<'_>, kind: WeightType, rows: Range<usize>) -> Result<Vec<u8>, WeightError> {
-    let hidden = reader.columns();
-    if reader.kind() == kind {
-        return reader.read_bytes(rows, 0..hidden);
-    }
-    const ROWS_AT_ONCE: usize = 512;
-    let mut bytes = Vec::with_capacity(rows.len() * kind.bytes(hidden));
-    for first in rows.clone().step_by(ROWS_AT_ONCE) {
-        let values = reader.read(first..rows.end.min(first + ROWS_AT_ONCE), 0..hidden)?;
-        bytes.extend(quantized(reader, kind, &values)?);
-    }
-    Ok(bytes)
 }
 
 /// Weight memory of a slice by shape, for progress bars and ledgers.

@@ -45,6 +45,20 @@ impl BlockMatrix {
         with_format!(kind, F => pack::<F>(kind, axis, n, pool, fill))
     }
 
+    /// The matrix of `n` outputs that `data` holds, as [`Self::data`] gave it.
+    ///
+    /// # Panics
+    /// If `data` has another length than such a matrix.
+    pub(super) fn from_data(kind: WeightType, axis: BlockAxis, n: usize, data: AlignedBuffer) -> BlockMatrix {
+        let offsets = offsets(kind, &axis);
+        assert_eq!(data.len(), words_at(&offsets, n), "{n} outputs of {kind} have another length");
+        BlockMatrix { kind, axis, offsets, data }
+    }
+
+    pub(super) fn data(&self) -> &[u8] {
+        self.data.as_bytes()
+    }
+
     pub(super) fn kind(&self) -> WeightType {
         self.kind
     }
@@ -87,6 +101,27 @@ impl BlockMatrix {
     }
 }
 
+/// Where each group starts, in bytes per sixteen outputs, and where the last one ends.
+fn offsets(kind: WeightType, axis: &BlockAxis) -> Vec<usize> {
+    let bytes = |pieces: usize| with_format!(kind, F => F::header_bytes(pieces) + pieces * F::PIECE_BYTES);
+    let mut offsets = vec![0];
+    let mut end = 0;
+    for group in axis.groups() {
+        end += bytes(group.pieces.len());
+        offsets.push(end);
+    }
+    offsets
+}
+
+fn words_at(offsets: &[usize], n: usize) -> usize {
+    n.div_ceil(LANES) * offsets.last().copied().unwrap_or(0) / size_of::<f32>()
+}
+
+/// Length of the data of a matrix of `n` outputs, in words.
+pub(super) fn words(kind: WeightType, axis: &BlockAxis, n: usize) -> usize {
+    words_at(&offsets(kind, axis), n)
+}
+
 fn pack<F: Format>(
     kind: WeightType,
     axis: BlockAxis,
@@ -94,14 +129,8 @@ fn pack<F: Format>(
     pool: &ThreadPool,
     fill: &(dyn Fn(usize, &mut QuantizedRow) + Sync),
 ) -> BlockMatrix {
-    let mut offsets = vec![0];
-    for group in axis.groups() {
-        let pieces = group.pieces.len();
-        let bytes = F::header_bytes(pieces) + pieces * F::PIECE_BYTES;
-        offsets.push(offsets.last().copied().unwrap_or(0) + bytes);
-    }
-    let stride = offsets.last().copied().unwrap_or(0);
-    let data = AlignedBuffer::zeroed(n.div_ceil(LANES) * stride / size_of::<f32>());
+    let offsets = offsets(kind, &axis);
+    let data = AlignedBuffer::zeroed(words_at(&offsets, n));
     let mut matrix = BlockMatrix { kind, axis, offsets, data: AlignedBuffer::zeroed(0) };
     let mut data = data;
     let bytes = DisjointMut::new(data.as_bytes_mut());

@@ -226,6 +226,25 @@ impl DenseMatrix {
         with_dense!(kind, D => pack::<D>(kind, n, parts, pool, fill))
     }
 
+    /// The matrix of `n` outputs that `data` holds, as [`Self::data`] gave it.
+    ///
+    /// # Panics
+    /// If `data` has another length than such a matrix.
+    pub(super) fn from_data(
+        kind: WeightType,
+        n: usize,
+        parts: &[Range<usize>],
+        exponent: i32,
+        data: AlignedBuffer,
+    ) -> DenseMatrix {
+        assert_eq!(data.len(), words(kind, n, parts), "{n} outputs of {kind} have another length");
+        DenseMatrix { kind, parts: parts.to_vec(), steps: steps(kind, parts), exponent, data }
+    }
+
+    pub(super) fn data(&self) -> &[u8] {
+        self.data.as_bytes()
+    }
+
     pub(super) fn parts(&self) -> &[Range<usize>] {
         &self.parts
     }
@@ -264,6 +283,25 @@ impl DenseMatrix {
     }
 }
 
+/// Steps of each part.
+fn steps(kind: WeightType, parts: &[Range<usize>]) -> Vec<Range<usize>> {
+    let inputs = with_dense!(kind, D => D::INPUTS);
+    let mut next = 0;
+    let step = |part: &Range<usize>| {
+        let steps = next..next + part.len().div_ceil(inputs);
+        next = steps.end;
+        steps
+    };
+    parts.iter().map(step).collect()
+}
+
+/// Length of the data of a matrix of `n` outputs, in words.
+pub(super) fn words(kind: WeightType, n: usize, parts: &[Range<usize>]) -> usize {
+    let bytes = with_dense!(kind, D => D::BYTES);
+    let all_steps = steps(kind, parts).last().map_or(0, |part| part.end);
+    n.div_ceil(LANES) * LANES * all_steps * bytes / size_of::<f32>()
+}
+
 fn pack<D: Dense>(
     kind: WeightType,
     n: usize,
@@ -271,14 +309,10 @@ fn pack<D: Dense>(
     pool: &ThreadPool,
     fill: &(dyn Fn(usize, &mut [f32]) + Sync),
 ) -> DenseMatrix {
-    let mut steps = Vec::new();
-    let mut next = 0;
-    for part in parts {
-        steps.push(next..next + part.len().div_ceil(D::INPUTS));
-        next += part.len().div_ceil(D::INPUTS);
-    }
+    let steps = steps(kind, parts);
+    let next = steps.last().map_or(0, |part| part.end);
     let k = parts.last().map_or(0, |part| part.end);
-    let mut data = AlignedBuffer::zeroed(n.div_ceil(LANES) * LANES * next * D::BYTES / size_of::<f32>());
+    let mut data = AlignedBuffer::zeroed(words(kind, n, parts));
     let exponent_min = AtomicI32::new(i32::MAX / 2);
     if k > 0 {
         let to = DisjointMut::new(data.as_bytes_mut());

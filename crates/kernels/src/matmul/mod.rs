@@ -13,11 +13,13 @@ mod formats;
 mod integer;
 mod packed;
 mod panel;
+mod stored;
 mod tile;
 
 pub use axis::{BlockAxis, Piece};
 pub use blocks::{BlockScale, QuantizedRow};
 pub use packed::PackedMatrix;
+pub use stored::{PACKED_VERSION, SegmentLayout, StoredSegment};
 
 use crate::half;
 use crate::kernels::Kernels;

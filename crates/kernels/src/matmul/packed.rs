@@ -71,7 +71,7 @@ impl PackedMatrix {
         PackedMatrix::single(n, k, Store::Dense(DenseMatrix::pack(kind, n, parts, pool, fill)))
     }
 
-    fn single(n: usize, k: usize, store: Store) -> PackedMatrix {
+    pub(super) fn single(n: usize, k: usize, store: Store) -> PackedMatrix {
         PackedMatrix { n, k, segments: vec![Segment { first: 0, n, store }] }
     }
 

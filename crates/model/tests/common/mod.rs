@@ -111,6 +111,19 @@ impl Grid {
     ) -> Grid {
         let precision = precision.into();
         let config = ModelConfig::open(directory, precision).unwrap();
+        Grid::of(config, stages, tensor_parallel_size, &|slice| {
+            let kernels = Arc::new(Kernels::new(isa, threads));
+            StageModel::load(directory, precision, slice, kernels, &mut |_, _| {}).unwrap()
+        })
+    }
+
+    /// Ranks that `load` loads.
+    pub fn of(
+        config: ModelConfig,
+        stages: usize,
+        tensor_parallel_size: usize,
+        load: &dyn Fn(RankSlice) -> StageModel,
+    ) -> Grid {
         let layers = config.shape.num_layers;
         let stages = (0..stages)
             .map(|stage| {
@@ -125,9 +138,7 @@ impl Grid {
                             tensor_rank: group.rank,
                             tensor_parallel_size,
                         };
-                        let kernels = Arc::new(Kernels::new(isa, threads));
-                        let model =
-                            StageModel::load(directory, precision, slice, kernels, &mut |_, _| {}).unwrap();
+                        let model = load(slice);
                         Rank { cache: model.kv_cache(64), work: model.workspace(ROWS_MAX), model, group }
                     })
                     .collect()

@@ -10,15 +10,20 @@ use super::peer::{Figure, Peer, Phase, Sizes};
 use super::rows::{Sequences, Work, fill_cache, kv_bytes_per_token, workspace_bytes};
 use super::table::figure;
 use super::{LOADING, MEASURING, memory_budget, progress_bar, require_memory};
+use crate::cache::CacheArgs;
 use crate::precision::PrecisionArgs;
 use anyhow::{Context, Result, bail};
 use ashlar_kernels::{Isa, Kernels, available_threads};
 use ashlar_model::stage::{LOGIT_ROWS_MAX, expected_bytes};
-use ashlar_model::{KvCache, ModelConfig, RankSlice, SingleRank, StageInput, StageModel, Workspace, hub};
+use ashlar_model::{
+    KvCache, ModelConfig, Origin, PackedCopy, RankSlice, SingleRank, StageInput, StageModel, Workspace,
+    digest, hub,
+};
 use ashlar_vocabulary::{Bytes, ModelShape};
 use clap::Args;
 use report::{PeerReport, Report};
 use std::hint::black_box;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -28,6 +33,7 @@ use std::time::{Duration, Instant};
   ashlar bench model --model ./llama-3.2-1b
   ashlar bench model --model ./llama-3.2-1b --threads 1 --batches 1,8 --prefill 128 --json
   ashlar bench model --model ./llama-3.2-1b --isa avx2 --context 2048
+  ashlar bench model --model m.gguf --cache                      the second run loads the packed copy of the first
   ashlar bench model --model m.gguf --against 'llama-bench -m m.gguf -t {threads} -p {prefill} -n {decode} -r 1 -o jsonl'
   ashlar bench model --model m.gguf --prefill 128 --against 'llama-batched-bench -m m.gguf -t {threads} -c 8192 \
       -npp {context} -ntg {decode} -npl {batch} --output-format jsonl'
@@ -44,6 +50,8 @@ pub(crate) struct ModelArgs {
     model: String,
     #[command(flatten)]
     precision: PrecisionArgs,
+    #[command(flatten)]
+    cache: CacheArgs,
     /// Compute threads; default: all that this process may use.
     #[arg(long)]
     threads: Option<usize>,
@@ -112,18 +120,25 @@ pub(crate) fn run(args: &ModelArgs) -> Result<()> {
     let kernels = Arc::new(kernels);
     let bar = progress_bar(0, LOADING).with_message("loading");
     let loading = Instant::now();
-    let model = StageModel::load(
-        &directory,
-        args.precision.precision(),
-        slice,
-        Arc::clone(&kernels),
-        &mut |loaded, total| {
-            bar.set_length(total.0);
-            bar.set_position(loaded.0);
-        },
-    )?;
+    let mut progress = |loaded: Bytes, total: Bytes| {
+        bar.set_length(total.0);
+        bar.set_position(loaded.0);
+    };
+    let copy = copy(args, &directory, &slice)?;
+    let (model, origin) = match &copy {
+        Some(copy) => copy.load_or_pack(&kernels, &mut progress)?,
+        None => {
+            let kernels = Arc::clone(&kernels);
+            let model =
+                StageModel::load(&directory, args.precision.precision(), slice, kernels, &mut progress)?;
+            (model, Origin::Files)
+        }
+    };
     bar.finish_and_clear();
     let load_s = loading.elapsed().as_secs_f64();
+    if let (Some(copy), Origin::Files) = (&copy, origin) {
+        keep(copy, &model);
+    }
     let mut bench = Bench {
         cache: model.kv_cache(tables.blocks()),
         work: model.workspace(rows),
@@ -147,6 +162,7 @@ pub(crate) fn run(args: &ModelArgs) -> Result<()> {
         context: args.context,
         repeats: args.repeat,
         load_s,
+        from_copy: origin == Origin::Copy,
         machine: bench.machine.report(&bench.kernels),
         peer: peer.map(|peer| PeerReport {
             command: peer.command().to_owned(),
@@ -161,6 +177,25 @@ pub(crate) fn run(args: &ModelArgs) -> Result<()> {
         report.print();
     }
     Ok(())
+}
+
+/// The packed copy of the model, if one is asked for.
+fn copy(args: &ModelArgs, directory: &Path, slice: &RankSlice) -> Result<Option<PackedCopy>> {
+    let Some(place) = args.cache.place()? else { return Ok(None) };
+    let digest = digest::model_digest(directory, args.precision.quantize)?;
+    Ok(Some(PackedCopy::new(&place, directory, &digest, args.precision.precision(), slice.clone())))
+}
+
+/// Writes the copy before anything is measured.
+fn keep(copy: &PackedCopy, model: &StageModel) {
+    let writing = Instant::now();
+    match copy.write(model, &|| false) {
+        Ok(bytes) => {
+            let path = copy.path().display();
+            eprintln!("wrote {path} ({bytes}) in {:.1} s", writing.elapsed().as_secs_f64());
+        }
+        Err(error) => eprintln!("note: {error}"),
+    }
 }
 
 fn peer(command: &str, args: &ModelArgs, threads: usize) -> Peer {

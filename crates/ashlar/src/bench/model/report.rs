@@ -49,6 +49,8 @@ pub(super) struct Report {
     pub(super) context: usize,
     pub(super) repeats: usize,
     pub(super) load_s: f64,
+    /// Whether it was loaded from a packed copy.
+    pub(super) from_copy: bool,
     pub(super) machine: MachineReport,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) peer: Option<PeerReport>,
@@ -132,10 +134,11 @@ impl Report {
     /// Prints a table.
     pub(super) fn print(&self) {
         println!(
-            "{} ({}): {} of weights per step, loaded in {:.1} s; decode after {} tokens of context",
+            "{} ({}): {} of weights per step, loaded{} in {:.2} s; decode after {} tokens of context",
             self.model,
             self.architecture,
             Bytes(self.weight_bytes),
+            if self.from_copy { " from a packed copy" } else { "" },
             self.load_s,
             self.context
         );

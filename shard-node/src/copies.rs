@@ -1,0 +1,113 @@
+//! Packed copies of this node's slices: loaded from where there is one, otherwise written beside serving.
+
+use ashlar_kernels::Kernels;
+use ashlar_model::{
+    CachePlace, CopyWriteError, LoadError, Origin, PackedCopy, RankSlice, StageModel, digest,
+};
+use ashlar_vocabulary::{Bytes, Precision};
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::Instant;
+use tracing::{info, warn};
+
+/// Loads slices, and keeps copies of them if asked to.
+#[derive(Debug)]
+pub(crate) struct Copies {
+    place: Option<CachePlace>,
+    writer: Option<Writer>,
+    /// Set once a copy could not be written: that is said once, and not tried again.
+    unwritable: Arc<AtomicBool>,
+}
+
+/// What is to be loaded.
+#[derive(Debug)]
+pub(crate) struct Wanted<'a> {
+    pub(crate) directory: &'a Path,
+    pub(crate) precision: Precision,
+    pub(crate) slice: RankSlice,
+}
+
+impl Copies {
+    /// Copies in `place`, or none.
+    pub(crate) fn new(place: Option<CachePlace>) -> Copies {
+        Copies { place, writer: None, unwritable: Arc::default() }
+    }
+
+    /// Loads a slice. Where it had to be packed, a thread of its own writes the copy from the same memory: serving does not
+    /// wait for the disk.
+    pub(crate) fn load(
+        &mut self,
+        wanted: Wanted<'_>,
+        kernels: &Arc<Kernels>,
+        progress: &mut dyn FnMut(Bytes, Bytes),
+    ) -> Result<Arc<StageModel>, LoadError> {
+        self.stop();
+        let Wanted { directory, precision, slice } = wanted;
+        let Some(place) = &self.place else {
+            let model = StageModel::load(directory, precision, slice, kernels.clone(), progress)?;
+            return Ok(Arc::new(model));
+        };
+        // Of the weights: what the cache of keys and values holds is no matter here.
+        let digest = digest::model_digest(directory, precision.quantization)?;
+        let copy = PackedCopy::new(place, directory, &digest, precision, slice);
+        let (model, origin) = copy.load_or_pack(kernels, progress)?;
+        let model = Arc::new(model);
+        if origin == Origin::Files && !self.unwritable.load(Ordering::Relaxed) {
+            self.writer = Writer::start(copy, model.clone(), self.unwritable.clone());
+        }
+        Ok(model)
+    }
+
+    /// Ends the writing of a copy: it holds a slice that is given up.
+    pub(crate) fn stop(&mut self) {
+        self.writer = None;
+    }
+}
+
+/// A copy on its way to the disk. Dropping it ends it and waits until it has let the slice go.
+#[derive(Debug)]
+struct Writer {
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Writer {
+    fn start(copy: PackedCopy, model: Arc<StageModel>, unwritable: Arc<AtomicBool>) -> Option<Writer> {
+        let stop = Arc::new(AtomicBool::new(false));
+        let asked = stop.clone();
+        let thread = std::thread::Builder::new()
+            .name("packed-copy".into())
+            .spawn(move || write(&copy, &model, &asked, &unwritable))
+            .map_err(|error| warn!("no thread for writing the packed copy of the weights: {error}"))
+            .ok()?;
+        Some(Writer { stop, thread: Some(thread) })
+    }
+}
+
+impl Drop for Writer {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        if let Some(thread) = self.thread.take() {
+            // A panic there has been reported by the thread itself, and concerns nothing but the copy.
+            let _ = thread.join();
+        }
+    }
+}
+
+fn write(copy: &PackedCopy, model: &StageModel, stop: &AtomicBool, unwritable: &AtomicBool) {
+    let started = Instant::now();
+    match copy.write(model, &|| stop.load(Ordering::Relaxed)) {
+        Ok(bytes) => info!(
+            "wrote the packed copy {} ({bytes}) in {:.1} s: the next start reads it",
+            copy.path().display(),
+            started.elapsed().as_secs_f32()
+        ),
+        Err(reason @ (CopyWriteError::Stopped | CopyWriteError::Busy(_))) => info!("{reason}"),
+        Err(error @ CopyWriteError::Failed { .. }) => {
+            unwritable.store(true, Ordering::Relaxed);
+            warn!("{error}");
+        }
+    }
+}
