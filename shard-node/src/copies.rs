@@ -111,3 +111,68 @@ fn write(copy: &PackedCopy, model: &StageModel, stop: &AtomicBool, unwritable: &
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use ashlar_kernels::Isa;
+    use ashlar_model::ModelConfig;
+    use ashlar_model::digest::model_digest;
+    use std::path::PathBuf;
+
+    const GOLDEN: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../crates/model/tests/goldens/llama-f16");
+
+    fn load(copies: &mut Copies) -> Arc<StageModel> {
+        let directory = Path::new(GOLDEN);
+        let slice = RankSlice::whole(&ModelConfig::from_dir(directory).unwrap().shape);
+        let digest = model_digest(directory, None).unwrap();
+        let wanted = Wanted { directory, digest, quantization: None, slice };
+        copies.load(wanted, &Arc::new(Kernels::new(Isa::best(), 1)), &mut |_, _| {}).unwrap()
+    }
+
+    /// Lets a copy be written to its end.
+    fn finish(copies: &mut Copies) {
+        let thread = copies.writer.as_mut().and_then(|writer| writer.thread.take());
+        thread.map(JoinHandle::join).transpose().unwrap();
+    }
+
+    #[test]
+    fn the_first_load_writes_a_copy_and_the_second_reads_it() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut copies = Copies::new(Some(CachePlace::Directory(directory.path().to_owned())));
+        let packed = load(&mut copies);
+        finish(&mut copies);
+        assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 1);
+        let read = load(&mut copies);
+        assert!(copies.writer.is_none(), "there is nothing to write");
+        assert_eq!(read.bytes(), packed.bytes());
+    }
+
+    #[test]
+    fn giving_a_slice_up_ends_its_writer_and_frees_its_memory() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut copies = Copies::new(Some(CachePlace::Directory(directory.path().to_owned())));
+        let model = load(&mut copies);
+        copies.stop();
+        assert_eq!(Arc::strong_count(&model), 1);
+    }
+
+    #[test]
+    fn a_place_that_cannot_be_written_to_is_tried_once() {
+        let file = PathBuf::from(GOLDEN).join("config.json");
+        let mut copies = Copies::new(Some(CachePlace::Directory(file.join("copies"))));
+        load(&mut copies);
+        finish(&mut copies);
+        assert!(copies.unwritable.load(Ordering::Relaxed));
+        load(&mut copies);
+        assert!(copies.writer.is_none());
+    }
+
+    #[test]
+    fn without_a_place_nothing_is_kept() {
+        let mut copies = Copies::new(None);
+        let model = load(&mut copies);
+        assert!(copies.writer.is_none() && Arc::strong_count(&model) == 1);
+    }
+}

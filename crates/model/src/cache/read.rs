@@ -9,7 +9,7 @@ use crate::stage::{LoadError, StageModel};
 use ashlar_kernels::{Kernels, PackedMatrix, ThreadPool};
 use ashlar_vocabulary::{Bytes, WeightType};
 use std::collections::BTreeMap;
-use std::fs::File;
+use std::fs::{self, File};
 use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
@@ -103,15 +103,16 @@ fn unusable(reason: impl Into<String>) -> CopyReadError {
 impl<'a> OpenCopy<'a> {
     fn open(path: &Path, key: &[u8; 32], pool: &'a ThreadPool) -> Result<OpenCopy<'a>, CopyReadError> {
         let unreadable = |error: io::Error| unusable(format!("it cannot be read: {error}"));
-        let file = match File::open(path) {
+        // Looked at before it is opened: opening a pipe would wait.
+        let metadata = match fs::metadata(path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(CopyReadError::Absent),
-            file => file.map_err(unreadable)?,
+            metadata => metadata.map_err(unreadable)?,
         };
-        let metadata = file.metadata().map_err(unreadable)?;
         if !metadata.is_file() {
             return Err(unusable("it is not a regular file"));
         }
-        let length = metadata.len();
+        let file = File::open(path).map_err(unreadable)?;
+        let length = file.metadata().map_err(unreadable)?.len();
         if length < HEADER_BYTES as u64 {
             return Err(unusable(format!("{length} bytes are too few for its header")));
         }

@@ -135,11 +135,13 @@ impl PackedCopy {
     }
 }
 
+/// The regular files of a directory.
 fn names(directory: &Path) -> io::Result<Vec<(PathBuf, String)>> {
-    let named = |entry: io::Result<fs::DirEntry>| {
-        entry.map(|entry| (entry.path(), entry.file_name().to_string_lossy().into_owned()))
+    let regular = |entry: fs::DirEntry| {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        entry.file_type().is_ok_and(|kind| kind.is_file()).then(|| (entry.path(), name))
     };
-    fs::read_dir(directory)?.map(named).collect()
+    Ok(fs::read_dir(directory)?.flatten().filter_map(regular).collect())
 }
 
 /// Why a file is not whole.
