@@ -118,7 +118,6 @@ mod tests {
     use super::*;
     use ashlar_kernels::Isa;
     use ashlar_model::ModelConfig;
-    use ashlar_model::digest::model_digest;
     use std::path::PathBuf;
 
     const GOLDEN: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../crates/model/tests/goldens/llama-f16");
@@ -126,8 +125,7 @@ mod tests {
     fn load(copies: &mut Copies) -> Arc<StageModel> {
         let directory = Path::new(GOLDEN);
         let slice = RankSlice::whole(&ModelConfig::from_dir(directory).unwrap().shape);
-        let digest = model_digest(directory, None).unwrap();
-        let wanted = Wanted { directory, digest, quantization: None, slice };
+        let wanted = Wanted { directory, precision: Precision::default(), slice };
         copies.load(wanted, &Arc::new(Kernels::new(Isa::best(), 1)), &mut |_, _| {}).unwrap()
     }
 
