@@ -70,6 +70,8 @@ pub(super) trait Format {
     const ZERO: i32;
     /// Bytes of one piece's quants for sixteen outputs.
     const PIECE_BYTES: usize;
+    /// Whether a piece's quads lie in memory as [`Format::quads`] gives them.
+    const STORED_AS_QUADS: bool = false;
 
     /// Bytes of a group's scales for sixteen outputs.
     fn header_bytes(pieces: usize) -> usize;
@@ -231,6 +233,7 @@ impl Format for Q8_0 {
     type Flavour = Wide;
     const ZERO: i32 = 128;
     const PIECE_BYTES: usize = QUADS * VECTOR;
+    const STORED_AS_QUADS: bool = true;
 
     fn header_bytes(pieces: usize) -> usize {
         2 * LANES * pieces

@@ -16,6 +16,9 @@ use std::ops::Range;
 /// How far ahead of their use weights are asked for, in bytes.
 const AHEAD: usize = 4096;
 
+/// Tiles of rows that share the work of asking for the next weights.
+const TILES_ASKING: usize = 2;
+
 /// A panel and the quantised rows that meet it.
 pub(super) struct IntegerChain<'a, F> {
     pub(super) format: PhantomData<F>,
@@ -118,10 +121,10 @@ impl<F: Format> IntegerChain<'_, F> {
         }
     }
 
-    /// A group's quants are taken apart into a buffer, over which all tiles of rows pass.
+    /// A group's quants are taken apart into a buffer (unless they lie as they are used), over which all tiles of rows pass.
     #[inline(always)]
     fn many_rows<S: Simd16>(&self, part: usize, sums: *mut f32) {
-        let mut quads = QuadBuffer([0; GROUP * QUADS * VECTOR]);
+        let mut buffer = QuadBuffer([0; GROUP * QUADS * VECTOR]);
         let mut scales = Scales::ZERO;
         let all_pieces = self.matrix.axis().pieces().len();
         let first_row = self.tiles.rows(self.block.start).start;
@@ -130,26 +133,40 @@ impl<F: Format> IntegerChain<'_, F> {
             // SAFETY: as above; the buffer has room for a group.
             unsafe {
                 F::scales::<S>(header, run.group_pieces, &mut scales);
-                for slot in run.slots.clone() {
-                    let piece = pieces.add(slot * F::PIECE_BYTES);
-                    for line in 0..F::PIECE_BYTES / VECTOR {
-                        S::prefetch(piece.wrapping_add(AHEAD + line * VECTOR).cast());
+                let quads = if F::STORED_AS_QUADS {
+                    pieces
+                } else {
+                    for slot in run.slots.clone() {
+                        let piece = pieces.add(slot * F::PIECE_BYTES);
+                        for (quad, value) in F::quads::<S>(piece).into_iter().enumerate() {
+                            value.store(buffer.0.as_mut_ptr().add((slot * QUADS + quad) * VECTOR));
+                        }
                     }
-                    for (quad, value) in F::quads::<S>(piece).into_iter().enumerate() {
-                        value.store(quads.0.as_mut_ptr().add((slot * QUADS + quad) * VECTOR));
-                    }
-                }
-                for tile in self.block.clone() {
+                    buffer.0.as_ptr()
+                };
+                // What comes next is asked for while the first tiles compute, a few lines at a time: all at once it would
+                // wait for memory, and computing would wait with it.
+                let asking = self.block.len().min(TILES_ASKING);
+                let lines = F::PIECE_BYTES / VECTOR;
+                let ahead = pieces.wrapping_add(run.slots.start * F::PIECE_BYTES + AHEAD);
+                for (index, tile) in self.block.clone().enumerate() {
                     let rows = self.tiles.rows(tile);
+                    let share = match index {
+                        index if index < asking => index * lines / asking..(index + 1) * lines / asking,
+                        _ => 0..0,
+                    };
                     let at = (rows.start * all_pieces + run.first_piece * rows.len()) * WORDS;
                     let tile = IntegerTile {
-                        quads: quads.0.as_ptr().add(run.slots.start * QUADS * VECTOR),
+                        quads: quads.add(run.slots.start * QUADS * VECTOR),
                         scales: &scales,
                         slots: run.slots.clone(),
                         x: self.x.as_ptr().add(at),
                         sums: sums.add(((rows.start - first_row) * self.vectors + run.vector) * LANES),
                         stride: self.vectors * LANES,
                         begins: run.begins,
+                        ahead,
+                        lines,
+                        share,
                     };
                     tile.run::<F::Flavour, S>(rows.len());
                 }
@@ -184,6 +201,11 @@ struct IntegerTile<'a> {
     sums: *mut f32,
     stride: usize,
     begins: bool,
+    /// What lies a fixed distance further on in the weights.
+    ahead: *const u8,
+    /// Lines of a stored piece, and which of each piece's are asked for meanwhile.
+    lines: usize,
+    share: Range<usize>,
 }
 
 impl IntegerTile<'_> {
@@ -226,6 +248,9 @@ impl IntegerTile<'_> {
                 let quads = Stored(self.quads.add(index * QUADS * VECTOR));
                 let (first, second) = (&self.scales.first[slot], &self.scales.second[slot]);
                 let x = self.x.add(index * ROWS * WORDS);
+                for line in self.share.clone() {
+                    S::prefetch(self.ahead.wrapping_add((index * self.lines + line) * VECTOR).cast());
+                }
                 accumulate::<K, S, _, ROWS>(quads, first, second, x, &mut sums);
             }
             for (row, sum) in sums.into_iter().enumerate() {
