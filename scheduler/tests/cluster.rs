@@ -6,8 +6,8 @@ use ashlar_scheduler::cluster::{Cluster, ClusterConfig, Effect, Event, NodeConne
 use ashlar_scheduler::time::Millis;
 use ashlar_shard_plan::Links;
 use ashlar_vocabulary::{
-    Bytes, KvCacheType, LeaseTerm, ModelDigest, ModelShape, NodeId, Precision, ReplicaRevision, WeightType,
-    WeightTypes,
+    Bytes, HeadSlice, KvCacheType, LeaseTerm, ModelDigest, ModelShape, NodeId, Precision, ReplicaRevision,
+    WeightType, WeightTypes,
 };
 
 fn config() -> ClusterConfig {
@@ -38,6 +38,7 @@ fn config() -> ClusterConfig {
         settle_ms: 500,
         max_num_seqs: 8,
         max_num_batched_tokens: 128,
+        spread_head: None,
         kv_memory_share: 0.25,
         silence_ms_max: 1000,
         replan_after_ms: 5000,
@@ -391,6 +392,32 @@ fn where_the_layout_is_left_open_what_is_left_is_laid_out_anew_in_the_end() {
     let anew = assignments(&effects);
     assert_eq!(anew.len(), 1);
     assert_eq!((anew[0].0, anew[0].1.num_stages), (big, 1));
+}
+
+#[test]
+fn ranks_are_told_of_their_rows_of_the_head_and_who_samples() {
+    for spread in [false, true] {
+        let spread_head = Some(spread);
+        let mut test = Test::new(ClusterConfig { tensor_parallel_size: Some(2), spread_head, ..config() });
+        for name in ["a", "b", "c"] {
+            test.join(name);
+        }
+        let assigned = assignments(&test.join("d").1);
+        let sampler = assigned
+            .iter()
+            .find(|(_, a)| (a.stage.0, a.tensor_rank.0) == (1, 0))
+            .map(|(_, a)| a.group[0].clone());
+        for (_, a) in &assigned {
+            let (stage, rank) = (a.stage.0 as usize, a.tensor_rank.0 as usize);
+            let expected = match (spread, stage) {
+                (true, _) => Some(HeadSlice { index: 2 * stage + rank, of: 4 }),
+                (false, 0) => None,
+                (false, _) => Some(HeadSlice { index: rank, of: 2 }),
+            };
+            assert_eq!(a.head, expected, "{stage} {rank}");
+            assert_eq!(a.sampler, sampler.clone().filter(|_| spread && stage == 0));
+        }
+    }
 }
 
 #[test]

@@ -4,6 +4,7 @@ use crate::beat::Beat;
 use crate::config::{CacheConfig, NodeConfig};
 use crate::copies::{Copies, Wanted};
 use crate::fence::Fence;
+use crate::head::{HeadService, HeadSetup};
 use crate::links::{Inbound, LinkBreaker, LinkSettings, Links, PendingLinks, Waiting};
 use crate::sampling::Samplers;
 use crate::sequencer::{Effect, Event, Row, Sequencer, StepWork};
@@ -18,7 +19,8 @@ use ashlar_protocol::step::{PromptLogprobs, StepPlan, StepResult, StepTiming};
 use ashlar_tokenizer::Tokenizer;
 use ashlar_vocabulary::{Bytes, ModelDigest, ReplicaRevision, SequenceId, TokenId};
 use std::collections::BTreeSet;
-use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
@@ -35,6 +37,8 @@ pub enum Command {
     Step(Box<StepPlan>),
     /// Another rank has connected.
     Link(Inbound),
+    /// The rank that samples has sent rows for this rank's slice of the head; their link has them.
+    HeadRows,
     /// End the thread.
     Shutdown,
 }
@@ -94,6 +98,10 @@ pub struct Executor {
     kernels: Arc<Kernels>,
     out: mpsc::Sender<FromNode>,
     beat: Beat,
+    /// Its own queue, for links that wake it.
+    commands: SyncSender<Command>,
+    /// Whether a [`Command::HeadRows`] is in that queue: one is enough, and leaves the room to step plans.
+    head_rows_queued: Arc<AtomicBool>,
     breaker: LinkBreaker,
     shared: Shared,
     fence: Fence,
@@ -109,6 +117,7 @@ impl Executor {
     pub fn new(
         config: NodeConfig,
         kernels: Arc<Kernels>,
+        commands: SyncSender<Command>,
         out: mpsc::Sender<FromNode>,
         breaker: LinkBreaker,
         shared: Shared,
@@ -120,6 +129,8 @@ impl Executor {
             kernels,
             beat: Beat::new(out.clone()),
             out,
+            commands,
+            head_rows_queued: Arc::default(),
             breaker,
             shared,
             fence,
@@ -138,12 +149,15 @@ impl Executor {
                 Ok(Command::Release) => self.place = None,
                 Ok(Command::Step(plan)) => self.step(*plan),
                 Ok(Command::Link(inbound)) => self.waiting.keep(inbound),
+                // Served below, as rows that came during a step are.
+                Ok(Command::HeadRows) => self.head_rows_queued.store(false, Ordering::Release),
                 Err(RecvTimeoutError::Timeout) => {}
                 Ok(Command::Shutdown) | Err(RecvTimeoutError::Disconnected) => return,
             }
             // A beat cannot fail: its queue being full means that others speak.
             let _ = self.beat.tick();
             self.finish_links();
+            self.serve_head();
         }
     }
 
@@ -224,7 +238,11 @@ impl Executor {
             last: assignment.stage.0 + 1 == assignment.num_stages,
             tensor_rank: assignment.tensor_rank.0 as usize,
             tensor_parallel_size: assignment.tensor_parallel_size as usize,
+            head: assignment.head,
         };
+        if assignment.sampler.is_some() != (slice.head.is_some() && !slice.last) {
+            return Err("the rank that samples is named where no slice of the head is, or the reverse".into());
+        }
         if let Some(loaded) = &self.loaded
             && loaded.digest == assignment.model_digest
             && *loaded.model.slice() == slice
@@ -298,7 +316,15 @@ impl Executor {
         }
         let Some(mut place) = self.place.take() else { return };
         let PlaceLinks::Pending(pending, _) = place.links else { return };
-        match pending.finish(&self.breaker, &self.beat) {
+        let row_values = self.loaded.as_ref().map_or(0, |loaded| loaded.model.config().shape.hidden_size);
+        let (commands, queued) = (self.commands.clone(), self.head_rows_queued.clone());
+        let wake = Arc::new(move || {
+            // Where the queue is full the thread has work, and looks for rows after each piece of it.
+            if !queued.swap(true, Ordering::AcqRel) && commands.try_send(Command::HeadRows).is_err() {
+                queued.store(false, Ordering::Release);
+            }
+        });
+        match pending.finish(&self.breaker, &self.beat, &HeadSetup { row_values, wake }) {
             Err(error) => self.fail(revision, format!("a link broke while it was made: {error}")),
             Ok(links) => {
                 if let Some(transport) = links.group.transport() {
@@ -311,6 +337,18 @@ impl Executor {
                 let resident = ashlar_service_kit::memory::resident_bytes().unwrap_or_default();
                 self.send(FromNode::Ready { revision, reserved, resident });
             }
+        }
+    }
+
+    /// Computes this rank's slice of the head for rows that have arrived.
+    fn serve_head(&mut self) {
+        let (Some(place), Some(loaded)) = (&mut self.place, &self.loaded) else { return };
+        let PlaceLinks::Up(links) = &mut place.links else { return };
+        let Some(service) = &mut links.head_service else { return };
+        let _on_core = self.kernels.pool().pin_caller();
+        if let Err(error) = service.serve(&loaded.model) {
+            let revision = place.assignment.revision;
+            self.fail(revision, format!("lost the rank that samples: {error}"));
         }
     }
 
@@ -349,11 +387,14 @@ impl Executor {
         let place = self.place.as_mut().ok_or("no assignment")?;
         let loaded = self.loaded.as_ref().ok_or("no weights")?;
         let PlaceLinks::Up(links) = &mut place.links else { return Err("links are not up".into()) };
+        let Links { previous, next, group, head_service, head_ranks } = &mut **links;
         let (model, beat) = (&loaded.model, &self.beat);
         let (revision, step) = (place.assignment.revision, work.step);
         // Only while it computes: threads that links and grammars start at other times are to run where they like.
         let _on_core = self.kernels.pool().pin_caller();
         let started = Instant::now();
+        // What it did for the head between steps, and is to be seen somewhere.
+        let head_before = head_service.as_mut().map_or(Duration::ZERO, HeadService::take_spent);
         let mut timing = StepTiming::default();
         let mut result = StepResult {
             term: place.assignment.term,
@@ -368,24 +409,34 @@ impl Executor {
             let rows = contexts(&self.sequencer, &work.rows);
             let tokens: Vec<TokenId> = work.rows.iter().map(|row| row.token).collect();
             let header = PayloadHeader { kind: PayloadKind::Activations, revision, step, sequence: 0 };
-            let input = match &mut links.previous {
+            let input = match previous {
                 None => StageInput::Tokens(&tokens),
                 Some(previous) => {
                     place.input.resize(rows.len() * model.config().shape.hidden_size, 0.0);
                     previous
-                        .receive(header, &mut place.input, &mut || beat.tick())
+                        .receive(header, &mut place.input, &mut || {
+                            beat.tick()?;
+                            head_service.as_mut().map_or(Ok(()), |service| service.serve(model))
+                        })
                         .map_err(|error| format!("lost the previous stage: {error}"))?;
-                    timing.wait_us = started.elapsed().as_micros() as u64;
+                    let served = head_service.as_mut().map_or(Duration::ZERO, HeadService::take_spent);
+                    timing.wait_us = started.elapsed().saturating_sub(served).as_micros() as u64;
                     StageInput::Activations(&place.input)
                 }
             };
-            links.group.begin(step);
+            group.begin(step);
+            head_ranks.begin(step);
+            let mut served = Ok(());
             model
-                .forward(&rows, input, &mut place.cache, &mut links.group, &mut place.work, &mut || {
+                .forward(&rows, input, &mut place.cache, group, &mut place.work, &mut || {
                     let _ = beat.tick();
+                    if let (Some(service), Ok(())) = (head_service.as_mut(), &served) {
+                        served = service.serve(model);
+                    }
                 })
                 .map_err(|error| error.to_string())?;
-            if let Some(next) = &links.next {
+            served.map_err(|error| format!("lost the rank that samples: {error}"))?;
+            if let Some(next) = next {
                 let sending = Instant::now();
                 next.send(header, place.work.activations(rows.len()))
                     .map_err(|error| format!("lost the next stage: {error}"))?;
@@ -395,7 +446,7 @@ impl Executor {
                 for chunk in wanted.chunks(LOGIT_ROWS_MAX) {
                     let picked: Vec<usize> = chunk.iter().map(|wanted| wanted.row).collect();
                     let logits = model
-                        .logits(&picked, &mut links.group, &mut place.work)
+                        .logits(&picked, group, head_ranks, &mut place.work)
                         .map_err(|error| error.to_string())?;
                     let Some(logits) = logits else { continue };
                     let vocab = model.config().shape.vocab_size;
@@ -405,9 +456,11 @@ impl Executor {
                     }
                 }
             }
-            timing.collective_us = links.group.spent().as_micros() as u64;
+            timing.collective_us = (group.spent() + head_ranks.spent()).as_micros() as u64;
         }
-        let spent = started.elapsed().as_micros() as u64;
+        // Within this step it counts as computing already.
+        let _ = head_service.as_mut().map(HeadService::take_spent);
+        let spent = (started.elapsed() + head_before).as_micros() as u64;
         timing.compute_us = spent.saturating_sub(timing.wait_us + timing.collective_us + timing.send_us);
         result.timing = timing;
         if !place.spans.is_empty() {

@@ -9,6 +9,7 @@
 //! * [`sampling`]: samplers and grammars of the last stage's rank 0.
 //! * [`links`]: data connections to other ranks.
 //! * [`group`]: the tensor-parallel group's exchange, through shared memory or over sockets.
+//! * [`head`]: a head that is spread over all stages: rows out, slices of logits back.
 //! * [`fence`]: the persisted highest lease term.
 //! * [`threads`]: how many threads compute, and on which cores.
 //! * [`spans`]: what traced requests cost this rank.
@@ -24,6 +25,7 @@ mod copies;
 pub mod executor;
 pub mod fence;
 pub mod group;
+pub mod head;
 pub mod links;
 pub mod sampling;
 pub mod sequencer;

@@ -1,14 +1,17 @@
-//! Data connections of a rank: from the previous stage, to the next one, and within the tensor-parallel group. What the
-//! group does with its own is in [`crate::group`].
+//! Data connections of a rank: from the previous stage, to the next one, within the tensor-parallel group, and between the
+//! rank that samples and those that hold slices of a spread head. What is done with the latter two is in [`crate::group`] and
+//! [`crate::head`].
 
 use crate::beat::Beat;
 use crate::group::Group;
 use crate::group::agreement::{Agreed, Agreement, AgreementError};
+use crate::head::{HeadLinks, HeadService, HeadSetup};
 use ashlar_protocol::data::{DataLink, LinkFaults, LinkHello, LinkPurpose, PayloadHeader};
 use ashlar_protocol::frame::{self, FrameError};
 use ashlar_protocol::membership::Assignment;
 use ashlar_vocabulary::ReplicaRevision;
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::net::{Shutdown, TcpStream, ToSocketAddrs};
 use std::sync::mpsc;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -18,6 +21,9 @@ use std::time::Duration;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 /// Activations waiting to be sent to the next stage.
 const SEND_QUEUE: usize = 16;
+/// How long a rank that serves a spread head waits for activations before it looks for rows: little against a step, and
+/// only middle stages wait for both.
+const HEAD_PATIENCE: Duration = Duration::from_millis(1);
 
 /// Lets the control connection break this rank's links, so that a compute thread waiting on one wakes up.
 #[derive(Debug, Default, Clone)]
@@ -101,6 +107,10 @@ pub struct Links {
     pub next: Option<Sender>,
     /// Within the group.
     pub group: Group,
+    /// On ranks of earlier stages, where the head is spread: from the rank that samples.
+    pub head_service: Option<HeadService>,
+    /// On the rank that samples: to those ranks. Empty elsewhere.
+    pub head_ranks: HeadLinks,
 }
 
 /// How a rank's links are made.
@@ -136,6 +146,11 @@ pub struct PendingLinks {
     rank: usize,
     size: usize,
     group: PendingGroup,
+    /// To the rank that samples, for a rank of an earlier stage that holds a slice of the head.
+    sampler: Option<TcpStream>,
+    /// How many such ranks this one, which samples, is to hear from.
+    head_ranks_wanted: usize,
+    head_ranks: BTreeMap<usize, TcpStream>,
 }
 
 /// How far a group has come.
@@ -147,7 +162,7 @@ enum PendingGroup {
 }
 
 impl PendingLinks {
-    /// Connects to the next stage and to the lower ranks of the group.
+    /// Connects to the next stage, to the lower ranks of the group and to the rank that samples.
     pub fn connect(assignment: &Assignment, settings: LinkSettings) -> Result<PendingLinks, FrameError> {
         let hello = |purpose| LinkHello { term: assignment.term, revision: assignment.revision, purpose };
         let rank = assignment.tensor_rank.0 as usize;
@@ -160,14 +175,28 @@ impl PendingLinks {
             Some(address) => Some(connect(address, &hello(LinkPurpose::Activations))?),
             None => None,
         };
+        let size = (assignment.tensor_parallel_size as usize).max(1);
+        let sampler = match (&assignment.sampler, assignment.head) {
+            (Some(address), Some(head)) => {
+                let purpose = LinkPurpose::Head { index: head.index as u32 };
+                Some(connect(address, &hello(purpose))?)
+            }
+            _ => None,
+        };
+        let samples = assignment.sampler.is_none() && rank == 0;
+        let head_ranks_wanted =
+            assignment.head.filter(|_| samples).map_or(0, |head| head.of.saturating_sub(size));
         Ok(PendingLinks {
+            sampler,
+            head_ranks_wanted,
+            head_ranks: BTreeMap::new(),
             revision: assignment.revision,
             settings,
             needs_previous: assignment.stage.0 > 0,
             previous: None,
             next,
             rank,
-            size: (assignment.tensor_parallel_size as usize).max(1),
+            size,
             group: PendingGroup::Connecting(peers),
         })
     }
@@ -177,9 +206,16 @@ impl PendingLinks {
         if self.needs_previous && self.previous.is_none() {
             self.previous = waiting.take(self.revision, LinkPurpose::Activations);
         }
+        for index in 0..self.head_ranks_wanted {
+            if let Entry::Vacant(slot) = self.head_ranks.entry(index)
+                && let Some(socket) = waiting.take(self.revision, LinkPurpose::Head { index: index as u32 })
+            {
+                slot.insert(socket);
+            }
+        }
         if let PendingGroup::Connecting(peers) = &mut self.group {
             for peer in self.rank + 1..self.size {
-                if let std::collections::btree_map::Entry::Vacant(slot) = peers.entry(peer)
+                if let Entry::Vacant(slot) = peers.entry(peer)
                     && let Some(socket) =
                         waiting.take(self.revision, LinkPurpose::Group { rank: peer as u32 })
                 {
@@ -203,11 +239,12 @@ impl PendingLinks {
     /// only for ranks whose connections stand, and ends with them.
     pub fn is_connected(&self) -> bool {
         (!self.needs_previous || self.previous.is_some())
+            && self.head_ranks.len() == self.head_ranks_wanted
             && !matches!(self.group, PendingGroup::Connecting(_))
     }
 
     /// The finished links.
-    pub fn finish(self, breaker: &LinkBreaker, beat: &Beat) -> Result<Links, LinkError> {
+    pub fn finish(self, breaker: &LinkBreaker, beat: &Beat, head: &HeadSetup) -> Result<Links, LinkError> {
         let open = |socket: TcpStream| -> Result<DataLink, FrameError> {
             breaker.register(&socket)?;
             Ok(DataLink::new(socket, self.settings.faults)?)
@@ -216,14 +253,27 @@ impl PendingLinks {
             PendingGroup::Done(outcome) => outcome?,
             PendingGroup::Connecting(_) | PendingGroup::Agreeing(_) => return Err(FrameError::Closed.into()),
         };
-        let previous = self.previous.map(open).transpose()?;
-        let next = self.next.map(open).transpose()?.map(Sender::start);
+        let previous = self.previous.map(&open).transpose()?;
+        let next = self.next.map(&open).transpose()?.map(Sender::start);
+        let head_service = match self.sampler {
+            Some(socket) => {
+                breaker.register(&socket).map_err(FrameError::Io)?;
+                let service = HeadService::start(socket, self.revision, self.settings.faults, head.clone());
+                Some(service.map_err(FrameError::Io)?)
+            }
+            None => None,
+        };
+        if let (Some(_), Some(previous)) = (&head_service, &previous) {
+            previous.set_patience(HEAD_PATIENCE).map_err(FrameError::Io)?;
+        }
+        let head_links = self.head_ranks.into_values().map(&open).collect::<Result<Vec<_>, _>>()?;
+        let head_ranks = HeadLinks::new(self.revision, head_links, beat.clone());
         for socket in agreed.peers.values() {
             breaker.register(socket).map_err(FrameError::Io)?;
         }
         let group = Group::new(self.rank, self.revision, agreed, self.settings.faults, beat.clone())
             .map_err(FrameError::Io)?;
-        Ok(Links { previous, next, group })
+        Ok(Links { previous, next, group, head_service, head_ranks })
     }
 }
 
@@ -235,7 +285,7 @@ pub struct Sender {
 }
 
 impl Sender {
-    fn start(mut link: DataLink) -> Sender {
+    pub(crate) fn start(mut link: DataLink) -> Sender {
         let (queue, jobs) = mpsc::sync_channel::<(PayloadHeader, Vec<f32>)>(SEND_QUEUE);
         let (give_back, spare) = mpsc::sync_channel(SEND_QUEUE);
         std::thread::spawn(move || {

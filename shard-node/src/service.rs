@@ -74,7 +74,8 @@ pub async fn serve(config: NodeConfig, shutdown: impl Future<Output = ()>) -> Re
     accept_links(listener, commands.clone());
     let term = fence.term();
     let join = join_message(&config, &kernels, bound, term);
-    let executor = Executor::new(config.clone(), kernels, out, breaker.clone(), shared.clone(), fence);
+    let executor =
+        Executor::new(config.clone(), kernels, commands.clone(), out, breaker.clone(), shared.clone(), fence);
     let compute = std::thread::Builder::new()
         .name("compute".into())
         .spawn(move || executor.run(&inbox))

@@ -6,12 +6,13 @@ use ashlar_protocol::data::LinkFaults;
 use ashlar_protocol::membership::{Assignment, FromNode};
 use ashlar_shard_node::beat::Beat;
 use ashlar_shard_node::group::{Group, GroupTransport};
+use ashlar_shard_node::head::HeadSetup;
 use ashlar_shard_node::links::{self, LinkBreaker, LinkError, LinkSettings, PendingLinks, Waiting};
 use ashlar_vocabulary::{
     LayerRange, LeaseTerm, ModelDigest, Precision, ReplicaId, ReplicaRevision, StageIndex, StepId, TensorRank,
 };
 use std::net::TcpListener;
-use std::sync::mpsc;
+use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 /// The best of some attempts must be below this: the machine may be busy, but nobody has slept a time-out.
@@ -45,6 +46,8 @@ fn assignment(rank: usize, addresses: &[String]) -> Assignment {
         max_num_batched_tokens: 0,
         group: addresses.to_vec(),
         next: None,
+        head: None,
+        sampler: None,
     }
 }
 
@@ -72,7 +75,8 @@ fn connect(
     }
     let (out, beats) = tokio::sync::mpsc::channel(64);
     let breaker = LinkBreaker::default();
-    let group = pending.finish(&breaker, &Beat::new(out))?.group;
+    let group =
+        pending.finish(&breaker, &Beat::new(out), &HeadSetup { row_values: 1, wake: Arc::new(|| ()) })?.group;
     Ok(Rank { group, breaker, beats })
 }
 

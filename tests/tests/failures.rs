@@ -84,10 +84,21 @@ fn assert_no_panic(cluster: &Cluster) {
 #[test]
 fn a_killed_node_ends_streams_with_an_error_is_started_again_and_answers_as_before() {
     let _alone = alone();
-    let cluster = Cluster::start(&["--stages", "2", "--tp", "2"]);
-    let before = ask(&cluster);
+    check_killed(&Cluster::start(&["--stages", "2", "--tp", "2"]));
+}
+
+/// Ranks of the first stage then hold links to the one that samples, too.
+#[test]
+fn a_killed_node_that_shares_the_head_ends_streams_and_the_cluster_answers_as_before() {
+    let _alone = alone();
+    check_killed(&Cluster::start(&["--stages", "2", "--tp", "2", "--set", "spread_head=true"]));
+}
+
+#[track_caller]
+fn check_killed(cluster: &Cluster) {
+    let before = ask(cluster);
     for node in ["node-0", "node-1", "node-2", "node-3"] {
-        let stream = running_stream(&cluster);
+        let stream = running_stream(cluster);
         let pid = cluster.pid(node);
         let killed = Instant::now();
         assert!(processes::signal(pid, "KILL"));
@@ -96,14 +107,14 @@ fn a_killed_node_ends_streams_with_an_error_is_started_again_and_answers_as_befo
             end.unwrap_or_else(|end| panic!("{node}: the stream ended with {end}\n{}", cluster.said()));
         assert!(took < END_LIMIT, "{node}: the stream ended after {took:?}");
         assert!(message.contains("node"), "{node}: {message}");
-        assert_eq!(ask_until_answered(&cluster), before, "after {node} was killed");
+        assert_eq!(ask_until_answered(cluster), before, "after {node} was killed");
         assert_ne!(cluster.pid(node), pid);
         println!(
             "{node}: stream ended after {took:?} ({message}), answering again after {:?}",
             killed.elapsed()
         );
     }
-    assert_no_panic(&cluster);
+    assert_no_panic(cluster);
 }
 
 #[test]
@@ -153,6 +164,13 @@ fn a_frozen_node_is_noticed_and_once_it_goes_on_the_cluster_answers_as_before() 
 fn a_frozen_rank_is_noticed_and_once_it_goes_on_the_cluster_answers_as_before() {
     let _alone = alone();
     check_frozen(&Cluster::start(&["--stages", "1", "--tp", "2"]));
+}
+
+/// The rank that samples waits for the frozen one's slice of the logits.
+#[test]
+fn a_frozen_node_that_shares_the_head_is_noticed() {
+    let _alone = alone();
+    check_frozen(&Cluster::start(&["--stages", "2", "--tp", "1", "--set", "spread_head=true"]));
 }
 
 #[track_caller]

@@ -205,6 +205,16 @@ fn every_cut_answers_with_the_same_bytes() {
     }
 }
 
+/// Whether every stage holds rows of the head is left to the plan elsewhere, which goes by measured speeds: here both.
+#[test]
+fn a_head_on_every_stage_or_on_the_last_answers_with_the_same_bytes() {
+    for setting in ["spread_head=true", "spread_head=false"] {
+        for (stages, ranks) in [("2", "1"), ("2", "2"), ("4", "1"), ("4", "2")] {
+            check_layout(&["--stages", stages, "--tp", ranks, "--set", setting]);
+        }
+    }
+}
+
 /// How every group of the cluster says that its ranks exchange.
 fn transports(cluster: &Cluster) -> Vec<String> {
     let said = cluster.said();

@@ -35,6 +35,9 @@ pub(crate) struct PlanArgs {
     /// Replicas.
     #[arg(long)]
     replicas: Option<usize>,
+    /// Whether all stages share the head; default: where that is predicted to be faster.
+    #[arg(long)]
+    spread_head: Option<bool>,
     /// Longest sequence in tokens.
     #[arg(long, default_value_t = 4096)]
     max_context: usize,
@@ -112,6 +115,7 @@ pub(crate) fn run(args: PlanArgs) -> Result<()> {
         stages: args.stages,
         tensor_parallel_size: args.tp,
         replicas: args.replicas,
+        spread_head: args.spread_head,
         max_context_tokens: args.max_context.min(shape.max_position_embeddings),
         ..PlanRequest::default()
     };

@@ -10,7 +10,8 @@
 //! * `source`: where a stage's weights come from; `pack`: from tensors, which become packed products, quantised where
 //!   asked for; [`cache`]: from the packed copy of an earlier start.
 //! * [`stage`]: a rank's packed weights; [`block`]: one transformer block; [`kv`]: its KV cache.
-//! * [`collective`]: the seam to the other ranks of the group.
+//! * [`collective`]: the seam to the other ranks of the group; [`head`]: to the ranks of earlier stages that hold slices of
+//!   the head.
 //! * [`synth`]: random weights of a real shape.
 //! * [`export`]: a model becomes one GGUF file, quantised.
 //!
@@ -26,6 +27,7 @@ pub mod config;
 pub mod digest;
 pub mod export;
 pub mod gguf;
+pub mod head;
 pub mod hub;
 pub mod kv;
 mod pack;
@@ -39,6 +41,7 @@ pub use cache::{CachePlace, CopyReadError, CopyWriteError, Origin, PackedCopy};
 pub use collective::{Collective, CollectiveError, SingleRank};
 pub use config::{ConfigError, ModelConfig};
 pub use export::{Export, ExportError};
+pub use head::{HeadError, HeadRanks, NoHeadRanks};
 pub use kv::KvCache;
 pub use slice::RankSlice;
 pub use stage::{ForwardError, LoadError, StageInput, StageModel, Workspace};

@@ -3,6 +3,7 @@
 use crate::block::Block;
 use crate::collective::{Collective, CollectiveError};
 use crate::config::{ConfigError, ModelConfig, RopeScaling};
+use crate::head::{HeadError, HeadRanks};
 use crate::kv::KvCache;
 use crate::pack::FileSource;
 use crate::slice::RankSlice;
@@ -14,6 +15,7 @@ use ashlar_kernels::{
     scale_inv_freq_llama3,
 };
 use ashlar_vocabulary::{Bytes, LayerWeightTypes, Precision, TokenId, WeightType};
+use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -45,6 +47,9 @@ pub enum ForwardError {
     /// A peer was lost.
     #[error(transparent)]
     Collective(#[from] CollectiveError),
+    /// A rank that holds a slice of the head was lost.
+    #[error(transparent)]
+    Head(#[from] HeadError),
     /// A token outside the vocabulary.
     #[error("token {0} is outside the vocabulary")]
     Token(TokenId),
@@ -75,6 +80,8 @@ pub struct Workspace {
     positions: Vec<u32>,
     head_rows: Vec<f32>,
     local_logits: Vec<f32>,
+    /// Slices of the logits as they arrive, one after the other.
+    logit_slices: Vec<f32>,
     logits: Vec<f32>,
     /// What the kernels hold for activations on their way into products.
     product_words: usize,
@@ -99,6 +106,7 @@ impl Workspace {
             &self.sin,
             &self.head_rows,
             &self.local_logits,
+            &self.logit_slices,
             &self.logits,
         ];
         Bytes(4 * (buffers.iter().map(|b| b.len() as u64).sum::<u64>() + self.product_words as u64))
@@ -114,12 +122,6 @@ enum Embedding {
     Table { kind: WeightType, bytes: Vec<u8> },
 }
 
-#[derive(Debug)]
-struct Head {
-    norm: Vec<f32>,
-    weights: PackedMatrix,
-}
-
 /// A rank's share of one model.
 #[derive(Debug)]
 pub struct StageModel {
@@ -128,7 +130,10 @@ pub struct StageModel {
     kernels: Arc<Kernels>,
     embedding: Option<Embedding>,
     blocks: Vec<Block>,
-    head: Option<Head>,
+    /// This rank's rows of the head.
+    head: Option<PackedMatrix>,
+    /// On the last stage only: rows are normed once, whoever multiplies them.
+    head_norm: Option<Vec<f32>>,
     inv_freq: Vec<f32>,
 }
 
@@ -160,9 +165,7 @@ impl StageModel {
         progress: &mut dyn FnMut(Bytes, Bytes),
     ) -> Result<StageModel, S::Error> {
         let shape = &config.shape;
-        let rows = slice.vocabulary(shape);
         let (vocab, hidden) = (shape.vocab_size, shape.hidden_size);
-        let shares_table = shape.tied_head && slice.first && slice.last && slice.tensor_parallel_size == 1;
         let mut model = StageModel {
             inv_freq: inverse_frequencies(&config),
             config: config.clone(),
@@ -171,22 +174,23 @@ impl StageModel {
             embedding: None,
             blocks: Vec::with_capacity(slice.layers.len()),
             head: None,
+            head_norm: None,
         };
         let total = expected_bytes(&config, &slice);
-        let source = |name: &str, kind| MatrixSource {
+        let source = |name: &str, rows, kind| MatrixSource {
             name: name.to_owned(),
             shape: [vocab, hidden],
-            rows: rows.clone(),
+            rows,
             columns: 0..hidden,
             kind,
         };
         progress(Bytes(0), total);
         if slice.first {
-            model.embedding = Some(if shares_table {
+            model.embedding = Some(if slice.shares_table(shape) {
                 Embedding::Tied
             } else {
                 let kind = shape.weights.embedding;
-                let source = source("model.embed_tokens.weight", kind);
+                let source = source("model.embed_tokens.weight", slice.vocabulary(shape), kind);
                 Embedding::Table { kind, bytes: weights.table(EMBEDDING, &source)? }
             });
             progress(model.bytes(), total);
@@ -195,14 +199,14 @@ impl StageModel {
             model.blocks.push(Block::load(weights, &config, &slice, layer)?);
             progress(model.bytes(), total);
         }
-        if slice.last {
+        if let Some(head) = slice.head {
             let name = if shape.tied_head { "model.embed_tokens.weight" } else { "lm_head.weight" };
-            let source = source(name, shape.weights.head);
+            let source = source(name, head.rows(shape), shape.weights.head);
+            model.head = Some(weights.matrix(HEAD, &[source], &[0..hidden])?);
+        }
+        if slice.last {
             let norm = VectorSource { name: "model.norm.weight".into(), length: hidden, range: 0..hidden };
-            model.head = Some(Head {
-                weights: weights.matrix(HEAD, &[source], &[0..hidden])?,
-                norm: weights.vector(HEAD_NORM, &[norm])?,
-            });
+            model.head_norm = Some(weights.vector(HEAD_NORM, &[norm])?);
         }
         progress(total, total);
         Ok(model)
@@ -219,8 +223,10 @@ impl StageModel {
             contents.extend(block.contents(layer));
         }
         if let Some(head) = &self.head {
-            contents.push((HEAD.to_owned(), Content::Matrix(&head.weights)));
-            contents.push((HEAD_NORM.to_owned(), Content::Vector(&head.norm)));
+            contents.push((HEAD.to_owned(), Content::Matrix(head)));
+        }
+        if let Some(norm) = &self.head_norm {
+            contents.push((HEAD_NORM.to_owned(), Content::Vector(norm)));
         }
         contents
     }
@@ -246,8 +252,9 @@ impl StageModel {
             Some(Embedding::Table { bytes, .. }) => bytes.len() as u64,
             _ => 0,
         };
-        let head = self.head.as_ref().map_or(0, |h| h.weights.bytes() as u64 + 4 * h.norm.len() as u64);
-        Bytes(embedding + head) + self.blocks.iter().map(Block::bytes).sum()
+        let head = self.head.as_ref().map_or(0, |head| head.bytes() as u64);
+        let norm = self.head_norm.as_ref().map_or(0, |norm| 4 * norm.len() as u64);
+        Bytes(embedding + head + norm) + self.blocks.iter().map(Block::bytes).sum()
     }
 
     /// An empty KV cache of `blocks` blocks for this slice.
@@ -270,7 +277,9 @@ impl StageModel {
         let ff = self.slice.feed_forward(shape).len();
         let logits = if self.slice.last { LOGIT_ROWS_MAX } else { 0 };
         let whole_logits = if self.slice.tensor_rank == 0 { logits * shape.vocab_size } else { 0 };
-        let head_words = self.head.as_ref().map_or(0, |head| head.weights.scratch_words(logits));
+        let cut = self.slice.head.is_some_and(|head| head.of > 1);
+        let own_logits = if cut { logits * self.head_width() } else { 0 };
+        let head_words = self.head.as_ref().map_or(0, |head| head.scratch_words(LOGIT_ROWS_MAX));
         let product_words =
             self.blocks.iter().map(|block| block.scratch_words(rows)).fold(head_words, usize::max);
         self.kernels.reserve(product_words);
@@ -285,7 +294,8 @@ impl StageModel {
             sin: vec![0.0; rows * shape.head_dim / 2],
             positions: Vec::with_capacity(rows),
             head_rows: vec![0.0; 2 * logits * hidden],
-            local_logits: vec![0.0; logits * self.slice.vocabulary(shape).len()],
+            local_logits: vec![0.0; own_logits],
+            logit_slices: vec![0.0; if cut { whole_logits } else { 0 }],
             logits: vec![0.0; whole_logits],
             hidden,
         }
@@ -319,14 +329,16 @@ impl StageModel {
     }
 
     /// Logits of up to [`LOGIT_ROWS_MAX`] of the rows last computed: `rows.len() × vocabulary` values on rank 0 of the
-    /// last stage, `None` on its other ranks.
+    /// last stage, `None` on its other ranks and on every earlier stage. `others` hold the slices of a head that is spread over
+    /// earlier stages, too; only rank 0 speaks with them.
     pub fn logits<'w>(
         &self,
         rows: &[usize],
         group: &mut dyn Collective,
+        others: &mut dyn HeadRanks,
         work: &'w mut Workspace,
     ) -> Result<Option<&'w mut [f32]>, ForwardError> {
-        let Some(head) = &self.head else { return Ok(None) };
+        let (Some(cut), Some(norm)) = (self.slice.head, &self.head_norm) else { return Ok(None) };
         let shape = &self.config.shape;
         let (hidden, vocab, count) = (shape.hidden_size, shape.vocab_size, rows.len());
         let (picked, normed) = work.head_rows.split_at_mut(LOGIT_ROWS_MAX * hidden);
@@ -334,35 +346,53 @@ impl StageModel {
             slot.copy_from_slice(&work.x[row * hidden..(row + 1) * hidden]);
         }
         let (picked, normed) = (&picked[..count * hidden], &mut normed[..count * hidden]);
-        self.kernels.rms_norm(count, hidden, picked, &head.norm, self.config.rms_norm_eps, normed);
-        if group.size() == 1 {
+        self.kernels.rms_norm(count, hidden, picked, norm, self.config.rms_norm_eps, normed);
+        if cut.of == 1 {
             let logits = &mut work.logits[..count * vocab];
-            self.kernels.matmul(count, normed, &head.weights, &[0..hidden], None, logits);
+            self.head_slice(normed, logits);
             return Ok(Some(logits));
         }
-        let local = &mut work.local_logits[..count * head.weights.n()];
-        self.kernels.matmul(count, normed, &head.weights, &[0..hidden], None, local);
-        let widths: Vec<usize> =
-            (0..group.size()).map(|rank| shape.vocab_cut().rank(rank, group.size()).len()).collect();
-        let lengths: Vec<usize> = widths.iter().map(|width| width * count).collect();
+        let earlier = cut.of - group.size();
+        if earlier > 0 && group.rank() == 0 {
+            others.hand_out(normed)?;
+        }
+        let local = &mut work.local_logits[..count * self.head_width()];
+        self.head_slice(normed, local);
+        let ranges: Vec<Range<usize>> = cut.all_rows(shape).collect();
+        let lengths: Vec<usize> = ranges[earlier..].iter().map(|range| range.len() * count).collect();
         if group.rank() > 0 {
             group.gather(local, &lengths, &mut [])?;
             return Ok(None);
         }
-        // Contributions arrive rank after rank; rows are put together from them.
-        let mut all = vec![0.0; count * vocab];
-        group.gather(local, &lengths, &mut all)?;
+        // Slices arrive whole, one after the other; rows are put together from them.
+        let slices = &mut work.logit_slices[..count * vocab];
+        group.gather(local, &lengths, &mut slices[ranges[earlier].start * count..])?;
+        for (index, range) in ranges[..earlier].iter().enumerate() {
+            others.collect(index, &mut slices[range.start * count..range.end * count])?;
+        }
         let logits = &mut work.logits[..count * vocab];
-        let (mut source, mut column) = (0, 0);
-        for width in widths {
+        for range in ranges {
             for row in 0..count {
-                let to = row * vocab + column;
-                logits[to..to + width].copy_from_slice(&all[source..source + width]);
-                source += width;
+                let from = range.start * count + row * range.len();
+                let to = row * vocab + range.start;
+                logits[to..to + range.len()].copy_from_slice(&slices[from..from + range.len()]);
             }
-            column += width;
         }
         Ok(Some(logits))
+    }
+
+    /// Logits of this rank's slice of the head, row by row, for `rows` (normed, at most [`LOGIT_ROWS_MAX`]): what an earlier
+    /// stage does for the last one. `slice` has [`StageModel::head_width`] values per row; without a head it stays as it is.
+    pub fn head_slice(&self, rows: &[f32], slice: &mut [f32]) {
+        let hidden = self.config.shape.hidden_size;
+        if let Some(head) = &self.head {
+            self.kernels.matmul(rows.len() / hidden, rows, head, &[0..hidden], None, slice);
+        }
+    }
+
+    /// Rows of the head on this rank.
+    pub fn head_width(&self) -> usize {
+        self.head.as_ref().map_or(0, PackedMatrix::n)
     }
 
     fn embed(
@@ -380,7 +410,7 @@ impl StageModel {
         let size = tokens.len() * hidden;
         for (&token, row) in tokens.iter().zip(work.x.chunks_exact_mut(hidden)) {
             match (&self.embedding, &self.head) {
-                (Some(Embedding::Tied), Some(head)) => head.weights.row(token as usize, row),
+                (Some(Embedding::Tied), Some(head)) => head.row(token as usize, row),
                 (Some(Embedding::Table { kind, bytes }), _) if own.contains(&(token as usize)) => {
                     let width = kind.bytes(hidden);
                     let at = (token as usize - own.start) * width;
@@ -436,7 +466,7 @@ pub(crate) fn inverse_frequencies(config: &ModelConfig) -> Vec<f32> {
 /// Weight memory of a slice by shape, for progress bars and ledgers.
 pub fn expected_bytes(config: &ModelConfig, slice: &RankSlice) -> Bytes {
     let shape = &config.shape;
-    let (hidden, size) = (shape.hidden_size, slice.tensor_parallel_size);
+    let hidden = shape.hidden_size;
     let (q, kv) = (slice.queries(shape).len(), slice.keys(shape).len());
     let ff = slice.feed_forward(shape).len();
     let bytes = |kind: WeightType, outputs: usize| outputs * hidden * kind.block_bytes() / kind.block_len();
@@ -452,8 +482,9 @@ pub fn expected_bytes(config: &ModelConfig, slice: &RankSlice) -> Bytes {
     };
     let layers: usize = shape.weights.layers[slice.layers.start..slice.layers.end].iter().map(layer).sum();
     let vocabulary = slice.vocabulary(shape).len();
-    let shares_table = shape.tied_head && slice.first && slice.last && size == 1;
-    let table = if slice.first && !shares_table { bytes(shape.weights.embedding, vocabulary) } else { 0 };
-    let head = if slice.last { bytes(shape.weights.head, vocabulary) + 4 * hidden } else { 0 };
-    Bytes((layers + table + head) as u64)
+    let has_table = slice.first && !slice.shares_table(shape);
+    let table = if has_table { bytes(shape.weights.embedding, vocabulary) } else { 0 };
+    let head = slice.head.map_or(0, |head| bytes(shape.weights.head, head.rows(shape).len()));
+    let norm = if slice.last { 4 * hidden } else { 0 };
+    Bytes((layers + table + head + norm) as u64)
 }

@@ -62,7 +62,7 @@ impl Model {
 
     /// Loads every rank as a node does: from its copy, or from the model's files and then writes the copy.
     fn grid(&self, stages: usize, ranks: usize, expected: Origin) -> Grid {
-        Grid::of(self.config(), stages, ranks, &|slice| {
+        Grid::of(self.config(), stages, ranks, false, &|slice| {
             let copy = self.copy(slice);
             let mut heard = (Bytes(0), Bytes(0));
             let mut progress = |ready, total| heard = (ready, total);
@@ -186,7 +186,7 @@ fn a_flipped_bit_never_shows_in_a_result() {
     let copy = model.whole();
     let of = |loaded: StageModel| {
         let loaded = std::cell::RefCell::new(Some(loaded));
-        logits(&mut Grid::of(model.config(), 1, 1, &|_| loaded.take().unwrap()))
+        logits(&mut Grid::of(model.config(), 1, 1, false, &|_| loaded.take().unwrap()))
     };
     let expected = of(copy.load(&kernels(), &mut |_, _| {}).unwrap());
     let (mut refused, mut unharmed) = (0, 0);

@@ -5,6 +5,7 @@
 mod common;
 
 use ashlar_kernels::Isa;
+use ashlar_vocabulary::{HeadSlice, Quantization};
 use common::{Grid, bits, goldens};
 
 const MODELS: [&str; 4] = ["llama", "qwen2", "qwen3", "mistral"];
@@ -36,6 +37,36 @@ fn every_cut_gives_the_same_bits() {
                 assert_same(name, &format!("{stages} stages × {size} ranks"), grid);
             }
         }
+    }
+}
+
+#[test]
+fn a_head_spread_over_all_stages_gives_the_same_bits() {
+    for name in MODELS {
+        let directory = goldens().join(name);
+        let shape = ashlar_model::ModelConfig::from_dir(&directory).unwrap().shape;
+        let mut cuts = 0;
+        for (stages, size) in [(2, 1), (2, 2), (2, 4), (4, 1), (4, 2)] {
+            let possible = HeadSlice::can_spread(&shape, stages, size);
+            if !possible || stages > shape.num_layers || !shape.num_kv_heads.is_multiple_of(size) {
+                continue;
+            }
+            cuts += 1;
+            let grid = Grid::with_spread_head(&directory, None::<Quantization>, stages, size);
+            assert_same(name, &format!("{stages} stages × {size} ranks, head on all"), grid);
+        }
+        assert!(cuts >= 2, "{name}");
+    }
+}
+
+#[test]
+fn slices_of_a_spread_head_hold_what_the_whole_head_holds() {
+    for name in MODELS {
+        let directory = goldens().join(name);
+        let whole = Grid::new(&directory, 2, 1, Isa::best(), 1).weight_bytes();
+        let spread = Grid::with_spread_head(&directory, None::<Quantization>, 2, 1).weight_bytes();
+        // Panels of 64 outputs: each slice's last one may be padded.
+        assert!(spread.abs_diff(whole) <= whole / 20, "{name}: {spread} instead of {whole}");
     }
 }
 

@@ -5,7 +5,9 @@
 
 use ashlar_kernels::{BLOCK_TOKENS, Isa, Kernels, RowContext};
 use ashlar_model::synth::{FloatType, SynthRequest, synthesize};
-use ashlar_model::{KvCache, ModelConfig, RankSlice, SingleRank, StageInput, StageModel, Workspace};
+use ashlar_model::{
+    KvCache, ModelConfig, NoHeadRanks, RankSlice, SingleRank, StageInput, StageModel, Workspace,
+};
 use ashlar_vocabulary::{BlockId, Quantization, TokenId};
 use std::path::Path;
 use std::sync::Arc;
@@ -66,7 +68,8 @@ impl Decoder {
             .collect();
         let input = StageInput::Tokens(tokens);
         model.forward(&rows, input, cache, &mut SingleRank, work, &mut || {}).unwrap();
-        let logits = model.logits(&[tokens.len() - 1], &mut SingleRank, work).unwrap().unwrap();
+        let logits =
+            model.logits(&[tokens.len() - 1], &mut SingleRank, &mut NoHeadRanks, work).unwrap().unwrap();
         let (best, _) = logits.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1)).unwrap();
         (self.position, self.token) = (end, best as TokenId);
     }

@@ -1,4 +1,5 @@
-//! Rank to rank: activations from stage to stage, partial sums within a tensor-parallel group.
+//! Rank to rank: activations from stage to stage, partial sums within a tensor-parallel group, rows for the head and their
+//! logits.
 //!
 //! A fixed 48-byte header and raw little-endian f32 values; no serialisation of tensors. Blocking sockets: the compute
 //! thread itself sends and receives. [`LinkFaults`] lets a test slow a link down or break it.
@@ -32,6 +33,11 @@ pub enum LinkPurpose {
         /// The connecting rank.
         rank: u32,
     },
+    /// Rows for the head and back their logits: from a rank of an earlier stage to the rank that samples.
+    Head {
+        /// The connecting rank's slice.
+        index: u32,
+    },
 }
 
 /// What a payload is.
@@ -42,6 +48,10 @@ pub enum PayloadKind {
     Activations = 1,
     /// One rank's contribution to a collective.
     Collective = 2,
+    /// Normed rows whose logits are wanted.
+    HeadRows = 3,
+    /// One slice of the logits of those rows.
+    Logits = 4,
 }
 
 /// Names a payload; a receiver that expects another one drops the connection.
@@ -91,6 +101,17 @@ impl DataLink {
     /// A second handle on the same socket, so that another thread may shut it down.
     pub fn try_clone_socket(&self) -> io::Result<TcpStream> {
         self.socket.try_clone()
+    }
+
+    /// How long a read waits before `idle` is called; [`BEAT_INTERVAL_MS`] unless told.
+    pub fn set_patience(&self, patience: Duration) -> io::Result<()> {
+        self.socket.set_read_timeout(Some(patience))
+    }
+
+    /// Ends the connection, for both sides and for every handle on it.
+    pub fn shutdown(&self) {
+        // A link that is closed already is as broken as it can be.
+        let _ = self.socket.shutdown(std::net::Shutdown::Both);
     }
 
     /// Sends `values`.
@@ -146,6 +167,42 @@ impl DataLink {
         values: &mut [f32],
         idle: &mut dyn FnMut() -> Result<(), FrameError>,
     ) -> Result<(), FrameError> {
+        let announced = self.read_header(idle)?;
+        let matches = announced.kind == expected.kind as u32
+            && announced.revision == expected.revision
+            && announced.step == expected.step
+            && announced.sequence == expected.sequence
+            && announced.length == values.len();
+        if !matches {
+            return Err(unexpected());
+        }
+        self.read_values(&announced, values, idle)
+    }
+
+    /// Receives the next payload of this kind and layout, whatever its step, into `values`, which becomes as long as the
+    /// payload: a multiple of `unit`, between one and `units_max` of them. Returns its step and sequence.
+    pub fn receive_any(
+        &mut self,
+        (kind, revision): (PayloadKind, ReplicaRevision),
+        (unit, units_max): (usize, usize),
+        values: &mut Vec<f32>,
+        idle: &mut dyn FnMut() -> Result<(), FrameError>,
+    ) -> Result<(StepId, u32), FrameError> {
+        let announced = self.read_header(idle)?;
+        let whole = announced.length.checked_rem(unit) == Some(0);
+        let bounded = announced.length > 0 && announced.length <= unit.saturating_mul(units_max);
+        if announced.kind != kind as u32 || announced.revision != revision || !whole || !bounded {
+            return Err(unexpected());
+        }
+        values.resize(announced.length, 0.0);
+        self.read_values(&announced, values, idle)?;
+        Ok((announced.step, announced.sequence))
+    }
+
+    fn read_header(
+        &mut self,
+        idle: &mut dyn FnMut() -> Result<(), FrameError>,
+    ) -> Result<Announced, FrameError> {
         let mut bytes = [0u8; HEADER_BYTES];
         self.read_full(&mut bytes, idle)?;
         let u32_at = |at: usize| u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
@@ -157,20 +214,25 @@ impl DataLink {
         if length > VALUES_MAX {
             return Err(FrameError::TooLong { announced: length });
         }
-        let matches = u32_at(4) == expected.kind as u32
-            && u64_at(8) == expected.revision.0
-            && u64_at(16) == expected.step.0
-            && u32_at(24) == expected.sequence
-            && length == values.len();
-        if !matches {
-            return Err(FrameError::Io(io::Error::new(
-                io::ErrorKind::InvalidData,
-                "payload of another step or shape: reconnect and replay",
-            )));
-        }
+        Ok(Announced {
+            kind: u32_at(4),
+            revision: ReplicaRevision(u64_at(8)),
+            step: StepId(u64_at(16)),
+            sequence: u32_at(24),
+            length,
+            checksum: u32_at(36),
+        })
+    }
+
+    fn read_values(
+        &mut self,
+        announced: &Announced,
+        values: &mut [f32],
+        idle: &mut dyn FnMut() -> Result<(), FrameError>,
+    ) -> Result<(), FrameError> {
         let payload: &mut [u8] = bytemuck::cast_slice_mut(values);
         self.read_full(payload, idle)?;
-        if crc32fast::hash(payload) != u32_at(36) {
+        if crc32fast::hash(payload) != announced.checksum {
             return Err(FrameError::Corrupt);
         }
         Ok(())
@@ -194,6 +256,24 @@ impl DataLink {
         }
         Ok(())
     }
+}
+
+/// What a header says that has arrived whole.
+struct Announced {
+    kind: u32,
+    revision: ReplicaRevision,
+    step: StepId,
+    sequence: u32,
+    /// In values.
+    length: usize,
+    checksum: u32,
+}
+
+fn unexpected() -> FrameError {
+    FrameError::Io(io::Error::new(
+        io::ErrorKind::InvalidData,
+        "payload of another step or shape: reconnect and replay",
+    ))
 }
 
 #[cfg(test)]
@@ -235,6 +315,26 @@ mod tests {
             out.send(header(step), &vec![0.0; length]).unwrap();
             assert!(inward.receive(header(1), &mut [0.0; 4], &mut || Ok(())).is_err());
         }
+    }
+
+    #[test]
+    fn rows_of_any_step_are_taken_up_to_the_limit() {
+        let head = |step| PayloadHeader { kind: PayloadKind::HeadRows, ..header(step) };
+        let receive = |sent: PayloadHeader, length: usize| {
+            let (mut out, mut inward) = pair(LinkFaults::default());
+            out.send(sent, &vec![1.0; length]).unwrap();
+            let mut values = Vec::new();
+            let expected = (PayloadKind::HeadRows, ReplicaRevision(3));
+            let step = inward.receive_any(expected, (4, 2), &mut values, &mut || Ok(()));
+            step.map(|step| (step, values.len()))
+        };
+        assert_eq!(receive(head(7), 4).unwrap(), ((StepId(7), 0), 4));
+        assert_eq!(receive(head(8), 8).unwrap(), ((StepId(8), 0), 8));
+        for length in [0, 6, 12] {
+            assert!(receive(head(7), length).is_err(), "{length} values");
+        }
+        assert!(receive(header(7), 4).is_err(), "another kind");
+        assert!(receive(PayloadHeader { revision: ReplicaRevision(2), ..head(7) }, 4).is_err());
     }
 
     #[test]

@@ -3,7 +3,7 @@
 //! * [`serving`]: gateway ↔ scheduler (submissions, token events, a watched snapshot of the cluster).
 //! * [`membership`]: node ↔ scheduler, control plane (join, assignment, readiness).
 //! * [`step`]: scheduler → ranks → scheduler, every step (plans and results).
-//! * [`data`]: rank ↔ rank (activations between stages, partial sums within a tensor-parallel group).
+//! * [`data`]: rank ↔ rank (activations between stages, partial sums within a tensor-parallel group, slices of the logits).
 //! * [`group`]: rank ↔ rank (how a tensor-parallel group will exchange), once per layout.
 //! * [`frame`]: length, checksum and version around all of it, for asynchronous and blocking sockets.
 //!
@@ -20,4 +20,4 @@ pub mod serving;
 pub mod step;
 
 /// Version of all messages here. Two processes that differ refuse each other, naming both versions.
-pub const WIRE_VERSION: u32 = 3;
+pub const WIRE_VERSION: u32 = 4;

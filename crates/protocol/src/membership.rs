@@ -5,8 +5,8 @@
 
 use crate::step::{StepPlan, StepResult, StepTiming};
 use ashlar_vocabulary::{
-    Bytes, LayerRange, LeaseTerm, ModelDigest, NodeId, Precision, ReplicaId, ReplicaRevision, StageIndex,
-    StepId, TensorRank,
+    Bytes, HeadSlice, LayerRange, LeaseTerm, ModelDigest, NodeId, Precision, ReplicaId, ReplicaRevision,
+    StageIndex, StepId, TensorRank,
 };
 use serde::{Deserialize, Serialize};
 
@@ -154,4 +154,8 @@ pub struct Assignment {
     pub group: Vec<String>,
     /// Data address of the same rank in the next stage; `None` on the last.
     pub next: Option<String>,
+    /// This rank's rows of the head; `None` where it computes none.
+    pub head: Option<HeadSlice>,
+    /// Data address of rank 0 of the last stage, for ranks of earlier stages that hold rows of the head.
+    pub sampler: Option<String>,
 }

@@ -125,7 +125,7 @@ pub struct StepTiming {
     pub compute_us: u64,
     /// Waiting for activations of the previous stage (or for work).
     pub wait_us: u64,
-    /// Exchanging within the tensor-parallel group.
+    /// Exchanging within the tensor-parallel group, and for a spread head: waiting for slices of the logits included.
     pub collective_us: u64,
     /// Sending activations on.
     pub send_us: u64,

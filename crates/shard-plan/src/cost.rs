@@ -2,6 +2,7 @@
 
 use crate::layout::Prediction;
 use crate::ledger::Piece;
+use crate::position::Position;
 use crate::request::{DeviceReport, Links, PlanRequest};
 use ashlar_vocabulary::{ModelShape, NodeId};
 
@@ -37,6 +38,11 @@ impl StepLoad {
         StepLoad { tokens: sequences, sequences, context: request.max_context_tokens.div_ceil(2) }
     }
 
+    /// The longest chunk of a prompt that times are predicted for.
+    pub fn chunk(request: &PlanRequest) -> StepLoad {
+        StepLoad::prefill(PROMPT.min(request.max_num_batched_tokens).max(1))
+    }
+
     /// A chunk of one prompt.
     pub fn prefill(tokens: usize) -> StepLoad {
         StepLoad { tokens, sequences: 1, context: tokens.div_ceil(2) }
@@ -52,6 +58,8 @@ pub struct CostModel<'a> {
     pub links: &'a Links,
     /// Precision and limits.
     pub request: &'a PlanRequest,
+    /// Whether the head is spread over all stages.
+    pub spread_head: bool,
 }
 
 impl CostModel<'_> {
@@ -80,22 +88,32 @@ impl CostModel<'_> {
         2.0 * layers as f64 * f64::from(group.len().ilog2()) * hop
     }
 
-    /// Seconds of one stage without the hop that leads to it: its slowest rank plus its collectives.
-    pub fn stage_seconds(
+    /// Seconds that rank 0 of the last stage, `sampler`, adds to compute a spread head with `count` ranks of earlier stages,
+    /// as if each of them were the farthest of `ranks`: rows go out, slices of their logits come back through its one link.
+    pub fn head_exchange_seconds<'n>(
         &self,
-        group: &Group<'_>,
-        layers: usize,
-        first: bool,
-        last: bool,
+        sampler: &NodeId,
+        ranks: impl Iterator<Item = &'n NodeId>,
+        (count, slices): (usize, usize),
         load: StepLoad,
     ) -> f64 {
+        let row_values = self.shape.hidden_size + self.shape.vocab_size.div_ceil(slices.max(1));
+        let bytes = (load.sequences * row_values) as f64 * BYTES_PER_ACTIVATION;
+        let (trip, transfer) = ranks.fold((0.0f64, 0.0f64), |(trip, transfer), rank| {
+            let one_way = self.links.seconds(sampler, rank, 0.0);
+            let bytes = self.links.seconds(sampler, rank, bytes) - one_way;
+            (trip.max(2.0 * one_way), transfer.max(bytes))
+        });
+        trip + count as f64 * transfer
+    }
+
+    /// Seconds of one stage without the hop that leads to it and without the exchange for a spread head: its slowest rank
+    /// plus its collectives.
+    pub fn stage_seconds(&self, group: &Group<'_>, layers: usize, position: Position, load: StepLoad) -> f64 {
         let slowest = group
             .iter()
             .enumerate()
-            .map(|(rank, device)| {
-                let piece = Piece { layers, first, last, rank, tensor_parallel_size: group.len() };
-                self.rank_seconds(&piece, device, load)
-            })
+            .map(|(rank, device)| self.rank_seconds(&position.piece(layers, rank, group.len()), device, load))
             .fold(0.0, f64::max);
         slowest + self.collective_seconds(group, layers, load)
     }
@@ -106,12 +124,20 @@ impl CostModel<'_> {
         self.links.seconds(from, to, bytes)
     }
 
-    /// Seconds per stage (each with the hop that leads to it) of one step over a whole replica.
+    /// Seconds per stage (each with the hop that leads to it, the last with the exchange for a spread head) of one step over a
+    /// whole replica.
     pub fn step(&self, stages: &[(Group<'_>, usize)], load: StepLoad) -> Vec<f64> {
         (0..stages.len())
             .map(|index| {
                 let (group, layers) = &stages[index];
-                let seconds = self.stage_seconds(group, *layers, index == 0, index + 1 == stages.len(), load);
+                let position = Position { stage: index, stages: stages.len(), spread_head: self.spread_head };
+                let mut seconds = self.stage_seconds(group, *layers, position, load);
+                if self.spread_head && position.is_last() {
+                    let earlier = stages[..index].iter().flat_map(|(group, _)| group);
+                    let counts = (index * group.len(), stages.len() * group.len());
+                    let nodes = earlier.map(|device| &device.node);
+                    seconds += self.head_exchange_seconds(&group[0].node, nodes, counts, load);
+                }
                 match index.checked_sub(1) {
                     Some(before) => {
                         seconds + self.hop_seconds(&stages[before].0[0].node, &group[0].node, load)
@@ -129,9 +155,8 @@ impl CostModel<'_> {
         let latency = |load| self.step(stages, load).iter().sum::<f64>() + control;
         let slowest = |load| self.step(stages, load).into_iter().fold(0.0, f64::max);
 
-        let chunk = PROMPT.min(self.request.max_num_batched_tokens).max(1);
-        let chunks = PROMPT.div_ceil(chunk);
-        let prefill = StepLoad::prefill(chunk);
+        let prefill = StepLoad::chunk(self.request);
+        let chunks = PROMPT.div_ceil(prefill.tokens);
         let seconds_to_first_token = latency(prefill) + (chunks - 1) as f64 * slowest(prefill);
 
         // With m micro-batches in flight a cycle lasts as long as one of them takes from end to end, or as the

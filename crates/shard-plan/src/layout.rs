@@ -27,6 +27,8 @@ impl Layout {
 pub struct ReplicaLayout {
     /// In order; their layers tile the model.
     pub stages: Vec<StageLayout>,
+    /// Whether every stage holds slices of the head; otherwise the last stage holds all of it.
+    pub spread_head: bool,
     /// KV blocks that every rank of the replica has room for: what was wished for, or less where memory is short.
     pub kv_blocks: u32,
     /// How fast it should be.

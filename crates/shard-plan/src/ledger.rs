@@ -1,7 +1,7 @@
 //! The memory of one rank, line by line. Nothing may be resident that is not in it.
 
 use crate::request::PlanRequest;
-use ashlar_vocabulary::{Bytes, LayerWeightTypes, ModelShape, WeightType};
+use ashlar_vocabulary::{Bytes, HeadSlice, LayerWeightTypes, ModelShape, WeightType};
 use serde::{Deserialize, Serialize};
 
 /// KV cache, activations and logits are f32.
@@ -22,8 +22,8 @@ pub struct MemoryLedger {
     pub weights: Bytes,
     /// The embedding: whole on every rank of the first stage, nowhere else.
     pub embedding: Bytes,
-    /// The head: a vocabulary slice on every rank of the last stage. Nothing where it is tied and the first stage is
-    /// also the last, for then it shares the embedding's bytes.
+    /// The head: a vocabulary slice on every rank of the last stage, or of all stages where it is spread. Where it is tied
+    /// and one rank holds all of it and the embedding, this line has the bytes of both.
     pub head: Bytes,
     /// KV blocks.
     pub kv_cache: Bytes,
@@ -80,12 +80,14 @@ pub struct Piece {
     pub layers: usize,
     /// Whether the stage is the first (holds the embedding).
     pub first: bool,
-    /// Whether the stage is the last (holds the head).
+    /// Whether the stage is the last (ends the model).
     pub last: bool,
     /// The rank within the stage.
     pub rank: usize,
     /// Ranks of the stage: 1, 2, 4 or 8.
     pub tensor_parallel_size: usize,
+    /// Its rows of the head, if it has any.
+    pub head: Option<HeadSlice>,
 }
 
 impl Piece {
@@ -116,16 +118,19 @@ impl Piece {
             + (2 * BYTES_PER_ACTIVATION * shape.hidden_size) as f64
     }
 
-    /// Bytes that one step reads of this rank's products: its layers and, on the last stage, the head.
+    /// Bytes that one step reads of this rank's products: its layers and its rows of the head.
     pub fn product_bytes(&self, shape: &ModelShape) -> f64 {
         self.layers as f64 * self.layer_bytes(shape)
             + bytes_of(shape.weights.head, self.head_weights(shape)) as f64
     }
 
-    /// Weight elements that the head multiplies with on this rank; 0 where it is not the last stage.
+    /// Weight elements that the head multiplies with on this rank.
     pub fn head_weights(&self, shape: &ModelShape) -> usize {
-        let rows = shape.vocab_cut().rank(self.rank, self.tensor_parallel_size).len();
-        if self.last { rows * shape.hidden_size } else { 0 }
+        self.head_rows(shape) * shape.hidden_size
+    }
+
+    fn head_rows(&self, shape: &ModelShape) -> usize {
+        self.head.map_or(0, |head| head.rows(shape).len())
     }
 
     /// Bytes of KV cache per token of context on this rank, all of its layers.
@@ -136,16 +141,16 @@ impl Piece {
 
     /// Whether one copy of a tied table serves as embedding and head: one stage of one rank.
     fn shares_table(&self, shape: &ModelShape) -> bool {
-        shape.tied_head && self.first && self.last && self.tensor_parallel_size == 1
+        shape.tied_head && self.first && self.head == Some(HeadSlice { index: 0, of: 1 })
     }
 
     /// Bytes of the buffers that the largest step needs on this rank: the residual stream and its copy, the widest and
     /// the narrowest product of a layer, rotation angles, the group's contributions, activations received and waiting to
-    /// be sent, attention's partial results per thread, and on the last stage a chunk of logits.
+    /// be sent, attention's partial results per thread, and where there is a head a chunk of logits.
     fn activation_bytes(&self, shape: &ModelShape, request: &PlanRequest, threads: u32) -> usize {
         let slice = |cut: ashlar_vocabulary::AxisCut| cut.rank(self.rank, self.tensor_parallel_size).len();
         let (q, kv) = (slice(shape.attention_cut()), slice(shape.key_cut()));
-        let (ff, vocab) = (slice(shape.feed_forward_cut()), slice(shape.vocab_cut()));
+        let ff = slice(shape.feed_forward_cut());
         let size = self.tensor_parallel_size;
         let gathered = if size > 1 { size } else { 0 };
         let passed_on = usize::from(!self.first) + 2 * usize::from(!self.last);
@@ -165,8 +170,18 @@ impl Piece {
             + shape.head_dim
             + of_layers;
         let partials = threads.max(1) as usize * request.max_context_tokens;
-        let whole_logits = if self.rank == 0 { (1 + usize::from(size > 1)) * shape.vocab_size } else { 0 };
-        let logits = if self.last { LOGIT_ROWS * (2 * shape.hidden_size + vocab + whole_logits) } else { 0 };
+        // A head that is cut has its slices side by side before rows are put together from them.
+        let is_cut = self.head.is_some_and(|head| head.of > 1);
+        let own_logits = if is_cut { self.head_rows(shape) } else { 0 };
+        let logits = match (self.last, self.head) {
+            (true, _) => {
+                let whole = if self.rank == 0 { (1 + usize::from(is_cut)) * shape.vocab_size } else { 0 };
+                LOGIT_ROWS * (2 * shape.hidden_size + own_logits + whole)
+            }
+            // Rows arriving, waiting and in work; logits computed and being sent.
+            (false, Some(_)) => LOGIT_ROWS * (3 * shape.hidden_size + 2 * own_logits),
+            (false, None) => 0,
+        };
         (request.max_num_batched_tokens * per_token + partials + logits) * BYTES_PER_ACTIVATION
     }
 

@@ -1,8 +1,8 @@
 //! Where the stones go: from a model's shape, the devices and the links between them to replicas, stages, ranks,
 //! layer ranges and a ledger of every byte.
 //!
-//! Layout: [`request`] (what goes in), [`layout`] (what comes out), [`ledger`] (memory of one rank), [`cost`]
-//! (seconds of one stage), [`cut`] (the exact dynamic program over contiguous ranges), [`plan`](mod@plan) (which stages,
+//! Layout: [`request`] (what goes in), [`layout`] (what comes out), [`position`] (what a stage holds by its
+//! place), [`ledger`] (memory of one rank), [`cost`] (seconds of one stage), [`cut`] (the exact dynamic program over contiguous ranges), [`plan`](mod@plan) (which stages,
 //! replicas and standbys), [`error`] (why not).
 //!
 //! **Invariants:** pure — no clock, randomness, I/O or randomly seeded map; equal inputs give equal layouts. Only
@@ -15,6 +15,7 @@ pub mod error;
 pub mod layout;
 pub mod ledger;
 pub mod plan;
+pub mod position;
 pub mod request;
 
 mod explain;
@@ -24,4 +25,5 @@ pub use error::PlanError;
 pub use layout::{Layout, Prediction, ReplicaLayout, StageLayout};
 pub use ledger::{LedgerRow, MemoryLedger};
 pub use plan::{plan, survivable_losses};
+pub use position::Position;
 pub use request::{DeviceReport, LinkReport, Links, PlanRequest};

@@ -68,25 +68,40 @@ pub(crate) fn plan_fixed_ranges(
             let planner = Planner::new(shape, links, request, &chosen, ranks);
             let cut: Vec<CutStage> =
                 holders.keys().enumerate().map(|(group, &layers)| CutStage { group, layers }).collect();
-            let blocks = planner.blocks_needed(request.max_context_tokens);
-            for (index, stage) in cut.iter().enumerate() {
-                let (first, last) = (index == 0, index + 1 == cut.len());
-                let ledgers = planner.ledgers(stage.group, stage.layers.len(), first, last, blocks);
-                for (ledger, device) in ledgers.iter().zip(&planner.groups[stage.group]) {
-                    if let Some((row, missing)) = MemoryLedger::first_missing(ledger) {
-                        return Err(PlanError::DoesNotFit {
-                            stage: index,
-                            node: device.node.clone(),
-                            line: row.name,
-                            needs: ledger.total,
-                            has: ledger.capacity,
-                            missing,
-                        });
-                    }
-                }
-            }
-            Ok(planner.lay_out(&cut))
+            let choices = planner.head_choices(cut.len()).into_iter().map(|spread| {
+                let planner = planner.with_spread_head(spread);
+                check_memory(&planner, &cut).map(|()| planner)
+            });
+            // The fastest of those that fit, else why the first does not.
+            let best = choices.reduce(|a, b| match (a, b) {
+                (Ok(a), Ok(b)) => Ok(if b.slowness(&cut) < a.slowness(&cut) { b } else { a }),
+                (a, Err(_)) => a,
+                (Err(_), b) => b,
+            });
+            best.unwrap_or(Err(PlanError::NoNodes)).map(|planner| planner.lay_out(&cut))
         })
         .collect();
     Ok(finish(ranks, layouts?, devices))
+}
+
+/// Whether every rank of the cut has room for its part and for one longest sequence.
+fn check_memory(planner: &Planner<'_>, cut: &[CutStage]) -> Result<(), PlanError> {
+    let blocks = planner.blocks_needed(planner.request.max_context_tokens);
+    for (index, stage) in cut.iter().enumerate() {
+        let position = planner.position(index, cut.len());
+        let ledgers = planner.ledgers(stage.group, stage.layers.len(), position, blocks);
+        for (ledger, device) in ledgers.iter().zip(&planner.groups[stage.group]) {
+            if let Some((row, missing)) = MemoryLedger::first_missing(ledger) {
+                return Err(PlanError::DoesNotFit {
+                    stage: index,
+                    node: device.node.clone(),
+                    line: row.name,
+                    needs: ledger.total,
+                    has: ledger.capacity,
+                    missing,
+                });
+            }
+        }
+    }
+    Ok(())
 }

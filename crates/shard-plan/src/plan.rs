@@ -5,10 +5,11 @@ use crate::cut::{Candidate, CutStage, best_balanced_cut};
 use crate::error::PlanError;
 use crate::explain::does_not_fit;
 use crate::layout::{Layout, ReplicaLayout, StageLayout};
-use crate::ledger::{MemoryLedger, Piece};
+use crate::ledger::MemoryLedger;
 use crate::overrides::plan_fixed_ranges;
+use crate::position::Position;
 use crate::request::{DeviceReport, Links, PlanRequest};
-use ashlar_vocabulary::{ModelShape, NodeId};
+use ashlar_vocabulary::{HeadSlice, ModelShape, NodeId};
 
 /// Above this many groups only the caller's order is searched, not also every other choice of the last group.
 const ROTATIONS_MAX: usize = 8;
@@ -18,7 +19,8 @@ const ROTATIONS_MAX: usize = 8;
 /// Devices are taken in the order given (sort them by node for layouts that do not change from run to run); with
 /// tensor parallelism, consecutive devices form a stage. Within an order the cut is exact: the fewest stages that fit,
 /// then the smallest time of the slowest stage for a decode step of 16 sequences, then the smallest sum. The last stage
-/// holds the head, so every choice of the last group is tried too.
+/// holds the head, or all stages share it: whichever makes the slowest stages of a decode step and of a chunk of a prompt
+/// faster, each counting alike. Every choice of the last group is tried too.
 ///
 /// If any device carries a layer range, ranges alone decide: distinct ranges must tile the model, each must be held by
 /// ranks × replicas nodes, and nodes without a range stand by.
@@ -187,10 +189,7 @@ fn tensor_parallel_is_possible(shape: &ModelShape, size: usize) -> Result<(), Pl
     Ok(())
 }
 
-/// First stage, last stage.
-const POSITIONS: [(bool, bool); 4] = [(false, false), (false, true), (true, false), (true, true)];
-
-/// Something for every group, position and number of layers.
+/// Something for every group, kind of position (in the middle, last, first, both) and number of layers.
 pub(crate) struct ByPosition<T>(Vec<[Vec<T>; 4]>);
 
 impl<T: Copy> ByPosition<T> {
@@ -219,7 +218,39 @@ impl<'a> Planner<'a> {
         ranks: usize,
     ) -> Planner<'a> {
         let groups = devices.chunks_exact(ranks).map(<[_]>::to_vec).collect();
-        Planner { shape, request, cost: CostModel { shape, links, request }, groups }
+        let cost = CostModel { shape, links, request, spread_head: false };
+        Planner { shape, request, cost, groups }
+    }
+
+    /// The same with another choice for the head.
+    pub(crate) fn with_spread_head(&self, spread_head: bool) -> Planner<'a> {
+        Planner { cost: CostModel { spread_head, ..self.cost }, ..self.clone() }
+    }
+
+    /// The choices for the head of a replica of `stages` stages that the request leaves open.
+    pub(crate) fn head_choices(&self, stages: usize) -> Vec<bool> {
+        let ranks = self.groups.first().map_or(1, Vec::len);
+        match (HeadSlice::can_spread(self.shape, stages, ranks), self.request.spread_head) {
+            (false, _) | (true, Some(false)) => vec![false],
+            (true, Some(true)) => vec![true],
+            (true, None) => vec![false, true],
+        }
+    }
+
+    /// How slow a cut is, to compare choices for the head: decoding alone would hardly tell them apart, because layers move
+    /// to make room for the head, and prompts, which need it for one row only, pay for that.
+    pub(crate) fn slowness(&self, cut: &[CutStage]) -> f64 {
+        let loads = self.loads(cut);
+        let slowest = |load| self.cost.step(&loads, load).into_iter().fold(0.0, f64::max);
+        slowest(StepLoad::decode(BATCH, self.request)) * slowest(StepLoad::chunk(self.request))
+    }
+
+    fn loads(&self, cut: &[CutStage]) -> Vec<(Group<'a>, usize)> {
+        cut.iter().map(|stage| (self.groups[stage.group].clone(), stage.layers.len())).collect()
+    }
+
+    pub(crate) fn position(&self, stage: usize, stages: usize) -> Position {
+        Position { stage, stages, spread_head: self.cost.spread_head }
     }
 
     pub(crate) fn blocks_needed(&self, tokens: usize) -> usize {
@@ -231,13 +262,12 @@ impl<'a> Planner<'a> {
         &self,
         group: usize,
         layers: usize,
-        first: bool,
-        last: bool,
+        position: Position,
         kv_blocks: usize,
     ) -> Vec<MemoryLedger> {
         let group = &self.groups[group];
         let ledger = |(rank, device): (usize, &&DeviceReport)| {
-            Piece { layers, first, last, rank, tensor_parallel_size: group.len() }.ledger(
+            position.piece(layers, rank, group.len()).ledger(
                 self.shape,
                 self.request,
                 kv_blocks,
@@ -260,15 +290,16 @@ impl<'a> Planner<'a> {
         let most = self.groups.len().min(self.shape.num_layers);
         let fewest = self.fewest_stages(kv_blocks)?;
         let stages = self.request.stages.map_or(fewest..=most, |stages| stages.max(fewest)..=stages);
-        stages.into_iter().find_map(|stages| self.best_order(stages, kv_blocks))
+        stages.into_iter().find_map(|stages| self.best_head(stages, kv_blocks))
     }
 
     /// A lower bound on the stages that can hold all layers, from memory alone: as if no stage held the embedding or
     /// the head, and the largest groups came first. Spares the program what cannot fit.
     fn fewest_stages(&self, kv_blocks: usize) -> Option<usize> {
         let layers = self.shape.num_layers;
+        let middle = Position { stage: 1, stages: 3, spread_head: false };
         let fits = |group: usize, len: usize| {
-            self.ledgers(group, len, false, false, kv_blocks).iter().all(MemoryLedger::fits)
+            self.ledgers(group, len, middle, kv_blocks).iter().all(MemoryLedger::fits)
         };
         let mut room: Vec<usize> = (0..self.groups.len())
             .map(|group| (1..=layers).take_while(|&len| fits(group, len)).count())
@@ -282,8 +313,18 @@ impl<'a> Planner<'a> {
         enough.map(|index| index + 1)
     }
 
-    /// The best cut over the caller's order and over the orders in which another group comes last.
-    fn best_order(&self, stages: usize, kv_blocks: usize) -> Option<ReplicaLayout> {
+    /// The best replica of so many stages: with the head where it serves better.
+    fn best_head(&self, stages: usize, kv_blocks: usize) -> Option<ReplicaLayout> {
+        let choices = self.head_choices(stages).into_iter();
+        choices
+            .filter_map(|spread| self.with_spread_head(spread).best_order(stages, kv_blocks))
+            .map(|(planner, cut)| (planner.slowness(&cut), planner, cut))
+            .reduce(|a, b| if b.0 < a.0 { b } else { a })
+            .map(|(_, planner, cut)| planner.lay_out(&cut))
+    }
+
+    /// The best cut over the caller's order and over the orders in which another group comes last, with that order.
+    fn best_order(&self, stages: usize, kv_blocks: usize) -> Option<(Planner<'a>, Vec<CutStage>)> {
         let count = self.groups.len();
         let lasts = if count <= ROTATIONS_MAX { (0..count).rev().collect() } else { vec![count.max(1) - 1] };
         let mut best: Option<((f64, f64), Planner<'a>, Vec<CutStage>)> = None;
@@ -297,23 +338,34 @@ impl<'a> Planner<'a> {
                 best = Some((value, planner, cut));
             }
         }
-        best.map(|(_, planner, cut)| planner.lay_out(&cut))
+        best.map(|(_, planner, cut)| (planner, cut))
     }
 
-    /// What `price` says of every piece that a group could hold, worked out once, for it is asked for many times.
+    /// What `price` says of every piece that a group could hold in a replica of `stages` stages, worked out once, for it is
+    /// asked for many times.
     pub(crate) fn by_position<T>(
         &self,
+        stages: usize,
         kv_blocks: usize,
-        price: impl Fn(usize, usize, (bool, bool), &[MemoryLedger]) -> T,
+        price: impl Fn(usize, usize, Position, &[MemoryLedger]) -> T,
     ) -> ByPosition<T> {
-        let of = |group: usize, position: (bool, bool)| {
-            let of = |len| {
-                price(group, len, position, &self.ledgers(group, len, position.0, position.1, kv_blocks))
-            };
+        // Slices of a spread head differ by a granule at most: a stage in the middle is taken to have the widest.
+        let ranks = self.groups.first().map_or(1, Vec::len);
+        let widest = |stage: &usize| {
+            let position = self.position(*stage, stages);
+            (0..ranks).map(|rank| position.piece(0, rank, ranks).head_weights(self.shape)).max()
+        };
+        let last = self.position(stages.max(2) - 1, stages.max(2));
+        // Where there are fewer stages, nobody asks for the middle or for both ends.
+        let middle = (1..stages.saturating_sub(1)).max_by_key(widest);
+        let middle = middle.map_or(last, |stage| self.position(stage, stages));
+        let positions = [middle, last, self.position(0, stages.max(2)), self.position(0, 1)];
+        let of = |group: usize, position: Position| {
+            let of = |len| price(group, len, position, &self.ledgers(group, len, position, kv_blocks));
             (0..=self.shape.num_layers).map(of).collect()
         };
         ByPosition(
-            (0..self.groups.len()).map(|group| POSITIONS.map(|position| of(group, position))).collect(),
+            (0..self.groups.len()).map(|group| positions.map(|position| of(group, position))).collect(),
         )
     }
 
@@ -321,11 +373,19 @@ impl<'a> Planner<'a> {
     pub(crate) fn cut(&self, stages: usize, kv_blocks: usize) -> Option<((f64, f64), Vec<CutStage>)> {
         let load = StepLoad::decode(BATCH, self.request);
         let layers = self.shape.num_layers;
-        let prices = self.by_position(kv_blocks, |group, len, (first, last), ledgers| {
-            let fits = ledgers.iter().all(MemoryLedger::fits);
-            fits.then(|| self.cost.stage_seconds(&self.groups[group], len, first, last, load))
-        });
         let node = |group: usize| &self.groups[group][0].node;
+        // Which ranks will hold the other slices is not known yet: the farthest might.
+        let exchange = |group: usize| {
+            let others = self.groups.iter().enumerate().filter(|(other, _)| *other != group);
+            let nodes = others.flat_map(|(_, other)| other).map(|device| &device.node);
+            let ranks = self.groups[group].len();
+            self.cost.head_exchange_seconds(node(group), nodes, ((stages - 1) * ranks, stages * ranks), load)
+        };
+        let prices = self.by_position(stages, kv_blocks, |group, len, position, ledgers| {
+            let fits = ledgers.iter().all(MemoryLedger::fits);
+            let exchange = if position.spread_head && position.is_last() { exchange(group) } else { 0.0 };
+            fits.then(|| exchange + self.cost.stage_seconds(&self.groups[group], len, position, load))
+        });
         let hops: Vec<Vec<f64>> = (0..self.groups.len())
             .map(|to| (0..to).map(|from| self.cost.hop_seconds(node(from), node(to), load)).collect())
             .collect();
@@ -337,10 +397,9 @@ impl<'a> Planner<'a> {
 
     /// Fills in nodes, ledgers and the prediction of a cut that fits, with as many KV blocks as are wished for and fit.
     pub(crate) fn lay_out(&self, cut: &[CutStage]) -> ReplicaLayout {
-        let position = |index: usize| (index == 0, index + 1 == cut.len());
         let ledgers = |index: usize, kv_blocks: usize| {
-            let (first, last) = position(index);
-            self.ledgers(cut[index].group, cut[index].layers.len(), first, last, kv_blocks)
+            let position = self.position(index, cut.len());
+            self.ledgers(cut[index].group, cut[index].layers.len(), position, kv_blocks)
         };
         let wished =
             self.blocks_needed(self.request.kv_tokens_wanted.max(self.request.max_context_tokens)) as u64;
@@ -358,12 +417,11 @@ impl<'a> Planner<'a> {
             ranks: self.groups[cut[index].group].iter().map(|device| device.node.clone()).collect(),
             ledgers: ledgers(index, kv_blocks as usize),
         });
-        let loads: Vec<(Group<'a>, usize)> =
-            cut.iter().map(|stage| (self.groups[stage.group].clone(), stage.layers.len())).collect();
         ReplicaLayout {
             stages: stages.collect(),
+            spread_head: self.cost.spread_head,
             kv_blocks: kv_blocks as u32,
-            prediction: self.cost.predict(&loads),
+            prediction: self.cost.predict(&self.loads(cut)),
         }
     }
 }

@@ -73,6 +73,9 @@ pub struct PlanRequest {
     pub tensor_parallel_size: Option<usize>,
     /// Replicas; by default as many as fit.
     pub replicas: Option<usize>,
+    /// Whether all stages share the head, wherever a replica has several stages and 2, 4 or 8 ranks in all; by default where
+    /// that is predicted to be faster.
+    pub spread_head: Option<bool>,
     /// The longest sequence that must fit, prompt and answer together. A layout always holds at least one.
     pub max_context_tokens: usize,
     /// KV cache wished for per replica, in tokens of all sequences together. Where no layout has room for it, a
@@ -90,6 +93,7 @@ impl Default for PlanRequest {
             stages: None,
             tensor_parallel_size: None,
             replicas: None,
+            spread_head: None,
             max_context_tokens: 4096,
             kv_tokens_wanted: 8192,
             block_tokens: 16,

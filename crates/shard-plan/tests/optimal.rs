@@ -1,8 +1,7 @@
 //! Whole plans against every layout of a few small nodes, priced by the public ledger and cost model.
 
 use ashlar_shard_plan::cost::{BATCH, CostModel, StepLoad};
-use ashlar_shard_plan::ledger::Piece;
-use ashlar_shard_plan::{DeviceReport, Links, PlanError, PlanRequest, plan};
+use ashlar_shard_plan::{DeviceReport, Links, PlanError, PlanRequest, Position, plan};
 use ashlar_vocabulary::{Bytes, KvCacheType, ModelShape, NodeId, WeightType, WeightTypes};
 use proptest::prelude::*;
 use std::cell::Cell;
@@ -62,20 +61,20 @@ fn a_plan_has_the_fewest_stages_and_the_fastest_slowest_stage() {
         // Wished for and least are the same, so that one pass decides.
         let request = PlanRequest {
             replicas: Some(1),
+            spread_head: Some(false),
             max_context_tokens: 64,
             kv_tokens_wanted: 64,
             max_num_batched_tokens: 32,
             ..PlanRequest::default()
         };
-        let model = CostModel { shape: &shape, links: &links, request: &request };
+        let model = CostModel { shape: &shape, links: &links, request: &request, spread_head: false };
         let slowest = |chosen: &[&DeviceReport], cut: &[usize]| {
             let stages: Vec<_> = chosen.iter().zip(cut).map(|(device, layers)| (vec![*device], *layers)).collect();
             model.step(&stages, StepLoad::decode(BATCH, &request)).into_iter().fold(0.0, f64::max)
         };
         let fits = |chosen: &[&DeviceReport], cut: &[usize]| (0..cut.len()).all(|index| {
-            let (first, last) = (index == 0, index + 1 == cut.len());
-            let piece = Piece { layers: cut[index], first, last, rank: 0, tensor_parallel_size: 1 };
-            piece.ledger(&shape, &request, 4, chosen[index].memory, 1).fits()
+            let position = Position { stage: index, stages: cut.len(), spread_head: false };
+            position.piece(cut[index], 0, 1).ledger(&shape, &request, 4, chosen[index].memory, 1).fits()
         });
         let orders = (0..devices.len()).map(|last| {
             let mut order: Vec<&DeviceReport> = devices.iter().collect();

@@ -1,6 +1,8 @@
 //! Layouts of whole models: what is chosen, what is respected, what is refused.
 
-use ashlar_shard_plan::{DeviceReport, LinkReport, Links, PlanError, PlanRequest, plan, survivable_losses};
+use ashlar_shard_plan::{
+    DeviceReport, Layout, LinkReport, Links, PlanError, PlanRequest, plan, survivable_losses,
+};
 use ashlar_vocabulary::{Bytes, KvCacheType, LayerRange, ModelShape, NodeId, WeightType, WeightTypes};
 use proptest::prelude::*;
 
@@ -89,8 +91,8 @@ fn a_narrower_cache_takes_half_the_memory() {
 
 #[test]
 fn two_nodes_hold_the_tied_matrix_at_both_ends() {
-    let layout =
-        plan(&llama_1b(), &devices(2, 4 * GIB), &Links::default(), &PlanRequest::default()).expect("planned");
+    let request = PlanRequest { spread_head: Some(false), ..PlanRequest::default() };
+    let layout = plan(&llama_1b(), &devices(2, 4 * GIB), &Links::default(), &request).expect("planned");
     let stages = &layout.replicas[0].stages;
     assert_eq!(stages.len(), 2);
     let ends = [&stages[0].ledgers[0], &stages[1].ledgers[0]];
@@ -99,6 +101,71 @@ fn two_nodes_hold_the_tied_matrix_at_both_ends() {
     assert_eq!(ends.map(|l| l.head), [Bytes(0), Bytes(1_050_673_152)]);
     // The head is work, the embedding is not: the last stage has fewer layers.
     assert!(stages[1].layers.len() < stages[0].layers.len(), "{stages:?}");
+}
+
+/// Weights of all ledgers together, in bytes.
+fn held(layout: &Layout) -> Bytes {
+    let ledgers = layout.replicas[0].stages.iter().flat_map(|stage| &stage.ledgers);
+    ledgers.map(|ledger| ledger.weights + ledger.embedding + ledger.head).sum()
+}
+
+#[test]
+fn equal_nodes_share_head_and_layers_evenly() {
+    let request = |spread_head| PlanRequest {
+        stages: Some(2),
+        replicas: Some(1),
+        spread_head,
+        ..PlanRequest::default()
+    };
+    let planned = |spread_head| {
+        plan(&llama_1b(), &devices(2, 4 * GIB), &Links::default(), &request(spread_head)).expect("planned")
+    };
+    let (alone, shared) = (planned(Some(false)), planned(None));
+    assert_eq!(shared, planned(Some(true)), "sharing is found to be faster");
+    let layers =
+        |layout: &Layout| layout.replicas[0].stages.iter().map(|s| s.layers.len()).collect::<Vec<_>>();
+    assert_eq!((layers(&alone), layers(&shared)), (vec![10, 6], vec![8, 8]));
+    assert_eq!((alone.replicas[0].spread_head, shared.replicas[0].spread_head), (false, true));
+    let heads: Vec<Bytes> = shared.replicas[0].stages.iter().map(|stage| stage.ledgers[0].head).collect();
+    assert_eq!(heads, [Bytes(1_050_673_152 / 2); 2]);
+    assert_eq!(held(&alone), held(&shared));
+}
+
+#[test]
+fn slices_of_a_shared_head_add_up_to_the_whole() {
+    for (stages, ranks) in [(2, 1), (2, 2), (4, 1), (2, 4), (4, 2)] {
+        let nodes = devices(stages * ranks, 8 * GIB);
+        let planned = |spread| {
+            let request = PlanRequest {
+                stages: Some(stages),
+                tensor_parallel_size: Some(ranks),
+                replicas: Some(1),
+                spread_head: Some(spread),
+                ..PlanRequest::default()
+            };
+            plan(&llama_1b(), &nodes, &Links::default(), &request).expect("planned")
+        };
+        let shared = planned(true);
+        assert!(shared.replicas[0].spread_head);
+        let ledgers = || shared.replicas[0].stages.iter().flat_map(|stage| &stage.ledgers);
+        assert!(ledgers().all(|ledger| ledger.head > Bytes(0)), "{stages} × {ranks}");
+        let sum =
+            |layout: &Layout| layout.replicas[0].stages.iter().flat_map(|s| &s.ledgers).map(|l| l.head).sum();
+        let (together, whole): (Bytes, Bytes) = (sum(&shared), sum(&planned(false)));
+        assert_eq!(together, whole, "{stages} × {ranks}");
+    }
+}
+
+#[test]
+fn a_head_that_cannot_be_shared_or_is_far_away_stays_with_the_last_stage() {
+    let three =
+        PlanRequest { stages: Some(3), replicas: Some(1), spread_head: Some(true), ..PlanRequest::default() };
+    let layout = plan(&llama_1b(), &devices(3, 4 * GIB), &Links::default(), &three).expect("planned");
+    assert!(!layout.replicas[0].spread_head, "three ranks cut no axis of eight parts");
+    let slow = Links { bytes_per_s: 10e6, ..Links::default() };
+    let two = PlanRequest { stages: Some(2), replicas: Some(1), ..PlanRequest::default() };
+    let layout = plan(&llama_1b(), &devices(2, 4 * GIB), &slow, &two).expect("planned");
+    assert!(!layout.replicas[0].spread_head, "logits would take longer than the head");
 }
 
 #[test]

@@ -123,6 +123,7 @@ impl Scenario {
             max_num_seqs: self.max_num_seqs,
             max_num_batched_tokens: self.max_num_batched_tokens,
             // So small a share leaves the blocks of one sequence of full length.
+            spread_head: None,
             kv_memory_share: if self.scarce_blocks { 1e-9 } else { 0.25 },
             silence_ms_max: 1_000,
             replan_after_ms: 5_000,

@@ -4,7 +4,7 @@ use super::events::ClusterConfig;
 use super::place::{Node, Replica, Seat};
 use crate::engine::{BLOCK_TOKENS, StageCost};
 use ashlar_shard_plan::ledger::Piece;
-use ashlar_shard_plan::{PlanRequest, ReplicaLayout};
+use ashlar_shard_plan::{PlanRequest, Position, ReplicaLayout};
 use ashlar_vocabulary::NodeId;
 use std::collections::BTreeMap;
 
@@ -20,6 +20,7 @@ pub(super) fn plan_request(config: &ClusterConfig) -> PlanRequest {
         stages: config.stages,
         tensor_parallel_size: config.tensor_parallel_size,
         replicas: config.replicas,
+        spread_head: config.spread_head,
         max_context_tokens: context,
         kv_tokens_wanted: config.max_num_seqs * context.min(TYPICAL_CONTEXT_TOKENS),
         block_tokens: BLOCK_TOKENS,
@@ -27,15 +28,9 @@ pub(super) fn plan_request(config: &ClusterConfig) -> PlanRequest {
     }
 }
 
-fn piece(seat: &Seat, num_stages: usize, tensor_parallel_size: usize) -> Piece {
-    let stage = seat.place.stage.0 as usize;
-    Piece {
-        layers: seat.place.layers.len(),
-        first: stage == 0,
-        last: stage + 1 == num_stages,
-        rank: seat.place.rank.0 as usize,
-        tensor_parallel_size,
-    }
+fn piece(seat: &Seat, replica: &Replica) -> Piece {
+    let position = replica.position(seat.place.stage.0 as usize);
+    position.piece(seat.place.layers.len(), seat.place.rank.0 as usize, replica.tensor_parallel_size)
 }
 
 /// KV blocks of a replica: what the plan found room for, but on no node more than its share of memory, and always
@@ -50,13 +45,8 @@ pub(super) fn kv_blocks(
     let one_sequence = (config.max_context_tokens as usize).div_ceil(BLOCK_TOKENS) as u64;
     for (stage, cut) in layout.stages.iter().enumerate() {
         for (rank, node) in cut.ranks.iter().enumerate() {
-            let piece = Piece {
-                layers: cut.layers.len(),
-                first: stage == 0,
-                last: stage + 1 == num_stages,
-                rank,
-                tensor_parallel_size: cut.ranks.len(),
-            };
+            let position = Position { stage, stages: num_stages, spread_head: layout.spread_head };
+            let piece = position.piece(cut.layers.len(), rank, cut.ranks.len());
             let block_bytes = (piece.kv_bytes_per_token(&config.shape) * BLOCK_TOKENS).max(1) as u64;
             let share = (memory(node) as f64 * config.kv_memory_share) as u64 / block_bytes;
             blocks = blocks.min(share.max(one_sequence));
@@ -75,7 +65,7 @@ pub(super) fn stage_costs(
     for seat in &replica.seats {
         let Some(cost) = stages.get_mut(seat.place.stage.0 as usize) else { continue };
         let Some(node) = nodes.get(&seat.node) else { continue };
-        let piece = piece(seat, replica.num_stages, replica.tensor_parallel_size);
+        let piece = piece(seat, replica);
         let shape = &config.shape;
         let query = shape.attention_cut().rank(piece.rank, piece.tensor_parallel_size).len();
         let attention = 4.0 * (piece.layers * query) as f64;

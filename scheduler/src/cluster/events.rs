@@ -33,6 +33,8 @@ pub struct ClusterConfig {
     pub tensor_parallel_size: Option<usize>,
     /// Replicas; `None` means as many as fit.
     pub replicas: Option<usize>,
+    /// Whether all stages share the head; `None` lets the plan choose.
+    pub spread_head: Option<bool>,
     /// Wait for this many nodes before the first layout; `None` waits until nobody has joined for `settle_ms`.
     pub expected_nodes: Option<usize>,
     /// See `expected_nodes`.

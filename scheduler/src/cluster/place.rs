@@ -4,7 +4,7 @@ use super::events::NodeConnection;
 use crate::time::Millis;
 use ashlar_protocol::membership::Join;
 use ashlar_protocol::step::StepTiming;
-use ashlar_shard_plan::{MemoryLedger, ReplicaLayout};
+use ashlar_shard_plan::{MemoryLedger, Position, ReplicaLayout};
 use ashlar_vocabulary::{Bytes, LayerRange, NodeId, ReplicaId, ReplicaRevision, StageIndex, TensorRank};
 
 /// A joined node.
@@ -47,6 +47,8 @@ pub(super) struct Replica {
     pub(super) revision: ReplicaRevision,
     pub(super) num_stages: usize,
     pub(super) tensor_parallel_size: usize,
+    /// Whether all stages share the head.
+    pub(super) spread_head: bool,
     pub(super) kv_blocks: u32,
     /// Stage by stage, rank by rank.
     pub(super) seats: Vec<Seat>,
@@ -102,6 +104,7 @@ impl Replica {
             revision: ReplicaRevision(0),
             num_stages: layout.stages.len(),
             tensor_parallel_size: layout.stages.first().map_or(1, |stage| stage.ranks.len()),
+            spread_head: layout.spread_head,
             kv_blocks,
             seats: seats.collect(),
             phase: Phase::Vacant { since: now },
@@ -113,6 +116,11 @@ impl Replica {
     /// Whether every place is taken.
     pub(super) fn complete(&self) -> bool {
         self.seats.iter().all(|seat| seat.taken)
+    }
+
+    /// A stage's place in it.
+    pub(super) fn position(&self, stage: usize) -> Position {
+        Position { stage, stages: self.num_stages, spread_head: self.spread_head }
     }
 
     /// Who takes a place.

@@ -6,7 +6,7 @@ use crate::engine::ReplicaUp;
 use crate::time::Millis;
 use ashlar_protocol::membership::Assignment;
 use ashlar_shard_plan::{DeviceReport, plan};
-use ashlar_vocabulary::{NodeId, ReplicaId, ReplicaRevision};
+use ashlar_vocabulary::{HeadSlice, NodeId, ReplicaId, ReplicaRevision};
 
 impl Cluster {
     /// Closes the difference between what is intended and what is observed, as far as that is possible now.
@@ -124,6 +124,9 @@ impl Cluster {
         for seat in &replica.seats {
             let Some(node) = self.nodes.get(&seat.node) else { continue };
             let (stage, rank) = (seat.place.stage.0 as usize, seat.place.rank.0 as usize);
+            let (stages, ranks) = (replica.num_stages, replica.tensor_parallel_size);
+            let head = HeadSlice::of_rank(replica.spread_head, (stage, stages), (rank, ranks));
+            let earlier = stage + 1 < stages;
             let assignment = Assignment {
                 term: config.term,
                 holder: config.holder.clone(),
@@ -140,7 +143,9 @@ impl Cluster {
                 kv_blocks: replica.kv_blocks,
                 max_num_batched_tokens: config.max_num_batched_tokens,
                 group: (0..replica.tensor_parallel_size).filter_map(|rank| address(stage, rank)).collect(),
-                next: if stage + 1 < replica.num_stages { address(stage + 1, rank) } else { None },
+                next: if earlier { address(stage + 1, rank) } else { None },
+                head,
+                sampler: if earlier && head.is_some() { address(stages - 1, 0) } else { None },
             };
             let connection = node.connection;
             effects.push(Effect::Assign { connection, assignment: Box::new(assignment) });

@@ -54,6 +54,10 @@ pub struct SchedulerConfig {
     /// Replicas; default: as many as fit.
     #[serde(default)]
     pub replicas: Option<usize>,
+    /// Whether all stages share the head instead of leaving it to the last one, wherever a replica has 2, 4 or 8 ranks in all;
+    /// default: where that is predicted to be faster.
+    #[serde(default)]
+    pub spread_head: Option<bool>,
     /// Nodes to wait for before the first layout; default: until nobody has joined for `settle_ms`.
     #[serde(default)]
     pub expected_nodes: Option<usize>,
@@ -122,6 +126,7 @@ impl SchedulerConfig {
             stages: None,
             tensor_parallel_size: None,
             replicas: None,
+            spread_head: None,
             expected_nodes: None,
             settle_ms: default_settle_ms(),
             max_num_seqs: default_max_num_seqs(),

@@ -190,6 +190,7 @@ impl Scheduler {
             settle_ms: config.settle_ms,
             max_num_seqs: config.max_num_seqs,
             max_num_batched_tokens: config.max_num_batched_tokens,
+            spread_head: config.spread_head,
             kv_memory_share: config.kv_memory_share,
             silence_ms_max: config.silence_ms_max,
             replan_after_ms: config.replan_after_ms,

@@ -37,9 +37,18 @@ impl Key {
         }
         hasher.update(if cfg!(target_endian = "little") { b"little" } else { b"big" });
         hasher.update(&digest.0);
-        let RankSlice { layers, first, last, tensor_rank, tensor_parallel_size } = slice;
-        let cut =
-            [layers.start, layers.end, (*first).into(), (*last).into(), *tensor_rank, *tensor_parallel_size];
+        let RankSlice { layers, first, last, tensor_rank, tensor_parallel_size, head } = slice;
+        let (head_index, head_of) = head.map_or((0, 0), |head| (head.index, head.of));
+        let cut = [
+            layers.start,
+            layers.end,
+            (*first).into(),
+            (*last).into(),
+            *tensor_rank,
+            *tensor_parallel_size,
+            head_index,
+            head_of,
+        ];
         for number in cut {
             hasher.update(&(number as u64).to_le_bytes());
         }
@@ -93,7 +102,7 @@ fn name_of(model: &Path) -> String {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
-    use ashlar_vocabulary::LayerRange;
+    use ashlar_vocabulary::{HeadSlice, LayerRange};
     use std::collections::BTreeSet;
 
     fn slice() -> RankSlice {
@@ -103,6 +112,7 @@ mod tests {
             last: false,
             tensor_rank: 1,
             tensor_parallel_size: 2,
+            head: None,
         }
     }
 
@@ -136,6 +146,24 @@ mod tests {
             Key::new(model, &digest, None, &RankSlice { last: true, ..slice() }),
             Key::new(model, &digest, None, &RankSlice { tensor_rank: 0, ..slice() }),
             Key::new(model, &digest, None, &RankSlice { tensor_parallel_size: 4, ..slice() }),
+            Key::new(
+                model,
+                &digest,
+                None,
+                &RankSlice { head: Some(HeadSlice { index: 0, of: 4 }), ..slice() },
+            ),
+            Key::new(
+                model,
+                &digest,
+                None,
+                &RankSlice { head: Some(HeadSlice { index: 1, of: 4 }), ..slice() },
+            ),
+            Key::new(
+                model,
+                &digest,
+                None,
+                &RankSlice { head: Some(HeadSlice { index: 1, of: 8 }), ..slice() },
+            ),
         ];
         let digests: BTreeSet<_> = keys.iter().map(|key| key.digest).collect();
         assert_eq!(digests.len(), keys.len());

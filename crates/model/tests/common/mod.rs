@@ -3,9 +3,10 @@
 
 use ashlar_kernels::{BLOCK_TOKENS, Isa, Kernels, RowContext};
 use ashlar_model::{
-    Collective, CollectiveError, KvCache, ModelConfig, RankSlice, StageInput, StageModel, Workspace,
+    Collective, CollectiveError, HeadError, HeadRanks, KvCache, ModelConfig, NoHeadRanks, RankSlice,
+    StageInput, StageModel, Workspace,
 };
-use ashlar_vocabulary::{BlockId, LayerRange, Precision, Quantization, TokenId};
+use ashlar_vocabulary::{BlockId, HeadSlice, LayerRange, Precision, Quantization, TokenId};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Barrier, Mutex};
 
@@ -111,8 +112,23 @@ impl Grid {
     ) -> Grid {
         let precision = precision.into();
         let config = ModelConfig::open(directory, precision).unwrap();
-        Grid::of(config, stages, tensor_parallel_size, &|slice| {
+        Grid::of(config, stages, tensor_parallel_size, false, &|slice| {
             let kernels = Arc::new(Kernels::new(isa, threads));
+            StageModel::load(directory, precision, slice, kernels, &mut |_, _| {}).unwrap()
+        })
+    }
+
+    /// A head that every rank of every stage has a slice of.
+    pub fn with_spread_head(
+        directory: &Path,
+        precision: impl Into<Precision>,
+        stages: usize,
+        ranks: usize,
+    ) -> Grid {
+        let precision = precision.into();
+        let config = ModelConfig::open(directory, precision).unwrap();
+        Grid::of(config, stages, ranks, true, &|slice| {
+            let kernels = Arc::new(Kernels::new(Isa::best(), 1));
             StageModel::load(directory, precision, slice, kernels, &mut |_, _| {}).unwrap()
         })
     }
@@ -122,11 +138,14 @@ impl Grid {
         config: ModelConfig,
         stages: usize,
         tensor_parallel_size: usize,
+        spread_head: bool,
         load: &dyn Fn(RankSlice) -> StageModel,
     ) -> Grid {
         let layers = config.shape.num_layers;
         let stages = (0..stages)
             .map(|stage| {
+                let cut =
+                    |rank| HeadSlice::of_rank(spread_head, (stage, stages), (rank, tensor_parallel_size));
                 let range = LayerRange { start: stage * layers / stages, end: (stage + 1) * layers / stages };
                 ThreadGroup::of(tensor_parallel_size)
                     .into_iter()
@@ -137,6 +156,7 @@ impl Grid {
                             last: stage + 1 == stages,
                             tensor_rank: group.rank,
                             tensor_parallel_size,
+                            head: cut(group.rank),
                         };
                         let model = load(slice);
                         Rank { cache: model.kv_cache(64), work: model.workspace(ROWS_MAX), model, group }
@@ -182,13 +202,15 @@ impl Grid {
         let mut activations: Vec<f32> = Vec::new();
         let mut logits = Vec::new();
         let last = self.stages.len() - 1;
-        for (index, ranks) in self.stages.iter_mut().enumerate() {
+        for index in 0..self.stages.len() {
+            let (earlier, from_here) = self.stages.split_at_mut(index);
+            let (ranks, earlier) = (&mut from_here[0], &*earlier);
             let (tokens, contexts, input) = (&tokens, &contexts, &activations);
             let outputs: Vec<_> = std::thread::scope(|scope| {
                 let running: Vec<_> = ranks
                     .iter_mut()
                     .map(|rank| {
-                        scope.spawn(move || run_rank(rank, index, index == last, tokens, contexts, input))
+                        scope.spawn(move || run_rank(rank, earlier, index == last, tokens, contexts, input))
                     })
                     .collect();
                 running.into_iter().map(|handle| handle.join().unwrap()).collect()
@@ -220,23 +242,49 @@ impl Grid {
     }
 }
 
+/// The ranks of earlier stages, asked one after the other.
+struct EarlierRanks<'a> {
+    stages: &'a [Vec<Rank>],
+    rows: Vec<f32>,
+}
+
+impl HeadRanks for EarlierRanks<'_> {
+    fn hand_out(&mut self, rows: &[f32]) -> Result<(), HeadError> {
+        self.rows = rows.to_vec();
+        Ok(())
+    }
+
+    fn collect(&mut self, index: usize, slice: &mut [f32]) -> Result<(), HeadError> {
+        let model = &self.stages.iter().flatten().nth(index).unwrap().model;
+        assert_eq!(model.slice().head.unwrap().index, index);
+        model.head_slice(&self.rows, slice);
+        Ok(())
+    }
+}
+
 fn run_rank(
     rank: &mut Rank,
-    stage: usize,
+    earlier: &[Vec<Rank>],
     last: bool,
     tokens: &[TokenId],
     contexts: &[RowContext<'_>],
     input: &[f32],
 ) -> (Vec<f32>, Vec<Vec<f32>>) {
-    let input = if stage == 0 { StageInput::Tokens(tokens) } else { StageInput::Activations(input) };
+    let input = if earlier.is_empty() { StageInput::Tokens(tokens) } else { StageInput::Activations(input) };
     let Rank { model, cache, work, group } = rank;
     model.forward(contexts, input, cache, group, work, &mut || {}).unwrap();
     let activations = work.activations(tokens.len()).to_vec();
     let mut logits = Vec::new();
+    let mut earlier = EarlierRanks { stages: earlier, rows: Vec::new() };
+    let others: &mut dyn HeadRanks = if model.slice().head.is_some_and(|head| head.of > group.size()) {
+        &mut earlier
+    } else {
+        &mut NoHeadRanks
+    };
     if last {
         let rows: Vec<usize> = (0..tokens.len()).collect();
         for chunk in rows.chunks(ashlar_model::stage::LOGIT_ROWS_MAX) {
-            if let Some(values) = model.logits(chunk, group, work).unwrap() {
+            if let Some(values) = model.logits(chunk, group, others, work).unwrap() {
                 let vocab = model.config().shape.vocab_size;
                 logits.extend(values.chunks_exact(vocab).map(<[f32]>::to_vec));
             }

@@ -1,12 +1,13 @@
 //! A layout that runs: its ranks' threads, and the window of steps in flight.
 
 use super::measure::Plan;
-use super::rank::{Done, Issue, Rank, Spent};
-use super::wiring::{self, Port};
+use super::rank::{Command, Done, Issue, Rank, Spent};
+use super::wiring::{self, Place, Port};
 use crate::bench::rows::Work;
 use anyhow::{Context, Result, anyhow};
 use ashlar_kernels::{Isa, Kernels};
 use ashlar_model::{RankSlice, StageModel};
+use ashlar_shard_node::head::HeadSetup;
 use ashlar_shard_node::links::{LinkBreaker, LinkSettings};
 use ashlar_vocabulary::Bytes;
 use std::cell::Cell;
@@ -26,6 +27,8 @@ pub(super) enum Kind {
     Stages {
         /// Layers of the first stage.
         cut: usize,
+        /// Whether both compute half of the head.
+        spread_head: bool,
     },
 }
 
@@ -35,7 +38,8 @@ impl Kind {
         match self {
             Kind::One => "one rank",
             Kind::TensorParallel => "two ranks",
-            Kind::Stages { .. } => "two stages",
+            Kind::Stages { spread_head: false, .. } => "two stages",
+            Kind::Stages { spread_head: true, .. } => "two stages, head in both",
         }
     }
 }
@@ -64,7 +68,7 @@ pub(super) struct RankSetup {
 #[derive(Debug)]
 pub(super) struct Running {
     kind: Kind,
-    issue: Vec<mpsc::Sender<Issue>>,
+    issue: Vec<mpsc::Sender<Command>>,
     done: mpsc::Receiver<Done>,
     threads: Vec<JoinHandle<()>>,
     breaker: LinkBreaker,
@@ -109,25 +113,36 @@ impl Running {
         let (ready, readiness) = mpsc::channel();
         let (mut issue, mut threads) = (Vec::new(), Vec::new());
         for (rank, (model, port)) in models.into_iter().zip(ports).enumerate() {
-            let (stage, group, next) = match kind {
-                Kind::One | Kind::TensorParallel => (0, addresses.clone(), None),
-                Kind::Stages { .. } => {
-                    (rank, vec![addresses[rank].clone()], addresses.get(rank + 1).cloned())
+            let place = match kind {
+                Kind::One | Kind::TensorParallel => {
+                    Place { stage: 0, group: addresses.clone(), next: None, sampler: None }
+                }
+                Kind::Stages { spread_head, .. } => {
+                    let next = addresses.get(rank + 1).cloned();
+                    let sampler = next.clone().filter(|_| spread_head);
+                    Place { stage: rank, group: vec![addresses[rank].clone()], next, sampler }
                 }
             };
-            let (sender, steps) = mpsc::channel();
-            issue.push(sender);
+            let (sender, commands) = mpsc::channel();
+            issue.push(sender.clone());
+            let wake = Arc::new(move || {
+                // A rank that has ended needs no waking.
+                let _ = sender.send(Command::HeadRows);
+            });
+            let head = HeadSetup { row_values: model.config().shape.hidden_size, wake };
             let (breaker, report, ready) = (breaker.clone(), report.clone(), ready.clone());
             let (sequences, rows_max) = (plan.sequences().clone(), plan.rows_max());
             let body = move || {
-                let links = wiring::connect(port, model.slice(), stage, group, next, each.links, &breaker);
+                let links = wiring::connect(port, model.slice(), place, each.links, &breaker, &head);
+                // A rank's queue ends with its senders.
+                drop(head);
                 match links.map(|links| Rank::new(rank, model, sequences, rows_max, links)) {
                     Err(error) => drop(ready.send(Err(error))),
                     Ok(rank) => {
                         let told = ready.send(Ok(()));
                         drop(ready);
                         if told.is_ok() {
-                            rank.serve(&steps, &report);
+                            rank.serve(&commands, &report);
                         }
                     }
                 }
@@ -190,7 +205,7 @@ impl Running {
         let (mut started, mut ended) = (Instant::now(), Instant::now());
         let issue = |index: usize| -> Result<()> {
             let issue = Issue { step: first + index as u64, work: work(index) };
-            self.issue.iter().try_for_each(|rank| rank.send(issue)).map_err(|_| self.failure())
+            self.issue.iter().try_for_each(|rank| rank.send(Command::Step(issue))).map_err(|_| self.failure())
         };
         for index in 0..in_flight.min(total) {
             issue(index)?;

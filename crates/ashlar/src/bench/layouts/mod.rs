@@ -25,8 +25,8 @@ use ashlar_model::{ModelConfig, RankSlice, hub};
 use ashlar_protocol::data::LinkFaults;
 use ashlar_shard_node::config::LinkConfig;
 use ashlar_shard_node::links::LinkSettings;
-use ashlar_shard_plan::ledger::Piece;
-use ashlar_vocabulary::{Bytes, LayerRange, ModelShape};
+use ashlar_shard_plan::Position;
+use ashlar_vocabulary::{Bytes, HeadSlice, LayerRange, ModelShape};
 use clap::Args;
 use layout::{Kind, RankSetup, Running};
 use measure::{Measurement, Plan};
@@ -69,7 +69,7 @@ pub(crate) struct LayoutArgs {
     /// Threads of the one rank; the others have half each. Even.
     #[arg(long, default_value_t = 2)]
     threads: usize,
-    /// Layers of the first stage; default: both stages read equally many bytes, the head included.
+    /// Layers of the first stage; default: both stages read equally many bytes, their parts of the head included.
     #[arg(long)]
     cut: Option<usize>,
     /// Measure only this layout against one rank.
@@ -93,6 +93,8 @@ enum Only {
     Tp,
     /// Two pipeline stages.
     Stages,
+    /// Two pipeline stages which share the head.
+    SpreadHead,
 }
 
 /// How a tensor-parallel group exchanges.
@@ -127,8 +129,7 @@ pub(crate) fn run(args: &LayoutArgs) -> Result<()> {
     check(args)?;
     let directory = hub::resolve(&args.model, &mut |file| eprintln!("fetching {file}"))?;
     let config = ModelConfig::open(&directory, args.precision.precision())?;
-    let cut = args.cut.unwrap_or_else(|| balanced_cut(&config.shape));
-    let others = others(args, &config.shape, cut)?;
+    let others = others(args, &config.shape)?;
     let plan = Plan::new(args, &config.shape)?;
     let (one, needs) = (needs(&config, &plan, Kind::One), |kind| needs(&config, &plan, kind));
     let all: Bytes = one + others.iter().map(|&kind| needs(kind)).sum() + Machine::BYTES;
@@ -157,7 +158,7 @@ pub(crate) fn run(args: &LayoutArgs) -> Result<()> {
         }
         comparisons.push(measure::run(&plan, &first, &layouts, &mut machine, &kernels)?);
     }
-    let report = report::Report::new(args, &config.shape, cut, machine.report(&kernels), &comparisons);
+    let report = report::Report::new(args, &config.shape, machine.report(&kernels), &comparisons);
     if args.json {
         println!("{}", serde_json::to_string_pretty(&report).context("json")?);
     } else {
@@ -182,7 +183,7 @@ fn check(args: &LayoutArgs) -> Result<()> {
 }
 
 /// The layouts to compare with one rank; those that this model cannot have are left out with a word.
-fn others(args: &LayoutArgs, shape: &ModelShape, cut: usize) -> Result<Vec<Kind>> {
+fn others(args: &LayoutArgs, shape: &ModelShape) -> Result<Vec<Kind>> {
     let mut kinds = Vec::new();
     let asked = |layout| args.only.is_none_or(|only| only == layout);
     if asked(Only::Tp) {
@@ -191,9 +192,16 @@ fn others(args: &LayoutArgs, shape: &ModelShape, cut: usize) -> Result<Vec<Kind>
             Some(problem) => eprintln!("without two ranks: {problem}"),
         }
     }
-    if asked(Only::Stages) {
+    for (only, spread_head) in [(Only::Stages, false), (Only::SpreadHead, true)] {
+        if !asked(only) {
+            continue;
+        }
+        let cut = args.cut.unwrap_or_else(|| balanced_cut(shape, spread_head));
         match cut > 0 && cut < shape.num_layers {
-            true => kinds.push(Kind::Stages { cut }),
+            true if spread_head && !HeadSlice::can_spread(shape, 2, 1) => {
+                eprintln!("without a shared head: the vocabulary is too small");
+            }
+            true => kinds.push(Kind::Stages { cut, spread_head }),
             false if args.cut.is_some() => {
                 bail!("--cut must leave each stage a layer of {}", shape.num_layers)
             }
@@ -207,12 +215,11 @@ fn others(args: &LayoutArgs, shape: &ModelShape, cut: usize) -> Result<Vec<Kind>
 }
 
 /// Layers of the first of two stages, so that what the slower of both reads is least; the head counts.
-fn balanced_cut(shape: &ModelShape) -> usize {
-    let bytes = |layers: usize, last: bool| {
-        let piece = Piece { layers, first: !last, last, rank: 0, tensor_parallel_size: 1 };
-        piece.product_bytes(shape)
+fn balanced_cut(shape: &ModelShape, spread_head: bool) -> usize {
+    let bytes = |layers: usize, stage: usize| {
+        Position { stage, stages: 2, spread_head }.piece(layers, 0, 1).product_bytes(shape)
     };
-    let slower = |cut: usize| bytes(cut, false).max(bytes(shape.num_layers - cut, true));
+    let slower = |cut: usize| bytes(cut, 0).max(bytes(shape.num_layers - cut, 1));
     (1..shape.num_layers).min_by(|&a, &b| slower(a).total_cmp(&slower(b))).unwrap_or(0)
 }
 
@@ -262,12 +269,22 @@ impl Kind {
         match self {
             Kind::One => vec![whole],
             Kind::TensorParallel => (0..2)
-                .map(|tensor_rank| RankSlice { tensor_rank, tensor_parallel_size: 2, ..whole.clone() })
+                .map(|tensor_rank| RankSlice {
+                    tensor_rank,
+                    tensor_parallel_size: 2,
+                    head: Some(HeadSlice { index: tensor_rank, of: 2 }),
+                    ..whole.clone()
+                })
                 .collect(),
-            Kind::Stages { cut } => vec![
-                RankSlice { layers: LayerRange { start: 0, end: cut }, last: false, ..whole.clone() },
-                RankSlice { layers: LayerRange { start: cut, end: shape.num_layers }, first: false, ..whole },
-            ],
+            Kind::Stages { cut, spread_head } => {
+                let head = |stage| HeadSlice::of_rank(spread_head, (stage, 2), (0, 1));
+                let (front, back) =
+                    (LayerRange { start: 0, end: cut }, LayerRange { start: cut, end: shape.num_layers });
+                vec![
+                    RankSlice { layers: front, last: false, head: head(0), ..whole.clone() },
+                    RankSlice { layers: back, first: false, head: head(1), ..whole },
+                ]
+            }
         }
     }
 }
@@ -279,14 +296,15 @@ mod tests {
 
     #[test]
     fn the_head_of_the_1b_shape_moves_the_cut_to_ten_layers() {
-        assert_eq!(balanced_cut(&llama_1b()), 10);
-        assert_eq!(balanced_cut(&ModelShape { num_layers: 1, ..llama_1b() }), 0);
+        assert_eq!(balanced_cut(&llama_1b(), false), 10);
+        assert_eq!(balanced_cut(&llama_1b(), true), 8);
+        assert_eq!(balanced_cut(&ModelShape { num_layers: 1, ..llama_1b() }, false), 0);
     }
 
     #[test]
     fn slices_cover_the_model_once() {
         let shape = llama_1b();
-        let stages = Kind::Stages { cut: 10 }.slices(&shape);
+        let stages = Kind::Stages { cut: 10, spread_head: false }.slices(&shape);
         assert_eq!(
             (stages[0].first, stages[0].last, stages[1].first, stages[1].last),
             (true, false, false, true)

@@ -4,7 +4,7 @@ use super::wiring::REVISION;
 use crate::bench::rows::{Sequences, Work, fill_cache};
 use anyhow::{Context, Result};
 use ashlar_model::stage::LOGIT_ROWS_MAX;
-use ashlar_model::{Collective, KvCache, StageInput, StageModel, Workspace};
+use ashlar_model::{KvCache, StageInput, StageModel, Workspace};
 use ashlar_protocol::data::{PayloadHeader, PayloadKind};
 use ashlar_shard_node::links::Links;
 use ashlar_vocabulary::StepId;
@@ -13,6 +13,15 @@ use std::hint::black_box;
 use std::ops::AddAssign;
 use std::sync::mpsc;
 use std::time::Instant;
+
+/// What reaches a rank's thread.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Command {
+    /// Execute a step.
+    Step(Issue),
+    /// Rows for its slice of the head have arrived.
+    HeadRows,
+}
 
 /// A step for every rank of a layout.
 #[derive(Debug, Clone, Copy)]
@@ -41,7 +50,7 @@ pub(crate) struct Spent {
     pub(crate) compute_us: f64,
     /// Of which the head.
     pub(crate) head_us: f64,
-    /// Exchanging within the group, waiting for its slower rank included.
+    /// Exchanging within the group or for a spread head, waiting for slower ranks included.
     pub(crate) collective_us: f64,
     /// Waiting for the stage before.
     pub(crate) wait_us: f64,
@@ -103,11 +112,26 @@ impl Rank {
     }
 
     /// Executes steps until no more can come or one fails.
-    pub(super) fn serve(mut self, steps: &mpsc::Receiver<Issue>, done: &mpsc::Sender<Done>) {
+    pub(super) fn serve(mut self, commands: &mpsc::Receiver<Command>, done: &mpsc::Sender<Done>) {
         let mut free = Instant::now();
-        while let Ok(issue) = steps.recv() {
-            let idle_us = micros(free);
-            let spent = self.execute(issue).map(|spent| Spent { idle_us, ..spent });
+        while let Ok(command) = commands.recv() {
+            let issue = match command {
+                Command::Step(issue) => issue,
+                Command::HeadRows => match self.serve_head() {
+                    Ok(()) => continue,
+                    // The rank that samples waits in vain, says so and ends the run.
+                    Err(_) => return,
+                },
+            };
+            // Between steps it may have worked for the head.
+            let head_us = self.take_head_us();
+            let idle_us = micros(free) - head_us;
+            let spent = self.execute(issue).map(|spent| Spent {
+                idle_us,
+                compute_us: spent.compute_us + head_us,
+                head_us: spent.head_us + head_us,
+                ..spent
+            });
             free = Instant::now();
             let failed = spent.is_err();
             if done.send(Done { rank: self.index, step: issue.step, spent }).is_err() || failed {
@@ -116,13 +140,28 @@ impl Rank {
         }
     }
 
+    /// Computes its slice of the head for rows that have arrived.
+    fn serve_head(&mut self) -> Result<()> {
+        match &mut self.links.head_service {
+            Some(service) => service.serve(&self.model).context("lost the rank that samples"),
+            None => Ok(()),
+        }
+    }
+
+    /// Time spent for the head of other ranks since the last call.
+    fn take_head_us(&mut self) -> f64 {
+        self.links.head_service.as_mut().map_or(0.0, |service| service.take_spent().as_secs_f64() * 1e6)
+    }
+
     fn execute(&mut self, issue: Issue) -> Result<Spent> {
         let started = Instant::now();
+        self.serve_head()?;
         let (shape, step) = (&self.model.config().shape, StepId(issue.step));
         let (rows, tokens) = self.sequences.rows(&issue.work, shape);
         let header = PayloadHeader { kind: PayloadKind::Activations, revision: REVISION, step, sequence: 0 };
         let mut spent = Spent::default();
-        let input = match &mut self.links.previous {
+        let Links { previous, next, group, head_service, head_ranks } = &mut self.links;
+        let input = match previous {
             None => StageInput::Tokens(&tokens),
             Some(previous) => {
                 self.input.resize(rows.len() * shape.hidden_size, 0.0);
@@ -131,10 +170,16 @@ impl Rank {
                 StageInput::Activations(&self.input)
             }
         };
-        let group = &mut self.links.group;
         group.begin(step);
-        self.model.forward(&rows, input, &mut self.cache, group, &mut self.work, &mut || ())?;
-        if let Some(next) = &self.links.next {
+        head_ranks.begin(step);
+        let mut served = Ok(());
+        self.model.forward(&rows, input, &mut self.cache, group, &mut self.work, &mut || {
+            if let (Some(service), Ok(())) = (head_service.as_mut(), &served) {
+                served = service.serve(&self.model);
+            }
+        })?;
+        served.context("lost the rank that samples")?;
+        if let Some(next) = next {
             let sending = Instant::now();
             next.send(header, self.work.activations(rows.len())).context("lost the next stage")?;
             spent.send_us = micros(sending);
@@ -142,12 +187,14 @@ impl Rank {
         if self.model.slice().last {
             let (heading, before) = (Instant::now(), group.spent());
             for chunk in issue.work.logit_rows().chunks(LOGIT_ROWS_MAX) {
-                black_box(self.model.logits(chunk, group as &mut dyn Collective, &mut self.work)?);
+                black_box(self.model.logits(chunk, group, head_ranks, &mut self.work)?);
             }
-            spent.head_us = micros(heading) - (group.spent() - before).as_secs_f64() * 1e6;
+            let exchanging = group.spent() - before + head_ranks.spent();
+            spent.head_us = micros(heading) - exchanging.as_secs_f64() * 1e6;
         }
-        spent.collective_us = group.spent().as_secs_f64() * 1e6;
+        spent.collective_us = (group.spent() + head_ranks.spent()).as_secs_f64() * 1e6;
         spent.compute_us = micros(started) - spent.wait_us - spent.send_us - spent.collective_us;
+        spent.head_us += self.take_head_us();
         Ok(spent)
     }
 }

@@ -30,10 +30,17 @@ pub(super) struct Report {
     transport: &'static str,
     context: usize,
     repeats: usize,
-    /// Layers of the two stages.
-    stage_layers: (usize, usize),
+    /// Layers of the two stages, layout by layout.
+    stage_layers: Vec<StageLayers>,
     machine: MachineReport,
     results: Vec<Row>,
+}
+
+/// How two stages share the layers.
+#[derive(Debug, PartialEq, Serialize)]
+struct StageLayers {
+    layout: &'static str,
+    layers: (usize, usize),
 }
 
 /// One layout under one load; medians over the repeats.
@@ -162,16 +169,23 @@ impl Report {
     pub(super) fn new(
         args: &LayoutArgs,
         shape: &ModelShape,
-        cut: usize,
         machine: MachineReport,
         comparisons: &[Vec<Measurement>],
     ) -> Report {
         let mut results: Vec<Row> = Vec::new();
+        let mut stage_layers: Vec<StageLayers> = Vec::new();
         for measurements in comparisons {
             let mut seen: Vec<(Kind, Load)> = Vec::new();
             for found in measurements.iter().map(|m| (m.kind, m.load)) {
                 if !seen.contains(&found) {
                     seen.push(found);
+                }
+            }
+            for kind in seen.iter().map(|(kind, _)| *kind) {
+                let Kind::Stages { cut, .. } = kind else { continue };
+                let found = StageLayers { layout: kind.name(), layers: (cut, shape.num_layers - cut) };
+                if !stage_layers.contains(&found) {
+                    stage_layers.push(found);
                 }
             }
             for (kind, load) in seen {
@@ -186,7 +200,7 @@ impl Report {
             transport: args.transport.name(),
             context: args.context,
             repeats: args.repeat,
-            stage_layers: (cut, shape.num_layers - cut),
+            stage_layers,
             machine,
             results,
         }
@@ -204,7 +218,9 @@ impl Report {
             self.context,
             self.repeats
         );
-        println!("two stages: {} layers, and {} with the head", self.stage_layers.0, self.stage_layers.1);
+        for StageLayers { layout, layers: (front, back) } in &self.stage_layers {
+            println!("{layout}: {front} layers and {back}");
+        }
         println!("{}\n", self.machine.line());
         self.print_ratios();
         self.print_ranks();

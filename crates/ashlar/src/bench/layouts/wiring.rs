@@ -5,6 +5,7 @@ use ashlar_model::RankSlice;
 use ashlar_protocol::membership::Assignment;
 use ashlar_shard_node::beat::Beat;
 use ashlar_shard_node::group::GroupTransport;
+use ashlar_shard_node::head::HeadSetup;
 use ashlar_shard_node::links::{self, Inbound, LinkBreaker, LinkSettings, Links, PendingLinks, Waiting};
 use ashlar_vocabulary::{
     LeaseTerm, ModelDigest, Precision, ReplicaId, ReplicaRevision, StageIndex, TensorRank,
@@ -41,16 +42,27 @@ impl Port {
     }
 }
 
-/// Makes the links of the rank with `slice`, in stage `stage`; `group` are the addresses of its stage's ranks, `next` that
-/// of the same rank in the next stage. Blocks until all stand, so every rank needs a thread of its own here.
+/// Whom a rank speaks to.
+#[derive(Debug)]
+pub(super) struct Place {
+    /// Its stage.
+    pub(super) stage: usize,
+    /// Addresses of its stage's ranks.
+    pub(super) group: Vec<String>,
+    /// Address of the same rank in the next stage.
+    pub(super) next: Option<String>,
+    /// Address of the rank that gets the logits, where an earlier stage holds rows of the head.
+    pub(super) sampler: Option<String>,
+}
+
+/// Makes the links of the rank with `slice`; `wake` is called when rows for its slice of the head arrive. Blocks until all stand, so every rank needs a thread of its own here.
 pub(super) fn connect(
     port: Port,
     slice: &RankSlice,
-    stage: usize,
-    group: Vec<String>,
-    next: Option<String>,
+    place: Place,
     settings: LinkSettings,
     breaker: &LinkBreaker,
+    head: &HeadSetup,
 ) -> Result<Links> {
     let assignment = Assignment {
         term: LeaseTerm(1),
@@ -60,17 +72,22 @@ pub(super) fn connect(
         model: String::new(),
         precision: Precision::default(),
         model_digest: ModelDigest([0; 32]),
-        stage: StageIndex(stage as u32),
+        stage: StageIndex(place.stage as u32),
         num_stages: 2,
         layers: slice.layers,
         tensor_rank: TensorRank(slice.tensor_rank as u32),
         tensor_parallel_size: slice.tensor_parallel_size as u32,
         kv_blocks: 0,
         max_num_batched_tokens: 0,
-        group,
-        next,
+        group: place.group,
+        next: place.next,
+        head: slice.head,
+        sampler: place.sampler,
     };
-    let expected = usize::from(stage > 0) + slice.tensor_parallel_size - 1 - slice.tensor_rank;
+    let samples = slice.last && slice.tensor_rank == 0;
+    let slices = slice.head.filter(|_| samples).map_or(0, |head| head.of - slice.tensor_parallel_size);
+    let group = slice.tensor_parallel_size - 1 - slice.tensor_rank;
+    let expected = usize::from(place.stage > 0) + group + slices;
     let inbound = accept_in_background(port.listener, expected);
     let mut pending = PendingLinks::connect(&assignment, settings).context("cannot reach another rank")?;
     let (mut waiting, deadline) = (Waiting::default(), Instant::now() + CONNECT_TIMEOUT);
@@ -88,7 +105,7 @@ pub(super) fn connect(
     }
     // Nobody listens to the signs of life here.
     let (beats, _) = tokio::sync::mpsc::channel(1);
-    let links = pending.finish(breaker, &Beat::new(beats)).context("a link broke while it was made")?;
+    let links = pending.finish(breaker, &Beat::new(beats), head).context("a link broke while it was made")?;
     // A figure must not stand under the wrong name.
     match links.group.transport() {
         Some(GroupTransport::Sockets { reason, .. }) if settings.shared_memory => {

@@ -16,8 +16,8 @@ use anyhow::{Context, Result, bail};
 use ashlar_kernels::{Isa, Kernels, available_threads};
 use ashlar_model::stage::{LOGIT_ROWS_MAX, expected_bytes};
 use ashlar_model::{
-    KvCache, ModelConfig, Origin, PackedCopy, RankSlice, SingleRank, StageInput, StageModel, Workspace,
-    digest, hub,
+    KvCache, ModelConfig, NoHeadRanks, Origin, PackedCopy, RankSlice, SingleRank, StageInput, StageModel,
+    Workspace, digest, hub,
 };
 use ashlar_vocabulary::{Bytes, ModelShape};
 use clap::Args;
@@ -345,7 +345,7 @@ impl Bench {
         self.model.forward(&rows, input, &mut self.cache, &mut SingleRank, &mut self.work, &mut || ())?;
         let started = Instant::now();
         for chunk in work.logit_rows().chunks(LOGIT_ROWS_MAX) {
-            black_box(self.model.logits(chunk, &mut SingleRank, &mut self.work)?);
+            black_box(self.model.logits(chunk, &mut SingleRank, &mut NoHeadRanks, &mut self.work)?);
         }
         Ok(started.elapsed().as_secs_f64())
     }

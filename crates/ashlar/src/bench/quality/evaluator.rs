@@ -5,7 +5,9 @@ use crate::bench::{LOADING, progress_bar};
 use anyhow::{Context, Result, bail};
 use ashlar_kernels::{BLOCK_TOKENS, Kernels, RowContext};
 use ashlar_model::stage::expected_bytes;
-use ashlar_model::{KvCache, ModelConfig, RankSlice, SingleRank, StageInput, StageModel, Workspace};
+use ashlar_model::{
+    KvCache, ModelConfig, NoHeadRanks, RankSlice, SingleRank, StageInput, StageModel, Workspace,
+};
 use ashlar_vocabulary::{BlockId, Bytes, ModelShape, Precision, TokenId};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -108,7 +110,7 @@ impl Evaluator {
 
     /// Logits of these rows of the last [`Evaluator::forward`], one row after the other.
     pub(super) fn logits(&mut self, rows: &[usize]) -> Result<&[f32]> {
-        let logits = self.model.logits(rows, &mut SingleRank, &mut self.work)?;
+        let logits = self.model.logits(rows, &mut SingleRank, &mut NoHeadRanks, &mut self.work)?;
         logits.map(|logits| &*logits).context("a whole model has logits")
     }
 }
