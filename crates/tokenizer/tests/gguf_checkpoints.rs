@@ -3,7 +3,10 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod golden_files;
+
 use ashlar_tokenizer::{GgufExport, GgufVocabulary, RenderInput, TemplateTime, Tokenizer};
+use golden_files::{ids, read_json, shared};
 use proptest::prelude::*;
 use serde_json::{Value, json};
 use std::collections::HashMap;
@@ -11,27 +14,6 @@ use std::path::PathBuf;
 use std::sync::LazyLock;
 
 const DEMO: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../model/demo");
-
-fn shared(path: &str) -> Option<PathBuf> {
-    let root = std::env::var_os("ASHLAR_SHARED_DATA").map_or_else(
-        || PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../../../shared/data")),
-        PathBuf::from,
-    );
-    let full = root.join(path);
-    if full.exists() {
-        return Some(full);
-    }
-    eprintln!("SKIPPED: {} is absent; set ASHLAR_SHARED_DATA to run this test", full.display());
-    None
-}
-
-fn read_json(path: PathBuf) -> Value {
-    serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap()
-}
-
-fn ids(value: &Value) -> Vec<u32> {
-    value.as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect()
-}
 
 /// The metadata of a GGUF file, just enough of it to read a vocabulary.
 fn metadata(bytes: &[u8]) -> HashMap<String, Value> {

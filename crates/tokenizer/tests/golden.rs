@@ -3,30 +3,11 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod golden_files;
+
 use ashlar_tokenizer::{ChatTemplate, RenderInput, TemplateTime, Tokenizer, ToolFormat};
+use golden_files::{ids, read_json, shared};
 use serde_json::{Map, Value, json};
-use std::path::PathBuf;
-
-fn shared(path: &str) -> Option<PathBuf> {
-    let root = std::env::var_os("ASHLAR_SHARED_DATA").map_or_else(
-        || PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../../../shared/data")),
-        PathBuf::from,
-    );
-    let full = root.join(path);
-    if full.exists() {
-        return Some(full);
-    }
-    eprintln!("SKIPPED: {} is absent; set ASHLAR_SHARED_DATA to run this test", full.display());
-    None
-}
-
-fn read_json(path: PathBuf) -> Value {
-    serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap()
-}
-
-fn ids(value: &Value) -> Vec<u32> {
-    value.as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect()
-}
 
 #[test]
 fn stories260k_encodes_and_decodes_as_its_golden_file() {
