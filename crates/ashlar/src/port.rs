@@ -4,7 +4,7 @@ use socket2::{Domain, Socket, Type};
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
 
-/// A loopback port that no other process is given while this lives: a socket is bound there that never listens.
+/// A port that no other process is given while this lives: a socket is bound there that never listens.
 ///
 /// A child that listens with `SO_REUSEADDR`, as the standard library and tokio do, may; the system neither hands the
 /// port out nor uses it for outgoing connections. It also stays the child's own over restarts.
@@ -25,6 +25,16 @@ impl ReservedPort {
         Ok(ReservedPort { address, _held: socket })
     }
 
+    /// The port at `address`, or any free one if that is 0; refused where somebody listens already.
+    pub(crate) fn at(address: SocketAddr) -> io::Result<ReservedPort> {
+        let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
+        // Connections that ended a moment ago do not matter, as to any listener.
+        socket.set_reuse_address(true)?;
+        socket.bind(&address.into())?;
+        let address = socket.local_addr()?.as_socket().ok_or(io::ErrorKind::AddrNotAvailable)?;
+        Ok(ReservedPort { address, _held: socket })
+    }
+
     /// Where the child listens.
     pub(crate) fn address(&self) -> SocketAddr {
         self.address
@@ -36,6 +46,16 @@ mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
     use std::net::{TcpListener, TcpStream};
+
+    #[test]
+    fn a_port_asked_for_is_kept_from_others_and_refused_where_somebody_listens() {
+        let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+        let port = ReservedPort::at(any).unwrap();
+        assert!((0..2_000).all(|_| TcpListener::bind(any).unwrap().local_addr().unwrap() != port.address()));
+        let listener = TcpListener::bind(port.address()).unwrap();
+        let refused = ReservedPort::at(listener.local_addr().unwrap()).unwrap_err();
+        assert_eq!(refused.kind(), io::ErrorKind::AddrInUse);
+    }
 
     #[test]
     fn a_reserved_port_can_be_listened_on_again_and_again_but_is_handed_to_nobody() {

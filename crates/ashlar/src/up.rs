@@ -20,7 +20,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 use serde_json::{Value, json};
 use std::fs::{self, File};
-use std::net::{SocketAddr, TcpListener};
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use tokio::sync::mpsc;
@@ -110,11 +110,11 @@ pub(crate) fn run(mut args: UpArgs) -> Result<()> {
     let state = fs::canonicalize(&args.state)?;
     let _lock = lock(&state)?;
     // Ask for the port before anything is loaded: the commonest mistake should cost no time.
-    let probe = TcpListener::bind(args.listen)
+    // Kept from then on, or a node that takes any port may be given the gateway's before it listens.
+    let port = ReservedPort::at(args.listen)
         .with_context(|| format!("cannot listen on {}: choose another address with --listen", args.listen))?;
     // Port 0 means any: whichever it is now, the gateway listens there.
-    args.listen = probe.local_addr()?;
-    drop(probe);
+    args.listen = port.address();
     let demo = args.model.is_none();
     let directory = match &args.model {
         None => demo::unpack(&state)?,
