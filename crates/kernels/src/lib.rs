@@ -16,6 +16,7 @@
 //! - No randomness, no clock (but for [`measure`]), no I/O, no model: of ours this crate imports only the vocabulary.
 //! - A shape that does not fit is a programming error and panics; what a caller can meet at run time is a typed error.
 
+mod adamw;
 mod aligned;
 mod attention;
 mod cores;
@@ -35,6 +36,7 @@ mod softmax;
 mod strided;
 mod tree;
 
+pub use adamw::AdamW;
 pub use aligned::AlignedBuffer;
 pub use attention::{AttentionShape, BLOCK_TOKENS, KvBuffer, KvLayout, RowContext, SPLIT_KEYS};
 pub use cores::{PinError, PinnedThread, available_cores, available_threads};

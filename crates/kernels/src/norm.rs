@@ -2,7 +2,7 @@
 
 use crate::kernels::Kernels;
 use crate::lanes::{LANES, LaneKernel, Simd16};
-use crate::strided::DisjointMut;
+use crate::strided::{DisjointMut, StridedRows};
 
 /// Elements below which another thread is not worth its wake-up.
 const MIN_ELEMENTS: usize = 16 << 10;
@@ -59,6 +59,132 @@ impl Kernels {
                 }
             }
         });
+    }
+}
+
+impl Kernels {
+    /// The gradient of [`Kernels::rms_norm`] by x, in place over the gradient by its output: for `groups` neighbouring
+    /// groups of `dim` elements at the start of each row of both `x` (what was normalised) and `gradient`, whose row r starts
+    /// at `gradient[r · stride]`.
+    ///
+    /// With s = 1/√(mean(x²) + eps): s·(w·dy) − x·s³·(Σ x·w·dy)/dim; sums as in the norm.
+    ///
+    /// # Panics
+    /// If a row does not fit, or `weight` is not dim long.
+    #[expect(clippy::too_many_arguments, reason = "a shape of three numbers, a stride and the operands")]
+    pub fn rms_norm_gradient(
+        &self,
+        rows: usize,
+        groups: usize,
+        dim: usize,
+        x: StridedRows<'_>,
+        weight: &[f32],
+        eps: f32,
+        gradient: &mut [f32],
+        stride: usize,
+    ) {
+        assert!(groups * dim <= stride || rows <= 1, "the groups of a row fit its stride");
+        assert_eq!(weight.len(), dim, "the weight has dim elements");
+        let output = DisjointMut::new(gradient);
+        self.for_ranges(rows, MIN_ELEMENTS.div_ceil((groups * dim).max(1)), |range| {
+            for row in range {
+                for (group, x) in x.row(row, groups * dim).chunks_exact(dim).enumerate() {
+                    let start = row * stride + group * dim;
+                    // SAFETY: rows are disjoint, and so are the groups of a row.
+                    let gradient = unsafe { output.range(start..start + dim) };
+                    self.dispatch(RmsNormGradient { x, weight, eps, gradient });
+                }
+            }
+        });
+    }
+
+    /// gradient ← gradient + Σ over rows and groups of dy·x·s, the gradient of [`Kernels::rms_norm`] by its weight: per
+    /// element a chain in row, then group order, that goes on from what is there.
+    ///
+    /// # Panics
+    /// If a row does not fit, or `gradient` is not dim long.
+    #[expect(clippy::too_many_arguments, reason = "a shape of three numbers and the operands")]
+    pub fn rms_norm_weight_gradient(
+        &self,
+        rows: usize,
+        groups: usize,
+        dim: usize,
+        x: StridedRows<'_>,
+        eps: f32,
+        dy: StridedRows<'_>,
+        gradient: &mut [f32],
+    ) {
+        assert_eq!(gradient.len(), dim, "the gradient has dim elements");
+        for row in 0..rows {
+            let groups =
+                x.row(row, groups * dim).chunks_exact(dim).zip(dy.row(row, groups * dim).chunks_exact(dim));
+            for (x, dy) in groups {
+                self.dispatch(RmsNormWeightGradient { x, dy, eps, gradient });
+            }
+        }
+    }
+}
+
+/// Σ a·b in sixteen accumulators and a fixed tree, or Σ a·b·c.
+#[inline(always)]
+fn sum_of_products<S: Simd16>(a: &[f32], b: &[f32], c: Option<&[f32]>) -> f32 {
+    let mut sum = S::splat(0.0);
+    for (index, (a, b)) in a.chunks(LANES).zip(b.chunks(LANES)).enumerate() {
+        let b = S::read_tail(b, 0.0);
+        let b = match c {
+            Some(c) => b.mul(S::read_tail(&c[index * LANES..], 0.0)),
+            None => b,
+        };
+        sum = S::read_tail(a, 0.0).mul_add(b, sum);
+    }
+    sum.sum_lanes()
+}
+
+/// One row.
+struct RmsNormGradient<'a> {
+    x: &'a [f32],
+    weight: &'a [f32],
+    eps: f32,
+    gradient: &'a mut [f32],
+}
+
+impl LaneKernel for RmsNormGradient<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd16>(self) {
+        let RmsNormGradient { x, weight, eps, gradient } = self;
+        let dim = x.len() as f32;
+        let scale = 1.0 / (sum_of_products::<S>(x, x, None) / dim + eps).sqrt();
+        let along = sum_of_products::<S>(x, weight, Some(gradient)) / dim;
+        let (scale, back) = (S::splat(scale), S::splat(-(scale * scale * scale * along)));
+        let rows = x.chunks(LANES).zip(weight.chunks(LANES));
+        for (gradient, (x, weight)) in gradient.chunks_mut(LANES).zip(rows) {
+            let straight = S::read_tail(weight, 0.0).mul(S::read_tail(gradient, 0.0)).mul(scale);
+            S::read_tail(x, 0.0).mul_add(back, straight).write_tail(gradient);
+        }
+    }
+}
+
+/// One row.
+struct RmsNormWeightGradient<'a> {
+    x: &'a [f32],
+    dy: &'a [f32],
+    eps: f32,
+    gradient: &'a mut [f32],
+}
+
+impl LaneKernel for RmsNormWeightGradient<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd16>(self) {
+        let RmsNormWeightGradient { x, dy, eps, gradient } = self;
+        let scale = S::splat(1.0 / (sum_of_products::<S>(x, x, None) / x.len() as f32 + eps).sqrt());
+        for (gradient, (x, dy)) in gradient.chunks_mut(LANES).zip(x.chunks(LANES).zip(dy.chunks(LANES))) {
+            let normed = S::read_tail(x, 0.0).mul(scale);
+            normed.mul_add(S::read_tail(dy, 0.0), S::read_tail(gradient, 0.0)).write_tail(gradient);
+        }
     }
 }
 

@@ -52,6 +52,18 @@ impl Kernels {
         self.dispatch(ExpSum { part, max })
     }
 
+    /// The gradient of a cross-entropy by logits, in place: x ← e^(x − max − ln Σ)·factor, less `factor` at `target`. `x` may be a
+    /// rank's slice of the vocabulary; `target` is then an index into it, or `None` if another rank has it.
+    ///
+    /// # Panics
+    /// If the target lies outside.
+    pub fn cross_entropy_gradient(&self, x: &mut [f32], of: LogSumExp, target: Option<usize>, factor: f32) {
+        self.dispatch(CrossEntropy { x, of, factor });
+        if let Some(target) = target {
+            x[target] -= factor;
+        }
+    }
+
     /// Whether no element is NaN or infinite.
     pub fn all_finite(&self, x: &[f32]) -> bool {
         self.dispatch(AllFinite(x))
@@ -100,6 +112,25 @@ impl LaneKernel for ExpSum<'_> {
             sum = sum.add(math::exp_lanes(S::read_tail(tail, f32::NEG_INFINITY).sub(max)));
         }
         sum.sum_lanes()
+    }
+}
+
+struct CrossEntropy<'a> {
+    x: &'a mut [f32],
+    of: LogSumExp,
+    factor: f32,
+}
+
+impl LaneKernel for CrossEntropy<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd16>(self) {
+        let (max, log_sum) = (S::splat(self.of.max), S::splat(self.of.log_sum));
+        for x in self.x.chunks_mut(LANES) {
+            let logprob = S::read_tail(x, 0.0).sub(max).sub(log_sum);
+            math::exp_lanes(logprob).mul(S::splat(self.factor)).write_tail(x);
+        }
     }
 }
 

@@ -3,17 +3,8 @@
 mod common;
 
 use ashlar_kernels::{Isa, Kernels, Llama3Scaling, inv_freq, scale_inv_freq_linear, scale_inv_freq_llama3};
-use common::{all_kernels, bits, numbers};
+use common::{all_kernels, bits, everywhere, numbers};
 use proptest::prelude::*;
-
-/// Runs `compute` with every kernel set, and with the rows alone; all must give the same bits, which are returned.
-fn everywhere(compute: impl Fn(&Kernels) -> Vec<f32>) -> Vec<f32> {
-    let first = compute(&all_kernels()[0]);
-    for kernels in all_kernels() {
-        assert!(bits(&compute(kernels)) == bits(&first), "{kernels:?}");
-    }
-    first
-}
 
 proptest! {
     #![proptest_config(ProptestConfig { cases: 24, failure_persistence: None, ..ProptestConfig::default() })]

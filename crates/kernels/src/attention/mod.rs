@@ -11,6 +11,7 @@
 //! order. Keys outside the row's window take part in nothing, whatever the cache holds there.
 
 mod buffer;
+mod gradient;
 mod layout;
 mod split;
 mod tile;

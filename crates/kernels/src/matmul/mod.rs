@@ -10,15 +10,19 @@ mod blocks;
 mod dense;
 mod float;
 mod formats;
+mod gradient;
 mod integer;
 mod packed;
 mod panel;
+mod run;
 mod stored;
 mod tile;
+mod widen;
 
 pub use axis::{BlockAxis, Piece};
 pub use blocks::{BlockScale, QuantizedRow};
 pub use packed::PackedMatrix;
+pub(crate) use run::PanelRun;
 pub use stored::{PACKED_VERSION, SegmentLayout, StoredSegment};
 
 use crate::half;

@@ -121,7 +121,7 @@ impl<C> PanelProduct<'_, C> {
 /// # Safety
 /// Both point to `size` elements (a multiple of sixteen); `right` is initialised, and `left` if it is filled.
 #[inline(always)]
-unsafe fn merge<S: Simd16>(left: *mut f32, right: *const f32, size: usize, left_filled: bool) {
+pub(super) unsafe fn merge<S: Simd16>(left: *mut f32, right: *const f32, size: usize, left_filled: bool) {
     for at in (0..size).step_by(LANES) {
         // SAFETY: the caller's contract.
         unsafe {

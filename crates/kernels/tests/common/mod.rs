@@ -29,3 +29,12 @@ pub(crate) fn numbers(len: usize, seed: u64) -> Vec<f32> {
 pub(crate) fn bits(x: &[f32]) -> Vec<u32> {
     x.iter().map(|x| x.to_bits()).collect()
 }
+
+/// Runs `compute` with every kernel set; all must give the same bits, which are returned.
+pub(crate) fn everywhere(compute: impl Fn(&Kernels) -> Vec<f32>) -> Vec<f32> {
+    let first = compute(&all_kernels()[0]);
+    for kernels in all_kernels() {
+        assert!(bits(&compute(kernels)) == bits(&first), "{kernels:?}");
+    }
+    first
+}
