@@ -64,6 +64,32 @@ impl Kernels {
         });
     }
 
+    /// Adds rows of `width` elements to the beginnings of wider rows: row r of `to` starts at `to[r · stride]`.
+    ///
+    /// # Panics
+    /// If a row does not fit.
+    pub fn add_columns(&self, width: usize, from: &[f32], to: &mut [f32], stride: usize) {
+        assert!(width <= stride && width > 0, "rows of {width} fit a stride of {stride}");
+        let output = DisjointMut::new(to);
+        self.for_ranges(from.len() / width, MIN_ELEMENTS.div_ceil(width), |range| {
+            for row in range {
+                // SAFETY: rows are disjoint.
+                let x = unsafe { output.range(row * stride..row * stride + width) };
+                self.dispatch(Add { x, y: &from[row * width..][..width] });
+            }
+        });
+    }
+
+    /// x ← x · factor, elementwise.
+    pub fn scale(&self, x: &mut [f32], factor: f32) {
+        let len = x.len();
+        let output = DisjointMut::new(x);
+        self.for_ranges(len, MIN_ELEMENTS, |range| {
+            // SAFETY: the ranges of different tasks are disjoint.
+            unsafe { output.range(range) }.iter_mut().for_each(|x| *x *= factor);
+        });
+    }
+
     /// x ← x + y, elementwise.
     ///
     /// # Panics

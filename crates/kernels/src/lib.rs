@@ -38,7 +38,9 @@ mod tree;
 
 pub use adamw::AdamW;
 pub use aligned::AlignedBuffer;
-pub use attention::{AttentionShape, BLOCK_TOKENS, KvBuffer, KvLayout, RowContext, SPLIT_KEYS};
+pub use attention::{
+    AttentionShape, BLOCK_TOKENS, KvBuffer, KvLayout, RowContext, SPLIT_KEYS, round_to_cache,
+};
 pub use cores::{PinError, PinnedThread, available_cores, available_threads};
 pub use isa::{Isa, UnknownIsa};
 pub use kernels::Kernels;

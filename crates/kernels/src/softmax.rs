@@ -16,6 +16,12 @@ pub struct LogSumExp {
 }
 
 impl LogSumExp {
+    /// From the largest element and [`Kernels::exp_sum`] of each of the vocabulary's parts (−0 of an empty one), whoever
+    /// computed them.
+    pub fn from_parts(max: f32, sums: &[f32; PARTS]) -> LogSumExp {
+        LogSumExp { max, log_sum: math::log(f64::from(sum_tree_scalar(sums))) as f32 }
+    }
+
     /// ln Σ eˣ.
     pub fn value(self) -> f32 {
         self.max + self.log_sum
@@ -39,7 +45,7 @@ impl Kernels {
             let part = &logits[cut.part(part)];
             if part.is_empty() { -0.0 } else { self.exp_sum(part, max) }
         });
-        LogSumExp { max, log_sum: math::log(f64::from(sum_tree_scalar(&sums))) as f32 }
+        LogSumExp::from_parts(max, &sums)
     }
 
     /// The largest element, −∞ if there is none; elements that are NaN may or may not be overlooked.

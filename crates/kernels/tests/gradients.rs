@@ -108,7 +108,7 @@ proptest! {
             for parts in [vec![one.to_vec()], eight(n), fused] {
                 let dx = everywhere(|kernels| {
                     let mut dx = vec![f32::NAN; rows * k];
-                    kernels.input_gradient(rows, &dy, &matrix, &parts, &mut dx);
+                    kernels.input_gradient(rows, StridedRows { data: &dy, stride: n }, &matrix, &parts, &mut dx);
                     dx
                 });
                 prop_assert_eq!(bits(&dx), bits(&chains(&dy, &weights, (n, k), &parts, rows)));
@@ -131,7 +131,7 @@ proptest! {
             let parts = eight(n);
             let dx = everywhere(|kernels| {
                 let mut dx = vec![f32::NAN; rows * k];
-                kernels.input_gradient(rows, &dy, &matrix, &parts, &mut dx);
+                kernels.input_gradient(rows, StridedRows { data: &dy, stride: n }, &matrix, &parts, &mut dx);
                 dx
             });
             prop_assert_eq!(bits(&dx), bits(&chains(&dy, &weights, (n, k), &parts, rows)));

@@ -4,6 +4,7 @@
 //! fused product each), the two products back to the hidden width are row-parallel: each rank sums its own parts of the
 //! axis, the collective is the upper levels of the same tree.
 
+use crate::adapter::{AdapterStep, Target};
 use crate::collective::{Collective, CollectiveError};
 use crate::config::ModelConfig;
 use crate::kv::LayerCache;
@@ -13,6 +14,10 @@ use crate::stage::Workspace;
 use ashlar_kernels::{AttentionShape, Kernels, KvLayout, PackedMatrix, RowContext, StridedRows};
 use ashlar_vocabulary::Bytes;
 use std::ops::Range;
+
+mod backward;
+
+pub(crate) use backward::{Backward, BackwardWork, BlockTape, Sequences};
 
 /// A rank's share of one block.
 #[derive(Debug)]
@@ -198,25 +203,32 @@ impl Block {
         Bytes(products.iter().map(|m| m.bytes() as u64).sum::<u64>() + 4 * vectors as u64)
     }
 
-    /// Adds the block's attention and feed-forward to the residual stream `work.x`.
-    pub fn forward(
+    /// Adds the block's attention and feed-forward to the residual stream `work.x`. A `tape` receives what the backward pass
+    /// needs.
+    #[allow(clippy::too_many_arguments)]
+    pub(crate) fn forward(
         &self,
         kernels: &Kernels,
         rows: &[RowContext<'_>],
         cache: &mut LayerCache,
         group: &mut dyn Collective,
+        adapters: &AdapterStep<'_>,
+        mut tape: Option<&mut BlockTape>,
         work: &mut Workspace,
     ) -> Result<(), CollectiveError> {
-        self.attention(kernels, rows, cache, group, work)?;
-        self.feed_forward(kernels, rows.len(), group, work)
+        self.attention(kernels, rows, cache, group, adapters, tape.as_deref_mut(), work)?;
+        self.feed_forward(kernels, rows.len(), group, adapters, tape, work)
     }
 
+    #[allow(clippy::too_many_arguments)]
     fn attention(
         &self,
         kernels: &Kernels,
         rows: &[RowContext<'_>],
         cache: &mut LayerCache,
         group: &mut dyn Collective,
+        adapters: &AdapterStep<'_>,
+        mut tape: Option<&mut BlockTape>,
         work: &mut Workspace,
     ) -> Result<(), CollectiveError> {
         let d = &self.dims;
@@ -226,6 +238,25 @@ impl Block {
         kernels.rms_norm(count, d.hidden, &work.x[..count * d.hidden], &self.input_norm, d.eps, normed);
         let qkv = &mut work.wide[..count * stride];
         kernels.matmul(count, normed, &self.qkv, &[0..d.hidden], self.qkv_bias.as_deref(), qkv);
+        for (target, at) in self.qkv_targets() {
+            let low = tape.as_deref_mut().map(|tape| &mut tape.low);
+            adapters.add(
+                kernels,
+                target,
+                normed,
+                &mut qkv[at.start..],
+                stride,
+                group,
+                &mut work.adapters,
+                low,
+            )?;
+        }
+        if let Some(tape) = tape.as_deref_mut() {
+            tape.keep_input(&work.x[..count * d.hidden]);
+            if self.head_norms.is_some() {
+                tape.keep_heads(qkv, stride, d.query + d.key);
+            }
+        }
         if let Some((q_norm, k_norm)) = &self.head_norms {
             kernels.rms_norm_in_place(count, d.query / d.head_dim, d.head_dim, qkv, stride, q_norm, d.eps);
             let keys = &mut qkv[d.query..];
@@ -248,15 +279,37 @@ impl Block {
         let attended = &mut work.narrow[..count * d.query];
         let queries = StridedRows { data: qkv, stride };
         kernels.attention(&shape, rows, queries, &cache.keys, &cache.values, attended);
+        if let Some(tape) = tape.as_deref_mut() {
+            tape.keep_attention(qkv, stride, d.query, cache.keys.kind(), attended);
+        }
         self.reduce_into_residual(
             kernels,
             count,
+            Target::Output,
             &self.output,
             &d.attention_parts,
             self.output_bias.as_deref(),
             group,
+            adapters,
+            tape,
             work,
         )
+    }
+
+    /// What of the fused QKV product belongs to which target.
+    fn qkv_targets(&self) -> [(Target, Range<usize>); 3] {
+        let (query, key) = (self.dims.query, self.dims.key);
+        [
+            (Target::Query, 0..query),
+            (Target::Key, query..query + key),
+            (Target::Value, query + key..query + 2 * key),
+        ]
+    }
+
+    /// What of the fused gate/up product belongs to which target.
+    fn gate_up_targets(&self) -> [(Target, Range<usize>); 2] {
+        let feed_forward = self.dims.feed_forward;
+        [(Target::Gate, 0..feed_forward), (Target::Up, feed_forward..2 * feed_forward)]
     }
 
     fn feed_forward(
@@ -264,6 +317,8 @@ impl Block {
         kernels: &Kernels,
         count: usize,
         group: &mut dyn Collective,
+        adapters: &AdapterStep<'_>,
+        mut tape: Option<&mut BlockTape>,
         work: &mut Workspace,
     ) -> Result<(), CollectiveError> {
         let d = &self.dims;
@@ -278,15 +333,34 @@ impl Block {
         );
         let gate_up = &mut work.wide[..count * 2 * d.feed_forward];
         kernels.matmul(count, normed, &self.gate_up, &[0..d.hidden], self.gate_up_bias.as_deref(), gate_up);
+        for (target, at) in self.gate_up_targets() {
+            let (low, stride) = (tape.as_deref_mut().map(|tape| &mut tape.low), 2 * d.feed_forward);
+            adapters.add(
+                kernels,
+                target,
+                normed,
+                &mut gate_up[at.start..],
+                stride,
+                group,
+                &mut work.adapters,
+                low,
+            )?;
+        }
+        if let Some(tape) = tape.as_deref_mut() {
+            tape.keep_feed_forward(&work.x[..count * d.hidden], gate_up);
+        }
         let activated = &mut work.narrow[..count * d.feed_forward];
         kernels.silu_mul(count, d.feed_forward, gate_up, activated);
         self.reduce_into_residual(
             kernels,
             count,
+            Target::Down,
             &self.down,
             &d.feed_forward_parts,
             self.down_bias.as_deref(),
             group,
+            adapters,
+            tape,
             work,
         )
     }
@@ -297,10 +371,13 @@ impl Block {
         &self,
         kernels: &Kernels,
         count: usize,
+        target: Target,
         weights: &PackedMatrix,
         parts: &[Range<usize>],
         bias: Option<&[f32]>,
         group: &mut dyn Collective,
+        adapters: &AdapterStep<'_>,
+        tape: Option<&mut BlockTape>,
         work: &mut Workspace,
     ) -> Result<(), CollectiveError> {
         let size = count * self.dims.hidden;
@@ -318,6 +395,8 @@ impl Block {
                 kernels.add(row, bias);
             }
         }
+        let (hidden, low) = (self.dims.hidden, tape.map(|tape| &mut tape.low));
+        adapters.add(kernels, target, input, partial, hidden, group, &mut work.adapters, low)?;
         kernels.add(&mut work.x[..size], partial);
         Ok(())
     }

@@ -20,6 +20,7 @@
 //! as resident). Serving allocates its workspaces once.
 #![forbid(unsafe_code)]
 
+pub mod adapter;
 pub mod block;
 pub mod cache;
 pub mod collective;

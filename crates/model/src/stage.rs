@@ -1,5 +1,6 @@
 //! A rank's share of the model: its layers, and embedding or head where it has them.
 
+use crate::adapter::{AdaptedRows, AdapterStep, AdapterWork};
 use crate::block::Block;
 use crate::collective::{Collective, CollectiveError};
 use crate::config::{ConfigError, ModelConfig, RopeScaling};
@@ -18,6 +19,10 @@ use ashlar_vocabulary::{Bytes, LayerWeightTypes, Precision, TokenId, WeightType}
 use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
+
+mod training;
+
+pub use training::{BatchLoss, MicroBatch, StageTape, StageTrainer, TargetRow};
 
 /// Rows whose logits are computed together; bounds the logits workspace.
 pub const LOGIT_ROWS_MAX: usize = 32;
@@ -77,6 +82,7 @@ pub struct Workspace {
     pub(crate) gathered: Vec<f32>,
     pub(crate) cos: Vec<f32>,
     pub(crate) sin: Vec<f32>,
+    pub(crate) adapters: AdapterWork,
     positions: Vec<u32>,
     head_rows: Vec<f32>,
     local_logits: Vec<f32>,
@@ -292,6 +298,7 @@ impl StageModel {
             gathered: vec![0.0; if size > 1 { rows * hidden * size } else { 0 }],
             cos: vec![0.0; rows * shape.head_dim / 2],
             sin: vec![0.0; rows * shape.head_dim / 2],
+            adapters: AdapterWork::default(),
             positions: Vec::with_capacity(rows),
             head_rows: vec![0.0; 2 * logits * hidden],
             local_logits: vec![0.0; own_logits],
@@ -311,21 +318,55 @@ impl StageModel {
         work: &mut Workspace,
         beat: &mut dyn FnMut(),
     ) -> Result<(), ForwardError> {
+        self.forward_adapted(rows, input, &[], cache, group, work, beat)
+    }
+
+    /// [`StageModel::forward`] with adapters on some of the rows: `adapted` names disjoint runs of them. Every rank of the group
+    /// must be given the same runs.
+    #[allow(clippy::too_many_arguments)]
+    pub fn forward_adapted(
+        &self,
+        rows: &[RowContext<'_>],
+        input: StageInput<'_>,
+        adapted: &[AdaptedRows<'_>],
+        cache: &mut KvCache,
+        group: &mut dyn Collective,
+        work: &mut Workspace,
+        beat: &mut dyn FnMut(),
+    ) -> Result<(), ForwardError> {
+        self.enter(rows, input, group, work)?;
+        for (layer, block) in self.blocks.iter().enumerate() {
+            let step = AdapterStep { layer, adapted };
+            block.forward(&self.kernels, rows, cache.layer_mut(layer), group, &step, None, work)?;
+            beat();
+        }
+        Ok(())
+    }
+
+    /// Takes a stage's input, and the angles of its positions.
+    fn enter(
+        &self,
+        rows: &[RowContext<'_>],
+        input: StageInput<'_>,
+        group: &mut dyn Collective,
+        work: &mut Workspace,
+    ) -> Result<(), ForwardError> {
         let (count, hidden) = (rows.len(), self.config.shape.hidden_size);
         match input {
             StageInput::Activations(values) => work.x[..count * hidden].copy_from_slice(values),
             StageInput::Tokens(tokens) => self.embed(tokens, group, work)?,
         }
+        self.angles(rows, work);
+        Ok(())
+    }
+
+    /// The angles of the rows' positions.
+    fn angles(&self, rows: &[RowContext<'_>], work: &mut Workspace) {
         work.positions.clear();
         work.positions.extend(rows.iter().map(|row| row.position));
-        let half = self.config.shape.head_dim / 2;
-        let (cos, sin) = (&mut work.cos[..count * half], &mut work.sin[..count * half]);
+        let size = rows.len() * self.config.shape.head_dim / 2;
+        let (cos, sin) = (&mut work.cos[..size], &mut work.sin[..size]);
         self.kernels.rope_angles(&work.positions, &self.inv_freq, 1.0, cos, sin);
-        for (index, block) in self.blocks.iter().enumerate() {
-            block.forward(&self.kernels, rows, cache.layer_mut(index), group, work)?;
-            beat();
-        }
-        Ok(())
     }
 
     /// Logits of up to [`LOGIT_ROWS_MAX`] of the rows last computed: `rows.len() × vocabulary` values on rank 0 of the

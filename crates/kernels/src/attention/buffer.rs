@@ -81,6 +81,9 @@ pub(super) unsafe trait CacheElement: Copy + Sync + 'static {
     /// The nearest element, ties to even.
     fn round(value: f32) -> Self;
 
+    /// Its value.
+    fn value(self) -> f32;
+
     /// Widens sixteen elements, exactly.
     ///
     /// # Safety
@@ -95,6 +98,10 @@ unsafe impl CacheElement for f32 {
     #[inline(always)]
     fn round(value: f32) -> f32 {
         value
+    }
+    #[inline(always)]
+    fn value(self) -> f32 {
+        self
     }
     #[inline(always)]
     unsafe fn load<S: Simd16>(from: *const f32) -> S {
@@ -117,6 +124,10 @@ unsafe impl CacheElement for BrainFloat {
         BrainFloat(half::to_brain_float(value))
     }
     #[inline(always)]
+    fn value(self) -> f32 {
+        f32::from_bits(u32::from(self.0) << 16)
+    }
+    #[inline(always)]
     unsafe fn load<S: Simd16>(from: *const BrainFloat) -> S {
         // SAFETY: the caller's contract.
         unsafe { S::load_brain(from.cast()) }
@@ -137,6 +148,10 @@ unsafe impl CacheElement for Half {
     fn round(value: f32) -> Half {
         const LARGEST: f32 = 65504.0;
         Half(half::narrow(if value.is_finite() { value.clamp(-LARGEST, LARGEST) } else { value }))
+    }
+    #[inline(always)]
+    fn value(self) -> f32 {
+        half::widen(self.0)
     }
     #[inline(always)]
     unsafe fn load<S: Simd16>(from: *const Half) -> S {

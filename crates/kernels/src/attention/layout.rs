@@ -91,6 +91,15 @@ impl Kernels {
     }
 }
 
+/// Rounds numbers as a cache of `kind` holds them.
+pub fn round_to_cache(kind: KvCacheType, x: &mut [f32]) {
+    match kind {
+        KvCacheType::F32 => {}
+        KvCacheType::Bf16 => x.iter_mut().for_each(|x| *x = BrainFloat::round(*x).value()),
+        KvCacheType::F16 => x.iter_mut().for_each(|x| *x = Half::round(*x).value()),
+    }
+}
+
 fn write<E: CacheElement>(
     layout: KvLayout,
     rows: &[RowContext<'_>],

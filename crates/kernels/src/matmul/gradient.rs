@@ -56,7 +56,7 @@ impl Kernels {
     /// dx = dy·W, the gradient of y = x·Wᵀ by x. Of quantised weights it is that of the numbers that they stand for; the
     /// rounding of activations counts as the identity.
     ///
-    /// - `dy`: rows × n, `dx`: rows × k.
+    /// - `dy`: rows that begin with n gradients of outputs, `dx`: rows × k.
     /// - `parts`: 1, 2, 4 or 8 parts of the outputs; each is a list of ranges, one ascending chain of fused multiply-adds
     ///   over all of them in this order (a fused product's part is a range of each of its matrices). Parts combine in the
     ///   tree of [`Kernels::matmul`]; one without outputs counts as −0.
@@ -66,13 +66,13 @@ impl Kernels {
     pub fn input_gradient(
         &self,
         rows: usize,
-        dy: &[f32],
+        dy: StridedRows<'_>,
         weights: &PackedMatrix,
         parts: &[Vec<Range<usize>>],
         dx: &mut [f32],
     ) {
         let (n, k) = (weights.n(), weights.k());
-        assert_eq!(dy.len(), rows * n, "dy is rows × n");
+        assert!(rows == 0 || dy.data.len() >= (rows - 1) * dy.stride + n, "dy has rows of n");
         assert_eq!(dx.len(), rows * k, "dx is rows × k");
         assert_parts_name(parts, n);
         let panels = k.div_ceil(PANEL);
@@ -147,7 +147,7 @@ fn assert_parts_name(parts: &[Vec<Range<usize>>], n: usize) {
 
 /// Some rows of up to 64 inputs' gradients.
 struct InputGradient<'a> {
-    dy: &'a [f32],
+    dy: StridedRows<'a>,
     weights: &'a PackedMatrix,
     parts: &'a [Vec<Range<usize>>],
     rows: Range<usize>,
@@ -213,7 +213,7 @@ impl InputGradient<'_> {
         at: usize,
         scratch: &mut Scratch,
     ) -> bool {
-        let (n, rows) = (self.weights.n(), self.rows.len());
+        let rows = self.rows.len();
         let mut resume = false;
         for range in ranges {
             let mut start = range.start;
@@ -224,8 +224,8 @@ impl InputGradient<'_> {
                 let run = PanelRun {
                     rows,
                     steps: end - start,
-                    x: self.dy[self.rows.start * n + start..].as_ptr(),
-                    x_stride: n,
+                    x: self.dy.data[self.rows.start * self.dy.stride + start..].as_ptr(),
+                    x_stride: self.dy.stride,
                     weights: panel.as_ptr(),
                     width,
                     sums: sums[at..at + rows * width].as_mut_ptr(),

@@ -1,0 +1,351 @@
+//! Low-rank adapters (LoRA, Hu et al. 2021): y = W·x + B·(s·A·x) on any linear layer, with A of `rank` rows, B of `rank`
+//! columns, and s = α/rank (α/√rank for rsLoRA, Kalajdzievski 2023).
+//!
+//! A rank of a tensor-parallel group holds what meets its slice: behind a column-parallel layer all of A and its rows of B;
+//! behind a row-parallel one its columns of A, whose partial sums go through the group, and all of B. Of two ranks that hold
+//! the same matrix each computes the same bits.
+
+use crate::collective::{Collective, CollectiveError};
+use crate::slice::RankSlice;
+use ashlar_kernels::{Kernels, PackedMatrix};
+use ashlar_vocabulary::{ModelShape, WeightType};
+use std::collections::BTreeMap;
+use std::ops::Range;
+
+/// A linear layer of a block that an adapter can change.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Target {
+    /// Queries.
+    Query,
+    /// Keys.
+    Key,
+    /// Values.
+    Value,
+    /// From the attended heads back to the hidden width.
+    Output,
+    /// The gate of the feed-forward layer.
+    Gate,
+    /// Its other half.
+    Up,
+    /// From the feed-forward width back to the hidden width.
+    Down,
+}
+
+impl Target {
+    /// Every target, in the order in which a block uses them.
+    pub const ALL: [Target; 7] =
+        [Target::Query, Target::Key, Target::Value, Target::Output, Target::Gate, Target::Up, Target::Down];
+
+    /// The module's name in Hugging Face's models, for instance `q_proj`.
+    pub fn module(self) -> &'static str {
+        match self {
+            Target::Query => "q_proj",
+            Target::Key => "k_proj",
+            Target::Value => "v_proj",
+            Target::Output => "o_proj",
+            Target::Gate => "gate_proj",
+            Target::Up => "up_proj",
+            Target::Down => "down_proj",
+        }
+    }
+
+    /// The module's path inside a layer, for instance `self_attn.q_proj`.
+    pub fn path(self) -> String {
+        let parent = if self <= Target::Output { "self_attn" } else { "mlp" };
+        format!("{parent}.{}", self.module())
+    }
+
+    /// The target with this module name.
+    pub fn from_module(name: &str) -> Option<Target> {
+        Target::ALL.into_iter().find(|target| target.module() == name)
+    }
+
+    /// Whether a rank holds some of the layer's inputs and all of its outputs, instead of the other way around.
+    pub fn is_row_parallel(self) -> bool {
+        matches!(self, Target::Output | Target::Down)
+    }
+
+    /// (outputs, inputs) of the whole layer.
+    pub fn dimensions(self, shape: &ModelShape) -> (usize, usize) {
+        let (hidden, feed_forward) = (shape.hidden_size, shape.intermediate_size);
+        let (query, key) = (shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim);
+        match self {
+            Target::Query => (query, hidden),
+            Target::Key | Target::Value => (key, hidden),
+            Target::Output => (hidden, query),
+            Target::Gate | Target::Up => (feed_forward, hidden),
+            Target::Down => (hidden, feed_forward),
+        }
+    }
+
+    /// The outputs of the layer that `slice` computes.
+    pub fn outputs(self, shape: &ModelShape, slice: &RankSlice) -> Range<usize> {
+        match self {
+            Target::Query => slice.queries(shape),
+            Target::Key | Target::Value => slice.keys(shape),
+            Target::Gate | Target::Up => slice.feed_forward(shape),
+            Target::Output | Target::Down => 0..shape.hidden_size,
+        }
+    }
+
+    /// The inputs of the layer that `slice` has.
+    pub fn inputs(self, shape: &ModelShape, slice: &RankSlice) -> Range<usize> {
+        match self {
+            Target::Output => slice.queries(shape),
+            Target::Down => slice.feed_forward(shape),
+            _ => 0..shape.hidden_size,
+        }
+    }
+
+    /// The parts in which those inputs add up.
+    fn input_parts(self, shape: &ModelShape, slice: &RankSlice) -> Vec<Range<usize>> {
+        let (rank, size) = (slice.tensor_rank, slice.tensor_parallel_size);
+        match self {
+            Target::Output => shape.attention_cut().rank_parts(rank, size),
+            Target::Down => shape.feed_forward_cut().rank_parts(rank, size),
+            _ => std::iter::once(0..shape.hidden_size).collect(),
+        }
+    }
+
+    /// Its place in [`Target::ALL`].
+    pub(crate) fn index(self) -> usize {
+        self as usize
+    }
+}
+
+/// What an adapter's matrices mean.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LoraSpec {
+    /// Rows of A.
+    pub rank: usize,
+    /// α.
+    pub alpha: f64,
+    /// Whether the factor is α/√rank instead of α/rank.
+    pub rank_stabilized: bool,
+    /// Which layers it changes, in the order of [`Target::ALL`].
+    pub targets: Vec<Target>,
+}
+
+impl LoraSpec {
+    /// The factor of B·A.
+    pub fn factor(&self) -> f32 {
+        let rank = self.rank as f64;
+        (self.alpha / if self.rank_stabilized { rank.sqrt() } else { rank }) as f32
+    }
+}
+
+/// A rank's share of one layer's pair, as numbers.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LoraPair {
+    /// A: rank × inputs.
+    pub a: Vec<f32>,
+    /// B: outputs × rank.
+    pub b: Vec<f32>,
+}
+
+/// A rank's share of an adapter, as numbers: what training moves.
+#[derive(Debug, Clone, PartialEq)]
+pub struct AdapterWeights {
+    /// What it is.
+    pub spec: LoraSpec,
+    /// Per layer of the stage, its pairs.
+    pub layers: Vec<BTreeMap<Target, LoraPair>>,
+}
+
+impl AdapterWeights {
+    /// All zeros: as a gradient, or as moments.
+    pub fn zeros(spec: &LoraSpec, shape: &ModelShape, slice: &RankSlice) -> AdapterWeights {
+        let pair = |&target: &Target| {
+            let (outputs, inputs) = (target.outputs(shape, slice).len(), target.inputs(shape, slice).len());
+            let pair = LoraPair { a: vec![0.0; spec.rank * inputs], b: vec![0.0; outputs * spec.rank] };
+            (target, pair)
+        };
+        let layer = || spec.targets.iter().map(pair).collect();
+        AdapterWeights { spec: spec.clone(), layers: (0..slice.layers.len()).map(|_| layer()).collect() }
+    }
+
+    /// The rank's share of whole matrices: `whole(layer, target)` gives A (rank × inputs) and B (outputs × rank) of a layer of
+    /// the model.
+    pub fn cut<E>(
+        spec: &LoraSpec,
+        shape: &ModelShape,
+        slice: &RankSlice,
+        mut whole: impl FnMut(usize, Target) -> Result<LoraPair, E>,
+    ) -> Result<AdapterWeights, E> {
+        let mut layers = Vec::with_capacity(slice.layers.len());
+        for layer in slice.layers.start..slice.layers.end {
+            let mut pairs = BTreeMap::new();
+            for &target in &spec.targets {
+                let LoraPair { a, b } = whole(layer, target)?;
+                let (_, inputs) = target.dimensions(shape);
+                let (rows, columns) = (target.outputs(shape, slice), target.inputs(shape, slice));
+                let a = a.chunks_exact(inputs).flat_map(|row| &row[columns.clone()]).copied().collect();
+                let b = b[rows.start * spec.rank..rows.end * spec.rank].to_vec();
+                pairs.insert(target, LoraPair { a, b });
+            }
+            layers.push(pairs);
+        }
+        Ok(AdapterWeights { spec: spec.clone(), layers })
+    }
+
+    /// Every tensor in the canonical order: layer by layer, target by target, A before B.
+    pub fn tensors(&self) -> impl Iterator<Item = &[f32]> {
+        self.layers.iter().flat_map(BTreeMap::values).flat_map(|pair| [&pair.a[..], &pair.b[..]])
+    }
+
+    /// The same, to write.
+    pub fn tensors_mut(&mut self) -> impl Iterator<Item = &mut [f32]> {
+        self.layers
+            .iter_mut()
+            .flat_map(BTreeMap::values_mut)
+            .flat_map(|pair| [&mut pair.a[..], &mut pair.b[..]])
+    }
+}
+
+/// A rank's share of an adapter, packed for products. Immutable: what trains packs a new one per step.
+#[derive(Debug)]
+pub struct Adapter {
+    pub(crate) factor: f32,
+    pub(crate) rank: usize,
+    pub(crate) layers: Vec<LayerAdapter>,
+}
+
+/// One layer's pairs, by [`Target::index`].
+#[derive(Debug, Default)]
+pub(crate) struct LayerAdapter {
+    pub(crate) pairs: [Option<PackedPair>; 7],
+}
+
+/// A pair, packed.
+#[derive(Debug)]
+pub(crate) struct PackedPair {
+    pub(crate) a: PackedMatrix,
+    pub(crate) b: PackedMatrix,
+    /// The parts of A's inputs.
+    pub(crate) parts: Vec<Range<usize>>,
+}
+
+impl Adapter {
+    /// Packs a rank's share.
+    pub fn pack(
+        weights: &AdapterWeights,
+        shape: &ModelShape,
+        slice: &RankSlice,
+        kernels: &Kernels,
+    ) -> Adapter {
+        let rank = weights.spec.rank;
+        let matrix = |rows: usize, parts: &[Range<usize>], from: &[f32]| {
+            let columns = parts.last().map_or(0, |part| part.end);
+            PackedMatrix::pack(WeightType::F32, rows, parts, kernels.pool(), &|row, to| {
+                to.copy_from_slice(&from[row * columns..(row + 1) * columns]);
+            })
+        };
+        let whole_rank: [Range<usize>; 1] = [0..rank];
+        let layer = |pairs: &BTreeMap<Target, LoraPair>| {
+            let mut layer = LayerAdapter::default();
+            for (&target, pair) in pairs {
+                let parts = target.input_parts(shape, slice);
+                let outputs = target.outputs(shape, slice).len();
+                let a = matrix(rank, &parts, &pair.a);
+                let b = matrix(outputs, &whole_rank, &pair.b);
+                layer.pairs[target.index()] = Some(PackedPair { a, b, parts });
+            }
+            layer
+        };
+        let layers = weights.layers.iter().map(layer).collect();
+        Adapter { factor: weights.spec.factor(), rank, layers }
+    }
+}
+
+/// Rows of a step that an adapter changes.
+#[derive(Debug, Clone)]
+pub struct AdaptedRows<'a> {
+    /// Which rows.
+    pub rows: Range<usize>,
+    /// By what.
+    pub adapter: &'a Adapter,
+}
+
+/// Buffers of adapters' products, grown when they are first needed.
+#[derive(Debug, Default)]
+pub(crate) struct AdapterWork {
+    low: Vec<f32>,
+    delta: Vec<f32>,
+    gathered: Vec<f32>,
+}
+
+/// The first `len` elements of a buffer that grows.
+pub(crate) fn grown(buffer: &mut Vec<f32>, len: usize) -> &mut [f32] {
+    if buffer.len() < len {
+        buffer.resize(len, 0.0);
+    }
+    &mut buffer[..len]
+}
+
+/// A layer's place among the adapters of a step.
+pub(crate) struct AdapterStep<'a> {
+    /// The layer, counted from the stage's first.
+    pub(crate) layer: usize,
+    /// The rows with adapters.
+    pub(crate) adapted: &'a [AdaptedRows<'a>],
+}
+
+impl AdapterStep<'_> {
+    /// Adds B·(s·A·x) to the outputs of `target`, of which row r lies at `out[r · stride]`; `input` is rows × inputs. `keep`
+    /// receives s·A·x where a backward pass will need it.
+    #[allow(clippy::too_many_arguments)]
+    pub(crate) fn add(
+        &self,
+        kernels: &Kernels,
+        target: Target,
+        input: &[f32],
+        out: &mut [f32],
+        stride: usize,
+        group: &mut dyn Collective,
+        work: &mut AdapterWork,
+        mut keep: Option<&mut [Vec<f32>; 7]>,
+    ) -> Result<(), CollectiveError> {
+        for AdaptedRows { rows, adapter } in self.adapted {
+            let Some(pair) = &adapter.layers[self.layer].pairs[target.index()] else { continue };
+            let (inputs, outputs, count) = (pair.a.k(), pair.b.n(), rows.len());
+            let low = grown(&mut work.low, count * adapter.rank);
+            kernels.matmul(
+                count,
+                &input[rows.start * inputs..rows.end * inputs],
+                &pair.a,
+                &pair.parts,
+                None,
+                low,
+            );
+            if target.is_row_parallel() {
+                sum_over_group(kernels, low, group, &mut work.gathered)?;
+            }
+            kernels.scale(low, adapter.factor);
+            let delta = grown(&mut work.delta, count * outputs);
+            kernels.matmul(count, low, &pair.b, &[0..adapter.rank], None, delta);
+            kernels.add_columns(outputs, delta, &mut out[rows.start * stride..], stride);
+            if let Some(keep) = &mut keep {
+                keep[target.index()] = low.to_vec();
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Replaces a rank's partial sums by those of the group, in the contract's tree.
+pub(crate) fn sum_over_group(
+    kernels: &Kernels,
+    partial: &mut [f32],
+    group: &mut dyn Collective,
+    gathered: &mut Vec<f32>,
+) -> Result<(), CollectiveError> {
+    if group.size() == 1 || partial.is_empty() {
+        return Ok(());
+    }
+    let size = partial.len();
+    let all = grown(gathered, size * group.size());
+    group.all_gather(partial, all)?;
+    let contributions: Vec<&[f32]> = all.chunks_exact(size).collect();
+    kernels.sum_tree(&contributions, partial);
+    Ok(())
+}

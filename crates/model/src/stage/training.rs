@@ -1,0 +1,336 @@
+//! A stage's forward and backward pass over the micro-batches of a training step.
+//!
+//! The forward pass is the one that serves, with a tape. A block keeps what its backward pass needs, or only its input, from
+//! which it is computed again: the bits are the same.
+
+use super::{ForwardError, StageInput, StageModel, Workspace};
+use crate::adapter::{AdaptedRows, Adapter, AdapterStep, AdapterWeights, grown, sum_over_group};
+use crate::block::{Backward, BackwardWork, BlockTape, Sequences};
+use crate::collective::Collective;
+use crate::kv::KvCache;
+use crate::stage::LOGIT_ROWS_MAX;
+use ashlar_kernels::{BLOCK_TOKENS, KvLayout, LogSumExp, RowContext, StridedRows};
+use ashlar_vocabulary::{BlockId, PARTS, TokenId};
+use std::ops::Range;
+use std::sync::Arc;
+
+/// Whole sequences that go through the stages together.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MicroBatch {
+    sequences: Vec<Range<usize>>,
+    tables: Vec<Vec<BlockId>>,
+}
+
+impl MicroBatch {
+    /// Sequences of these lengths, one behind the other.
+    pub fn new(lengths: &[usize]) -> MicroBatch {
+        let (mut row, mut block) = (0, 0);
+        let (mut sequences, mut tables) = (Vec::new(), Vec::new());
+        for &length in lengths {
+            sequences.push(row..row + length);
+            let blocks = length.div_ceil(BLOCK_TOKENS) as u32;
+            tables.push((block..block + blocks).map(BlockId).collect());
+            (row, block) = (row + length, block + blocks);
+        }
+        MicroBatch { sequences, tables }
+    }
+
+    /// Tokens of all sequences.
+    pub fn rows(&self) -> usize {
+        self.sequences.last().map_or(0, |sequence| sequence.end)
+    }
+
+    /// The rows of each sequence.
+    pub fn sequences(&self) -> &[Range<usize>] {
+        &self.sequences
+    }
+
+    /// KV blocks that it needs.
+    fn blocks(&self) -> usize {
+        self.tables.iter().map(Vec::len).sum()
+    }
+
+    fn contexts(&self) -> Vec<RowContext<'_>> {
+        let sequences = self.sequences.iter().zip(&self.tables);
+        let rows = sequences.flat_map(|(rows, table)| {
+            (0..rows.len()).map(|position| RowContext { position: position as u32, block_table: table })
+        });
+        rows.collect()
+    }
+}
+
+/// A row whose next token is to be learnt.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct TargetRow {
+    /// Which row of the micro-batch.
+    pub row: usize,
+    /// The token that should follow.
+    pub token: TokenId,
+    /// How much it counts.
+    pub weight: f32,
+}
+
+/// What a micro-batch lost.
+#[derive(Debug, Default, Clone, Copy, PartialEq)]
+pub struct BatchLoss {
+    /// Σ weight · −ln p(token), in nats.
+    pub loss: f64,
+    /// Σ weight.
+    pub weight: f64,
+    /// Targets that were the most probable token.
+    pub correct: usize,
+    /// Targets.
+    pub targets: usize,
+}
+
+/// What a micro-batch's forward pass left on a stage.
+#[derive(Debug)]
+pub struct StageTape {
+    layers: Vec<BlockTape>,
+    kept: bool,
+}
+
+impl StageTape {
+    /// Memory that it takes, in bytes.
+    pub fn bytes(&self) -> usize {
+        self.layers.iter().map(BlockTape::bytes).sum()
+    }
+}
+
+/// A stage that trains: the weights that serve, and buffers of its own.
+#[derive(Debug)]
+pub struct StageTrainer {
+    model: Arc<StageModel>,
+    /// One layer's keys and values at a time: a backward pass has those of its tape.
+    cache: KvCache,
+    work: Workspace,
+    backward: BackwardWork,
+    rows_max: usize,
+    gradients: Vec<f32>,
+    back_sin: Vec<f32>,
+    exchanged: Vec<f32>,
+    gathered: Vec<f32>,
+}
+
+impl StageTrainer {
+    /// Buffers for micro-batches of at most `rows_max` tokens.
+    pub fn new(model: Arc<StageModel>, rows_max: usize) -> StageTrainer {
+        let shape = &model.config.shape;
+        let layout =
+            KvLayout { kv_heads: model.slice.keys(shape).len() / shape.head_dim, head_dim: shape.head_dim };
+        // Every sequence may leave all but one slot of its last block empty.
+        let cache = KvCache::new(layout, shape.kv_cache, 1, rows_max);
+        let work = model.workspace(rows_max);
+        StageTrainer {
+            model,
+            cache,
+            work,
+            backward: BackwardWork::default(),
+            rows_max,
+            gradients: Vec::new(),
+            back_sin: Vec::new(),
+            exchanged: Vec::new(),
+            gathered: Vec::new(),
+        }
+    }
+
+    /// The stage's weights.
+    pub fn model(&self) -> &Arc<StageModel> {
+        &self.model
+    }
+
+    /// The residual stream after [`StageTrainer::forward`].
+    pub fn activations(&self, rows: usize) -> &[f32] {
+        self.work.activations(rows)
+    }
+
+    /// Runs the stage over a micro-batch. With `keep` its blocks keep what their backward pass needs, otherwise only their
+    /// inputs. `beat` is called between layers.
+    ///
+    /// # Panics
+    /// If the batch has more rows than this was made for.
+    pub fn forward(
+        &mut self,
+        batch: &MicroBatch,
+        input: StageInput<'_>,
+        adapter: Option<&Adapter>,
+        keep: bool,
+        group: &mut dyn Collective,
+        beat: &mut dyn FnMut(),
+    ) -> Result<StageTape, ForwardError> {
+        assert!(batch.rows() <= self.rows_max && batch.blocks() <= self.cache.blocks());
+        let StageTrainer { model, cache, work, .. } = self;
+        let contexts = batch.contexts();
+        let size = contexts.len() * model.config.shape.hidden_size;
+        model.enter(&contexts, input, group, work)?;
+        let mut layers = Vec::with_capacity(model.blocks.len());
+        let adapted = adapted(batch, adapter);
+        for (layer, block) in model.blocks.iter().enumerate() {
+            let mut tape = BlockTape::default();
+            if !keep {
+                tape.input = work.x[..size].to_vec();
+            }
+            let step = AdapterStep { layer, adapted: &adapted };
+            let own = keep.then_some(&mut tape);
+            block.forward(&model.kernels, &contexts, cache.layer_mut(0), group, &step, own, work)?;
+            layers.push(tape);
+            beat();
+        }
+        Ok(StageTape { layers, kept: keep })
+    }
+
+    /// The loss of the micro-batch that [`StageTrainer::forward`] computed last, on the last stage, and its gradient times
+    /// `factor` by the rows there (rows × hidden).
+    ///
+    /// The loss of a row is (ln Σ − max) as in serving's log-probabilities; rows add up in `f64`, in order.
+    ///
+    /// # Panics
+    /// If a target's row does not exist, or this stage has no head of its own.
+    pub fn loss(
+        &mut self,
+        targets: &[TargetRow],
+        factor: f32,
+        rows: usize,
+        group: &mut dyn Collective,
+    ) -> Result<(BatchLoss, &mut [f32]), ForwardError> {
+        let StageTrainer { model, work, gradients, exchanged, gathered, .. } = self;
+        let (shape, kernels) = (&model.config.shape, &*model.kernels);
+        let hidden = shape.hidden_size;
+        let (Some(head), Some(norm), Some(cut)) = (&model.head, &model.head_norm, model.slice.head) else {
+            panic!("the loss is computed where the head is");
+        };
+        assert_eq!(cut.of, group.size(), "a head that is spread over stages cannot train");
+        let own = cut.rows(shape);
+        let per_rank = PARTS / cut.of;
+        let parts = shape.vocab_cut().rank_parts(cut.index, cut.of);
+        let gradients = grown(gradients, rows * hidden);
+        gradients.fill(0.0);
+        let mut sum = BatchLoss::default();
+        let width = own.len();
+        for targets in targets.chunks(LOGIT_ROWS_MAX) {
+            if let Some(target) = targets.iter().find(|target| target.token as usize >= shape.vocab_size) {
+                return Err(ForwardError::Token(target.token));
+            }
+            let count = targets.len();
+            let mut x = vec![0.0; count * hidden];
+            for (to, target) in x.chunks_exact_mut(hidden).zip(targets) {
+                to.copy_from_slice(&work.x[target.row * hidden..(target.row + 1) * hidden]);
+            }
+            let mut normed = vec![0.0; count * hidden];
+            kernels.rms_norm(count, hidden, &x, norm, model.config.rms_norm_eps, &mut normed);
+            let logits = grown(exchanged, count * width);
+            kernels.matmul(count, &normed, head, &[0..hidden], None, logits);
+            // Of every row: the largest logit of this rank, where it is, and the target's.
+            let at = |target: &TargetRow| {
+                own.contains(&(target.token as usize)).then(|| target.token as usize - own.start)
+            };
+            let mut facts = Vec::with_capacity(3 * count);
+            for (logits, target) in logits.chunks_exact(width.max(1)).zip(targets) {
+                let max = kernels.max(logits);
+                let place =
+                    logits.iter().position(|&x| x == max).map_or(u32::MAX, |i| (own.start + i) as u32);
+                facts.extend([max, f32::from_bits(place), at(target).map_or(0.0, |at| logits[at])]);
+            }
+            let facts = exchange(&facts, group)?;
+            let of_rank = |rank: usize, row: usize| &facts[(rank * count + row) * 3..][..3];
+            let owner = |token: usize| {
+                (0..cut.of).find(|&rank| shape.vocab_cut().rank(rank, cut.of).contains(&token)).unwrap_or(0)
+            };
+            let best: Vec<(f32, u32)> = (0..count)
+                .map(|row| {
+                    let ranks = (0..cut.of).map(|rank| of_rank(rank, row));
+                    ranks.fold((f32::NEG_INFINITY, u32::MAX), |best, fact| {
+                        if fact[0] > best.0 { (fact[0], fact[1].to_bits()) } else { best }
+                    })
+                })
+                .collect();
+            let mut sums = Vec::with_capacity(per_rank * count);
+            for (logits, (max, _)) in logits.chunks_exact(width.max(1)).zip(&best) {
+                sums.extend(parts.iter().map(|part| match &logits[part.clone()] {
+                    [] => -0.0,
+                    part => kernels.exp_sum(part, *max),
+                }));
+            }
+            let sums = exchange(&sums, group)?;
+            for (row, (target, &(max, place))) in targets.iter().zip(&best).enumerate() {
+                let mut all = [-0.0; PARTS];
+                for (rank, all) in all.chunks_exact_mut(per_rank).enumerate() {
+                    all.copy_from_slice(&sums[(rank * count + row) * per_rank..][..per_rank]);
+                }
+                let of = LogSumExp::from_parts(max, &all);
+                let logit = of_rank(owner(target.token as usize), row)[2];
+                sum.loss -= f64::from(target.weight) * f64::from(of.logprob(logit));
+                sum.weight += f64::from(target.weight);
+                sum.correct += usize::from(place == target.token);
+                sum.targets += 1;
+                let logits = &mut logits[row * width..(row + 1) * width];
+                kernels.cross_entropy_gradient(logits, of, at(target), factor * target.weight);
+            }
+            let rows = StridedRows { data: logits, stride: width };
+            let parts: Vec<_> = parts.iter().map(|part| vec![part.clone()]).collect();
+            kernels.input_gradient(count, rows, head, &parts, &mut normed);
+            sum_over_group(kernels, &mut normed, group, gathered)?;
+            let x = StridedRows { data: &x, stride: hidden };
+            let eps = model.config.rms_norm_eps;
+            kernels.rms_norm_gradient(count, 1, hidden, x, norm, eps, &mut normed, hidden);
+            for (from, target) in normed.chunks_exact(hidden).zip(targets) {
+                gradients[target.row * hidden..(target.row + 1) * hidden].copy_from_slice(from);
+            }
+        }
+        Ok((sum, gradients))
+    }
+
+    /// Runs the stage backwards: `gradient` (rows × hidden) by its outputs becomes that by its inputs, and the adapter's
+    /// gradients are added to `sink`. `tape` is what the forward pass of the same micro-batch, with the same adapter, left.
+    #[allow(clippy::too_many_arguments)]
+    pub fn backward(
+        &mut self,
+        batch: &MicroBatch,
+        tape: StageTape,
+        adapter: Option<&Adapter>,
+        gradient: &mut [f32],
+        sink: &mut AdapterWeights,
+        group: &mut dyn Collective,
+        beat: &mut dyn FnMut(),
+    ) -> Result<(), ForwardError> {
+        let StageTrainer { model, cache, work, backward, back_sin, .. } = self;
+        let contexts = batch.contexts();
+        model.angles(&contexts, work);
+        let half = contexts.len() * model.config.shape.head_dim / 2;
+        let cos = work.cos[..half].to_vec();
+        let back_sin = grown(back_sin, half);
+        back_sin.iter_mut().zip(&work.sin).for_each(|(back, sin)| *back = -sin);
+        let adapted = adapted(batch, adapter);
+        for (layer, mut tape_of_layer) in tape.layers.into_iter().enumerate().rev() {
+            let block = &model.blocks[layer];
+            if !tape.kept {
+                work.x[..tape_of_layer.input.len()].copy_from_slice(&tape_of_layer.input);
+                let step = AdapterStep { layer, adapted: &adapted };
+                let own = Some(&mut tape_of_layer);
+                block.forward(&model.kernels, &contexts, cache.layer_mut(0), group, &step, own, work)?;
+            }
+            let with = Backward {
+                kernels: &model.kernels,
+                sequences: Sequences { ranges: &batch.sequences, cos: &cos, back_sin },
+                layer,
+                adapter,
+                tape: &tape_of_layer,
+            };
+            block.backward(&with, gradient, &mut sink.layers[layer], group, backward)?;
+            beat();
+        }
+        Ok(())
+    }
+}
+
+/// The whole batch under one adapter.
+fn adapted<'a>(batch: &MicroBatch, adapter: Option<&'a Adapter>) -> Vec<AdaptedRows<'a>> {
+    adapter.map(|adapter| AdaptedRows { rows: 0..batch.rows(), adapter }).into_iter().collect()
+}
+
+/// Every rank's values, in rank order.
+fn exchange(own: &[f32], group: &mut dyn Collective) -> Result<Vec<f32>, ForwardError> {
+    let mut all = vec![0.0; own.len() * group.size()];
+    group.all_gather(own, &mut all)?;
+    Ok(all)
+}
