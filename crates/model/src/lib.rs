@@ -12,6 +12,7 @@
 //! * [`stage`]: a rank's packed weights; [`block`]: one transformer block; [`kv`]: its KV cache.
 //! * [`collective`]: the seam to the other ranks of the group; [`head`]: to the ranks of earlier stages that hold slices of
 //!   the head.
+//! * [`adapter`]: low-rank adapters on a rank's layers; [`peft`]: their files; `stage::training`: a stage's backward pass.
 //! * [`synth`]: random weights of a real shape.
 //! * [`export`]: a model becomes one GGUF file, quantised.
 //!
@@ -32,6 +33,7 @@ pub mod head;
 pub mod hub;
 pub mod kv;
 mod pack;
+pub mod peft;
 pub mod slice;
 mod source;
 pub mod stage;

@@ -7,6 +7,7 @@
 //! to adds a zero.
 
 use super::AttentionShape;
+use crate::Isa;
 use crate::aligned::AlignedBuffer;
 use crate::kernels::Kernels;
 use crate::lanes::{LANES, LaneKernel, Simd16};
@@ -48,7 +49,7 @@ impl Kernels {
         self.pool().run(sequences.len() * kv_heads, &|task| {
             let (sequence, kv_head) = (task / kv_heads, task % kv_heads);
             let rows = sequences[sequence].clone();
-            self.dispatch(Task { shape, rows, kv_head, qkv, out, d_out, d_qkv: &d_qkv });
+            self.dispatch(Task { isa: self.isa(), shape, rows, kv_head, qkv, out, d_out, d_qkv: &d_qkv });
         });
     }
 }
@@ -122,6 +123,7 @@ impl Scratch {
 
 /// One sequence, one KV head.
 struct Task<'a> {
+    isa: Isa,
     shape: &'a AttentionShape,
     rows: Range<usize>,
     kv_head: usize,
@@ -266,8 +268,8 @@ impl Task<'_> {
             };
             // SAFETY: every extent was sliced.
             unsafe {
-                scores.run::<S>();
-                probabilities.run::<S>();
+                scores.run(self.isa);
+                probabilities.run(self.isa);
             }
         }
         for index in 0..len {
@@ -288,7 +290,7 @@ impl Task<'_> {
                     resume: panel > 0,
                 };
                 // SAFETY: every extent was sliced.
-                unsafe { dq.run::<S>() };
+                unsafe { dq.run(self.isa) };
             }
             let live = width.min(head_dim - start);
             for index in 0..len {
@@ -335,7 +337,7 @@ impl Task<'_> {
                         resume: true,
                     };
                     // SAFETY: every extent was sliced; the sums began as zeros.
-                    unsafe { run.run::<S>() };
+                    unsafe { run.run(self.isa) };
                 }
             }
         }

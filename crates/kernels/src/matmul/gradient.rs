@@ -8,6 +8,7 @@ use super::packed::{PANEL, PackedMatrix};
 use super::panel::merge;
 use super::run::PanelRun;
 use super::widen::Sixteen;
+use crate::Isa;
 use crate::aligned::AlignedBuffer;
 use crate::kernels::Kernels;
 use crate::lanes::{LANES, LaneKernel, Simd16};
@@ -82,7 +83,7 @@ impl Kernels {
             let (panel, block) = (task / row_blocks, task % row_blocks);
             let rows = block * rows / row_blocks..(block + 1) * rows / row_blocks;
             let columns = panel * PANEL..k.min((panel + 1) * PANEL);
-            self.dispatch(InputGradient { dy, weights, parts, rows, columns, dx: &dx });
+            self.dispatch(InputGradient { isa: self.isa(), dy, weights, parts, rows, columns, dx: &dx });
         });
     }
 
@@ -127,7 +128,16 @@ impl Kernels {
             let (panel, block) = (task / blocks, task % blocks);
             let outputs = block * n / blocks..(block + 1) * n / blocks;
             let columns = panel * PANEL..k.min((panel + 1) * PANEL);
-            self.dispatch(WeightGradient { rows, turned, x, k, outputs, columns, gradient: &gradient });
+            self.dispatch(WeightGradient {
+                isa: self.isa(),
+                rows,
+                turned,
+                x,
+                k,
+                outputs,
+                columns,
+                gradient: &gradient,
+            });
         });
     }
 }
@@ -147,6 +157,7 @@ fn assert_parts_name(parts: &[Vec<Range<usize>>], n: usize) {
 
 /// Some rows of up to 64 inputs' gradients.
 struct InputGradient<'a> {
+    isa: Isa,
     dy: StridedRows<'a>,
     weights: &'a PackedMatrix,
     parts: &'a [Vec<Range<usize>>],
@@ -233,7 +244,7 @@ impl InputGradient<'_> {
                 };
                 // SAFETY: `dy` has `n` columns in every row, the panel holds the widened chunk, the sums were sliced; they
                 // are initialised from the first chunk on.
-                unsafe { run.run::<S>() };
+                unsafe { run.run(self.isa) };
                 (resume, start) = (true, end);
             }
         }
@@ -243,6 +254,7 @@ impl InputGradient<'_> {
 
 /// Up to 64 columns of some outputs' gradients.
 struct WeightGradient<'a> {
+    isa: Isa,
     rows: usize,
     /// `[output][row]`, bits of floats.
     turned: &'a [u32],
@@ -289,7 +301,7 @@ impl LaneKernel for WeightGradient<'_> {
             resume: true,
         };
         // SAFETY: all extents were sliced or reserved above.
-        unsafe { run.run::<S>() };
+        unsafe { run.run(self.isa) };
         for (sums, output) in sums.chunks_exact(width).zip(self.outputs.clone()) {
             gradient(output).copy_from_slice(&sums[..self.columns.len()]);
         }

@@ -2,7 +2,8 @@
 
 use super::dense::F32;
 use super::tile::{MAX_TILE_ROWS, Tile};
-use crate::lanes::Simd16;
+use crate::Isa;
+use crate::lanes::{self, LaneKernel, Simd16};
 use std::marker::PhantomData;
 
 /// Steps over which all tiles of rows pass before the next ones: of 64 outputs 32 KiB.
@@ -30,12 +31,21 @@ pub(crate) struct PanelRun {
 }
 
 impl PanelRun {
-    /// Computes it.
+    /// Computes it: a function of its own for each instruction set, however many kernels call it.
     ///
     /// # Safety
-    /// The pointers must be valid for the extents given, and `sums` initialised if the run resumes.
+    /// The pointers must be valid for the extents given, and `sums` initialised if the run resumes. This machine must be able to
+    /// run `isa`.
+    #[inline]
+    pub(crate) unsafe fn run(self, isa: Isa) {
+        // SAFETY: the caller's contract.
+        unsafe { lanes::dispatch(isa, Valid(self)) }
+    }
+
+    /// # Safety
+    /// As for `run`.
     #[inline(always)]
-    pub(crate) unsafe fn run<S: Simd16>(self) {
+    unsafe fn tiles<S: Simd16>(self) {
         let PanelRun { rows, steps, width, .. } = self;
         if steps == 0 && !self.resume {
             // SAFETY: the caller's contract.
@@ -65,5 +75,18 @@ impl PanelRun {
             }
             start = end;
         }
+    }
+}
+
+/// A run whose pointers its maker vouches for.
+struct Valid(PanelRun);
+
+impl LaneKernel for Valid {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd16>(self) {
+        // SAFETY: `PanelRun::run` makes it, under this contract.
+        unsafe { self.0.tiles::<S>() }
     }
 }

@@ -70,17 +70,55 @@ pub struct TargetRow {
     pub weight: f32,
 }
 
+/// A sum in units of 2⁻³²: exact, so that nothing depends on the order in which rows, micro-batches and replicas come.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub struct ExactSum(pub i64);
+
+impl ExactSum {
+    const UNIT: f64 = 1.0 / (1u64 << 32) as f64;
+
+    /// Adds a term, rounded to a unit.
+    fn add(&mut self, term: f64) {
+        self.0 = self.0.saturating_add((term / ExactSum::UNIT).round_ties_even() as i64);
+    }
+
+    /// The sum.
+    pub fn value(self) -> f64 {
+        self.0 as f64 * ExactSum::UNIT
+    }
+}
+
 /// What a micro-batch lost.
-#[derive(Debug, Default, Clone, Copy, PartialEq)]
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 pub struct BatchLoss {
     /// Σ weight · −ln p(token), in nats.
-    pub loss: f64,
+    pub loss: ExactSum,
     /// Σ weight.
-    pub weight: f64,
+    pub weight: ExactSum,
     /// Targets that were the most probable token.
     pub correct: usize,
     /// Targets.
     pub targets: usize,
+    /// Targets whose loss is no number: the step must not be taken.
+    pub not_finite: usize,
+}
+
+impl BatchLoss {
+    /// Both together.
+    pub fn and(self, other: BatchLoss) -> BatchLoss {
+        BatchLoss {
+            loss: ExactSum(self.loss.0.saturating_add(other.loss.0)),
+            weight: ExactSum(self.weight.0.saturating_add(other.weight.0)),
+            correct: self.correct + other.correct,
+            targets: self.targets + other.targets,
+            not_finite: self.not_finite + other.not_finite,
+        }
+    }
+
+    /// The mean over the targets' weights.
+    pub fn mean(self) -> f64 {
+        self.loss.value() / self.weight.value()
+    }
 }
 
 /// What a micro-batch's forward pass left on a stage.
@@ -182,7 +220,7 @@ impl StageTrainer {
     /// The loss of the micro-batch that [`StageTrainer::forward`] computed last, on the last stage, and its gradient times
     /// `factor` by the rows there (rows × hidden).
     ///
-    /// The loss of a row is (ln Σ − max) as in serving's log-probabilities; rows add up in `f64`, in order.
+    /// A row's log-probability is computed as serving computes it.
     ///
     /// # Panics
     /// If a target's row does not exist, or this stage has no head of its own.
@@ -259,8 +297,10 @@ impl StageTrainer {
                 }
                 let of = LogSumExp::from_parts(max, &all);
                 let logit = of_rank(owner(target.token as usize), row)[2];
-                sum.loss -= f64::from(target.weight) * f64::from(of.logprob(logit));
-                sum.weight += f64::from(target.weight);
+                let loss = -f64::from(target.weight) * f64::from(of.logprob(logit));
+                sum.loss.add(loss);
+                sum.not_finite += usize::from(!loss.is_finite());
+                sum.weight.add(f64::from(target.weight));
                 sum.correct += usize::from(place == target.token);
                 sum.targets += 1;
                 let logits = &mut logits[row * width..(row + 1) * width];

@@ -1,0 +1,28 @@
+//! What an adapter starts from: A uniform as PyTorch's `kaiming_uniform_(a=√5)` makes it, B zero.
+
+use ashlar_kernels::sampling;
+use ashlar_model::RankSlice;
+use ashlar_model::adapter::{AdapterWeights, LoraPair, LoraSpec, Target};
+use ashlar_vocabulary::ModelShape;
+use std::convert::Infallible;
+
+/// A rank's share of the adapter that `seed` gives. Every number is a function of the seed and of its place in the whole
+/// model: layer, target, row and column of A.
+pub fn initial_adapter(spec: &LoraSpec, shape: &ModelShape, slice: &RankSlice, seed: u64) -> AdapterWeights {
+    let whole = |layer: usize, target: Target| {
+        let (outputs, inputs) = target.dimensions(shape);
+        // Uniform in ±1/√inputs.
+        let bound = 1.0 / (inputs as f64).sqrt();
+        let stream = (layer * Target::ALL.len() + target as usize) as u32;
+        let number =
+            |index: usize| ((2.0 * sampling::uniform(seed, stream, index as u32) - 1.0) * bound) as f32;
+        Ok::<_, Infallible>(LoraPair {
+            a: (0..spec.rank * inputs).map(number).collect(),
+            b: vec![0.0; outputs * spec.rank],
+        })
+    };
+    match AdapterWeights::cut(spec, shape, slice, whole) {
+        Ok(weights) => weights,
+        Err(never) => match never {},
+    }
+}

@@ -1,0 +1,20 @@
+//! What a rank keeps of a fine-tuning job between micro-batches: gradients on their way to a step, and the optimiser.
+//!
+//! * [`runs`]: gradients of a global batch's eight runs, added up in the contract's tree.
+//! * [`norm`]: the norm of a gradient that lies on many ranks.
+//! * [`init`]: what an adapter starts from.
+//! * [`state`]: weights and moments of a rank, moved by one step at a time.
+//!
+//! **Invariants:** no socket, clock, thread or file. Whatever the grid, the numbers that belong to one tensor are the same
+//! bits: nothing here depends on which rank holds them, or on how samples came in micro-batches.
+#![forbid(unsafe_code)]
+
+pub mod init;
+pub mod norm;
+pub mod runs;
+pub mod state;
+
+pub use init::initial_adapter;
+pub use norm::{NormTerms, gradient_norm};
+pub use runs::{RunTree, Runs};
+pub use state::{AdapterState, Hyperparameters};

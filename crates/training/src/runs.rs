@@ -1,0 +1,102 @@
+//! Gradients of a global batch.
+//!
+//! A batch is eight consecutive runs of samples. Within a run a gradient is one chain over samples, then positions, however
+//! they are cut in micro-batches; runs add up in the tree `((r0+r1)+(r2+r3))+((r4+r5)+(r6+r7))`. A replica computes whole
+//! runs, so that what replicas exchange are the upper levels of that tree.
+
+use ashlar_kernels::Kernels;
+use ashlar_model::RankSlice;
+use ashlar_model::adapter::{AdapterWeights, LoraSpec};
+use ashlar_vocabulary::{ModelShape, PARTS};
+use std::ops::Range;
+
+/// Runs of a batch.
+pub const RUNS: usize = PARTS;
+
+/// The runs of replica `replica` of `replicas` (1, 2, 4 or 8).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Runs(pub Range<usize>);
+
+impl Runs {
+    /// Those of a replica.
+    pub fn of_replica(replica: usize, replicas: usize) -> Runs {
+        let each = RUNS / replicas;
+        Runs(replica * each..(replica + 1) * each)
+    }
+
+    /// The samples of run `run` in a batch of `samples`.
+    pub fn samples(run: usize, samples: usize) -> Range<usize> {
+        run * samples / RUNS..(run + 1) * samples / RUNS
+    }
+}
+
+/// A replica's gradients, run by run.
+#[derive(Debug)]
+pub struct RunTree {
+    /// Sums of closed subtrees, the widest first, each with the number of runs it covers; `None` has no sample.
+    open: Vec<(usize, Option<AdapterWeights>)>,
+    /// The run being computed.
+    current: Option<AdapterWeights>,
+    /// Zeroed gradients to be used again.
+    spare: Vec<AdapterWeights>,
+    zeros: AdapterWeights,
+}
+
+impl RunTree {
+    /// No gradients yet.
+    pub fn new(spec: &LoraSpec, shape: &ModelShape, slice: &RankSlice) -> RunTree {
+        let zeros = AdapterWeights::zeros(spec, shape, slice);
+        RunTree { open: Vec::new(), current: None, spare: Vec::new(), zeros }
+    }
+
+    /// Where the current run's gradients add up.
+    pub fn current(&mut self) -> &mut AdapterWeights {
+        let (spare, zeros) = (&mut self.spare, &self.zeros);
+        self.current.get_or_insert_with(|| spare.pop().unwrap_or_else(|| zeros.clone()))
+    }
+
+    /// Ends the current run; one that was never asked for has no samples.
+    pub fn end_run(&mut self, kernels: &Kernels) {
+        self.open.push((1, self.current.take()));
+        while let [.., (left, _), (right, _)] = self.open[..]
+            && left == right
+        {
+            let last = self.open.pop().and_then(|(_, gradient)| gradient);
+            let Some((runs, first)) = self.open.last_mut() else { break };
+            *runs *= 2;
+            match (first.as_mut(), last) {
+                (_, None) => {}
+                (None, last) => *first = last,
+                (Some(first), Some(last)) => {
+                    first.tensors_mut().zip(last.tensors()).for_each(|(to, from)| kernels.add(to, from));
+                    self.spare.extend(zeroed(last));
+                }
+            }
+        }
+    }
+
+    /// The replica's sum, once its runs have ended; −0 everywhere if none had a sample. Starts the next batch.
+    ///
+    /// # Panics
+    /// If the runs so far are not 1, 2, 4 or 8.
+    pub fn take(&mut self) -> AdapterWeights {
+        let (Some((_, sum)), []) = (self.open.pop(), &self.open[..]) else {
+            panic!("a replica has 1, 2, 4 or 8 runs, and they have ended");
+        };
+        sum.unwrap_or_else(|| {
+            let mut nothing = self.zeros.clone();
+            nothing.tensors_mut().for_each(|tensor| tensor.fill(-0.0));
+            nothing
+        })
+    }
+
+    /// Gives gradients back that are of no use any more.
+    pub fn recycle(&mut self, gradient: AdapterWeights) {
+        self.spare.extend(zeroed(gradient));
+    }
+}
+
+fn zeroed(mut gradient: AdapterWeights) -> Option<AdapterWeights> {
+    gradient.tensors_mut().for_each(|tensor| tensor.fill(0.0));
+    Some(gradient)
+}

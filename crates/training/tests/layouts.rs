@@ -1,0 +1,101 @@
+//! One adapter, whatever the grid: the same bytes over stages, ranks, replicas, micro-batches, threads, instruction sets, with
+//! activations kept or computed again.
+#![allow(clippy::unwrap_used, missing_docs)]
+
+mod common;
+
+use ashlar_kernels::Isa;
+use ashlar_model::ModelConfig;
+use ashlar_model::adapter::{LoraSpec, Target};
+use ashlar_model::stage::BatchLoss;
+use ashlar_training::{Hyperparameters, initial_adapter};
+use ashlar_vocabulary::{KvCacheType, Precision, Quantization, WeightType};
+use common::serving::goldens;
+use common::{Cut, Job, Sample};
+
+fn spec() -> LoraSpec {
+    LoraSpec { rank: 3, alpha: 6.0, rank_stabilized: false, targets: Target::ALL.to_vec() }
+}
+
+/// Ragged samples; the last ones have runs of their own only in large batches.
+fn samples(count: usize) -> Vec<Sample> {
+    let sample = |index: usize| {
+        let length = 2 + (index * 7) % 23;
+        Sample {
+            tokens: (0..length).map(|i| ((i * 31 + index * 17 + 5) % 97) as u32).collect(),
+            targets: (0..length).map(|i| i > 0 && (i + index) % 3 != 0 || i + 1 == length).collect(),
+        }
+    };
+    (0..count).map(sample).collect()
+}
+
+fn train(name: &str, precision: Precision, cut: Cut) -> (Vec<u8>, Vec<(BatchLoss, u64)>) {
+    let directory = goldens().join(name);
+    let with = Hyperparameters { weight_decay: 0.01, norm_max: Some(0.4), ..Hyperparameters::default() };
+    let mut job = Job::new(&directory, precision, cut, &spec(), with, &|config, slice| {
+        initial_adapter(&spec(), &config.shape, slice, 11)
+    });
+    // Fewer samples than runs, as many, and more.
+    let reports = [3, 8, 13].map(|count| job.step(&samples(count), 1e-2));
+    let reports = reports.map(|report| (report.loss, report.norm.to_bits()));
+    (job.adapter().files("base").unwrap().1, reports.to_vec())
+}
+
+fn assert_same(name: &str, precision: Precision, cuts: &[Cut]) {
+    let expected = train(name, precision, Cut::default());
+    for &cut in cuts {
+        let found = train(name, precision, cut);
+        assert_eq!(found.1, expected.1, "{name}: losses and norms of {cut:?}");
+        assert!(found.0 == expected.0, "{name}: the adapter of {cut:?}");
+    }
+}
+
+#[test]
+fn every_grid_trains_the_same_adapter() {
+    for name in ["llama", "qwen2", "qwen3", "mistral"] {
+        let shape = ModelConfig::from_dir(&goldens().join(name)).unwrap().shape;
+        let mut cuts = Vec::new();
+        for (stages, ranks, replicas, samples) in [
+            (1, 1, 1, 4),
+            (2, 1, 1, 1),
+            (1, 2, 1, 2),
+            (2, 2, 2, 1),
+            (1, 4, 1, 13),
+            (1, 1, 4, 2),
+            (2, 1, 8, 1),
+        ] {
+            if shape.num_kv_heads.is_multiple_of(ranks) && stages <= shape.num_layers {
+                cuts.push(Cut { stages, ranks, replicas, samples, ..Cut::default() });
+            }
+        }
+        assert_same(name, None::<Quantization>.into(), &cuts);
+    }
+}
+
+#[test]
+fn activations_kept_or_computed_again_threads_and_instruction_sets_change_nothing() {
+    let mut cuts = vec![
+        Cut { keep: false, ..Cut::default() },
+        Cut { keep: false, stages: 2, ranks: 2, ..Cut::default() },
+        Cut { threads: 3, samples: 5, ..Cut::default() },
+    ];
+    cuts.extend(Isa::available().into_iter().map(|isa| Cut { isa, ..Cut::default() }));
+    for name in ["llama", "qwen3"] {
+        assert_same(name, None::<Quantization>.into(), &cuts);
+    }
+}
+
+#[test]
+fn quantised_and_narrow_bases_train_the_same_adapter_on_every_grid() {
+    let cuts = [
+        Cut { stages: 2, ranks: 2, samples: 2, ..Cut::default() },
+        Cut { ranks: 4, keep: false, ..Cut::default() },
+        Cut { isa: Isa::Portable, ..Cut::default() },
+    ];
+    let kinds = [WeightType::Q8_0, WeightType::Q4_0, WeightType::Q4K, WeightType::Bf16];
+    for kind in kinds {
+        let mut precision = Precision::from(Some(Quantization::Type(kind)));
+        precision.kv_cache = KvCacheType::Bf16;
+        assert_same("llama", precision, &cuts);
+    }
+}

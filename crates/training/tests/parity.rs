@@ -1,0 +1,198 @@
+//! Against PyTorch and PEFT: the same losses, norms, weights and logits over 120 steps.
+#![allow(clippy::unwrap_used, missing_docs)]
+
+mod common;
+
+use ashlar_kernels::{BLOCK_TOKENS, Isa, Kernels, RowContext};
+use ashlar_model::adapter::{AdaptedRows, Adapter};
+use ashlar_model::peft::PeftAdapter;
+use ashlar_model::{ModelConfig, NoHeadRanks, RankSlice, SingleRank, StageInput, StageModel};
+use ashlar_training::Hyperparameters;
+use ashlar_vocabulary::{BlockId, Quantization};
+use common::serving::{goldens as models, relative_error};
+use common::{Cut, Job, Sample};
+use serde::Deserialize;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+#[derive(Deserialize)]
+struct Golden {
+    samples: Vec<GoldenSample>,
+    batches: Vec<Vec<usize>>,
+    optimizer: Optimizer,
+    losses: Vec<f64>,
+    norms: Vec<f64>,
+    prompt: Vec<u32>,
+    logits: String,
+}
+
+#[derive(Deserialize)]
+struct GoldenSample {
+    tokens: Vec<u32>,
+    targets: Vec<u8>,
+}
+
+#[derive(Deserialize)]
+struct Optimizer {
+    learning_rate: f32,
+    beta1: f32,
+    beta2: f32,
+    epsilon: f32,
+    weight_decay: f32,
+    max_norm: f64,
+}
+
+fn folder(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens").join(name)
+}
+
+fn adapter(name: &str, which: &str) -> PeftAdapter {
+    let shape = ModelConfig::from_dir(&models().join(name)).unwrap().shape;
+    let config = fs::read(folder(name).join("adapter_config.json")).unwrap();
+    let tensors = fs::read(folder(name).join(which)).unwrap();
+    PeftAdapter::parse(&config, &tensors, &shape).unwrap()
+}
+
+fn numbers(base64: &str) -> Vec<f32> {
+    let digit = |byte: u8| match byte {
+        b'A'..=b'Z' => byte - b'A',
+        b'a'..=b'z' => byte - b'a' + 26,
+        b'0'..=b'9' => byte - b'0' + 52,
+        b'+' => 62,
+        _ => 63,
+    };
+    let mut bytes = Vec::new();
+    for four in base64.trim_end_matches('=').as_bytes().chunks(4) {
+        let bits = four.iter().fold(0u32, |bits, &byte| bits << 6 | u32::from(digit(byte)));
+        let bits = bits << (6 * (4 - four.len()));
+        bytes.extend(&bits.to_be_bytes()[1..four.len()]);
+    }
+    bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()
+}
+
+/// Logits of every position of a prompt with an adapter, as serving computes them.
+fn logits(name: &str, adapter: &PeftAdapter, prompt: &[u32]) -> Vec<f32> {
+    let directory = models().join(name);
+    let shape = ModelConfig::from_dir(&directory).unwrap().shape;
+    let slice = RankSlice::whole(&shape);
+    let kernels = Arc::new(Kernels::new(Isa::best(), 2));
+    let none = None::<Quantization>;
+    let model = StageModel::load(&directory, none, slice.clone(), kernels.clone(), &mut |_, _| {}).unwrap();
+    let adapter = Adapter::pack(&adapter.cut(&shape, &slice), &shape, &slice, &kernels);
+    let table: Vec<BlockId> = (0..prompt.len().div_ceil(BLOCK_TOKENS) as u32).map(BlockId).collect();
+    let rows: Vec<_> =
+        (0..prompt.len() as u32).map(|position| RowContext { position, block_table: &table }).collect();
+    let (mut cache, mut work) = (model.kv_cache(table.len()), model.workspace(prompt.len()));
+    // In two runs of rows: that changes nothing.
+    let adapted = [0..5, 5..prompt.len()].map(|rows| AdaptedRows { rows, adapter: &adapter });
+    let input = StageInput::Tokens(prompt);
+    let group = &mut SingleRank;
+    model.forward_adapted(&rows, input, &adapted, &mut cache, group, &mut work, &mut || {}).unwrap();
+    let rows: Vec<usize> = (0..prompt.len()).collect();
+    model.logits(&rows, group, &mut NoHeadRanks, &mut work).unwrap().unwrap().to_vec()
+}
+
+fn golden(name: &str) -> Golden {
+    serde_json::from_slice(&fs::read(folder(name).join("golden.json")).unwrap()).unwrap()
+}
+
+impl Golden {
+    fn samples(&self) -> Vec<Sample> {
+        let sample = |s: &GoldenSample| Sample {
+            tokens: s.tokens.clone(),
+            targets: s.targets.iter().map(|&target| target == 1).collect(),
+        };
+        self.samples.iter().map(sample).collect()
+    }
+}
+
+fn check(name: &str) {
+    let golden = golden(name);
+    let o = &golden.optimizer;
+    let with = Hyperparameters {
+        beta1: o.beta1,
+        beta2: o.beta2,
+        epsilon: o.epsilon,
+        weight_decay: o.weight_decay,
+        norm_max: Some(o.max_norm),
+    };
+    let samples = golden.samples();
+    let start = adapter(name, "initial.safetensors");
+    let cut = Cut { stages: 2, ranks: 2, samples: 3, ..Cut::default() };
+    let directory = models().join(name);
+    let mut job = Job::new(&directory, None::<Quantization>, cut, &start.spec, with, &|config, slice| {
+        start.cut(&config.shape, slice)
+    });
+    for (step, batch) in golden.batches.iter().enumerate() {
+        let batch: Vec<Sample> = batch.iter().map(|&index| samples[index].clone()).collect();
+        let report = job.step(&batch, o.learning_rate);
+        let loss = report.loss.mean();
+        assert!(
+            (loss - golden.losses[step]).abs() <= 1e-4,
+            "{name}, step {step}: {loss} {}",
+            golden.losses[step]
+        );
+        let norm = golden.norms[step];
+        assert!(
+            (report.norm - norm).abs() <= 1e-3 * norm,
+            "{name}, step {step}: norm {} {norm}",
+            report.norm
+        );
+    }
+    let last = adapter(name, "final.safetensors");
+    let expected = numbers(&golden.logits);
+    // Theirs loaded here, and ours.
+    let theirs = relative_error(&logits(name, &last, &golden.prompt), &expected);
+    let own = job.adapter();
+    let (config, tensors) = own.files(name).unwrap();
+    let shape = &job.config.shape;
+    let own = PeftAdapter::parse(&config, &tensors, shape).unwrap();
+    let ours = relative_error(&logits(name, &own, &golden.prompt), &expected);
+    eprintln!("{name}: logits differ by {theirs:.1e} with PEFT's adapter, {ours:.1e} with ours");
+    assert!(theirs <= 1e-4, "{name}: {theirs} with PEFT's adapter");
+    assert!(ours <= 1e-3, "{name}: {ours} with ours");
+}
+
+#[test]
+fn gradients_are_those_of_double_precision() {
+    for name in ["llama", "qwen2", "qwen3", "mistral"] {
+        let golden = golden(name);
+        let (point, expected) = (adapter(name, "point.safetensors"), adapter(name, "gradient.safetensors"));
+        for cut in [Cut::default(), Cut { stages: 2, ranks: 2, samples: 4, keep: false, ..Cut::default() }] {
+            let directory = models().join(name);
+            let with = Hyperparameters::default();
+            let start = |config: &ModelConfig, slice: &RankSlice| point.cut(&config.shape, slice);
+            let mut job = Job::new(&directory, None::<Quantization>, cut, &point.spec, with, &start);
+            let (_, found) = job.gradient(&golden.samples());
+            let mut worst = 0f32;
+            for (place, expected) in &expected.pairs {
+                let found = &found.pairs[place];
+                let errors = [relative_error(&found.a, &expected.a), relative_error(&found.b, &expected.b)];
+                assert!(errors[0].max(errors[1]) <= 1e-5, "{name}, {place:?}: {errors:?}");
+                worst = worst.max(errors[0]).max(errors[1]);
+            }
+            eprintln!("{name}: gradients differ by {worst:.1e} of a tensor's largest");
+        }
+    }
+}
+
+#[test]
+fn llama_trains_as_peft_does() {
+    check("llama");
+}
+
+#[test]
+fn qwen2_with_biases_and_rank_stabilised_factors_trains_as_peft_does() {
+    check("qwen2");
+}
+
+#[test]
+fn qwen3_with_head_norms_trains_as_peft_does() {
+    check("qwen3");
+}
+
+#[test]
+fn mistral_with_a_window_trains_as_peft_does() {
+    check("mistral");
+}
