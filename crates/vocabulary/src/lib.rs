@@ -1,12 +1,13 @@
 //! Words that every part of Ashlar shares: identifiers, units, shapes, sampling parameters and the cut of an axis.
 //!
-//! Layout: [`ids`] (newtypes), [`units`] (bytes, milliseconds), [`parts`] (the eight-part cut that the numeric
+//! Layout: [`ids`] (newtypes), [`blob`] (names of stored bytes), [`units`] (bytes, milliseconds), [`parts`] (the eight-part cut that the numeric
 //! contract is built on), [`head`] (who computes which of its rows), [`shape`] (what a model looks like, without its weights), [`sampling`] (what a request asks of
 //! the sampler), [`weights`] (the types of weights), [`precision`] (what an owner chooses among them, and for the cache).
 //!
 //! **Invariant:** this crate imports nothing of ours, performs no I/O and reads no clock.
 #![forbid(unsafe_code)]
 
+pub mod blob;
 pub mod head;
 pub mod ids;
 pub mod parts;
@@ -16,6 +17,7 @@ pub mod shape;
 pub mod units;
 pub mod weights;
 
+pub use blob::{BlobId, UnknownBlobId};
 pub use head::HeadSlice;
 pub use ids::*;
 pub use parts::{AxisCut, PARTS};
