@@ -70,6 +70,7 @@ fn each_heavy_library_is_known_to_few() {
     };
     assert_eq!(known_by("redis"), BTreeSet::from(["ashlar-store"]));
     assert_eq!(known_by("redb"), BTreeSet::from(["ashlar-store"]));
+    assert_eq!(known_by("hyper-rustls"), BTreeSet::from(["ashlar-store"]));
     assert_eq!(known_by("axum"), BTreeSet::from(["ashlar-gateway"]));
     assert_eq!(known_by("minijinja"), BTreeSet::from(["ashlar-tokenizer"]));
     assert_eq!(known_by("llguidance"), BTreeSet::from(["ashlar-grammar"]));
