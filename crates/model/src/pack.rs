@@ -2,8 +2,8 @@
 
 use crate::source::{self, MatrixSource, VectorSource, WeightSource};
 use crate::weights::{TensorReader, WeightError, WeightFiles};
-use ashlar_gguf::{TensorType, UnpackedBlock, quantize, unpack};
-use ashlar_kernels::{BlockAxis, BlockScale, Kernels, PackedMatrix, QuantizedRow};
+use ashlar_gguf::{TensorType, quantize};
+use ashlar_kernels::{BlockAxis, FileRows, Kernels, PackedMatrix};
 use ashlar_vocabulary::WeightType;
 use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
@@ -130,91 +130,37 @@ fn pack_blocks(
     let outputs = sources.iter().map(|s| s.rows.len()).sum();
     let offset = sources.first().map_or(0, |s| s.columns.start);
     let axis = BlockAxis::new(offset, parts);
-    let pieces = axis.pieces().to_vec();
-    let failure = Mutex::new(None);
-    let packed = PackedMatrix::pack_blocks(kind, outputs, axis, kernels.pool(), &|row, to| {
-        let (source, row) = locate(sources, row);
-        let (reader, columns) = (&readers[source], &sources[source].columns);
-        let whole = pieces.len() * 32 == to.quants.len() && columns.start.is_multiple_of(32);
-        let read = if reader.kind() == kind && whole && matches!(kind, WeightType::Q8_0 | WeightType::Q4_0) {
-            reader.read_bytes(row..row + 1, columns.clone()).map(|bytes| copy_stored(kind, &bytes, to))
-        } else {
-            BlockRow::read(reader, row, columns, kind).map(|blocks| {
-                for (index, piece) in pieces.iter().enumerate() {
-                    blocks.copy(piece.inputs.clone(), offset, &mut to.quants, &mut to.scales[index]);
-                }
-            })
-        };
-        read.unwrap_or_else(|error| keep(&failure, error));
-    });
-    finish(failure, packed)
-}
-
-/// Takes apart a stored row of the two commonest types, whole blocks only: a large model has tens of millions of them.
-fn copy_stored(kind: WeightType, bytes: &[u8], to: &mut QuantizedRow) {
-    let blocks = bytes.chunks_exact(kind.block_bytes());
-    for ((block, quants), scale) in blocks.zip(to.quants.chunks_exact_mut(32)).zip(&mut to.scales) {
-        let (half, stored) = block.split_at(2);
-        *scale = BlockScale { scale: u16::from_le_bytes([half[0], half[1]]), ..BlockScale::default() };
-        if kind == WeightType::Q8_0 {
-            for (quant, stored) in quants.iter_mut().zip(stored) {
-                *quant = stored ^ 0x80;
-            }
-        } else {
-            let (low, high) = quants.split_at_mut(16);
-            for ((low, high), stored) in low.iter_mut().zip(high).zip(stored) {
-                (*low, *high) = (stored & 15, stored >> 4);
-            }
+    let columns = axis.whole_blocks(kind.block_len());
+    PackedMatrix::pack_file_blocks(kind, outputs, axis, kernels, &|outputs, to| {
+        let mut next = outputs.start;
+        while next < outputs.end {
+            let (source, row) = locate(sources, next);
+            let rows = row..sources[source].rows.end.min(row + outputs.end - next);
+            next += rows.len();
+            append_blocks(&readers[source], rows, columns.clone(), kind, to)?;
         }
-    }
+        Ok(())
+    })
 }
 
-/// The blocks of one stored row that cover the columns of a rank.
-struct BlockRow {
+/// Appends the blocks of `kind` that `columns` of each row have: as they are stored, or quantised.
+fn append_blocks(
+    reader: &TensorReader<'_>,
+    rows: Range<usize>,
+    columns: Range<usize>,
     kind: WeightType,
-    /// The first column of the first block.
-    first: usize,
-    blocks: Vec<UnpackedBlock>,
-}
-
-impl BlockRow {
-    /// Reads whole blocks, and quantises them unless they are stored in `kind`.
-    fn read(
-        reader: &TensorReader<'_>,
-        row: usize,
-        columns: &Range<usize>,
-        kind: WeightType,
-    ) -> Result<BlockRow, WeightError> {
-        let length = kind.block_len();
-        let first = columns.start / length * length;
-        let end = columns.end.next_multiple_of(length).min(reader.columns());
-        let bytes = if reader.kind() == kind {
-            reader.read_bytes(row..row + 1, first..end)?
-        } else {
-            let values = reader.read(row..row + 1, first..end)?;
-            quantized(reader, kind, &values)?
-        };
-        let tensor_type = tensor_type(kind);
-        let unpack = |block: &[u8]| unpack(tensor_type, block).map_err(|error| reader.unusable(&error));
-        let blocks = bytes.chunks(kind.block_bytes()).map(unpack).collect::<Result<_, _>>()?;
-        Ok(BlockRow { kind, first, blocks })
+    to: &mut FileRows,
+) -> Result<(), WeightError> {
+    if reader.kind() == kind {
+        return reader.append_rows(rows, columns, to);
     }
-
-    /// Copies the quants and the scales of one piece; `inputs` count from column `offset`.
-    fn copy(&self, inputs: Range<usize>, offset: usize, quants: &mut [u8], scale: &mut BlockScale) {
-        let length = self.kind.block_len();
-        let at = offset + inputs.start - self.first;
-        let (block, within) = (&self.blocks[at / length], at % length);
-        quants[inputs.clone()].copy_from_slice(&block.quants[within..within + inputs.len()]);
-        let sub_scales = match self.kind {
-            WeightType::Q6K => {
-                let pair = within / 32 * 2;
-                [block.scales[pair], block.scales[pair + 1]]
-            }
-            _ => [block.scales[within / 32], 0],
-        };
-        *scale = BlockScale { scale: block.d, min: block.m, sub_scales, sub_min: block.mins[within / 32] };
+    for row in rows {
+        let blocks = quantized(reader, kind, &reader.read(row..row + 1, columns.clone())?)?;
+        let (start, bytes) = to.grow(blocks.len());
+        bytes.copy_from_slice(&blocks);
+        to.push(start);
     }
+    Ok(())
 }
 
 /// `values` in blocks of `kind`.

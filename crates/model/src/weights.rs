@@ -6,6 +6,7 @@
 use crate::gguf;
 use crate::pack::{tensor_type, weight_type};
 use ashlar_gguf::{BlockError, GgufError, GgufFiles, dequantize};
+use ashlar_kernels::FileRows;
 use ashlar_vocabulary::WeightType;
 use half::{bf16, f16};
 use safetensors::Dtype;
@@ -324,8 +325,7 @@ impl TensorReader<'_> {
     /// Raw bytes of `columns` (whole blocks) of the rows `rows`, row after row; whole rows are one read where the file has
     /// them in order.
     pub fn read_bytes(&self, rows: Range<usize>, columns: Range<usize>) -> Result<Vec<u8>, WeightError> {
-        let bytes_of = |columns: usize| columns / self.kind.block_len() * self.kind.block_bytes();
-        let (width, stride) = (bytes_of(columns.len()), bytes_of(self.columns));
+        let (width, stride) = (self.stored_bytes(columns.len()), self.stored_bytes(self.columns));
         let mut bytes = vec![0u8; rows.len() * width];
         if let (Some(head_dim), true) = (self.interleaved, self.is_vector && self.kind == WeightType::F32) {
             // Of a bias the elements are what a matrix has as rows.
@@ -337,10 +337,41 @@ impl TensorReader<'_> {
         } else {
             for (row, chunk) in rows.zip(bytes.chunks_exact_mut(width.max(1))) {
                 let row = self.interleaved.map_or(row, |head_dim| gguf::interleaved_row(row, head_dim));
-                self.read_at(chunk, (row * stride + bytes_of(columns.start)) as u64)?;
+                self.read_at(chunk, (row * stride + self.stored_bytes(columns.start)) as u64)?;
             }
         }
         Ok(bytes)
+    }
+
+    /// Appends `columns` (whole blocks) of the rows `rows` to `to`; whole rows that lie near each other are one read.
+    pub(crate) fn append_rows(
+        &self,
+        rows: Range<usize>,
+        columns: Range<usize>,
+        to: &mut FileRows,
+    ) -> Result<(), WeightError> {
+        let (width, stride) = (self.stored_bytes(columns.len()), self.stored_bytes(self.columns));
+        let stored = |row| self.interleaved.map_or(row, |head_dim| gguf::interleaved_row(row, head_dim));
+        let (first, last) =
+            rows.clone().map(stored).fold((usize::MAX, 0), |(a, b), row| (a.min(row), b.max(row)));
+        // Of interleaved heads every second row is wanted, or all of them in another order.
+        if columns.len() == self.columns && last + 1 <= first.saturating_add(2 * rows.len()) {
+            let (start, bytes) = to.grow((last + 1 - first) * stride);
+            self.read_at(bytes, (first * stride) as u64)?;
+            rows.for_each(|row| to.push(start + (stored(row) - first) * stride));
+            return Ok(());
+        }
+        for row in rows {
+            let (start, bytes) = to.grow(width);
+            self.read_at(bytes, (stored(row) * stride + self.stored_bytes(columns.start)) as u64)?;
+            to.push(start);
+        }
+        Ok(())
+    }
+
+    /// Bytes of `columns` weights of a row.
+    fn stored_bytes(&self, columns: usize) -> usize {
+        columns / self.kind.block_len() * self.kind.block_bytes()
     }
 
     /// The weights `columns` (whole blocks) of the rows `rows`, widened to f32.

@@ -1,6 +1,6 @@
 //! Sixteen lanes as two AVX2 registers.
 
-use super::{Int16, LaneKernel, Simd16};
+use super::{Int16, LANES, LaneKernel, Simd16};
 use std::arch::x86_64::*;
 
 /// Runs a kernel compiled for AVX2 with FMA and F16C.
@@ -198,12 +198,27 @@ impl Int16 for Avx2Int {
         avx2!(_mm_storeu_si128(to.cast(), _mm_packus_epi16(low, high)));
     }
     #[inline(always)]
+    unsafe fn load_columns(rows: &[*const u8; LANES], at: usize) -> [Self; 4] {
+        // SAFETY: the caller's contract.
+        let (first, second) = unsafe { (columns_of_eight(rows, 0, at), columns_of_eight(rows, 8, at)) };
+        [
+            Avx2Int(first[0], second[0]),
+            Avx2Int(first[1], second[1]),
+            Avx2Int(first[2], second[2]),
+            Avx2Int(first[3], second[3]),
+        ]
+    }
+    #[inline(always)]
     fn and(self, other: Self) -> Self {
         self.zip(other, |a, b| avx2!(_mm256_and_si256(a, b)))
     }
     #[inline(always)]
     fn or(self, other: Self) -> Self {
         self.zip(other, |a, b| avx2!(_mm256_or_si256(a, b)))
+    }
+    #[inline(always)]
+    fn xor(self, other: Self) -> Self {
+        self.zip(other, |a, b| avx2!(_mm256_xor_si256(a, b)))
     }
     #[inline(always)]
     fn shift_right<const BITS: u32>(self) -> Self {
@@ -251,5 +266,39 @@ impl Int16 for Avx2Int {
         let signed = w.map(|w| avx2!(_mm256_xor_si256(w, _mm256_set1_epi8(-128))));
         let size = signed.map(|w| avx2!(_mm256_abs_epi8(w)));
         self.dot_narrow(size, x.zip(signed, |x, w| avx2!(_mm256_sign_epi8(x, w))))
+    }
+}
+
+/// [`Int16::load_columns`] of the eight rows from `first` on.
+///
+/// # Safety
+/// As there.
+#[inline(always)]
+unsafe fn columns_of_eight(rows: &[*const u8; LANES], first: usize, at: usize) -> [__m256i; 4] {
+    // SAFETY: the caller's contract.
+    unsafe {
+        let (a, b) = (row_pair(rows, first, at), row_pair(rows, first + 1, at));
+        let (c, d) = (row_pair(rows, first + 2, at), row_pair(rows, first + 3, at));
+        let (ab, cd) = (_mm256_unpacklo_epi32(a, b), _mm256_unpacklo_epi32(c, d));
+        let (ab_high, cd_high) = (_mm256_unpackhi_epi32(a, b), _mm256_unpackhi_epi32(c, d));
+        [
+            _mm256_unpacklo_epi64(ab, cd),
+            _mm256_unpackhi_epi64(ab, cd),
+            _mm256_unpacklo_epi64(ab_high, cd_high),
+            _mm256_unpackhi_epi64(ab_high, cd_high),
+        ]
+    }
+}
+
+/// Sixteen bytes of `row` and of the row four rows on: transposing within halves then puts every row into its lane.
+///
+/// # Safety
+/// As for [`Int16::load_columns`].
+#[inline(always)]
+unsafe fn row_pair(rows: &[*const u8; LANES], row: usize, at: usize) -> __m256i {
+    // SAFETY: the caller's contract.
+    unsafe {
+        let low = _mm256_castsi128_si256(_mm_loadu_si128(rows[row].add(at).cast()));
+        _mm256_inserti128_si256::<1>(low, _mm_loadu_si128(rows[row + 4].add(at).cast()))
     }
 }

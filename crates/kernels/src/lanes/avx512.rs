@@ -1,7 +1,7 @@
 //! Sixteen lanes as one AVX-512 register; bytes multiply by VNNI.
 
 use super::avx2::{max_eight, sum_eight};
-use super::{Int16, LaneKernel, Simd16};
+use super::{Int16, LANES, LaneKernel, Simd16};
 use std::arch::x86_64::*;
 
 /// Runs a kernel compiled for AVX-512 with VNNI.
@@ -210,12 +210,22 @@ impl<const PAIRS: bool> Int16 for Avx512Int<PAIRS> {
         avx512!(_mm_storeu_si128(to.cast(), _mm512_cvtepi32_epi8(self.0)))
     }
     #[inline(always)]
+    unsafe fn load_columns(rows: &[*const u8; LANES], at: usize) -> [Self; 4] {
+        // SAFETY: the caller's contract.
+        let columns = unsafe { columns(rows, at) };
+        [Avx512Int(columns[0]), Avx512Int(columns[1]), Avx512Int(columns[2]), Avx512Int(columns[3])]
+    }
+    #[inline(always)]
     fn and(self, other: Self) -> Self {
         Avx512Int(avx512!(_mm512_and_si512(self.0, other.0)))
     }
     #[inline(always)]
     fn or(self, other: Self) -> Self {
         Avx512Int(avx512!(_mm512_or_si512(self.0, other.0)))
+    }
+    #[inline(always)]
+    fn xor(self, other: Self) -> Self {
+        Avx512Int(avx512!(_mm512_xor_si512(self.0, other.0)))
     }
     #[inline(always)]
     fn shift_right<const BITS: u32>(self) -> Self {
@@ -248,5 +258,43 @@ impl<const PAIRS: bool> Int16 for Avx512Int<PAIRS> {
     #[inline(always)]
     fn dot_wide(self, w: Self, x: Self) -> Self {
         self.dot_narrow(w, x)
+    }
+}
+
+/// [`Int16::load_columns`].
+///
+/// # Safety
+/// As there.
+#[inline(always)]
+unsafe fn columns(rows: &[*const u8; LANES], at: usize) -> [__m512i; 4] {
+    // SAFETY: the caller's contract.
+    unsafe {
+        let (a, b) = (four_rows(rows, 0, at), four_rows(rows, 1, at));
+        let (c, d) = (four_rows(rows, 2, at), four_rows(rows, 3, at));
+        let (ab, cd) = (_mm512_unpacklo_epi32(a, b), _mm512_unpacklo_epi32(c, d));
+        let (ab_high, cd_high) = (_mm512_unpackhi_epi32(a, b), _mm512_unpackhi_epi32(c, d));
+        [
+            _mm512_unpacklo_epi64(ab, cd),
+            _mm512_unpackhi_epi64(ab, cd),
+            _mm512_unpacklo_epi64(ab_high, cd_high),
+            _mm512_unpackhi_epi64(ab_high, cd_high),
+        ]
+    }
+}
+
+/// Sixteen bytes of `row` and of every fourth row after it: transposing within quarters then puts every row into its lane.
+///
+/// # Safety
+/// As for [`Int16::load_columns`].
+#[inline(always)]
+unsafe fn four_rows(rows: &[*const u8; LANES], row: usize, at: usize) -> __m512i {
+    // SAFETY: the caller's contract.
+    unsafe {
+        let first = _mm512_castsi128_si512(_mm_loadu_si128(rows[row].add(at).cast()));
+        let second = _mm_loadu_si128(rows[row + 4].add(at).cast());
+        let third = _mm_loadu_si128(rows[row + 8].add(at).cast());
+        let fourth = _mm_loadu_si128(rows[row + 12].add(at).cast());
+        let half = _mm512_inserti32x4::<1>(first, second);
+        _mm512_inserti32x4::<3>(_mm512_inserti32x4::<2>(half, third), fourth)
     }
 }

@@ -151,10 +151,18 @@ pub(crate) trait Int16: Copy {
     /// # Safety
     /// `to` must be valid for writing sixteen bytes.
     unsafe fn store_bytes(self, to: *mut i8);
+    /// Reads sixteen bytes of each of sixteen rows, `at` bytes on from where each starts: four columns of words, of which
+    /// column `w` has bytes 4w…4w+3 of every row.
+    ///
+    /// # Safety
+    /// Every row must be valid for reading sixteen bytes from `at` on; no alignment is needed.
+    unsafe fn load_columns(rows: &[*const u8; LANES], at: usize) -> [Self; 4];
     /// Bitwise and.
     fn and(self, other: Self) -> Self;
     /// Bitwise or.
     fn or(self, other: Self) -> Self;
+    /// Bitwise exclusive or.
+    fn xor(self, other: Self) -> Self;
     /// Per lane, a logical shift to the right.
     fn shift_right<const BITS: u32>(self) -> Self;
     /// Per lane, a shift to the left.

@@ -156,12 +156,28 @@ impl Int16 for PortableInt {
         unsafe { to.cast::<[i8; LANES]>().write_unaligned(self.0.map(|lane| lane as i8)) }
     }
     #[inline(always)]
+    unsafe fn load_columns(rows: &[*const u8; LANES], at: usize) -> [Self; 4] {
+        let mut columns = [[0; LANES]; 4];
+        for (lane, row) in rows.iter().enumerate() {
+            // SAFETY: the caller vouches for sixteen readable bytes from `at` on.
+            let words = unsafe { row.add(at).cast::<[i32; 4]>().read_unaligned() };
+            for (column, word) in columns.iter_mut().zip(words) {
+                column[lane] = i32::from_le(word);
+            }
+        }
+        columns.map(PortableInt)
+    }
+    #[inline(always)]
     fn and(self, other: Self) -> Self {
         PortableInt(std::array::from_fn(|i| self.0[i] & other.0[i]))
     }
     #[inline(always)]
     fn or(self, other: Self) -> Self {
         PortableInt(std::array::from_fn(|i| self.0[i] | other.0[i]))
+    }
+    #[inline(always)]
+    fn xor(self, other: Self) -> Self {
+        PortableInt(std::array::from_fn(|i| self.0[i] ^ other.0[i]))
     }
     #[inline(always)]
     fn shift_right<const BITS: u32>(self) -> Self {

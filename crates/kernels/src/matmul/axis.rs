@@ -29,6 +29,8 @@ pub(super) struct Group {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BlockAxis {
     k: usize,
+    /// The first input's place on the whole axis.
+    offset: usize,
     parts: Vec<Range<usize>>,
     pieces: Vec<Piece>,
     /// Pieces of each part.
@@ -42,6 +44,7 @@ impl BlockAxis {
     pub fn new(offset: usize, parts: &[Range<usize>]) -> BlockAxis {
         let mut axis = BlockAxis {
             k: parts.last().map_or(0, |part| part.end),
+            offset,
             parts: parts.to_vec(),
             pieces: Vec::new(),
             part_pieces: Vec::new(),
@@ -84,6 +87,16 @@ impl BlockAxis {
         self.k
     }
 
+    /// The inputs of the whole axis that the matrix's own lie in, in whole blocks of `length` inputs.
+    pub fn whole_blocks(&self, length: usize) -> Range<usize> {
+        self.offset / length * length..(self.offset + self.k).next_multiple_of(length)
+    }
+
+    /// Where in its block of 32 a piece begins.
+    pub(super) fn within(&self, piece: &Piece) -> usize {
+        (self.offset + piece.inputs.start) % BLOCK
+    }
+
     /// Its parts.
     pub fn parts(&self) -> &[Range<usize>] {
         &self.parts
@@ -118,5 +131,7 @@ mod tests {
         assert_eq!(groups, [0..8, 8..11], "the superblock ends at input 256 − 48");
         assert_eq!(BlockAxis::whole(600).groups().len(), 3);
         assert!(BlockAxis::whole(0).pieces().is_empty());
+        assert_eq!((axis.whole_blocks(32), axis.whole_blocks(256)), (32..352, 0..512));
+        assert_eq!(axis.pieces()[..3].iter().map(|p| axis.within(p)).collect::<Vec<_>>(), [16, 0, 4]);
     }
 }

@@ -9,6 +9,8 @@ use crate::pool::ThreadPool;
 use crate::strided::DisjointMut;
 use crate::{Isa, lanes};
 use ashlar_vocabulary::WeightType;
+use std::convert::Infallible;
+use std::ops::Range;
 
 pub use super::formats::BlockScale;
 
@@ -53,6 +55,31 @@ impl BlockMatrix {
         let offsets = offsets(kind, &axis);
         assert_eq!(data.len(), words_at(&offsets, n), "{n} outputs of {kind} have another length");
         BlockMatrix { kind, axis, offsets, data }
+    }
+
+    /// A matrix of `n` outputs whose bytes `fill` writes.
+    pub(super) fn filled<E>(
+        kind: WeightType,
+        axis: BlockAxis,
+        n: usize,
+        fill: impl FnOnce(&BlockMatrix, &DisjointMut<'_, u8>) -> Result<(), E>,
+    ) -> Result<BlockMatrix, E> {
+        let offsets = offsets(kind, &axis);
+        let mut data = AlignedBuffer::zeroed(words_at(&offsets, n));
+        let mut matrix = BlockMatrix { kind, axis, offsets, data: AlignedBuffer::zeroed(0) };
+        fill(&matrix, &DisjointMut::new(data.as_bytes_mut()))?;
+        matrix.data = data;
+        Ok(matrix)
+    }
+
+    /// The bytes of `group` for the sixteen outputs from `first` on, of `n` in all.
+    #[inline(always)]
+    pub(super) fn group_bytes(&self, n: usize, first: usize, group: usize) -> Range<usize> {
+        let (panel, vector) = (first / PANEL * PANEL, first % PANEL / LANES);
+        let vectors = (n - panel).min(PANEL).div_ceil(LANES);
+        let stride = self.offsets.last().copied().unwrap_or(0);
+        let start = panel / LANES * stride + self.locate(group, vector, vectors);
+        start..start + self.offsets[group + 1] - self.offsets[group]
     }
 
     pub(super) fn data(&self) -> &[u8] {
@@ -129,22 +156,19 @@ fn pack<F: Format>(
     pool: &ThreadPool,
     fill: &(dyn Fn(usize, &mut QuantizedRow) + Sync),
 ) -> BlockMatrix {
-    let offsets = offsets(kind, &axis);
-    let data = AlignedBuffer::zeroed(words_at(&offsets, n));
-    let mut matrix = BlockMatrix { kind, axis, offsets, data: AlignedBuffer::zeroed(0) };
-    let mut data = data;
-    let bytes = DisjointMut::new(data.as_bytes_mut());
-    let sixteens = n.div_ceil(LANES);
-    let tasks = sixteens.min(TASKS_PER_THREAD * pool.threads());
-    pool.run(tasks, &|task| {
-        let mut rows = Rows::new(kind, &matrix.axis);
-        for sixteen in task * sixteens / tasks..(task + 1) * sixteens / tasks {
-            rows.fill(sixteen * LANES, n, fill);
-            rows.pack::<F>(&matrix, sixteen * LANES, n, &bytes);
-        }
+    let packed = BlockMatrix::filled(kind, axis, n, |matrix, bytes| {
+        let sixteens = n.div_ceil(LANES);
+        let tasks = sixteens.min(TASKS_PER_THREAD * pool.threads());
+        pool.run(tasks, &|task| {
+            let mut rows = Rows::new(kind, &matrix.axis);
+            for sixteen in task * sixteens / tasks..(task + 1) * sixteens / tasks {
+                rows.fill(sixteen * LANES, n, fill);
+                rows.pack::<F>(matrix, sixteen * LANES, n, bytes);
+            }
+        });
+        Ok(())
     });
-    matrix.data = data;
-    matrix
+    packed.unwrap_or_else(|never: Infallible| match never {})
 }
 
 /// Sixteen outputs on their way into a matrix.
@@ -169,27 +193,23 @@ impl<'a> Rows<'a> {
             if first + lane < n {
                 fill(first + lane, row);
             } else {
-                // Outputs that do not exist weigh nothing.
+                // Outputs that do not exist weigh nothing, and their bytes are the same whatever was packed before.
+                row.quants.fill(zero_point(self.kind));
                 row.scales.fill(BlockScale::default());
             }
         }
     }
 
     fn pack<F: Format>(&mut self, matrix: &BlockMatrix, first: usize, n: usize, to: &DisjointMut<'_, u8>) {
-        let stride = matrix.offsets.last().copied().unwrap_or(0);
-        let (panel, vector) = (first / PANEL * PANEL, first % PANEL / LANES);
-        let vectors = (n - panel).min(PANEL).div_ceil(LANES);
         for (index, group) in self.axis.groups().iter().enumerate() {
             let pieces = &self.axis.pieces()[group.pieces.clone()];
             self.scales.clear();
             for piece in group.pieces.clone() {
                 self.scales.push(std::array::from_fn(|lane| self.rows[lane].scales[piece]));
             }
-            let at = panel / LANES * stride + matrix.locate(index, vector, vectors);
-            let header = F::header_bytes(pieces.len());
             // SAFETY: a group of sixteen outputs belongs to one task.
-            let bytes = unsafe { to.range(at..at + header + pieces.len() * F::PIECE_BYTES) };
-            let (header, quants) = bytes.split_at_mut(header);
+            let bytes = unsafe { to.range(matrix.group_bytes(n, first, index)) };
+            let (header, quants) = bytes.split_at_mut(F::header_bytes(pieces.len()));
             F::pack_header(&self.scales, header);
             for (piece, to) in pieces.iter().zip(quants.chunks_exact_mut(F::PIECE_BYTES)) {
                 let mut block = [[zero_point(self.kind); 32]; LANES];

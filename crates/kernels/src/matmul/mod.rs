@@ -8,6 +8,7 @@ mod activations;
 mod axis;
 mod blocks;
 mod dense;
+mod file_blocks;
 mod float;
 mod formats;
 mod gradient;
@@ -21,6 +22,7 @@ mod widen;
 
 pub use axis::{BlockAxis, Piece};
 pub use blocks::{BlockScale, QuantizedRow};
+pub use file_blocks::FileRows;
 pub use packed::PackedMatrix;
 pub(crate) use run::PanelRun;
 pub use stored::{PACKED_VERSION, SegmentLayout, StoredSegment};

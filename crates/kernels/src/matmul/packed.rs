@@ -4,6 +4,8 @@ use super::activations;
 use super::axis::BlockAxis;
 use super::blocks::{BlockMatrix, QuantizedRow};
 use super::dense::DenseMatrix;
+use super::file_blocks::{self, FileRows};
+use crate::kernels::Kernels;
 use crate::lanes::LANES;
 use crate::pool::ThreadPool;
 use ashlar_vocabulary::WeightType;
@@ -107,6 +109,27 @@ impl PackedMatrix {
     ) -> PackedMatrix {
         let k = axis.k();
         PackedMatrix::single(n, k, Store::Blocks(BlockMatrix::pack(kind, axis, n, pool, fill)))
+    }
+
+    /// Packs quantised weights of type `kind` that are stored as GGUF files hold them, on the threads of `kernels`: the bytes
+    /// are those of [`PackedMatrix::pack_blocks`]. `read(outputs, to)` is asked for all outputs, some at a time, and must
+    /// append the blocks of each, which cover the inputs [`BlockAxis::whole_blocks`]. Beyond the result it needs some hundred
+    /// KiB of memory per thread.
+    ///
+    /// # Errors
+    /// The first of `read`'s; packing then ends early.
+    ///
+    /// # Panics
+    /// If `kind` is not quantised, or `read` appends too little.
+    pub fn pack_file_blocks<E: Send>(
+        kind: WeightType,
+        n: usize,
+        axis: BlockAxis,
+        kernels: &Kernels,
+        read: &(dyn Fn(Range<usize>, &mut FileRows) -> Result<(), E> + Sync),
+    ) -> Result<PackedMatrix, E> {
+        let k = axis.k();
+        Ok(PackedMatrix::single(n, k, Store::Blocks(file_blocks::pack(kind, axis, n, kernels, read)?)))
     }
 
     /// Outputs.
