@@ -46,4 +46,12 @@ impl<'a, T> DisjointMut<'a, T> {
         // SAFETY: inside the slice that `new` borrowed exclusively; the caller vouches for disjointness.
         unsafe { std::slice::from_raw_parts_mut(self.data.add(range.start), range.len()) }
     }
+
+    /// Where a piece of the output begins, of which the caller writes a part; what it writes must not be read or written by
+    /// another task at the same time.
+    #[inline(always)]
+    pub(crate) fn shared(&self, range: Range<usize>) -> *mut T {
+        assert!(range.start <= range.end && range.end <= self.len);
+        self.data.wrapping_add(range.start)
+    }
 }

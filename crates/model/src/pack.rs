@@ -89,6 +89,14 @@ fn pack_dense(
 ) -> Result<PackedMatrix, WeightError> {
     let readers = readers(files, sources)?;
     let outputs = sources.iter().map(|s| s.rows.len()).sum();
+    let (stored, columns) = (readers[0].kind(), sources[0].columns.clone());
+    if readers.iter().all(|reader| reader.kind() == stored) && PackedMatrix::packs_file_floats(stored, kind) {
+        return PackedMatrix::pack_file_floats(stored, kind, outputs, parts, kernels, &|outputs, to| {
+            for_sources(sources, outputs, &mut |source, rows| {
+                readers[source].append_rows(rows, columns.clone(), to)
+            })
+        });
+    }
     let failure = Mutex::new(None);
     let packed = PackedMatrix::pack(kind, outputs, parts, kernels.pool(), &|row, to| {
         let (source, row) = locate(sources, row);
@@ -108,6 +116,22 @@ fn locate(sources: &[MatrixSource], row: usize) -> (usize, usize) {
         source += 1;
     }
     (source, sources[source].rows.start + local)
+}
+
+/// Calls `each` with every source that has some of the stack's `outputs`, and which of its stored rows they are.
+fn for_sources(
+    sources: &[MatrixSource],
+    outputs: Range<usize>,
+    each: &mut dyn FnMut(usize, Range<usize>) -> Result<(), WeightError>,
+) -> Result<(), WeightError> {
+    let mut next = outputs.start;
+    while next < outputs.end {
+        let (source, row) = locate(sources, next);
+        let rows = row..sources[source].rows.end.min(row + outputs.end - next);
+        next += rows.len();
+        each(source, rows)?;
+    }
+    Ok(())
 }
 
 /// The first failure counts; the packing runs to its end.
@@ -132,14 +156,9 @@ fn pack_blocks(
     let axis = BlockAxis::new(offset, parts);
     let columns = axis.whole_blocks(kind.block_len());
     PackedMatrix::pack_file_blocks(kind, outputs, axis, kernels, &|outputs, to| {
-        let mut next = outputs.start;
-        while next < outputs.end {
-            let (source, row) = locate(sources, next);
-            let rows = row..sources[source].rows.end.min(row + outputs.end - next);
-            next += rows.len();
-            append_blocks(&readers[source], rows, columns.clone(), kind, to)?;
-        }
-        Ok(())
+        for_sources(sources, outputs, &mut |source, rows| {
+            append_blocks(&readers[source], rows, columns.clone(), kind, to)
+        })
     })
 }
 

@@ -4,6 +4,7 @@ use crate::adapter::{AdaptedRows, AdapterStep, AdapterWork};
 use crate::block::Block;
 use crate::collective::{Collective, CollectiveError};
 use crate::config::{ConfigError, ModelConfig, RopeScaling};
+use crate::gguf;
 use crate::head::{HeadError, HeadRanks};
 use crate::kv::KvCache;
 use crate::pack::FileSource;
@@ -152,11 +153,17 @@ impl StageModel {
         kernels: Arc<Kernels>,
         progress: &mut dyn FnMut(Bytes, Bytes),
     ) -> Result<StageModel, LoadError> {
-        let config = ModelConfig::open(directory, precision)?;
+        let precision = precision.into();
+        let (config, files) = if gguf::file_of(directory).is_some() {
+            // Opened once: the header of a large vocabulary takes as long as a tenth of the weights.
+            let files = WeightFiles::open(directory)?;
+            (files.gguf_config(precision)?, files)
+        } else {
+            (ModelConfig::open(directory, precision)?, WeightFiles::open(directory)?)
+        };
         if let Some(problem) = slice.problem(&config.shape) {
             return Err(LoadError::Slice(problem));
         }
-        let files = WeightFiles::open(directory)?;
         let packer = kernels.clone();
         let source = FileSource { files: &files, kernels: &packer };
         Ok(StageModel::assemble(config, slice, kernels, &source, progress)?)

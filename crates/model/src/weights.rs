@@ -3,11 +3,13 @@
 //! Only headers are kept in memory. A reader asks for rows (or a column range of a row) of a named tensor and gets f32;
 //! f16 and bf16 widen exactly.
 
+use crate::config::ModelConfig;
 use crate::gguf;
 use crate::pack::{tensor_type, weight_type};
+use crate::stage::LoadError;
 use ashlar_gguf::{BlockError, GgufError, GgufFiles, dequantize};
 use ashlar_kernels::FileRows;
-use ashlar_vocabulary::WeightType;
+use ashlar_vocabulary::{Precision, WeightType};
 use half::{bf16, f16};
 use safetensors::Dtype;
 use safetensors::tensor::Metadata;
@@ -199,6 +201,16 @@ impl WeightFiles {
         }
         self.files.push(WeightFile { path, file });
         Ok(())
+    }
+
+    /// The configuration in the metadata of GGUF files, to be served in `precision`.
+    pub(crate) fn gguf_config(&self, precision: Precision) -> Result<ModelConfig, LoadError> {
+        let Some(files) = &self.gguf else {
+            return Err(WeightError::Missing(self.directory.clone()).into());
+        };
+        let mut config = ModelConfig::from_gguf(files)?;
+        config.serve_in(precision);
+        Ok(config)
     }
 
     /// Where the files are.

@@ -78,6 +78,12 @@ fn inverse(scale: f32) -> f32 {
     if scale == 0.0 { 0.0 } else { 1.0 / scale }
 }
 
+/// The nearest integer, halves away from zero, as `f32::round` has it, which is a function call where SSE4.1 is not assumed.
+fn nearest_away(value: f32) -> i8 {
+    // The largest number below a half: with a half itself, the number just below it would round up.
+    (value + 0.499_999_97_f32.copysign(value)) as i8
+}
+
 /// Q8_0: the largest magnitude becomes 127; halves round away from zero.
 fn q8_0(tensor_type: TensorType, values: &[f32]) -> UnpackedBlock {
     let mut block = UnpackedBlock::zero(tensor_type);
@@ -86,7 +92,7 @@ fn q8_0(tensor_type: TensorType, values: &[f32]) -> UnpackedBlock {
     let inverse = inverse(scale);
     block.d = f16::from_f32(scale).to_bits();
     for (quant, value) in block.quants.iter_mut().zip(values) {
-        *quant = ((value * inverse).round() as i8).cast_unsigned() ^ 0x80;
+        *quant = nearest_away(value * inverse).cast_unsigned() ^ 0x80;
     }
     block
 }
@@ -120,4 +126,23 @@ fn with_minimum(tensor_type: TensorType, values: &[f32]) -> UnpackedBlock {
         *quant = (((value - smallest) * inverse + 0.5) as u8).min(tensor_type.quant_max());
     }
     block
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn halves_round_away_from_zero_and_their_neighbours_to_the_nearest() {
+        for half in -260..=260 {
+            let value = half as f32 / 2.0;
+            for value in [value, value.next_up(), value.next_down()] {
+                assert_eq!(nearest_away(value), value.round() as i8, "{value}");
+            }
+        }
+        for bits in (0..u32::MAX).step_by(9973) {
+            let value = f32::from_bits(bits);
+            assert_eq!(nearest_away(value), value.round() as i8, "{value}");
+        }
+    }
 }

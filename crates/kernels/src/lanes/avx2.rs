@@ -209,6 +209,13 @@ impl Int16 for Avx2Int {
         ]
     }
     #[inline(always)]
+    unsafe fn store_halves(self, to: *mut u16) {
+        let Avx2Int(first, second) = self.and(Self::splat(0xffff));
+        // Packing works within halves of a register: lanes 0…3, 8…11 | 4…7, 12…15.
+        let halves = avx2!(_mm256_packus_epi32(first, second));
+        avx2!(_mm256_storeu_si256(to.cast(), _mm256_permute4x64_epi64::<0b11_01_10_00>(halves)));
+    }
+    #[inline(always)]
     fn and(self, other: Self) -> Self {
         self.zip(other, |a, b| avx2!(_mm256_and_si256(a, b)))
     }

@@ -216,6 +216,10 @@ impl<const PAIRS: bool> Int16 for Avx512Int<PAIRS> {
         [Avx512Int(columns[0]), Avx512Int(columns[1]), Avx512Int(columns[2]), Avx512Int(columns[3])]
     }
     #[inline(always)]
+    unsafe fn store_halves(self, to: *mut u16) {
+        avx512!(_mm256_storeu_si256(to.cast(), _mm512_cvtepi32_epi16(self.0)))
+    }
+    #[inline(always)]
     fn and(self, other: Self) -> Self {
         Avx512Int(avx512!(_mm512_and_si512(self.0, other.0)))
     }

@@ -157,6 +157,11 @@ pub(crate) trait Int16: Copy {
     /// # Safety
     /// Every row must be valid for reading sixteen bytes from `at` on; no alignment is needed.
     unsafe fn load_columns(rows: &[*const u8; LANES], at: usize) -> [Self; 4];
+    /// Writes the low half of every lane: 32 bytes.
+    ///
+    /// # Safety
+    /// `to` must be valid for writing sixteen elements; no alignment is needed.
+    unsafe fn store_halves(self, to: *mut u16);
     /// Bitwise and.
     fn and(self, other: Self) -> Self;
     /// Bitwise or.
@@ -233,7 +238,7 @@ fn dot_pairs_emulated<S: Simd16>(sum: S, w: S::Int, x: S::Int) -> S {
 
 /// Zero, with its sign, in place of a subnormal. A function, as a closure would not be inlined for certain.
 #[inline(always)]
-fn flush<S: Simd16>(x: S) -> S {
+pub(crate) fn flush<S: Simd16>(x: S) -> S {
     let size = x.to_bits().and(S::Int::splat(0x7fff_ffff)).as_float();
     size.select_less(S::splat(f32::MIN_POSITIVE), x.to_bits().and(S::Int::splat(i32::MIN)).as_float(), x)
 }

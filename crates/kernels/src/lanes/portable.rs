@@ -168,6 +168,11 @@ impl Int16 for PortableInt {
         columns.map(PortableInt)
     }
     #[inline(always)]
+    unsafe fn store_halves(self, to: *mut u16) {
+        // SAFETY: the caller vouches for sixteen writable elements.
+        unsafe { to.cast::<[u16; LANES]>().write_unaligned(self.0.map(|lane| (lane as u16).to_le())) }
+    }
+    #[inline(always)]
     fn and(self, other: Self) -> Self {
         PortableInt(std::array::from_fn(|i| self.0[i] & other.0[i]))
     }

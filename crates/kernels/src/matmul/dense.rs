@@ -284,7 +284,7 @@ impl DenseMatrix {
 }
 
 /// Steps of each part.
-fn steps(kind: WeightType, parts: &[Range<usize>]) -> Vec<Range<usize>> {
+pub(super) fn steps(kind: WeightType, parts: &[Range<usize>]) -> Vec<Range<usize>> {
     let inputs = with_dense!(kind, D => D::INPUTS);
     let mut next = 0;
     let step = |part: &Range<usize>| {

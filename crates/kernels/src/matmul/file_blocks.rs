@@ -5,65 +5,18 @@
 
 use super::axis::{BlockAxis, GROUP, Piece};
 use super::blocks::{BlockMatrix, BlockScale};
+use super::file_rows::{self, FileRows};
 use super::formats::{Basic, Format, Q4K, Q5K, Q6K, Q8_0, QUADS, VECTOR, with_format};
-use super::packed::PANEL;
 use crate::kernels::Kernels;
 use crate::lanes::{Int16, LANES, LaneKernel, Simd16};
 use crate::strided::DisjointMut;
 use ashlar_vocabulary::WeightType;
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, PoisonError};
 
-/// Most bytes that are read at once, unless sixteen rows are more: what stays in a core's own cache until it is packed.
-const READ_BYTES: usize = 120 << 10;
-/// Packed bytes of a task, where there are enough: threads that begin the same huge page both clear it.
-const TASK_BYTES: usize = 4 << 20;
-/// Most tasks per thread.
-const TASKS_PER_THREAD: usize = 8;
 /// Bytes of the longest block in files, q6_k's.
 const BLOCK_BYTES_MAX: usize = 210;
 /// Bytes of the longest group of sixteen outputs: eight pieces of q8_0 with their scales.
 const GROUP_BYTES_MAX: usize = GROUP * (2 * LANES + QUADS * VECTOR);
-
-/// Rows of blocks as files hold them.
-#[derive(Debug, Default)]
-pub struct FileRows {
-    bytes: Vec<u8>,
-    /// How many of the bytes belong to the rows; what lies behind is left of longer ones.
-    len: usize,
-    starts: Vec<usize>,
-}
-
-impl FileRows {
-    /// Room for `len` more bytes, all to be written, and the place of their first.
-    pub fn grow(&mut self, len: usize) -> (usize, &mut [u8]) {
-        let start = self.len;
-        self.len += len;
-        if self.bytes.len() < self.len {
-            self.bytes.resize(self.len, 0);
-        }
-        (start, &mut self.bytes[start..self.len])
-    }
-
-    /// Appends a row, whose blocks begin with byte `start`.
-    pub fn push(&mut self, start: usize) {
-        self.starts.push(start);
-    }
-
-    fn clear(&mut self) {
-        self.len = 0;
-        self.starts.clear();
-    }
-
-    /// Sixteen rows of `row_bytes` from `first` on; `nothing` in place of those that do not exist.
-    fn sixteen(&self, first: usize, row_bytes: usize, nothing: &[u8]) -> [*const u8; LANES] {
-        std::array::from_fn(|lane| match self.starts.get(first + lane) {
-            Some(&start) => self.bytes[..self.len][start..][..row_bytes].as_ptr(),
-            None => nothing.as_ptr(),
-        })
-    }
-}
 
 /// See [`PackedMatrix::pack_file_blocks`](super::PackedMatrix::pack_file_blocks).
 pub(super) fn pack<E: Send>(
@@ -77,32 +30,9 @@ pub(super) fn pack<E: Send>(
     let nothing = with_format!(kind, F => zero_row::<F>(row_bytes));
     let whole = with_format!(kind, F => whole_groups(&axis, F::PIECES));
     BlockMatrix::filled(kind, axis, n, |matrix, to| {
-        let rows_at_once = if PANEL * row_bytes <= READ_BYTES { PANEL } else { LANES };
-        let (reads, threads) = (n.div_ceil(rows_at_once), kernels.threads());
-        let tasks = threads * (n * row_bytes / TASK_BYTES / threads).clamp(1, TASKS_PER_THREAD);
-        let tasks = tasks.min(reads);
-        let (failed, failure) = (AtomicBool::new(false), Mutex::new(None));
-        kernels.pool().run(tasks, &|task| {
-            let mut rows = FileRows::default();
-            for first in (task * reads / tasks..(task + 1) * reads / tasks).map(|read| read * rows_at_once) {
-                if failed.load(Ordering::Relaxed) {
-                    return;
-                }
-                let outputs = first..n.min(first + rows_at_once);
-                rows.clear();
-                if let Err(error) = read(outputs.clone(), &mut rows) {
-                    failed.store(true, Ordering::Relaxed);
-                    failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
-                    return;
-                }
-                assert!(rows.starts.len() == outputs.len(), "every output has a row");
-                for first in outputs.step_by(LANES) {
-                    let sixteen = rows.sixteen(first % rows_at_once, row_bytes, &nothing);
-                    kernels.dispatch(Sixteen { matrix, n, first, rows: sixteen, whole: &whole, to });
-                }
-            }
-        });
-        failure.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
+        file_rows::for_sixteens(n, row_bytes, &nothing, kernels, read, &|first, rows| {
+            kernels.dispatch(Sixteen { matrix, n, first, rows, whole: &whole, to });
+        })
     })
 }
 

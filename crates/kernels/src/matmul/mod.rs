@@ -9,6 +9,8 @@ mod axis;
 mod blocks;
 mod dense;
 mod file_blocks;
+mod file_floats;
+mod file_rows;
 mod float;
 mod formats;
 mod gradient;
@@ -22,7 +24,7 @@ mod widen;
 
 pub use axis::{BlockAxis, Piece};
 pub use blocks::{BlockScale, QuantizedRow};
-pub use file_blocks::FileRows;
+pub use file_rows::FileRows;
 pub use packed::PackedMatrix;
 pub(crate) use run::PanelRun;
 pub use stored::{PACKED_VERSION, SegmentLayout, StoredSegment};

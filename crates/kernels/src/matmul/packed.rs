@@ -4,7 +4,8 @@ use super::activations;
 use super::axis::BlockAxis;
 use super::blocks::{BlockMatrix, QuantizedRow};
 use super::dense::DenseMatrix;
-use super::file_blocks::{self, FileRows};
+use super::file_rows::FileRows;
+use super::{file_blocks, file_floats};
 use crate::kernels::Kernels;
 use crate::lanes::LANES;
 use crate::pool::ThreadPool;
@@ -130,6 +131,34 @@ impl PackedMatrix {
     ) -> Result<PackedMatrix, E> {
         let k = axis.k();
         Ok(PackedMatrix::single(n, k, Store::Blocks(file_blocks::pack(kind, axis, n, kernels, read)?)))
+    }
+
+    /// Whether [`PackedMatrix::pack_file_floats`] packs weights stored as `stored` in a matrix of `kind`.
+    pub fn packs_file_floats(stored: WeightType, kind: WeightType) -> bool {
+        file_floats::is_direct(stored, kind)
+    }
+
+    /// Packs plain elements that are stored as `stored`, on the threads of `kernels`: the bytes are those of
+    /// [`PackedMatrix::pack`] with the same weights, of which subnormal brain floats are zero. `read(outputs, to)` is asked for
+    /// all outputs, some at a time, and must append the `k` inputs of each. Beyond the result it needs some hundred KiB of
+    /// memory per thread.
+    ///
+    /// # Errors
+    /// The first of `read`'s; packing then ends early.
+    ///
+    /// # Panics
+    /// If [`PackedMatrix::packs_file_floats`] says no, or `read` appends too little.
+    pub fn pack_file_floats<E: Send>(
+        stored: WeightType,
+        kind: WeightType,
+        n: usize,
+        parts: &[Range<usize>],
+        kernels: &Kernels,
+        read: &(dyn Fn(Range<usize>, &mut FileRows) -> Result<(), E> + Sync),
+    ) -> Result<PackedMatrix, E> {
+        let k = parts.last().map_or(0, |part| part.end);
+        let packed = file_floats::pack(stored, kind, n, parts, kernels, read)?;
+        Ok(PackedMatrix::single(n, k, Store::Dense(packed)))
     }
 
     /// Outputs.

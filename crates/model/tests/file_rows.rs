@@ -1,5 +1,5 @@
-//! Blocks of GGUF files packed directly: the same bytes as taken apart one by one and packed as quants and scales, for
-//! every type, instruction set, number of outputs and cut of the inputs.
+//! Weights packed directly from what files hold: the same bytes as taken apart one by one and packed as quants and scales,
+//! or as numbers, for every type, instruction set, number of outputs and cut of the inputs.
 #![allow(clippy::unwrap_used, missing_docs)]
 
 use ashlar_gguf::{TensorType, UnpackedBlock, unpack};
@@ -107,6 +107,70 @@ fn directly_packed_blocks_are_those_taken_apart() {
                         "{kind}, {n} outputs, {name}, {}",
                         kernels.isa()
                     );
+                }
+            }
+        }
+    }
+}
+
+/// The number that bytes of a plain type mean; subnormal brain floats are zero.
+fn number(kind: WeightType, bytes: &[u8]) -> f32 {
+    match kind {
+        WeightType::F32 => f32::from_le_bytes(bytes.try_into().unwrap()),
+        WeightType::F16 => half::f16::from_le_bytes(bytes.try_into().unwrap()).to_f32(),
+        _ => {
+            let value = half::bf16::from_le_bytes(bytes.try_into().unwrap()).to_f32();
+            if value.is_subnormal() { 0f32.copysign(value) } else { value }
+        }
+    }
+}
+
+#[test]
+fn directly_packed_floats_are_those_packed_as_numbers() {
+    let kernels: Vec<_> = Isa::available().iter().map(|&isa| Kernels::new(isa, 3)).collect();
+    let floats = || WeightType::ALL.into_iter().filter(|kind| !kind.is_quantized());
+    let pairs = floats().flat_map(|stored| floats().map(move |kind| (stored, kind)));
+    let pairs: Vec<_> =
+        pairs.filter(|&(stored, kind)| PackedMatrix::packs_file_floats(stored, kind)).collect();
+    assert_eq!(pairs.len(), 4, "{pairs:?}");
+    for (stored, kind) in pairs {
+        for n in [1, 16, 63, 64, 70, 200] {
+            let mut tensor = Stored::new(stored, n);
+            let width = stored.block_bytes();
+            for (index, element) in
+                tensor.rows.iter_mut().flat_map(|row| row.chunks_exact_mut(width)).enumerate()
+            {
+                // Numbers, some of them subnormal.
+                if !number(stored, element).is_finite() || index % 7 == 0 {
+                    element[width - 1] &= 0x80;
+                    element[width - 2] &= 0x0f;
+                }
+            }
+            for parts in
+                [vec![0..1280], vec![0..1], vec![0..7, 7..7, 7..40, 40..201], vec![0..512, 512..1000]]
+            {
+                let k = parts.last().unwrap().end;
+                let expected = PackedMatrix::pack(kind, n, &parts, kernels[0].pool(), &|row, to| {
+                    for (to, bytes) in to.iter_mut().zip(tensor.rows[row].chunks_exact(width)) {
+                        *to = number(stored, bytes);
+                    }
+                });
+                let expected = expected.stored().next().unwrap();
+                for kernels in &kernels {
+                    let read = |outputs: Range<usize>, to: &mut FileRows| {
+                        for row in outputs {
+                            let (start, bytes) = to.grow(k * width);
+                            bytes.copy_from_slice(&tensor.rows[row][..k * width]);
+                            to.push(start);
+                        }
+                        Ok::<_, ()>(())
+                    };
+                    let found =
+                        PackedMatrix::pack_file_floats(stored, kind, n, &parts, kernels, &read).unwrap();
+                    let found = found.stored().next().unwrap();
+                    let case = format!("{stored} as {kind}, {n} × {k}, {}", kernels.isa());
+                    assert!(found.bytes == expected.bytes, "{case}");
+                    assert_eq!(found.exponent, expected.exponent, "{case}");
                 }
             }
         }
