@@ -45,8 +45,8 @@ pub use cores::{PinError, PinnedThread, available_cores, available_threads};
 pub use isa::{Isa, UnknownIsa};
 pub use kernels::Kernels;
 pub use matmul::{
-    BlockAxis, BlockScale, FileRows, PACKED_VERSION, PackedMatrix, Piece, QuantizedRow, SegmentLayout,
-    StoredSegment,
+    BlockAxis, BlockScale, FileRows, PACKED_VERSION, PackedMatrix, Piece, QuantizedRow, ReadRows,
+    SegmentLayout, StoredSegment,
 };
 pub use pool::ThreadPool;
 pub use rope::{Llama3Scaling, inv_freq, scale_inv_freq_linear, scale_inv_freq_llama3};

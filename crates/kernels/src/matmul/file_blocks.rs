@@ -5,7 +5,7 @@
 
 use super::axis::{BlockAxis, GROUP, Piece};
 use super::blocks::{BlockMatrix, BlockScale};
-use super::file_rows::{self, FileRows};
+use super::file_rows::{self, ReadRows};
 use super::formats::{Basic, Format, Q4K, Q5K, Q6K, Q8_0, QUADS, VECTOR, with_format};
 use crate::kernels::Kernels;
 use crate::lanes::{Int16, LANES, LaneKernel, Simd16};
@@ -24,7 +24,7 @@ pub(super) fn pack<E: Send>(
     axis: BlockAxis,
     n: usize,
     kernels: &Kernels,
-    read: &(dyn Fn(Range<usize>, &mut FileRows) -> Result<(), E> + Sync),
+    read: &ReadRows<'_, E>,
 ) -> Result<BlockMatrix, E> {
     let row_bytes = kind.bytes(axis.whole_blocks(kind.block_len()).len());
     let nothing = with_format!(kind, F => zero_row::<F>(row_bytes));

@@ -4,7 +4,7 @@
 //! time; what a part has beyond whole columns of sixteen bytes goes one by one.
 
 use super::dense::{self, Bf16, Dense, DenseMatrix, F16, F32};
-use super::file_rows::{self, FileRows};
+use super::file_rows::{self, ReadRows};
 use super::packed::{PANEL, locate, panel_width};
 use crate::aligned::AlignedBuffer;
 use crate::half;
@@ -32,7 +32,7 @@ pub(super) fn pack<E: Send>(
     n: usize,
     parts: &[Range<usize>],
     kernels: &Kernels,
-    read: &(dyn Fn(Range<usize>, &mut FileRows) -> Result<(), E> + Sync),
+    read: &ReadRows<'_, E>,
 ) -> Result<DenseMatrix, E> {
     match (stored, kind) {
         (WeightType::F32, WeightType::F32) => pack_as::<Words, E>(kind, n, parts, kernels, read),
@@ -48,7 +48,7 @@ fn pack_as<T: Transfer, E: Send>(
     n: usize,
     parts: &[Range<usize>],
     kernels: &Kernels,
-    read: &(dyn Fn(Range<usize>, &mut FileRows) -> Result<(), E> + Sync),
+    read: &ReadRows<'_, E>,
 ) -> Result<DenseMatrix, E> {
     let steps = dense::steps(kind, parts);
     let mut data = AlignedBuffer::zeroed(dense::words(kind, n, parts));

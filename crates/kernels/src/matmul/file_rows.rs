@@ -53,6 +53,9 @@ impl FileRows {
     }
 }
 
+/// A source of rows: `read(outputs, to)` must append a row for each of the outputs.
+pub type ReadRows<'a, E> = dyn Fn(Range<usize>, &mut FileRows) -> Result<(), E> + Sync + 'a;
+
 /// Reads `n` rows of `row_bytes` on the threads of `kernels`, and calls `pack(first, rows)` for every sixteen of them: the
 /// rows are valid for reading meanwhile; those beyond the last are `nothing`, which is as long. Each sixteen belong to one
 /// task. The first error of `read` ends it early.
@@ -64,7 +67,7 @@ pub(super) fn for_sixteens<E: Send>(
     row_bytes: usize,
     nothing: &[u8],
     kernels: &Kernels,
-    read: &(dyn Fn(Range<usize>, &mut FileRows) -> Result<(), E> + Sync),
+    read: &ReadRows<'_, E>,
     pack: &(dyn Fn(usize, [*const u8; LANES]) + Sync),
 ) -> Result<(), E> {
     assert!(nothing.len() >= row_bytes, "a row that weighs nothing is as long as any");

@@ -24,7 +24,7 @@ mod widen;
 
 pub use axis::{BlockAxis, Piece};
 pub use blocks::{BlockScale, QuantizedRow};
-pub use file_rows::FileRows;
+pub use file_rows::{FileRows, ReadRows};
 pub use packed::PackedMatrix;
 pub(crate) use run::PanelRun;
 pub use stored::{PACKED_VERSION, SegmentLayout, StoredSegment};

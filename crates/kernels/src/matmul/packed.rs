@@ -4,7 +4,7 @@ use super::activations;
 use super::axis::BlockAxis;
 use super::blocks::{BlockMatrix, QuantizedRow};
 use super::dense::DenseMatrix;
-use super::file_rows::FileRows;
+use super::file_rows::ReadRows;
 use super::{file_blocks, file_floats};
 use crate::kernels::Kernels;
 use crate::lanes::LANES;
@@ -127,7 +127,7 @@ impl PackedMatrix {
         n: usize,
         axis: BlockAxis,
         kernels: &Kernels,
-        read: &(dyn Fn(Range<usize>, &mut FileRows) -> Result<(), E> + Sync),
+        read: &ReadRows<'_, E>,
     ) -> Result<PackedMatrix, E> {
         let k = axis.k();
         Ok(PackedMatrix::single(n, k, Store::Blocks(file_blocks::pack(kind, axis, n, kernels, read)?)))
@@ -154,7 +154,7 @@ impl PackedMatrix {
         n: usize,
         parts: &[Range<usize>],
         kernels: &Kernels,
-        read: &(dyn Fn(Range<usize>, &mut FileRows) -> Result<(), E> + Sync),
+        read: &ReadRows<'_, E>,
     ) -> Result<PackedMatrix, E> {
         let k = parts.last().map_or(0, |part| part.end);
         let packed = file_floats::pack(stored, kind, n, parts, kernels, read)?;
