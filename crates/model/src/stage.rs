@@ -155,7 +155,7 @@ impl StageModel {
     ) -> Result<StageModel, LoadError> {
         let precision = precision.into();
         let (config, files) = if gguf::file_of(directory).is_some() {
-            // Opened once: the header of a large vocabulary takes as long as a tenth of the weights.
+            // Opened once: the header has the whole vocabulary.
             let files = WeightFiles::open(directory)?;
             (files.gguf_config(precision)?, files)
         } else {
