@@ -6,7 +6,7 @@ use ashlar_scheduler::cluster::{Cluster, ClusterConfig, Effect, Event, NodeConne
 use ashlar_scheduler::time::Millis;
 use ashlar_shard_plan::Links;
 use ashlar_vocabulary::{
-    Bytes, HeadSlice, KvCacheType, LeaseTerm, ModelDigest, ModelShape, NodeId, Precision, ReplicaRevision,
+    Bytes, FloatType, HeadSlice, LeaseTerm, ModelDigest, ModelShape, NodeId, Precision, ReplicaRevision,
     WeightType, WeightTypes,
 };
 
@@ -26,7 +26,8 @@ fn config() -> ClusterConfig {
             max_position_embeddings: 512,
             tied_head: true,
             weights: WeightTypes::uniform(WeightType::F32, 8),
-            kv_cache: KvCacheType::F32,
+            kv_cache: FloatType::F32,
+            activations: FloatType::F32,
         },
         max_context_tokens: 512,
         term: LeaseTerm(3),

@@ -13,7 +13,7 @@ use ashlar_protocol::serving::{
 use ashlar_protocol::step::StepTiming;
 use ashlar_scheduler::{ModelCard, Scheduler, SchedulerConfig};
 use ashlar_vocabulary::{
-    Bytes, KvCacheType, LeaseTerm, ModelDigest, ModelShape, NodeId, Precision, RequestId, SamplingParams,
+    Bytes, FloatType, LeaseTerm, ModelDigest, ModelShape, NodeId, Precision, RequestId, SamplingParams,
     TokenId, WeightType, WeightTypes,
 };
 use rank::{Rank, oracle};
@@ -38,7 +38,8 @@ fn model() -> ModelCard {
         max_position_embeddings: 512,
         tied_head: true,
         weights: WeightTypes::uniform(WeightType::F32, 8),
-        kv_cache: KvCacheType::F32,
+        kv_cache: FloatType::F32,
+        activations: FloatType::F32,
     };
     ModelCard {
         source: "demo".into(),

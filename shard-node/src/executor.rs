@@ -13,7 +13,6 @@ use ashlar_grammar::GrammarCompiler;
 use ashlar_kernels::{Kernels, RowContext};
 use ashlar_model::stage::LOGIT_ROWS_MAX;
 use ashlar_model::{KvCache, RankSlice, StageInput, StageModel, Workspace, digest, hub};
-use ashlar_protocol::data::{PayloadHeader, PayloadKind};
 use ashlar_protocol::membership::{Assignment, FromNode, HeldSlice};
 use ashlar_protocol::step::{PromptLogprobs, StepPlan, StepResult, StepTiming};
 use ashlar_tokenizer::Tokenizer;
@@ -408,13 +407,12 @@ impl Executor {
         if !work.rows.is_empty() {
             let rows = contexts(&self.sequencer, &work.rows);
             let tokens: Vec<TokenId> = work.rows.iter().map(|row| row.token).collect();
-            let header = PayloadHeader { kind: PayloadKind::Activations, revision, step, sequence: 0 };
             let input = match previous {
                 None => StageInput::Tokens(&tokens),
                 Some(previous) => {
                     place.input.resize(rows.len() * model.config().shape.hidden_size, 0.0);
                     previous
-                        .receive(header, &mut place.input, &mut || {
+                        .receive(&self.kernels, step, &mut place.input, &mut || {
                             beat.tick()?;
                             head_service.as_mut().map_or(Ok(()), |service| service.serve(model))
                         })
@@ -438,7 +436,7 @@ impl Executor {
             served.map_err(|error| format!("lost the rank that samples: {error}"))?;
             if let Some(next) = next {
                 let sending = Instant::now();
-                next.send(header, place.work.activations(rows.len()))
+                next.send(&self.kernels, step, place.work.activations(rows.len()))
                     .map_err(|error| format!("lost the next stage: {error}"))?;
                 timing.send_us = sending.elapsed().as_micros() as u64;
             } else {

@@ -8,6 +8,7 @@
 //! * `copies`: packed copies of the slice, from one start to the next.
 //! * [`sampling`]: samplers and grammars of the last stage's rank 0.
 //! * [`links`]: data connections to other ranks.
+//! * [`activations`]: rows from stage to stage, in the type that was chosen.
 //! * [`group`]: the tensor-parallel group's exchange, through shared memory or over sockets.
 //! * [`head`]: a head that is spread over all stages: rows out, slices of logits back.
 //! * [`fence`]: the persisted highest lease term.
@@ -19,6 +20,7 @@
 //! seen. Steps are executed in order or not at all.
 #![forbid(unsafe_code)]
 
+pub mod activations;
 pub mod beat;
 pub mod config;
 mod copies;

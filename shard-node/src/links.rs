@@ -2,6 +2,7 @@
 //! rank that samples and those that hold slices of a spread head. What is done with the latter two is in [`crate::group`] and
 //! [`crate::head`].
 
+use crate::activations::{ActivationReceiver, ActivationSender, RowFormat};
 use crate::beat::Beat;
 use crate::group::Group;
 use crate::group::agreement::{Agreed, Agreement, AgreementError};
@@ -9,7 +10,7 @@ use crate::head::{HeadLinks, HeadService, HeadSetup};
 use ashlar_protocol::data::{DataLink, LinkFaults, LinkHello, LinkPurpose, PayloadHeader};
 use ashlar_protocol::frame::{self, FrameError};
 use ashlar_protocol::membership::Assignment;
-use ashlar_vocabulary::ReplicaRevision;
+use ashlar_vocabulary::{FloatType, ReplicaRevision};
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::net::{Shutdown, TcpStream, ToSocketAddrs};
@@ -102,9 +103,9 @@ impl Waiting {
 #[derive(Debug)]
 pub struct Links {
     /// From the previous stage.
-    pub previous: Option<DataLink>,
+    pub previous: Option<ActivationReceiver>,
     /// To the next stage.
-    pub next: Option<Sender>,
+    pub next: Option<ActivationSender>,
     /// Within the group.
     pub group: Group,
     /// On ranks of earlier stages, where the head is spread: from the rank that samples.
@@ -139,6 +140,8 @@ pub enum LinkError {
 #[derive(Debug)]
 pub struct PendingLinks {
     revision: ReplicaRevision,
+    /// Of the rows that stages hand on.
+    activations: FloatType,
     settings: LinkSettings,
     needs_previous: bool,
     previous: Option<TcpStream>,
@@ -191,6 +194,7 @@ impl PendingLinks {
             head_ranks_wanted,
             head_ranks: BTreeMap::new(),
             revision: assignment.revision,
+            activations: assignment.precision.activations,
             settings,
             needs_previous: assignment.stage.0 > 0,
             previous: None,
@@ -253,8 +257,9 @@ impl PendingLinks {
             PendingGroup::Done(outcome) => outcome?,
             PendingGroup::Connecting(_) | PendingGroup::Agreeing(_) => return Err(FrameError::Closed.into()),
         };
+        let rows = RowFormat { revision: self.revision, kind: self.activations };
         let previous = self.previous.map(&open).transpose()?;
-        let next = self.next.map(&open).transpose()?.map(Sender::start);
+        let next = self.next.map(&open).transpose()?.map(|link| ActivationSender::start(link, rows));
         let head_service = match self.sampler {
             Some(socket) => {
                 breaker.register(&socket).map_err(FrameError::Io)?;
@@ -273,28 +278,29 @@ impl PendingLinks {
         }
         let group = Group::new(self.rank, self.revision, agreed, self.settings.faults, beat.clone())
             .map_err(FrameError::Io)?;
+        let previous = previous.map(|link| ActivationReceiver::new(link, rows));
         Ok(Links { previous, next, group, head_service, head_ranks })
     }
 }
 
-/// Sends activations from a thread of its own, so that computing goes on while a busy next stage does not read.
+/// Sends payloads from a thread of its own, so that computing goes on while a busy peer does not read.
 #[derive(Debug)]
 pub struct Sender {
-    queue: mpsc::SyncSender<(PayloadHeader, Vec<f32>)>,
-    spare: mpsc::Receiver<Vec<f32>>,
+    queue: mpsc::SyncSender<(PayloadHeader, Vec<u8>)>,
+    spare: mpsc::Receiver<Vec<u8>>,
 }
 
 impl Sender {
     pub(crate) fn start(mut link: DataLink) -> Sender {
-        let (queue, jobs) = mpsc::sync_channel::<(PayloadHeader, Vec<f32>)>(SEND_QUEUE);
+        let (queue, jobs) = mpsc::sync_channel::<(PayloadHeader, Vec<u8>)>(SEND_QUEUE);
         let (give_back, spare) = mpsc::sync_channel(SEND_QUEUE);
         std::thread::spawn(move || {
-            for (header, values) in jobs {
-                if link.send(header, &values).is_err() {
+            for (header, payload) in jobs {
+                if link.send_bytes(header, &payload).is_err() {
                     return;
                 }
                 // A full return queue only means that this buffer is freed.
-                let _ = give_back.try_send(values);
+                let _ = give_back.try_send(payload);
             }
         });
         Sender { queue, spare }
@@ -302,9 +308,20 @@ impl Sender {
 
     /// Queues a copy of `values`; waits while the queue is full. Fails once the link is broken.
     pub fn send(&self, header: PayloadHeader, values: &[f32]) -> Result<(), FrameError> {
-        let mut buffer = self.spare.try_recv().unwrap_or_default();
-        buffer.clear();
-        buffer.extend_from_slice(values);
-        self.queue.send((header, buffer)).map_err(|_| FrameError::Closed)
+        let values: &[u8] = bytemuck::cast_slice(values);
+        self.send_with(header, values.len(), |payload| payload.copy_from_slice(values))
+    }
+
+    /// Queues the `length` bytes that `write` writes, as [`Sender::send`] queues values.
+    pub(crate) fn send_with(
+        &self,
+        header: PayloadHeader,
+        length: usize,
+        write: impl FnOnce(&mut [u8]),
+    ) -> Result<(), FrameError> {
+        let mut payload = self.spare.try_recv().unwrap_or_default();
+        payload.resize(length, 0);
+        write(&mut payload);
+        self.queue.send((header, payload)).map_err(|_| FrameError::Closed)
     }
 }

@@ -181,8 +181,17 @@ fn check_layout(args: &[&str]) {
 #[test]
 fn every_cut_of_a_quantised_model_answers_with_the_same_bytes() {
     let all = mixed();
-    for (quantization, kv_cache_type) in [("q4_k_m", "f32"), ("q8_0", "bf16"), ("bf16", "f16")] {
-        let precision = ["--quantize", quantization, "--kv-cache-type", kv_cache_type];
+    for (quantization, kv_cache_type, activation_type) in
+        [("q4_k_m", "f32", "bf16"), ("q8_0", "bf16", "f32"), ("bf16", "f16", "f16")]
+    {
+        let precision = [
+            "--quantize",
+            quantization,
+            "--kv-cache-type",
+            kv_cache_type,
+            "--activation-type",
+            activation_type,
+        ];
         let args = |layout: &[&'static str]| [&precision, layout].concat();
         let alone = ["--stages", "1", "--threads", "1", "--set", "enable_prefix_caching=false"];
         let expected = ask_all(&Cluster::start(&args(&alone)), &all);

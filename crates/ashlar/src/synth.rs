@@ -1,9 +1,9 @@
 //! `ashlar synth`: a random-weight model of a real shape.
 
 use anyhow::{Context, Result};
-use ashlar_model::synth::FloatType;
 use ashlar_model::synth::{SHAPES, SynthRequest, synthesize};
-use clap::{Args, ValueEnum};
+use ashlar_vocabulary::FloatType;
+use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 use std::path::PathBuf;
 
@@ -19,9 +19,9 @@ pub(crate) struct SynthArgs {
     /// Directory to write.
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
-    /// Element type of the weights.
-    #[arg(long, value_enum, default_value = "bf16")]
-    dtype: Dtype,
+    /// Element type of the weights: f32, bf16 or f16.
+    #[arg(long, value_name = "TYPE", default_value_t = FloatType::Bf16)]
+    dtype: FloatType,
     /// Seed of the weights.
     #[arg(long, default_value_t = 0)]
     seed: u64,
@@ -31,24 +31,9 @@ pub(crate) struct SynthArgs {
     tokenizer: Option<PathBuf>,
 }
 
-#[derive(Debug, Clone, Copy, ValueEnum)]
-enum Dtype {
-    F32,
-    F16,
-    Bf16,
-}
-
 pub(crate) fn run(args: SynthArgs) -> Result<()> {
-    let request = SynthRequest {
-        shape: args.shape,
-        dtype: match args.dtype {
-            Dtype::F32 => FloatType::F32,
-            Dtype::F16 => FloatType::F16,
-            Dtype::Bf16 => FloatType::Bf16,
-        },
-        seed: args.seed,
-        tokenizer: args.tokenizer,
-    };
+    let request =
+        SynthRequest { shape: args.shape, dtype: args.dtype, seed: args.seed, tokenizer: args.tokenizer };
     let bar = ProgressBar::new(0).with_style(
         ProgressStyle::with_template("{bar:40} {bytes}/{total_bytes} {bytes_per_sec} {eta}")
             .context("progress bar")?,

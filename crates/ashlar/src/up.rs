@@ -178,6 +178,7 @@ impl Cluster {
         scheduler.max_context_tokens = Some(context);
         scheduler.quantize = args.precision.quantize;
         scheduler.kv_cache_type = args.precision.kv_cache_type;
+        scheduler.activation_type = args.precision.activation_type;
         scheduler.stages = stages;
         scheduler.tensor_parallel_size = args.tp;
         scheduler.replicas = args.replicas.or(args.nodes.is_none().then_some(1));

@@ -7,7 +7,7 @@ use ashlar_kernels::{
     AttentionShape, BLOCK_TOKENS, Isa, Kernels, KvBuffer, KvLayout, RowContext, StridedRows,
     available_threads, measure,
 };
-use ashlar_vocabulary::{BlockId, KvCacheType};
+use ashlar_vocabulary::{BlockId, FloatType};
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
@@ -24,7 +24,7 @@ fn main() {
     let isa =
         arguments.next().map_or_else(Isa::best, |text| text.parse().expect("isa: avx512, avx2 or portable"));
     let kind =
-        arguments.next().map_or_else(KvCacheType::default, |text| text.parse().expect("f32, bf16 or f16"));
+        arguments.next().map_or_else(FloatType::default, |text| text.parse().expect("f32, bf16 or f16"));
     let kernels = Kernels::new(isa, threads);
     println!("{isa}, {threads} threads, a cache of {kind}");
     let one = arguments.next().map(|context| (context, arguments.next().unwrap_or_else(|| "1".to_owned())));
@@ -42,7 +42,7 @@ fn main() {
 }
 
 /// The last `rows` positions of `context` tokens.
-fn figure(kernels: &Kernels, kind: KvCacheType, context: usize, rows: usize) {
+fn figure(kernels: &Kernels, kind: FloatType, context: usize, rows: usize) {
     let blocks = context.div_ceil(BLOCK_TOKENS);
     let elements = blocks * LAYOUT.elements_per_block();
     let layers = (WORKING_SET_BYTES / (2 * kind.bytes() * elements)).max(1);

@@ -18,6 +18,7 @@ pub(crate) fn widen(half: u16) -> f32 {
 }
 
 /// The half nearest to a value, ties to even; infinity beyond the largest.
+#[inline(always)]
 pub(crate) fn narrow(value: f32) -> u16 {
     let bits = value.to_bits();
     let (sign, magnitude) = ((bits >> 16 & 0x8000) as u16, bits & 0x7fff_ffff);

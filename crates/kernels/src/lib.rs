@@ -2,7 +2,7 @@
 //!
 //! Layout, in reading order: [`isa`](Isa) and `lanes` (sixteen lanes over three instruction sets), [`pool`](ThreadPool)
 //! (threads), [`cores`](available_cores) (where they run), `matmul` with [`PackedMatrix`] (products), `tree` (sums over parts and ranks), `norm`, `rope`,
-//! `elementwise`, `attention` (paged, splits of 256 keys), `softmax` (log-sum-exp), [`sampling`], [`math`] (elementary
+//! `elementwise`, `elements` (narrower numbers), `attention` (paged, splits of 256 keys), `softmax` (log-sum-exp), [`sampling`], [`math`] (elementary
 //! functions) and [`measure`] (what this machine can do).
 //!
 //! **Invariants.**
@@ -20,6 +20,7 @@ mod adamw;
 mod aligned;
 mod attention;
 mod cores;
+mod elements;
 mod elementwise;
 mod half;
 mod isa;
@@ -38,9 +39,7 @@ mod tree;
 
 pub use adamw::AdamW;
 pub use aligned::AlignedBuffer;
-pub use attention::{
-    AttentionShape, BLOCK_TOKENS, KvBuffer, KvLayout, RowContext, SPLIT_KEYS, round_to_cache,
-};
+pub use attention::{AttentionShape, BLOCK_TOKENS, KvBuffer, KvLayout, RowContext, SPLIT_KEYS};
 pub use cores::{PinError, PinnedThread, available_cores, available_threads};
 pub use isa::{Isa, UnknownIsa};
 pub use kernels::Kernels;

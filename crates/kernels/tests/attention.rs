@@ -5,7 +5,7 @@ mod common;
 use ashlar_kernels::{
     AttentionShape, BLOCK_TOKENS, Isa, Kernels, KvBuffer, KvLayout, RowContext, StridedRows,
 };
-use ashlar_vocabulary::{BlockId, KvCacheType};
+use ashlar_vocabulary::{BlockId, FloatType};
 use common::{all_kernels, bits, numbers};
 use proptest::prelude::*;
 
@@ -15,12 +15,12 @@ struct Sequence {
     tokens: usize,
     qkv: Vec<f32>,
     table: Vec<BlockId>,
-    cache_type: KvCacheType,
+    cache_type: FloatType,
     cache_elements: usize,
 }
 
 /// A cache that holds NaN.
-fn unwritten(kind: KvCacheType, elements: usize) -> KvBuffer {
+fn unwritten(kind: FloatType, elements: usize) -> KvBuffer {
     let mut buffer = KvBuffer::zeroed(kind, elements);
     buffer.fill(f32::NAN);
     buffer
@@ -33,10 +33,10 @@ impl Sequence {
         let table = (0..blocks).map(|block| BlockId(((blocks - block) * 2 - 1) as u32)).collect();
         let cache_elements = (2 * blocks + 1) * shape.layout.elements_per_block();
         let qkv = numbers(tokens * width(&shape), seed);
-        Sequence { shape, tokens, qkv, table, cache_type: KvCacheType::F32, cache_elements }
+        Sequence { shape, tokens, qkv, table, cache_type: FloatType::F32, cache_elements }
     }
 
-    fn with_cache(self, cache_type: KvCacheType) -> Sequence {
+    fn with_cache(self, cache_type: FloatType) -> Sequence {
         Sequence { cache_type, ..self }
     }
 
@@ -112,7 +112,7 @@ proptest! {
         kv_heads in 1usize..3, group in 1usize..6, head_dim in prop_oneof![Just(8usize), Just(20), Just(64), Just(80)],
         tokens in prop_oneof![3 => 1usize..100, 1 => 250usize..600], window in prop::option::of(1u32..400),
         chunks in prop::collection::vec(1usize..70, 1..5), seed: u64,
-        softcap in prop::option::weighted(0.2, 0.5f32..30.0), cache_type in prop::sample::select(&KvCacheType::ALL),
+        softcap in prop::option::weighted(0.2, 0.5f32..30.0), cache_type in prop::sample::select(&FloatType::ALL),
     ) {
         let shape = AttentionShape { softcap, ..shape(kv_heads, group, head_dim, window) };
         let sequence = Sequence::new(shape, tokens, seed).with_cache(cache_type);
@@ -171,7 +171,7 @@ fn a_batch_of_sequences_gives_each_its_own_bits() {
         elements += sequence.cache_elements;
         q.extend_from_slice(&sequence.qkv[(sequence.tokens - 1) * width(&shape)..]);
     }
-    let cache = || unwritten(KvCacheType::F32, elements);
+    let cache = || unwritten(FloatType::F32, elements);
     let (mut k_cache, mut v_cache) = (cache(), cache());
     for kernels in all_kernels() {
         for (sequence, table) in sequences.iter().zip(&tables) {
@@ -209,7 +209,7 @@ fn a_batch_of_sequences_gives_each_its_own_bits() {
 fn a_narrower_cache_attends_to_rounded_keys_and_values() {
     let shape = shape(2, 3, 24, Some(200));
     let kernels = Kernels::new(Isa::best(), 2);
-    for (kind, bits_kept) in [(KvCacheType::Bf16, 8), (KvCacheType::F16, 11)] {
+    for (kind, bits_kept) in [(FloatType::Bf16, 8), (FloatType::F16, 11)] {
         let narrow = Sequence::new(shape, 300, 5).with_cache(kind);
         // The same keys and values, rounded beforehand, in a cache that rounds nothing.
         let mut rounded = Sequence::new(shape, 300, 5);
@@ -233,7 +233,7 @@ fn round_to(x: f32, bits_kept: u32) -> f32 {
 #[test]
 fn large_numbers_stay_finite_in_a_cache_of_halves() {
     let shape = shape(1, 1, 16, None);
-    let mut sequence = Sequence::new(shape, 20, 3).with_cache(KvCacheType::F16);
+    let mut sequence = Sequence::new(shape, 20, 3).with_cache(FloatType::F16);
     let values = shape.layout.head_dim * 2..shape.layout.head_dim * 3;
     for row in sequence.qkv.chunks_exact_mut(width(&shape)) {
         row[values.clone()].fill(-1e9);

@@ -280,7 +280,7 @@ impl Block {
         let queries = StridedRows { data: qkv, stride };
         kernels.attention(&shape, rows, queries, &cache.keys, &cache.values, attended);
         if let Some(tape) = tape.as_deref_mut() {
-            tape.keep_attention(qkv, stride, d.query, cache.keys.kind(), attended);
+            tape.keep_attention(kernels, qkv, (stride, d.query), cache.keys.kind(), attended);
         }
         self.reduce_into_residual(
             kernels,

@@ -5,7 +5,7 @@
 
 use crate::gguf;
 use ashlar_gguf::GgufFiles;
-use ashlar_vocabulary::{KvCacheType, ModelShape, Precision, Quantization, WeightType, WeightTypes};
+use ashlar_vocabulary::{FloatType, ModelShape, Precision, Quantization, WeightType, WeightTypes};
 use serde::Deserialize;
 use std::path::{Path, PathBuf};
 
@@ -152,6 +152,7 @@ impl ModelConfig {
             self.shape.weights = self.stored(quantization);
         }
         self.shape.kv_cache = precision.kv_cache;
+        self.shape.activations = precision.activations;
     }
 
     /// The types in which a file of the quantised model has its matrices.
@@ -279,7 +280,8 @@ fn shape_of(raw: &RawConfig) -> Result<ModelShape, ConfigError> {
             },
             raw.num_hidden_layers,
         ),
-        kv_cache: KvCacheType::default(),
+        kv_cache: FloatType::default(),
+        activations: FloatType::default(),
     })
 }
 

@@ -7,7 +7,7 @@
 use crate::gguf;
 use crate::weights::{self, WeightError};
 use ashlar_gguf::GgufFiles;
-use ashlar_vocabulary::{KvCacheType, ModelDigest, Precision, ids::NUMERIC_VERSION};
+use ashlar_vocabulary::{FloatType, ModelDigest, Precision, ids::NUMERIC_VERSION};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
@@ -17,14 +17,18 @@ const SAMPLE_BYTES: u64 = 4096;
 
 /// Digest of the model in `directory`, served in `precision`.
 pub fn model_digest(directory: &Path, precision: impl Into<Precision>) -> Result<ModelDigest, WeightError> {
-    let Precision { quantization, kv_cache } = precision.into();
+    let Precision { quantization, kv_cache, activations } = precision.into();
     let mut hasher = blake3::Hasher::new();
     hasher.update(&NUMERIC_VERSION.to_le_bytes());
     if let Some(quantization) = quantization {
         hasher.update(quantization.name().as_bytes());
     }
-    if kv_cache != KvCacheType::default() {
+    if kv_cache != FloatType::default() {
         hasher.update(kv_cache.name().as_bytes());
+    }
+    if activations != FloatType::default() {
+        // The same names mean a cache above.
+        hasher.update(b"activations ").update(activations.name().as_bytes());
     }
     if let Some(file) = gguf::file_of(directory) {
         for path in GgufFiles::open(&file)?.paths() {

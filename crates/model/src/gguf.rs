@@ -6,7 +6,7 @@
 use crate::config::{ConfigError, ModelConfig, RopeScaling};
 use crate::pack::weight_type;
 use ashlar_gguf::{Array, GgufError, GgufFiles, Value};
-use ashlar_vocabulary::{KvCacheType, LayerWeightTypes, ModelShape, WeightType, WeightTypes};
+use ashlar_vocabulary::{FloatType, LayerWeightTypes, ModelShape, WeightType, WeightTypes};
 use std::path::{Path, PathBuf};
 
 /// The GGUF file that `path` means: the file itself, or the only one (the first of a split set) in a directory without a
@@ -161,7 +161,8 @@ impl ModelConfig {
             max_position_embeddings: size("context_length")?,
             tied_head,
             weights: types(files, layers, tied_head)?,
-            kv_cache: KvCacheType::default(),
+            kv_cache: FloatType::default(),
+            activations: FloatType::default(),
         };
         Ok(ModelConfig {
             rope_scaling: rope_scaling(files, architecture, head_dim)?,

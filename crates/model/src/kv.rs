@@ -1,7 +1,7 @@
 //! A rank's paged KV cache: the same block numbers on every rank of a replica, each with its own layers and heads.
 
 use ashlar_kernels::{BLOCK_TOKENS, KvBuffer, KvLayout};
-use ashlar_vocabulary::{Bytes, KvCacheType};
+use ashlar_vocabulary::{Bytes, FloatType};
 
 /// Keys and values of all blocks, per layer.
 #[derive(Debug)]
@@ -22,7 +22,7 @@ pub struct LayerCache {
 
 impl KvCache {
     /// Reserves `blocks` blocks of [`BLOCK_TOKENS`] tokens for `layers` layers. Pages become resident when first used.
-    pub fn new(layout: KvLayout, kind: KvCacheType, layers: usize, blocks: usize) -> KvCache {
+    pub fn new(layout: KvLayout, kind: FloatType, layers: usize, blocks: usize) -> KvCache {
         let buffer = || KvBuffer::zeroed(kind, layout.elements_per_block() * blocks);
         let layers = (0..layers).map(|_| LayerCache { keys: buffer(), values: buffer() }).collect();
         KvCache { layout, blocks, layers }

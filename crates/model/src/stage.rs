@@ -315,7 +315,8 @@ impl StageModel {
         }
     }
 
-    /// Runs this stage over `rows`; the result is in [`Workspace::activations`]. `beat` is called between layers.
+    /// Runs this stage over `rows`; the result is in [`Workspace::activations`]. `beat` is called between layers. The residual
+    /// stream between two layers is rounded to the type of activations wherever these two are, so that no cut shows.
     pub fn forward(
         &self,
         rows: &[RowContext<'_>],
@@ -345,9 +346,19 @@ impl StageModel {
         for (layer, block) in self.blocks.iter().enumerate() {
             let step = AdapterStep { layer, adapted };
             block.forward(&self.kernels, rows, cache.layer_mut(layer), group, &step, None, work)?;
+            self.leave(layer, rows.len(), work);
             beat();
         }
         Ok(())
+    }
+
+    /// Rounds the residual stream behind the stage's block `index`, unless that is the model's last: where stages could be cut,
+    /// whether they are or not.
+    fn leave(&self, index: usize, rows: usize, work: &mut Workspace) {
+        let shape = &self.config.shape;
+        if self.slice.layers.start + index + 1 < shape.num_layers {
+            self.kernels.round_to(shape.activations, &mut work.x[..rows * shape.hidden_size]);
+        }
     }
 
     /// Takes a stage's input, and the angles of its positions.

@@ -1,7 +1,7 @@
 //! Random-weight models of a real shape, so that speed and fit are measured without a download.
 
 use crate::config::{ConfigError, ModelConfig};
-use ashlar_vocabulary::Bytes;
+use ashlar_vocabulary::{Bytes, FloatType};
 use half::{bf16, f16};
 use serde_json::{Map, Value, json};
 use std::fs::{self, File};
@@ -67,26 +67,6 @@ pub fn named_config(name: &str) -> Option<Value> {
         _ => {}
     }
     Some(config)
-}
-
-/// Element types that can be written.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum FloatType {
-    /// 32-bit float.
-    F32,
-    /// IEEE half.
-    F16,
-    /// Brain float.
-    Bf16,
-}
-
-impl FloatType {
-    fn bytes(self) -> usize {
-        match self {
-            FloatType::F32 => 4,
-            FloatType::F16 | FloatType::Bf16 => 2,
-        }
-    }
 }
 
 /// What to write.

@@ -5,11 +5,11 @@ mod common;
 
 use ashlar_kernels::{Isa, Kernels, ThreadPool};
 use ashlar_model::digest::model_digest;
-use ashlar_model::synth::{FloatType, SynthRequest, synthesize};
+use ashlar_model::synth::{SynthRequest, synthesize};
 use ashlar_model::{
     CachePlace, CopyReadError, CopyWriteError, Export, ModelConfig, Origin, PackedCopy, RankSlice, StageModel,
 };
-use ashlar_vocabulary::{Bytes, ModelDigest, Quantization};
+use ashlar_vocabulary::{Bytes, FloatType, ModelDigest, Quantization};
 use common::{Grid, bits, goldens};
 use std::fs::{self, File};
 use std::ops::ControlFlow;

@@ -4,9 +4,9 @@
 mod common;
 
 use ashlar_kernels::{Isa, ThreadPool};
-use ashlar_model::synth::{FloatType, SynthRequest, synthesize};
+use ashlar_model::synth::{SynthRequest, synthesize};
 use ashlar_model::{Export, ExportError, ModelConfig, WeightFiles};
-use ashlar_vocabulary::{Bytes, Quantization};
+use ashlar_vocabulary::{Bytes, FloatType, Quantization};
 use common::{Grid, bits, goldens};
 use std::fs;
 use std::ops::ControlFlow;

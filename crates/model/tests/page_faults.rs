@@ -4,11 +4,11 @@
 #![allow(clippy::unwrap_used, missing_docs)]
 
 use ashlar_kernels::{BLOCK_TOKENS, Isa, Kernels, RowContext};
-use ashlar_model::synth::{FloatType, SynthRequest, synthesize};
+use ashlar_model::synth::{SynthRequest, synthesize};
 use ashlar_model::{
     KvCache, ModelConfig, NoHeadRanks, RankSlice, SingleRank, StageInput, StageModel, Workspace,
 };
-use ashlar_vocabulary::{BlockId, Quantization, TokenId};
+use ashlar_vocabulary::{BlockId, FloatType, Quantization, TokenId};
 use std::path::Path;
 use std::sync::Arc;
 

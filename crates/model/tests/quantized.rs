@@ -4,10 +4,11 @@
 mod common;
 
 use ashlar_kernels::Isa;
+use ashlar_model::digest::model_digest;
 use ashlar_model::stage::expected_bytes;
-use ashlar_model::synth::{FloatType, SynthRequest, synthesize};
+use ashlar_model::synth::{SynthRequest, synthesize};
 use ashlar_model::{ModelConfig, RankSlice};
-use ashlar_vocabulary::{KvCacheType, Precision, Quantization};
+use ashlar_vocabulary::{FloatType, Precision, Quantization};
 use common::{Grid, bits};
 use std::path::Path;
 
@@ -72,7 +73,7 @@ fn every_cut_with_a_narrower_cache_gives_the_same_bits_close_to_the_wide_ones() 
     model(directory.path(), true);
     let exact = logits(&mut Grid::whole(directory.path()));
     let scale = exact[36].iter().fold(0f32, |most, x| most.max(x.abs()));
-    for (kv_cache, tolerance) in [(KvCacheType::Bf16, 0.02), (KvCacheType::F16, 0.002)] {
+    for (kv_cache, tolerance) in [(FloatType::Bf16, 0.02), (FloatType::F16, 0.002)] {
         let precision = Precision { kv_cache, ..Precision::default() };
         let grid = |stages, size, isa, threads| {
             Grid::quantized(directory.path(), precision, stages, size, isa, threads)
@@ -89,6 +90,53 @@ fn every_cut_with_a_narrower_cache_gives_the_same_bits_close_to_the_wide_ones() 
         let worst = expected[36].iter().zip(&exact[36]).fold(0f32, |most, (a, b)| most.max((a - b).abs()));
         assert!(worst > 0.0 && worst / scale < tolerance, "{kv_cache}: {}", worst / scale);
     }
+}
+
+#[test]
+fn every_cut_with_narrower_activations_gives_the_same_bits_close_to_the_wide_ones() {
+    let directory = tempfile::tempdir().unwrap();
+    model(directory.path(), true);
+    let exact = logits(&mut Grid::whole(directory.path()));
+    let scale = exact[36].iter().fold(0f32, |most, x| most.max(x.abs()));
+    for (activations, tolerance) in [(FloatType::Bf16, 0.02), (FloatType::F16, 0.003)] {
+        let precision = Precision { activations, ..Precision::default() };
+        let grid = |stages, size| {
+            let isa = if stages == 4 { *Isa::available().last().unwrap() } else { Isa::best() };
+            Grid::quantized(directory.path(), precision, stages, size, isa, stages)
+        };
+        let expected = logits(&mut grid(1, 1));
+        for (stages, size) in [(1, 2), (1, 4), (2, 1), (2, 2), (2, 4), (4, 1), (4, 2), (4, 4)] {
+            let same = logits(&mut grid(stages, size)).iter().zip(&expected).all(|(a, b)| bits(a) == bits(b));
+            assert!(same, "{activations}: {stages} stages × {size} ranks");
+        }
+        let worst = expected[36].iter().zip(&exact[36]).fold(0f32, |most, (a, b)| most.max((a - b).abs()));
+        assert!(worst > 0.0 && worst / scale < tolerance, "{activations}: {}", worst / scale);
+    }
+    // Together with everything else that an owner can choose.
+    let precision = Precision {
+        quantization: Some("q4_k_m".parse().unwrap()),
+        kv_cache: FloatType::F16,
+        activations: FloatType::Bf16,
+    };
+    let expected = logits(&mut Grid::quantized(directory.path(), precision, 1, 1, Isa::best(), 1));
+    let cut = logits(&mut Grid::with_spread_head(directory.path(), precision, 4, 2));
+    assert!(cut.iter().zip(&expected).all(|(a, b)| bits(a) == bits(b)));
+}
+
+#[test]
+fn every_choice_of_precision_has_a_digest_of_its_own() {
+    let directory = tempfile::tempdir().unwrap();
+    model(directory.path(), true);
+    let mut digests = std::collections::BTreeSet::new();
+    for quantization in [None, Some("q8_0".parse().unwrap())] {
+        for kv_cache in FloatType::ALL {
+            for activations in FloatType::ALL {
+                let precision = Precision { quantization, kv_cache, activations };
+                digests.insert(model_digest(directory.path(), precision).unwrap().0);
+            }
+        }
+    }
+    assert_eq!(digests.len(), 18);
 }
 
 #[test]

@@ -1,12 +1,13 @@
 //! Rank to rank: activations from stage to stage, partial sums within a tensor-parallel group, rows for the head and their
 //! logits.
 //!
-//! A fixed 48-byte header and raw little-endian f32 values; no serialisation of tensors. Blocking sockets: the compute
+//! A fixed 48-byte header and raw little-endian values, `f32` but for activations where a narrower type was chosen; no
+//! serialisation of tensors. Blocking sockets: the compute
 //! thread itself sends and receives. [`LinkFaults`] lets a test slow a link down or break it.
 
 use crate::frame::FrameError;
 use crate::membership::BEAT_INTERVAL_MS;
-use ashlar_vocabulary::{LeaseTerm, ReplicaRevision, StepId};
+use ashlar_vocabulary::{FloatType, LeaseTerm, ReplicaRevision, StepId};
 use serde::{Deserialize, Serialize};
 use std::io::{self, Read, Write};
 use std::net::TcpStream;
@@ -42,16 +43,29 @@ pub enum LinkPurpose {
 
 /// What a payload is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[repr(u32)]
 pub enum PayloadKind {
-    /// Rows of the residual stream.
-    Activations = 1,
+    /// Rows of the residual stream, as elements of this type. Everything else is `f32`.
+    Activations(FloatType),
     /// One rank's contribution to a collective.
-    Collective = 2,
+    Collective,
     /// Normed rows whose logits are wanted.
-    HeadRows = 3,
+    HeadRows,
     /// One slice of the logits of those rows.
-    Logits = 4,
+    Logits,
+}
+
+impl PayloadKind {
+    /// Its number in a header.
+    const fn code(self) -> u32 {
+        match self {
+            PayloadKind::Activations(FloatType::F32) => 1,
+            PayloadKind::Collective => 2,
+            PayloadKind::HeadRows => 3,
+            PayloadKind::Logits => 4,
+            PayloadKind::Activations(FloatType::Bf16) => 5,
+            PayloadKind::Activations(FloatType::F16) => 6,
+        }
+    }
 }
 
 /// Names a payload; a receiver that expects another one drops the connection.
@@ -69,8 +83,8 @@ pub struct PayloadHeader {
 
 const HEADER_BYTES: usize = 48;
 const MAGIC: u32 = 0x4853_4141;
-/// Longest payload in f32 values.
-const VALUES_MAX: usize = 1 << 28;
+/// Longest payload.
+const PAYLOAD_BYTES_MAX: usize = 1 << 30;
 
 /// Deliberate trouble on a link, for tests and drills.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -116,6 +130,11 @@ impl DataLink {
 
     /// Sends `values`.
     pub fn send(&mut self, header: PayloadHeader, values: &[f32]) -> Result<(), FrameError> {
+        self.send_bytes(header, bytemuck::cast_slice(values))
+    }
+
+    /// Sends a payload that is encoded already.
+    pub fn send_bytes(&mut self, header: PayloadHeader, payload: &[u8]) -> Result<(), FrameError> {
         self.sent += 1;
         if self.faults.delay_us > 0 {
             std::thread::sleep(Duration::from_micros(self.faults.delay_us));
@@ -124,14 +143,13 @@ impl DataLink {
             let _ = self.socket.shutdown(std::net::Shutdown::Both);
             return Err(FrameError::Io(io::ErrorKind::ConnectionAborted.into()));
         }
-        let payload: &[u8] = bytemuck::cast_slice(values);
         let mut bytes = [0u8; HEADER_BYTES];
         bytes[0..4].copy_from_slice(&MAGIC.to_le_bytes());
-        bytes[4..8].copy_from_slice(&(header.kind as u32).to_le_bytes());
+        bytes[4..8].copy_from_slice(&header.kind.code().to_le_bytes());
         bytes[8..16].copy_from_slice(&header.revision.0.to_le_bytes());
         bytes[16..24].copy_from_slice(&header.step.0.to_le_bytes());
         bytes[24..28].copy_from_slice(&header.sequence.to_le_bytes());
-        bytes[28..36].copy_from_slice(&(values.len() as u64).to_le_bytes());
+        bytes[28..36].copy_from_slice(&(payload.len() as u64).to_le_bytes());
         bytes[36..40].copy_from_slice(&crc32fast::hash(payload).to_le_bytes());
         let checksum = crc32fast::hash(&bytes[..40]);
         bytes[40..44].copy_from_slice(&checksum.to_le_bytes());
@@ -167,16 +185,26 @@ impl DataLink {
         values: &mut [f32],
         idle: &mut dyn FnMut() -> Result<(), FrameError>,
     ) -> Result<(), FrameError> {
+        self.receive_bytes(expected, bytemuck::cast_slice_mut(values), idle)
+    }
+
+    /// [`DataLink::receive`] without decoding.
+    pub fn receive_bytes(
+        &mut self,
+        expected: PayloadHeader,
+        payload: &mut [u8],
+        idle: &mut dyn FnMut() -> Result<(), FrameError>,
+    ) -> Result<(), FrameError> {
         let announced = self.read_header(idle)?;
-        let matches = announced.kind == expected.kind as u32
+        let matches = announced.kind == expected.kind.code()
             && announced.revision == expected.revision
             && announced.step == expected.step
             && announced.sequence == expected.sequence
-            && announced.length == values.len();
+            && announced.length == payload.len();
         if !matches {
             return Err(unexpected());
         }
-        self.read_values(&announced, values, idle)
+        self.read_payload(&announced, payload, idle)
     }
 
     /// Receives the next payload of this kind and layout, whatever its step, into `values`, which becomes as long as the
@@ -189,13 +217,14 @@ impl DataLink {
         idle: &mut dyn FnMut() -> Result<(), FrameError>,
     ) -> Result<(StepId, u32), FrameError> {
         let announced = self.read_header(idle)?;
+        let unit = unit.saturating_mul(size_of::<f32>());
         let whole = announced.length.checked_rem(unit) == Some(0);
         let bounded = announced.length > 0 && announced.length <= unit.saturating_mul(units_max);
-        if announced.kind != kind as u32 || announced.revision != revision || !whole || !bounded {
+        if announced.kind != kind.code() || announced.revision != revision || !whole || !bounded {
             return Err(unexpected());
         }
-        values.resize(announced.length, 0.0);
-        self.read_values(&announced, values, idle)?;
+        values.resize(announced.length / size_of::<f32>(), 0.0);
+        self.read_payload(&announced, bytemuck::cast_slice_mut(values), idle)?;
         Ok((announced.step, announced.sequence))
     }
 
@@ -211,7 +240,7 @@ impl DataLink {
             return Err(FrameError::Corrupt);
         }
         let length = u64_at(28) as usize;
-        if length > VALUES_MAX {
+        if length > PAYLOAD_BYTES_MAX {
             return Err(FrameError::TooLong { announced: length });
         }
         Ok(Announced {
@@ -224,13 +253,12 @@ impl DataLink {
         })
     }
 
-    fn read_values(
+    fn read_payload(
         &mut self,
         announced: &Announced,
-        values: &mut [f32],
+        payload: &mut [u8],
         idle: &mut dyn FnMut() -> Result<(), FrameError>,
     ) -> Result<(), FrameError> {
-        let payload: &mut [u8] = bytemuck::cast_slice_mut(values);
         self.read_full(payload, idle)?;
         if crc32fast::hash(payload) != announced.checksum {
             return Err(FrameError::Corrupt);
@@ -264,7 +292,7 @@ struct Announced {
     revision: ReplicaRevision,
     step: StepId,
     sequence: u32,
-    /// In values.
+    /// In bytes.
     length: usize,
     checksum: u32,
 }
@@ -291,7 +319,7 @@ mod tests {
 
     fn header(step: u64) -> PayloadHeader {
         PayloadHeader {
-            kind: PayloadKind::Activations,
+            kind: PayloadKind::Activations(FloatType::F32),
             revision: ReplicaRevision(3),
             step: StepId(step),
             sequence: 0,
@@ -315,6 +343,27 @@ mod tests {
             out.send(header(step), &vec![0.0; length]).unwrap();
             assert!(inward.receive(header(1), &mut [0.0; 4], &mut || Ok(())).is_err());
         }
+    }
+
+    #[test]
+    fn narrower_activations_travel_in_half_the_bytes_and_only_to_whom_expects_them() {
+        let with = |activations| PayloadHeader { kind: PayloadKind::Activations(activations), ..header(1) };
+        // Sixteen values each: the header, then their elements, and nothing more.
+        for (kind, length) in
+            [(FloatType::F32, 48 + 64), (FloatType::Bf16, 48 + 32), (FloatType::F16, 48 + 32)]
+        {
+            let (mut out, mut inward) = pair(LinkFaults::default());
+            let payload: Vec<u8> = (0..16 * kind.bytes() as u8).collect();
+            out.send_bytes(with(kind), &payload).unwrap();
+            out.shutdown();
+            let mut sent = Vec::new();
+            inward.socket.read_to_end(&mut sent).unwrap();
+            assert_eq!((sent.len(), &sent[48..]), (length, &payload[..]), "{kind}");
+        }
+        let (mut out, mut inward) = pair(LinkFaults::default());
+        out.send_bytes(with(FloatType::F16), &[1; 32]).unwrap();
+        let mut received = [0; 32];
+        assert!(inward.receive_bytes(with(FloatType::Bf16), &mut received, &mut || Ok(())).is_err());
     }
 
     #[test]

@@ -20,4 +20,4 @@ pub mod serving;
 pub mod step;
 
 /// Version of all messages here. Two processes that differ refuse each other, naming both versions.
-pub const WIRE_VERSION: u32 = 4;
+pub const WIRE_VERSION: u32 = 5;

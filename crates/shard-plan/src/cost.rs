@@ -6,7 +6,7 @@ use crate::position::Position;
 use crate::request::{DeviceReport, Links, PlanRequest};
 use ashlar_vocabulary::{ModelShape, NodeId};
 
-/// Bytes of one element on the wire and in the KV cache.
+/// Bytes of one element on the wire, but for activations from stage to stage.
 const BYTES_PER_ACTIVATION: f64 = 4.0;
 
 /// Sequences of the decode step that cuts are balanced for and throughput is predicted for.
@@ -120,8 +120,8 @@ impl CostModel<'_> {
 
     /// Seconds of the hop from one stage's rank 0 to the next one's.
     pub fn hop_seconds(&self, from: &NodeId, to: &NodeId, load: StepLoad) -> f64 {
-        let bytes = (load.tokens * self.shape.hidden_size) as f64 * BYTES_PER_ACTIVATION;
-        self.links.seconds(from, to, bytes)
+        let bytes = load.tokens * self.shape.hidden_size * self.shape.activations.bytes();
+        self.links.seconds(from, to, bytes as f64)
     }
 
     /// Seconds per stage (each with the hop that leads to it, the last with the exchange for a spread head) of one step over a

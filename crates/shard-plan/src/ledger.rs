@@ -1,10 +1,10 @@
 //! The memory of one rank, line by line. Nothing may be resident that is not in it.
 
 use crate::request::PlanRequest;
-use ashlar_vocabulary::{Bytes, HeadSlice, LayerWeightTypes, ModelShape, WeightType};
+use ashlar_vocabulary::{Bytes, FloatType, HeadSlice, LayerWeightTypes, ModelShape, WeightType};
 use serde::{Deserialize, Serialize};
 
-/// KV cache, activations and logits are f32.
+/// Activations that are computed with, and logits, are f32.
 const BYTES_PER_ACTIVATION: usize = 4;
 
 /// Logits are computed for at most this many rows at a time.
@@ -153,7 +153,6 @@ impl Piece {
         let ff = slice(shape.feed_forward_cut());
         let size = self.tensor_parallel_size;
         let gathered = if size > 1 { size } else { 0 };
-        let passed_on = usize::from(!self.first) + 2 * usize::from(!self.last);
         // Products with bf16 weights take their activations rounded, those with quantised weights as bytes with three
         // numbers per 32.
         let inputs = shape.hidden_size.max(q).max(ff);
@@ -164,7 +163,7 @@ impl Piece {
         };
         let of_layer = |types: &LayerWeightTypes| words(types.query).max(words(types.down));
         let of_layers = shape.weights.layers.iter().map(of_layer).max().unwrap_or(0);
-        let per_token = (2 + gathered + passed_on) * shape.hidden_size
+        let per_token = (2 + gathered + usize::from(!self.first)) * shape.hidden_size
             + (q + 2 * kv).max(2 * ff)
             + q.max(ff)
             + shape.head_dim
@@ -182,7 +181,13 @@ impl Piece {
             (false, Some(_)) => LOGIT_ROWS * (3 * shape.hidden_size + 2 * own_logits),
             (false, None) => 0,
         };
+        // Rows on their way from or to another stage; narrower ones are widened, from a buffer of their own.
+        let narrow = usize::from(shape.activations != FloatType::F32);
+        let in_transit = (narrow * usize::from(!self.first) + 2 * usize::from(!self.last))
+            * shape.hidden_size
+            * shape.activations.bytes();
         (request.max_num_batched_tokens * per_token + partials + logits) * BYTES_PER_ACTIVATION
+            + request.max_num_batched_tokens * in_transit
     }
 
     /// The ledger of this piece on a node with `capacity` and `threads`, with `kv_blocks` blocks.

@@ -2,7 +2,7 @@
 
 use ashlar_shard_plan::cost::{BATCH, CostModel, StepLoad};
 use ashlar_shard_plan::{DeviceReport, Links, PlanError, PlanRequest, Position, plan};
-use ashlar_vocabulary::{Bytes, KvCacheType, ModelShape, NodeId, WeightType, WeightTypes};
+use ashlar_vocabulary::{Bytes, FloatType, ModelShape, NodeId, WeightType, WeightTypes};
 use proptest::prelude::*;
 use std::cell::Cell;
 
@@ -47,7 +47,8 @@ fn a_plan_has_the_fewest_stages_and_the_fastest_slowest_stage() {
             max_position_embeddings: 512,
             tied_head: tied,
             weights: WeightTypes::uniform(WeightType::F32, layers),
-            kv_cache: KvCacheType::F32,
+            kv_cache: FloatType::F32,
+            activations: FloatType::F32,
         };
         let devices: Vec<DeviceReport> = nodes.iter().enumerate().map(|(index, (memory, gb, gflop))| DeviceReport {
             node: NodeId(format!("n{index}")),

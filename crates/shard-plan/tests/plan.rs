@@ -3,7 +3,7 @@
 use ashlar_shard_plan::{
     DeviceReport, Layout, LinkReport, Links, PlanError, PlanRequest, plan, survivable_losses,
 };
-use ashlar_vocabulary::{Bytes, KvCacheType, LayerRange, ModelShape, NodeId, WeightType, WeightTypes};
+use ashlar_vocabulary::{Bytes, FloatType, LayerRange, ModelShape, NodeId, WeightType, WeightTypes};
 use proptest::prelude::*;
 
 const GIB: u64 = 1 << 30;
@@ -21,7 +21,8 @@ fn llama_1b() -> ModelShape {
         max_position_embeddings: 131_072,
         tied_head: true,
         weights: WeightTypes { embedding: WeightType::Bf16, ..WeightTypes::uniform(WeightType::F32, 16) },
-        kv_cache: KvCacheType::F32,
+        kv_cache: FloatType::F32,
+        activations: FloatType::F32,
     }
 }
 
@@ -37,7 +38,8 @@ fn small(num_layers: usize, tied_head: bool) -> ModelShape {
         max_position_embeddings: 512,
         tied_head,
         weights: WeightTypes::uniform(WeightType::F32, num_layers),
-        kv_cache: KvCacheType::F32,
+        kv_cache: FloatType::F32,
+        activations: FloatType::F32,
     }
 }
 
@@ -85,8 +87,8 @@ fn a_narrower_cache_takes_half_the_memory() {
         let layout = plan(&shape, &devices(1, 8 * GIB), &Links::default(), &PlanRequest::default());
         layout.expect("planned").replicas[0].stages[0].ledgers[0].kv_cache
     };
-    assert_eq!(plan_with(KvCacheType::Bf16).0 * 2, plan_with(KvCacheType::F32).0);
-    assert_eq!(plan_with(KvCacheType::F16), plan_with(KvCacheType::Bf16));
+    assert_eq!(plan_with(FloatType::Bf16).0 * 2, plan_with(FloatType::F32).0);
+    assert_eq!(plan_with(FloatType::F16), plan_with(FloatType::Bf16));
 }
 
 #[test]

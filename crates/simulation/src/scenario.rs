@@ -6,7 +6,7 @@ use crate::random::Random;
 use ashlar_scheduler::cluster::ClusterConfig;
 use ashlar_scheduler::engine::EngineConfig;
 use ashlar_shard_plan::Links;
-use ashlar_vocabulary::{KvCacheType, LeaseTerm, ModelShape, Precision, WeightType, WeightTypes};
+use ashlar_vocabulary::{FloatType, LeaseTerm, ModelShape, Precision, WeightType, WeightTypes};
 
 /// Faults happen before this moment; afterwards the world must heal.
 pub(crate) const FAULTS_END_US: u64 = 12_000_000;
@@ -110,7 +110,8 @@ impl Scenario {
                 max_position_embeddings: 512,
                 tied_head: true,
                 weights: WeightTypes::uniform(WeightType::F32, 8),
-                kv_cache: KvCacheType::F32,
+                kv_cache: FloatType::F32,
+                activations: FloatType::F32,
             },
             max_context_tokens: self.max_context_tokens,
             term,

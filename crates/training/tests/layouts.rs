@@ -9,7 +9,7 @@ use ashlar_model::ModelConfig;
 use ashlar_model::adapter::{LoraSpec, Target};
 use ashlar_model::stage::BatchLoss;
 use ashlar_training::{Hyperparameters, initial_adapter};
-use ashlar_vocabulary::{KvCacheType, Precision, Quantization, WeightType};
+use ashlar_vocabulary::{FloatType, Precision, Quantization, WeightType};
 use common::serving::goldens;
 use common::{Cut, Job, Sample};
 
@@ -95,7 +95,7 @@ fn quantised_and_narrow_bases_train_the_same_adapter_on_every_grid() {
     let kinds = [WeightType::Q8_0, WeightType::Q4_0, WeightType::Q4K, WeightType::Bf16];
     for kind in kinds {
         let mut precision = Precision::from(Some(Quantization::Type(kind)));
-        precision.kv_cache = KvCacheType::Bf16;
+        precision.kv_cache = FloatType::Bf16;
         assert_same("llama", precision, &cuts);
     }
 }

@@ -21,7 +21,7 @@ pub use blob::{BlobId, UnknownBlobId};
 pub use head::HeadSlice;
 pub use ids::*;
 pub use parts::{AxisCut, PARTS};
-pub use precision::{KvCacheType, Precision, UnknownKvCacheType};
+pub use precision::{FloatType, Precision, UnknownFloatType};
 pub use sampling::{GrammarSpec, SamplingParams, TokenLogprob, TokenLogprobs};
 pub use shape::{LayerRange, ModelShape};
 pub use units::Bytes;

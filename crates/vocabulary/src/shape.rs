@@ -1,7 +1,7 @@
 //! What a model looks like without its weights: enough to plan, to reserve memory and to predict time.
 
 use crate::parts::AxisCut;
-use crate::precision::KvCacheType;
+use crate::precision::FloatType;
 use crate::weights::WeightTypes;
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -31,7 +31,10 @@ pub struct ModelShape {
     pub weights: WeightTypes,
     /// The type in which keys and values are held.
     #[serde(default)]
-    pub kv_cache: KvCacheType,
+    pub kv_cache: FloatType,
+    /// The type of the residual stream between layers.
+    #[serde(default)]
+    pub activations: FloatType,
 }
 
 impl ModelShape {

@@ -2,7 +2,7 @@
 
 use super::SchedulerError;
 use ashlar_shard_plan::Links;
-use ashlar_vocabulary::{KvCacheType, ModelDigest, ModelShape, Precision, Quantization};
+use ashlar_vocabulary::{FloatType, ModelDigest, ModelShape, Precision, Quantization};
 use serde::{Deserialize, Serialize};
 
 /// The model that a scheduler serves. Whoever starts it has opened the model; the scheduler itself never does.
@@ -31,7 +31,10 @@ pub struct SchedulerConfig {
     pub quantize: Option<Quantization>,
     /// Element type of the KV cache: f32, bf16 or f16.
     #[serde(default)]
-    pub kv_cache_type: KvCacheType,
+    pub kv_cache_type: FloatType,
+    /// Element type of activations between layers, and so on their way from stage to stage: f32, bf16 or f16.
+    #[serde(default)]
+    pub activation_type: FloatType,
     /// Where nodes connect, `host:port`; port 0 picks a free one.
     #[serde(default = "default_listen_nodes")]
     pub listen_nodes: String,
@@ -110,7 +113,11 @@ pub struct SchedulerConfig {
 impl SchedulerConfig {
     /// In which precision the model is served.
     pub fn precision(&self) -> Precision {
-        Precision { quantization: self.quantize, kv_cache: self.kv_cache_type }
+        Precision {
+            quantization: self.quantize,
+            kv_cache: self.kv_cache_type,
+            activations: self.activation_type,
+        }
     }
 
     /// The defaults, for `model`.
@@ -118,7 +125,8 @@ impl SchedulerConfig {
         SchedulerConfig {
             model: model.into(),
             quantize: None,
-            kv_cache_type: KvCacheType::default(),
+            kv_cache_type: FloatType::default(),
+            activation_type: FloatType::default(),
             listen_nodes: default_listen_nodes(),
             listen_gateways: default_listen_gateways(),
             store: default_store(),

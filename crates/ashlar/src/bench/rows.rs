@@ -131,7 +131,8 @@ pub(crate) fn llama_1b() -> ModelShape {
         max_position_embeddings: 131_072,
         tied_head: true,
         weights: ashlar_vocabulary::WeightTypes::uniform(ashlar_vocabulary::WeightType::F32, 16),
-        kv_cache: ashlar_vocabulary::KvCacheType::F32,
+        kv_cache: ashlar_vocabulary::FloatType::F32,
+        activations: ashlar_vocabulary::FloatType::F32,
     }
 }
 

@@ -1,9 +1,10 @@
 //! How keys and values lie in the cache, and how they get there.
 
-use super::buffer::{BrainFloat, CacheElement, Half, KvBuffer};
+use super::buffer::KvBuffer;
+use crate::elements::{BrainFloat, Element, Half};
 use crate::kernels::Kernels;
 use crate::strided::StridedRows;
-use ashlar_vocabulary::{BlockId, KvCacheType};
+use ashlar_vocabulary::{BlockId, FloatType};
 
 /// Tokens of a cache block.
 pub const BLOCK_TOKENS: usize = 16;
@@ -84,23 +85,14 @@ impl Kernels {
         v_cache: &mut KvBuffer,
     ) {
         match k_cache.kind() {
-            KvCacheType::F32 => write::<f32>(layout, rows, k, v, k_cache, v_cache),
-            KvCacheType::Bf16 => write::<BrainFloat>(layout, rows, k, v, k_cache, v_cache),
-            KvCacheType::F16 => write::<Half>(layout, rows, k, v, k_cache, v_cache),
+            FloatType::F32 => write::<f32>(layout, rows, k, v, k_cache, v_cache),
+            FloatType::Bf16 => write::<BrainFloat>(layout, rows, k, v, k_cache, v_cache),
+            FloatType::F16 => write::<Half>(layout, rows, k, v, k_cache, v_cache),
         }
     }
 }
 
-/// Rounds numbers as a cache of `kind` holds them.
-pub fn round_to_cache(kind: KvCacheType, x: &mut [f32]) {
-    match kind {
-        KvCacheType::F32 => {}
-        KvCacheType::Bf16 => x.iter_mut().for_each(|x| *x = BrainFloat::round(*x).value()),
-        KvCacheType::F16 => x.iter_mut().for_each(|x| *x = Half::round(*x).value()),
-    }
-}
-
-fn write<E: CacheElement>(
+fn write<E: Element>(
     layout: KvLayout,
     rows: &[RowContext<'_>],
     k: StridedRows<'_>,

@@ -17,7 +17,7 @@ mod split;
 mod tile;
 
 pub use buffer::KvBuffer;
-pub use layout::{BLOCK_TOKENS, KvLayout, RowContext, round_to_cache};
+pub use layout::{BLOCK_TOKENS, KvLayout, RowContext};
 
 use crate::kernels::Kernels;
 use crate::lanes::{LaneKernel, Simd16};

@@ -1,13 +1,14 @@
 //! One split of keys for the queries of a task: scores, softmax, output; and how splits merge.
 
 use super::SPLIT_KEYS;
-use super::buffer::{BrainFloat, CacheElement, Half, KvBuffer};
+use super::buffer::KvBuffer;
 use super::layout::{BLOCK_TOKENS, KvLayout};
 use super::tile::{ScoreTile, TILE_BLOCKS, TILE_QUERIES, ValueTile};
 use crate::aligned::AlignedBuffer;
+use crate::elements::{BrainFloat, Element, Half};
 use crate::lanes::{LANES, Simd16};
 use crate::math;
-use ashlar_vocabulary::{BlockId, KvCacheType};
+use ashlar_vocabulary::{BlockId, FloatType};
 use std::ops::Range;
 
 /// Keys whose values stay in the L1 cache while all queries pass over them.
@@ -172,25 +173,25 @@ impl SplitInputs<'_> {
         widened: &mut AlignedBuffer,
     ) -> [*const f32; TILE_BLOCKS] {
         match cache.kind() {
-            KvCacheType::F32 => std::array::from_fn(|index| match blocks.start + index {
+            FloatType::F32 => std::array::from_fn(|index| match blocks.start + index {
                 block if block < blocks.end => self.head::<f32>(cache, block),
                 _ => std::ptr::null(),
             }),
-            KvCacheType::Bf16 => self.widen::<S, BrainFloat>(cache, blocks, end, widened),
-            KvCacheType::F16 => self.widen::<S, Half>(cache, blocks, end, widened),
+            FloatType::Bf16 => self.widen::<S, BrainFloat>(cache, blocks, end, widened),
+            FloatType::F16 => self.widen::<S, Half>(cache, blocks, end, widened),
         }
     }
 
     /// One head of one block of the split, as it is stored.
     #[inline(always)]
-    fn head<E: CacheElement>(&self, cache: &KvBuffer, block: usize) -> *const E {
+    fn head<E: Element>(&self, cache: &KvBuffer, block: usize) -> *const E {
         let start = self.layout.head_start(self.table[self.first_block + block], self.kv_head);
         cache.elements::<E>()[start..][..self.layout.elements_per_head()].as_ptr()
     }
 
     /// Widens up to four blocks, side by side.
     #[inline(always)]
-    fn widen<S: Simd16, E: CacheElement>(
+    fn widen<S: Simd16, E: Element>(
         &self,
         cache: &KvBuffer,
         blocks: Range<usize>,
@@ -216,7 +217,7 @@ impl SplitInputs<'_> {
     /// in place: `widen` asks for itself.
     #[inline(always)]
     fn after(&self, next: usize, blocks: &Range<usize>) -> Option<[*const f32; TILE_BLOCKS]> {
-        (self.k_cache.kind() == KvCacheType::F32).then(|| {
+        (self.k_cache.kind() == FloatType::F32).then(|| {
             std::array::from_fn(|index| match next + index {
                 block if block < blocks.end => self.head::<f32>(self.k_cache, block),
                 block => {
@@ -304,7 +305,7 @@ impl SplitInputs<'_> {
             let end = keys.end.div_ceil(BLOCK_TOKENS);
             let values = self.blocks::<S>(self.v_cache, blocks.clone(), end, &mut scratch.widened);
             let next = blocks.end..end.min(blocks.end + TILE_BLOCKS);
-            let ahead = (self.v_cache.kind() == KvCacheType::F32 && !next.is_empty())
+            let ahead = (self.v_cache.kind() == FloatType::F32 && !next.is_empty())
                 .then(|| self.blocks::<S>(self.v_cache, next, end, &mut scratch.widened));
             self.value_tiles::<S>(scratch, &values, ahead, blocks.start, run);
         }

@@ -5,7 +5,7 @@ use ashlar_kernels::{
     AttentionShape, BLOCK_TOKENS, BlockAxis, Kernels, KvBuffer, KvLayout, PackedMatrix, RowContext,
     StridedRows, ThreadPool,
 };
-use ashlar_vocabulary::{BlockId, KvCacheType, WeightType};
+use ashlar_vocabulary::{BlockId, FloatType, WeightType};
 
 /// One call of a kernel.
 pub struct Case {
@@ -74,7 +74,7 @@ fn attention(phase: &str, rows: usize, context: usize) -> Case {
         .map(|position| RowContext { position: position as u32, block_table: table })
         .collect();
     let cache = |value: f32| {
-        let mut buffer = KvBuffer::zeroed(KvCacheType::F32, blocks * layout.elements_per_block());
+        let mut buffer = KvBuffer::zeroed(FloatType::F32, blocks * layout.elements_per_block());
         buffer.fill(value);
         buffer
     };

@@ -7,8 +7,8 @@
 use super::Block;
 use crate::adapter::{Adapter, LoraPair, PackedPair, Target, grown, sum_over_group};
 use crate::collective::{Collective, CollectiveError};
-use ashlar_kernels::{AttentionShape, Kernels, KvLayout, PackedMatrix, StridedRows, round_to_cache};
-use ashlar_vocabulary::KvCacheType;
+use ashlar_kernels::{AttentionShape, Kernels, KvLayout, PackedMatrix, StridedRows};
+use ashlar_vocabulary::FloatType;
 use std::collections::BTreeMap;
 use std::ops::Range;
 
@@ -42,14 +42,14 @@ impl BlockTape {
 
     pub(super) fn keep_attention(
         &mut self,
+        kernels: &Kernels,
         qkv: &[f32],
-        stride: usize,
-        query: usize,
-        kind: KvCacheType,
+        (stride, query): (usize, usize),
+        kind: FloatType,
         attended: &[f32],
     ) {
         self.qkv = qkv.to_vec();
-        self.qkv.chunks_exact_mut(stride).for_each(|row| round_to_cache(kind, &mut row[query..]));
+        self.qkv.chunks_exact_mut(stride).for_each(|row| kernels.round_to(kind, &mut row[query..]));
         self.attended = attended.to_vec();
     }
 

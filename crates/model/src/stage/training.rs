@@ -211,6 +211,8 @@ impl StageTrainer {
             let step = AdapterStep { layer, adapted: &adapted };
             let own = keep.then_some(&mut tape);
             block.forward(&model.kernels, &contexts, cache.layer_mut(0), group, &step, own, work)?;
+            // The gradient passes this rounding as it is.
+            model.leave(layer, contexts.len(), work);
             layers.push(tape);
             beat();
         }

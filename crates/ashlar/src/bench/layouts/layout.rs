@@ -89,20 +89,16 @@ impl Running {
         plan: &Plan,
         progress: &mut dyn FnMut(Bytes, Bytes),
     ) -> Result<Running> {
+        let precision = plan.precision();
         let mut models = Vec::with_capacity(slices.len());
         let mut before = Bytes(0);
         for slice in &slices {
             let kernels = Arc::new(Kernels::new(each.isa, each.threads));
-            let model = StageModel::load(
-                directory,
-                plan.precision(),
-                slice.clone(),
-                kernels,
-                &mut |loaded, total| {
+            let model =
+                StageModel::load(directory, precision, slice.clone(), kernels, &mut |loaded, total| {
                     // The slices are about equal, so the first one tells how long the others will take.
                     progress(before + loaded, total * slices.len() as u64);
-                },
-            )?;
+                })?;
             before += model.bytes();
             models.push(model);
         }
@@ -115,12 +111,12 @@ impl Running {
         for (rank, (model, port)) in models.into_iter().zip(ports).enumerate() {
             let place = match kind {
                 Kind::One | Kind::TensorParallel => {
-                    Place { stage: 0, group: addresses.clone(), next: None, sampler: None }
+                    Place { stage: 0, precision, group: addresses.clone(), next: None, sampler: None }
                 }
                 Kind::Stages { spread_head, .. } => {
                     let next = addresses.get(rank + 1).cloned();
                     let sampler = next.clone().filter(|_| spread_head);
-                    Place { stage: rank, group: vec![addresses[rank].clone()], next, sampler }
+                    Place { stage: rank, precision, group: vec![addresses[rank].clone()], next, sampler }
                 }
             };
             let (sender, commands) = mpsc::channel();

@@ -1,11 +1,9 @@
 //! One rank of a layout: a thread that executes steps in the order in which they are issued.
 
-use super::wiring::REVISION;
 use crate::bench::rows::{Sequences, Work, fill_cache};
 use anyhow::{Context, Result};
 use ashlar_model::stage::LOGIT_ROWS_MAX;
 use ashlar_model::{KvCache, StageInput, StageModel, Workspace};
-use ashlar_protocol::data::{PayloadHeader, PayloadKind};
 use ashlar_shard_node::links::Links;
 use ashlar_vocabulary::StepId;
 use serde::Serialize;
@@ -157,15 +155,16 @@ impl Rank {
         let started = Instant::now();
         self.serve_head()?;
         let (shape, step) = (&self.model.config().shape, StepId(issue.step));
+        let kernels = self.model.kernels();
         let (rows, tokens) = self.sequences.rows(&issue.work, shape);
-        let header = PayloadHeader { kind: PayloadKind::Activations, revision: REVISION, step, sequence: 0 };
         let mut spent = Spent::default();
         let Links { previous, next, group, head_service, head_ranks } = &mut self.links;
         let input = match previous {
             None => StageInput::Tokens(&tokens),
             Some(previous) => {
                 self.input.resize(rows.len() * shape.hidden_size, 0.0);
-                previous.receive(header, &mut self.input, &mut || Ok(())).context("lost the stage before")?;
+                let received = previous.receive(kernels, step, &mut self.input, &mut || Ok(()));
+                received.context("lost the stage before")?;
                 spent.wait_us = micros(started);
                 StageInput::Activations(&self.input)
             }
@@ -181,7 +180,8 @@ impl Rank {
         served.context("lost the rank that samples")?;
         if let Some(next) = next {
             let sending = Instant::now();
-            next.send(header, self.work.activations(rows.len())).context("lost the next stage")?;
+            let activations = self.work.activations(rows.len());
+            next.send(kernels, step, activations).context("lost the next stage")?;
             spent.send_us = micros(sending);
         }
         if self.model.slice().last {

@@ -47,6 +47,8 @@ impl Port {
 pub(super) struct Place {
     /// Its stage.
     pub(super) stage: usize,
+    /// In which precision the model is held.
+    pub(super) precision: Precision,
     /// Addresses of its stage's ranks.
     pub(super) group: Vec<String>,
     /// Address of the same rank in the next stage.
@@ -70,7 +72,7 @@ pub(super) fn connect(
         revision: REVISION,
         replica: ReplicaId(0),
         model: String::new(),
-        precision: Precision::default(),
+        precision: place.precision,
         model_digest: ModelDigest([0; 32]),
         stage: StageIndex(place.stage as u32),
         num_stages: 2,

@@ -20,7 +20,7 @@ use ashlar_kernels::{Isa, Kernels, available_threads};
 use ashlar_model::hub;
 use ashlar_model::stage::LOGIT_ROWS_MAX;
 use ashlar_tokenizer::{Tokenizer, TokenizerError};
-use ashlar_vocabulary::{Bytes, KvCacheType, Precision, Quantization, TokenId};
+use ashlar_vocabulary::{Bytes, FloatType, Precision, Quantization, TokenId};
 use clap::Args;
 use evaluator::{Evaluator, STEP_ROWS_MAX, Source};
 use report::{Candidate, Reference, Report, TextReport};
@@ -52,7 +52,10 @@ pub(crate) struct QualityArgs {
     quantize: Vec<Quantization>,
     /// Compare with the same model over a cache of another type: bf16, f16.
     #[arg(long, value_name = "TYPE", value_delimiter = ',')]
-    kv_cache_type: Vec<KvCacheType>,
+    kv_cache_type: Vec<FloatType>,
+    /// Compare with the same model with activations of another type between its layers: bf16, f16.
+    #[arg(long, value_name = "TYPE", value_delimiter = ',')]
+    activation_type: Vec<FloatType>,
     /// Compare with another model of the same vocabulary; may be repeated.
     #[arg(long, value_name = "FILE.gguf|DIR|HUB_ID")]
     against: Vec<String>,
@@ -133,6 +136,10 @@ fn sources(args: &QualityArgs) -> Result<(Source, Vec<Source>)> {
     for &kv_cache in &args.kv_cache_type {
         let precision = Precision { kv_cache, ..Precision::default() };
         candidates.push(Source::open(format!("KV cache {kv_cache}"), path.clone(), precision)?);
+    }
+    for &activations in &args.activation_type {
+        let precision = Precision { activations, ..Precision::default() };
+        candidates.push(Source::open(format!("activations {activations}"), path.clone(), precision)?);
     }
     for model in &args.against {
         candidates.push(Source::open(model.clone(), resolve(model)?, Precision::default())?);

@@ -2,7 +2,8 @@
 #![allow(clippy::unwrap_used)]
 
 use super::*;
-use ashlar_model::synth::{FloatType, SynthRequest, synthesize};
+use ashlar_model::synth::{SynthRequest, synthesize};
+use ashlar_vocabulary::FloatType;
 use std::path::Path;
 
 const CONFIG: &str = r#"{"architectures":["LlamaForCausalLM"],"model_type":"llama","hidden_size":64,
@@ -31,6 +32,7 @@ fn args(model: &str, folder: &Path, text: &str) -> QualityArgs {
         text: file,
         quantize: Vec::new(),
         kv_cache_type: Vec::new(),
+        activation_type: Vec::new(),
         against: Vec::new(),
         chunk: 64,
         tokens: None,
