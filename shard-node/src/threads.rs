@@ -8,7 +8,7 @@ use tracing::{info, warn};
 #[derive(Debug, thiserror::Error)]
 pub enum ThreadsError {
     /// An unknown or unavailable instruction set.
-    #[error("isa `{0}` is unknown or not available on this machine: use avx512, avx2 or portable")]
+    #[error("isa `{0}` is unknown or not available on this machine: use avx512, avx512bw, avx2 or portable")]
     Isa(String),
     /// A core twice, or fewer cores than threads.
     #[error("`pin` names {cores} different cores for {threads} threads: name one for each")]

@@ -287,7 +287,7 @@ fn threads_change_no_byte() {
 
 #[test]
 fn instruction_sets_change_no_byte() {
-    for isa in [Isa::Avx512, Isa::Avx2, Isa::Portable] {
+    for isa in Isa::ALL {
         if !isa.is_available() {
             eprintln!("SKIPPED {isa}: this machine does not have it");
             continue;

@@ -82,7 +82,7 @@ pub(crate) struct UpArgs {
     /// Memory of each node, for example 4GiB; default: nine tenths of what is available, shared out.
     #[arg(long, value_name = "SIZE", value_parser = crate::plan::parse_bytes)]
     memory: Option<Bytes>,
-    /// Force an instruction set: avx512, avx2 or portable. The bits are the same.
+    /// Force an instruction set: avx512, avx512bw, avx2 or portable. The bits are the same.
     #[arg(long)]
     isa: Option<String>,
     /// Cluster state in Redis instead of the embedded store, for example redis://127.0.0.1:6379/0.

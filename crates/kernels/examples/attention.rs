@@ -21,8 +21,9 @@ fn main() {
     let mut arguments = std::env::args().skip(1);
     let threads =
         arguments.next().map_or_else(available_threads, |text| text.parse().expect("threads: a number"));
-    let isa =
-        arguments.next().map_or_else(Isa::best, |text| text.parse().expect("isa: avx512, avx2 or portable"));
+    let isa = arguments
+        .next()
+        .map_or_else(Isa::best, |text| text.parse().expect("isa: avx512, avx512bw, avx2 or portable"));
     let kind =
         arguments.next().map_or_else(FloatType::default, |text| text.parse().expect("f32, bf16 or f16"));
     let kernels = Kernels::new(isa, threads);

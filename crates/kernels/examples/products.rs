@@ -22,8 +22,9 @@ fn main() {
     let mut arguments = std::env::args().skip(1);
     let threads =
         arguments.next().map_or_else(available_threads, |text| text.parse().expect("threads: a number"));
-    let isa =
-        arguments.next().map_or_else(Isa::best, |text| text.parse().expect("isa: avx512, avx2 or portable"));
+    let isa = arguments
+        .next()
+        .map_or_else(Isa::best, |text| text.parse().expect("isa: avx512, avx512bw, avx2 or portable"));
     let kind: WeightType =
         arguments.next().map_or(WeightType::F32, |text| text.parse().expect("type: f32, q8_0, q4_k …"));
     let only: Option<usize> = arguments.next().map(|text| text.parse().expect("n: a number"));

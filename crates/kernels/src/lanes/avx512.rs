@@ -1,4 +1,4 @@
-//! Sixteen lanes as one AVX-512 register; bytes multiply by VNNI.
+//! Sixteen lanes as one AVX-512 register; bytes multiply by VNNI, or in pairs where there is none.
 
 use super::avx2::{max_eight, sum_eight};
 use super::{Int16, LANES, LaneKernel, Simd16};
@@ -7,13 +7,19 @@ use std::arch::x86_64::*;
 /// Runs a kernel compiled for AVX-512 with VNNI.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx2,fma,f16c")]
 pub(super) fn run<K: LaneKernel>(kernel: K) -> K::Output {
-    kernel.run::<Avx512<false>>()
+    kernel.run::<Avx512<true, false>>()
+}
+
+/// Runs a kernel compiled for AVX-512 without VNNI.
+#[target_feature(enable = "avx512f,avx512bw,avx2,fma,f16c")]
+pub(super) fn run_without_vnni<K: LaneKernel>(kernel: K) -> K::Output {
+    kernel.run::<Avx512<false, false>>()
 }
 
 /// Runs a kernel compiled for AVX-512 with VNNI and BF16.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx512bf16,avx2,fma,f16c")]
 pub(super) fn run_pairs<K: LaneKernel>(kernel: K) -> K::Output {
-    kernel.run::<Avx512<true>>()
+    kernel.run::<Avx512<true, true>>()
 }
 
 /// The same 512 bits, as the instruction for pairs takes them.
@@ -61,18 +67,19 @@ pub(super) fn pairs_are_fast() -> bool {
     time(&pairs) < time(&singles)
 }
 
-/// One 512-bit register; exists only below [`run`], and with `PAIRS` below [`run_pairs`].
+/// One 512-bit register; exists only below [`run_without_vnni`], with `VNNI` below [`run`], and with `PAIRS` below
+/// [`run_pairs`].
 #[derive(Clone, Copy)]
-pub(super) struct Avx512<const PAIRS: bool>(__m512);
+pub(super) struct Avx512<const VNNI: bool, const PAIRS: bool>(__m512);
 
 /// Sixteen integers in one 512-bit register.
 #[derive(Clone, Copy)]
-pub(super) struct Avx512Int<const PAIRS: bool>(__m512i);
+pub(super) struct Avx512Int<const VNNI: bool, const PAIRS: bool>(__m512i);
 
 /// An intrinsic of AVX-512F, BW or VNNI, or a load or store whose pointer the caller vouches for.
 macro_rules! avx512 {
     ($call:expr) => {
-        // SAFETY: this type is instantiated only by `run`, whose callers checked for them; pointers are covered by
+        // SAFETY: this type is instantiated only by `run` and its siblings, whose callers checked for them; pointers are covered by
         // the contract of the surrounding method.
         unsafe { $call }
     };
@@ -85,8 +92,8 @@ unsafe fn high_half(lanes: __m512) -> __m256 {
     unsafe { _mm256_castpd_ps(_mm512_extractf64x4_pd::<1>(_mm512_castps_pd(lanes))) }
 }
 
-impl<const PAIRS: bool> Simd16 for Avx512<PAIRS> {
-    type Int = Avx512Int<PAIRS>;
+impl<const VNNI: bool, const PAIRS: bool> Simd16 for Avx512<VNNI, PAIRS> {
+    type Int = Avx512Int<VNNI, PAIRS>;
 
     /// 32 registers: six rows × four vectors of sums, four of weights.
     const TILE_VECTORS: usize = 4;
@@ -182,12 +189,12 @@ impl<const PAIRS: bool> Simd16 for Avx512<PAIRS> {
     }
 }
 
-impl<const PAIRS: bool> Int16 for Avx512Int<PAIRS> {
-    type Float = Avx512<PAIRS>;
+impl<const VNNI: bool, const PAIRS: bool> Int16 for Avx512Int<VNNI, PAIRS> {
+    type Float = Avx512<VNNI, PAIRS>;
 
     /// 32 registers: twelve integer sums, twelve of floats, weights and scales.
     const TILE_ROWS: usize = 12;
-    const WIDE_ZERO: i32 = 128;
+    const WIDE_ZERO: i32 = if VNNI { 128 } else { 0 };
 
     #[inline(always)]
     fn splat(value: i32) -> Self {
@@ -257,11 +264,24 @@ impl<const PAIRS: bool> Int16 for Avx512Int<PAIRS> {
     }
     #[inline(always)]
     fn dot_narrow(self, w: Self, x: Self) -> Self {
-        Avx512Int(avx512!(_mm512_dpbusd_epi32(self.0, w.0, x.0)))
+        if VNNI {
+            return Avx512Int(avx512!(_mm512_dpbusd_epi32(self.0, w.0, x.0)));
+        }
+        let ones = avx512!(_mm512_set1_epi16(1));
+        let quads = avx512!(_mm512_madd_epi16(_mm512_maddubs_epi16(w.0, x.0), ones));
+        Avx512Int(avx512!(_mm512_add_epi32(self.0, quads)))
     }
+    /// Without VNNI |w − 128| · (±x): magnitudes up to 128 as unsigned, so that pairs stay below 2¹⁵ (2 · 128 · 127).
     #[inline(always)]
     fn dot_wide(self, w: Self, x: Self) -> Self {
-        self.dot_narrow(w, x)
+        if VNNI {
+            return self.dot_narrow(w, x);
+        }
+        let signed = avx512!(_mm512_xor_si512(w.0, _mm512_set1_epi8(-128)));
+        let size = avx512!(_mm512_abs_epi8(signed));
+        let negative = avx512!(_mm512_movepi8_mask(signed));
+        let turned = avx512!(_mm512_mask_sub_epi8(x.0, negative, _mm512_setzero_si512(), x.0));
+        self.dot_narrow(Avx512Int(size), Avx512Int(turned))
     }
 }
 

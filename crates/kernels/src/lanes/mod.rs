@@ -255,6 +255,9 @@ pub(crate) unsafe fn dispatch<K: LaneKernel>(isa: Isa, kernel: K) -> K::Output {
         Isa::Avx512 => unsafe { avx512::run(kernel) },
         #[cfg(target_arch = "x86_64")]
         // SAFETY: the caller vouches for the instruction set.
+        Isa::Avx512Bw => unsafe { avx512::run_without_vnni(kernel) },
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: the caller vouches for the instruction set.
         Isa::Avx2 => unsafe { avx2::run(kernel) },
         _ => kernel.run::<portable::Portable>(),
     }

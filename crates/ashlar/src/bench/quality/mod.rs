@@ -68,7 +68,7 @@ pub(crate) struct QualityArgs {
     /// Compute threads; default: all that this process may use.
     #[arg(long)]
     threads: Option<usize>,
-    /// Instruction set: avx512, avx2 or portable; default: the best.
+    /// Instruction set: avx512, avx512bw, avx2 or portable; default: the best.
     #[arg(long, value_parser = super::parse_isa)]
     isa: Option<Isa>,
     /// Print JSON.
