@@ -6,8 +6,8 @@ use ashlar_scheduler::cluster::{Cluster, ClusterConfig, Effect, Event, NodeConne
 use ashlar_scheduler::time::Millis;
 use ashlar_shard_plan::Links;
 use ashlar_vocabulary::{
-    Bytes, FloatType, HeadSlice, LeaseTerm, ModelDigest, ModelShape, NodeId, Precision, ReplicaRevision,
-    WeightType, WeightTypes,
+    Bytes, FloatType, HeadSlice, LayerVectors, LeaseTerm, ModelDigest, ModelShape, NodeId, Precision,
+    ReplicaRevision, WeightType, WeightTypes,
 };
 
 fn config() -> ClusterConfig {
@@ -28,6 +28,7 @@ fn config() -> ClusterConfig {
             weights: WeightTypes::uniform(WeightType::F32, 8),
             kv_cache: FloatType::F32,
             activations: FloatType::F32,
+            vectors: LayerVectors::default(),
         },
         max_context_tokens: 512,
         term: LeaseTerm(3),
@@ -75,6 +76,7 @@ impl Test {
             memory: Bytes(memory),
             bandwidth_bytes_per_s: 1e10,
             flops_per_s: 1e11,
+            quantized_flops_per_s: 1e11,
             threads: 1,
             isa: "portable".into(),
             layers: None,
@@ -317,6 +319,7 @@ fn a_node_that_obeys_a_higher_term_fences_this_scheduler() {
         memory: Bytes(1 << 30),
         bandwidth_bytes_per_s: 1e10,
         flops_per_s: 1e11,
+        quantized_flops_per_s: 1e11,
         threads: 1,
         isa: "portable".into(),
         layers: None,

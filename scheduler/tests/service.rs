@@ -13,8 +13,8 @@ use ashlar_protocol::serving::{
 use ashlar_protocol::step::StepTiming;
 use ashlar_scheduler::{ModelCard, Scheduler, SchedulerConfig};
 use ashlar_vocabulary::{
-    Bytes, FloatType, LeaseTerm, ModelDigest, ModelShape, NodeId, Precision, RequestId, SamplingParams,
-    TokenId, WeightType, WeightTypes,
+    Bytes, FloatType, LayerVectors, LeaseTerm, ModelDigest, ModelShape, NodeId, Precision, RequestId,
+    SamplingParams, TokenId, WeightType, WeightTypes,
 };
 use rank::{Rank, oracle};
 use std::net::SocketAddr;
@@ -40,6 +40,7 @@ fn model() -> ModelCard {
         weights: WeightTypes::uniform(WeightType::F32, 8),
         kv_cache: FloatType::F32,
         activations: FloatType::F32,
+        vectors: LayerVectors::default(),
     };
     ModelCard {
         source: "demo".into(),
@@ -155,6 +156,7 @@ async fn join(name: &str, address: SocketAddr, term: u64) -> Result<TcpStream, f
         memory: Bytes(1 << 30),
         bandwidth_bytes_per_s: 1e10,
         flops_per_s: 1e11,
+        quantized_flops_per_s: 1e11,
         threads: 1,
         isa: "portable".into(),
         layers: None,

@@ -6,7 +6,7 @@ use crate::fence::Fence;
 use crate::links::{self, LinkBreaker};
 use crate::threads::{self, ThreadsError};
 use ashlar_kernels::Kernels;
-use ashlar_kernels::measure::{self, Reader};
+use ashlar_kernels::measure::{self, QuantizedProduct, Reader};
 use ashlar_protocol::frame::{self, FrameError};
 use ashlar_protocol::membership::{FromNode, Join, ToNode};
 use ashlar_service_kit::memory;
@@ -106,13 +106,14 @@ fn join_message(
         .unwrap_or_else(|| memory::available_memory().map_or(1 << 30, |bytes| bytes.0 / 10 * 9));
     // More than the caches hold, and little beside what is offered.
     let working_set_bytes = (memory / 16).clamp(64 << 20, 256 << 20);
-    let (bandwidth_bytes_per_s, flops_per_s) = measure_machine(kernels, working_set_bytes as usize);
+    let speeds = measure_machine(kernels, working_set_bytes as usize);
     Join {
         node: config.name.clone(),
         data_address: format!("{host}:{}", bound.port()),
         memory: Bytes(memory),
-        bandwidth_bytes_per_s,
-        flops_per_s,
+        bandwidth_bytes_per_s: speeds.bytes_per_s,
+        flops_per_s: speeds.flops_per_s,
+        quantized_flops_per_s: speeds.quantized_flops_per_s,
         threads: kernels.threads() as u32,
         isa: kernels.isa().to_string(),
         layers: config.layers,
@@ -121,18 +122,34 @@ fn join_message(
     }
 }
 
-/// Read bandwidth in bytes per second and multiply-add rate in operations per second, each the best of many looks that are
-/// shorter than a time slice: other processes that start at the same moment (a scheduler that hashes the weights) spoil
+/// What a machine can do.
+#[derive(Default)]
+struct Speeds {
+    bytes_per_s: f64,
+    flops_per_s: f64,
+    quantized_flops_per_s: f64,
+}
+
+/// Read bandwidth, and the rates of multiply-adds and of products with quantised weights, each the best of many looks that
+/// are shorter than a time slice: other processes that start at the same moment (a scheduler that hashes the weights) spoil
 /// some of them, and nothing makes one too fast.
-fn measure_machine(kernels: &Kernels, working_set_bytes: usize) -> (f64, f64) {
+fn measure_machine(kernels: &Kernels, working_set_bytes: usize) -> Speeds {
     const LOOKS: usize = 50;
     let _on_core = kernels.pool().pin_caller();
     let reader = Reader::new(kernels, working_set_bytes);
-    let look = |_| {
+    let mut product = QuantizedProduct::new(kernels, QuantizedProduct::TYPICAL);
+    let mut best = Speeds::default();
+    for _ in 0..LOOKS {
         let bytes_per_s = reader.bytes_per_s(kernels, Duration::from_millis(3));
-        (bytes_per_s, measure::fma_flops_per_s(kernels, Duration::from_millis(2)))
-    };
-    (0..LOOKS).map(look).fold((0.0, 0.0), |best, look| (best.0.max(look.0), best.1.max(look.1)))
+        let flops_per_s = measure::fma_flops_per_s(kernels, Duration::from_millis(2));
+        let quantized_flops_per_s = product.flops_per_s(kernels, Duration::from_millis(1));
+        best = Speeds {
+            bytes_per_s: best.bytes_per_s.max(bytes_per_s),
+            flops_per_s: best.flops_per_s.max(flops_per_s),
+            quantized_flops_per_s: best.quantized_flops_per_s.max(quantized_flops_per_s),
+        };
+    }
+    best
 }
 
 /// Accepts data connections for the life of the process; a bad greeting concerns only its connection.

@@ -1,11 +1,14 @@
-//! What this machine can do: read bandwidth and fused multiply-adds per second, in a bounded time.
+//! What this machine can do: read bandwidth, fused multiply-adds and products with quantised weights per second, in a
+//! bounded time.
 //!
-//! A node measures both when it joins; the bench sets its figures against them. The only clock of this crate is here.
+//! A node measures them when it joins; the bench sets its figures against them. The only clock of this crate is here.
 
 use crate::aligned::AlignedBuffer;
 use crate::kernels::Kernels;
 use crate::lanes::{LANES, LaneKernel, Simd16};
+use crate::matmul::{BlockAxis, BlockScale, PackedMatrix, QuantizedRow};
 use crate::strided::DisjointMut;
+use ashlar_vocabulary::WeightType;
 use std::hint::black_box;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -78,6 +81,57 @@ pub fn fma_flops_per_s(kernels: &Kernels, duration: Duration) -> f64 {
     operations / start.elapsed().as_secs_f64()
 }
 
+/// Outputs per thread, inputs and rows of the product that is measured: small enough for the caches and for a time slice,
+/// with enough rows that taking weights apart hardly counts, as in a chunk of a prompt.
+const PRODUCT: (usize, usize, usize) = (256, 1024, 48);
+
+/// A product with quantised weights, for measuring its speed several times.
+#[derive(Debug)]
+pub struct QuantizedProduct {
+    weights: PackedMatrix,
+    inputs: Vec<f32>,
+    outputs: Vec<f32>,
+}
+
+impl QuantizedProduct {
+    /// The type that stands for all: most others are within a tenth of its speed (q6_k is a quarter slower, and so is q8_0
+    /// with AVX2; see the example `rates`).
+    pub const TYPICAL: WeightType = WeightType::Q4K;
+
+    /// Packs weights of type `kind` that mean nothing.
+    ///
+    /// # Panics
+    /// If `kind` is not quantised.
+    pub fn new(kernels: &Kernels, kind: WeightType) -> QuantizedProduct {
+        let (outputs, inputs, rows) = PRODUCT;
+        let outputs = outputs * kernels.threads();
+        let fill = |row: usize, to: &mut QuantizedRow| {
+            for (input, to) in to.quants.iter_mut().enumerate() {
+                *to = ((row + input) % 15) as u8;
+            }
+            to.scales.fill(BlockScale { scale: 0x2000, min: 0x2000, sub_scales: [5, 7], sub_min: 9 });
+        };
+        let axis = BlockAxis::whole(inputs);
+        QuantizedProduct {
+            weights: PackedMatrix::pack_blocks(kind, outputs, axis, kernels.pool(), &fill),
+            inputs: (0..rows * inputs).map(|at| (at % 33) as f32 - 16.0).collect(),
+            outputs: vec![0.0; rows * outputs],
+        }
+    }
+
+    /// Operations per second of all threads together (two per weight and row), measured over about `duration`.
+    pub fn flops_per_s(&mut self, kernels: &Kernels, duration: Duration) -> f64 {
+        let (n, (_, k, rows)) = (self.weights.n(), PRODUCT);
+        let (mut runs, start) = (0, Instant::now());
+        while runs == 0 || start.elapsed() < duration {
+            kernels.matmul(rows, &self.inputs, &self.weights, &[0..k], None, &mut self.outputs);
+            black_box(&mut self.outputs);
+            runs += 1;
+        }
+        (2 * rows * n * k * runs) as f64 / start.elapsed().as_secs_f64()
+    }
+}
+
 /// Reads every element once.
 struct Read<'a>(&'a [f32]);
 
@@ -130,6 +184,10 @@ mod tests {
         let start = Instant::now();
         assert!(read_bandwidth_bytes_per_s(&kernels, 1 << 20, Duration::from_millis(5)) > 1e8);
         assert!(fma_flops_per_s(&kernels, Duration::from_millis(5)) > 1e8);
+        for kind in [WeightType::Q8_0, WeightType::Q4K] {
+            let mut product = QuantizedProduct::new(&kernels, kind);
+            assert!(product.flops_per_s(&kernels, Duration::from_millis(5)) > 1e8);
+        }
         assert!(start.elapsed() < Duration::from_secs(2));
     }
 }

@@ -100,7 +100,7 @@ impl Block {
         let bias = |part: &str, present: bool, sources: &[(&str, usize, &Range<usize>)]| {
             present.then(|| vector(part, sources)).transpose()
         };
-        let head_norms = if config.head_norms {
+        let head_norms = if config.shape.vectors.head_norms {
             let whole_head = 0..head_dim;
             Some((
                 vector("query_norm", &[("self_attn.q_norm.weight", head_dim, &whole_head)])?,
@@ -122,7 +122,7 @@ impl Block {
             )?,
             qkv_bias: bias(
                 "qkv_bias",
-                config.qkv_bias,
+                config.shape.vectors.qkv_bias,
                 &[
                     ("self_attn.q_proj.bias", all_q, &q),
                     ("self_attn.k_proj.bias", all_kv, &kv),
@@ -137,7 +137,7 @@ impl Block {
             )?,
             output_bias: bias(
                 "output_bias",
-                config.output_bias,
+                config.shape.vectors.output_bias,
                 &[("self_attn.o_proj.bias", hidden, &whole)],
             )?,
             feed_forward_norm: vector(
@@ -151,11 +151,15 @@ impl Block {
             )?,
             gate_up_bias: bias(
                 "gate_up_bias",
-                config.mlp_bias,
+                config.shape.vectors.feed_forward_bias,
                 &[("mlp.gate_proj.bias", ff_all, &ff), ("mlp.up_proj.bias", ff_all, &ff)],
             )?,
             down: matrix("down", &[columns("mlp.down_proj", types.down, ff_all, &ff)], &feed_forward_parts)?,
-            down_bias: bias("down_bias", config.mlp_bias, &[("mlp.down_proj.bias", hidden, &whole)])?,
+            down_bias: bias(
+                "down_bias",
+                config.shape.vectors.feed_forward_bias,
+                &[("mlp.down_proj.bias", hidden, &whole)],
+            )?,
             dims: BlockDims {
                 hidden,
                 query: q.len(),
@@ -196,11 +200,15 @@ impl Block {
         products.iter().map(|m| m.scratch_words(rows)).max().unwrap_or(0)
     }
 
-    /// Memory of the packed weights.
+    /// Memory of the packed weights, with all norms and biases.
     pub fn bytes(&self) -> Bytes {
         let products = [&self.qkv, &self.output, &self.gate_up, &self.down];
-        let vectors = self.input_norm.len() + self.feed_forward_norm.len();
-        Bytes(products.iter().map(|m| m.bytes() as u64).sum::<u64>() + 4 * vectors as u64)
+        let biases = [&self.qkv_bias, &self.output_bias, &self.gate_up_bias, &self.down_bias];
+        let norms = [&self.input_norm, &self.feed_forward_norm];
+        let head_norms = self.head_norms.iter().flat_map(|(query, key)| [query, key]);
+        let vectors = norms.into_iter().chain(biases.into_iter().flatten()).chain(head_norms);
+        let elements: usize = vectors.map(Vec::len).sum();
+        Bytes(products.iter().map(|m| m.bytes() as u64).sum::<u64>() + 4 * elements as u64)
     }
 
     /// Adds the block's attention and feed-forward to the residual stream `work.x`. A `tape` receives what the backward pass

@@ -5,7 +5,9 @@
 
 use crate::gguf;
 use ashlar_gguf::GgufFiles;
-use ashlar_vocabulary::{FloatType, ModelShape, Precision, Quantization, WeightType, WeightTypes};
+use ashlar_vocabulary::{
+    FloatType, LayerVectors, ModelShape, Precision, Quantization, WeightType, WeightTypes,
+};
 use serde::Deserialize;
 use std::path::{Path, PathBuf};
 
@@ -79,14 +81,6 @@ pub struct ModelConfig {
     pub rope_theta: f64,
     /// RoPE scaling.
     pub rope_scaling: RopeScaling,
-    /// Biases of the query, key and value projections.
-    pub qkv_bias: bool,
-    /// Bias of the attention's output projection.
-    pub output_bias: bool,
-    /// Biases of the feed-forward projections.
-    pub mlp_bias: bool,
-    /// RMSNorm over each query and key head before RoPE.
-    pub head_norms: bool,
     /// Keys visible to a query, where limited.
     pub sliding_window: Option<u32>,
     /// First layer that uses the sliding window.
@@ -194,23 +188,25 @@ impl ModelConfig {
         if !matches!(activation, "silu" | "swish") {
             return Err(ConfigError::Unsupported(format!("hidden_act `{activation}` (silu is)")));
         }
-        let shape = shape_of(&raw)?;
+        let bias = raw.attention_bias.unwrap_or(false);
+        let vectors = LayerVectors {
+            qkv_bias: family == "qwen2" || bias,
+            output_bias: bias && family != "qwen2",
+            feed_forward_bias: raw.mlp_bias.unwrap_or(false),
+            head_norms: family == "qwen3",
+        };
+        let shape = ModelShape { vectors, ..shape_of(&raw)? };
         let rope = raw.rope_parameters.as_ref().or(raw.rope_scaling.as_ref());
         let uses_window = match family {
             "mistral" => true,
             "qwen2" | "qwen3" => raw.use_sliding_window.unwrap_or(false),
             _ => false,
         };
-        let bias = raw.attention_bias.unwrap_or(false);
         Ok(ModelConfig {
             architecture: raw.architectures.first().cloned().unwrap_or_else(|| raw.model_type.clone()),
             rms_norm_eps: raw.rms_norm_eps as f32,
             rope_theta: rope.and_then(|r| r.rope_theta).or(raw.rope_theta).unwrap_or(10_000.0),
             rope_scaling: rope.map_or(Ok(RopeScaling::None), |r| scaling_of(r, &shape))?,
-            qkv_bias: family == "qwen2" || bias,
-            output_bias: bias && family != "qwen2",
-            mlp_bias: raw.mlp_bias.unwrap_or(false),
-            head_norms: family == "qwen3",
             sliding_window: raw.sliding_window.filter(|_| uses_window),
             first_window_layer: match family {
                 "mistral" => 0,
@@ -282,6 +278,7 @@ fn shape_of(raw: &RawConfig) -> Result<ModelShape, ConfigError> {
         ),
         kv_cache: FloatType::default(),
         activations: FloatType::default(),
+        vectors: LayerVectors::default(),
     })
 }
 

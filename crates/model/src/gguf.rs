@@ -6,7 +6,7 @@
 use crate::config::{ConfigError, ModelConfig, RopeScaling};
 use crate::pack::weight_type;
 use ashlar_gguf::{Array, GgufError, GgufFiles, Value};
-use ashlar_vocabulary::{FloatType, LayerWeightTypes, ModelShape, WeightType, WeightTypes};
+use ashlar_vocabulary::{FloatType, LayerVectors, LayerWeightTypes, ModelShape, WeightType, WeightTypes};
 use std::path::{Path, PathBuf};
 
 /// The GGUF file that `path` means: the file itself, or the only one (the first of a split set) in a directory without a
@@ -76,7 +76,7 @@ fn head_dim(files: &GgufFiles) -> Option<usize> {
 /// The architecture's name in GGUF files. Mistral is a `llama` with a window, and so is every model without head norms
 /// but Qwen2, whose heads are not interleaved.
 pub(crate) fn architecture_of(config: &ModelConfig) -> &'static str {
-    if config.head_norms {
+    if config.shape.vectors.head_norms {
         "qwen3"
     } else if config.architecture.to_ascii_lowercase().starts_with("qwen2") {
         "qwen2"
@@ -163,16 +163,18 @@ impl ModelConfig {
             weights: types(files, layers, tied_head)?,
             kv_cache: FloatType::default(),
             activations: FloatType::default(),
+            vectors: LayerVectors {
+                qkv_bias: has("blk.0.attn_q.bias"),
+                output_bias: has("blk.0.attn_output.bias"),
+                feed_forward_bias: has("blk.0.ffn_gate.bias"),
+                head_norms: has("blk.0.attn_q_norm.weight"),
+            },
         };
         Ok(ModelConfig {
             rope_scaling: rope_scaling(files, architecture, head_dim)?,
             architecture: architecture.to_owned(),
             rms_norm_eps: metadata.require(&key("attention.layer_norm_rms_epsilon"))?,
             rope_theta: metadata.get::<f64>(&key("rope.freq_base"))?.unwrap_or(10_000.0),
-            qkv_bias: has("blk.0.attn_q.bias"),
-            output_bias: has("blk.0.attn_output.bias"),
-            mlp_bias: has("blk.0.ffn_gate.bias"),
-            head_norms: has("blk.0.attn_q_norm.weight"),
             sliding_window: optional("attention.sliding_window")?.filter(|&w| w > 0).map(|w| w as u32),
             first_window_layer: first_window_layer(files, &key("attention.sliding_window_pattern"))?,
             shape,

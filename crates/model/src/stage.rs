@@ -16,7 +16,7 @@ use ashlar_kernels::{
     Kernels, KvLayout, Llama3Scaling, PackedMatrix, RowContext, inv_freq, scale_inv_freq_linear,
     scale_inv_freq_llama3,
 };
-use ashlar_vocabulary::{Bytes, LayerWeightTypes, Precision, TokenId, WeightType};
+use ashlar_vocabulary::{Bytes, ModelShape, Precision, TokenId, WeightType};
 use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
@@ -189,7 +189,7 @@ impl StageModel {
             head: None,
             head_norm: None,
         };
-        let total = expected_bytes(&config, &slice);
+        let total = expected_bytes(&config.shape, &slice);
         let source = |name: &str, rows, kind| MatrixSource {
             name: name.to_owned(),
             shape: [vocab, hidden],
@@ -522,28 +522,14 @@ pub(crate) fn inverse_frequencies(config: &ModelConfig) -> Vec<f32> {
     frequencies
 }
 
-/// Weight memory of a slice by shape, for progress bars and ledgers.
-pub fn expected_bytes(config: &ModelConfig, slice: &RankSlice) -> Bytes {
-    let shape = &config.shape;
-    let hidden = shape.hidden_size;
-    let (q, kv) = (slice.queries(shape).len(), slice.keys(shape).len());
-    let ff = slice.feed_forward(shape).len();
-    let bytes = |kind: WeightType, outputs: usize| outputs * hidden * kind.block_bytes() / kind.block_len();
-    let layer = |types: &LayerWeightTypes| {
-        bytes(types.query, q)
-            + bytes(types.key, kv)
-            + bytes(types.value, kv)
-            + bytes(types.output, q)
-            + bytes(types.gate, ff)
-            + bytes(types.up, ff)
-            + bytes(types.down, ff)
-            + 2 * 4 * hidden
-    };
-    let layers: usize = shape.weights.layers[slice.layers.start..slice.layers.end].iter().map(layer).sum();
-    let vocabulary = slice.vocabulary(shape).len();
+/// Weight memory of a slice by shape, to the byte: what [`StageModel::bytes`] is once it is loaded.
+pub fn expected_bytes(shape: &ModelShape, slice: &RankSlice) -> Bytes {
+    let (rank, size) = (slice.tensor_rank, slice.tensor_parallel_size);
+    let layers: usize =
+        (slice.layers.start..slice.layers.end).map(|layer| shape.layer_bytes(layer, rank, size)).sum();
     let has_table = slice.first && !slice.shares_table(shape);
-    let table = if has_table { bytes(shape.weights.embedding, vocabulary) } else { 0 };
-    let head = slice.head.map_or(0, |head| bytes(shape.weights.head, head.rows(shape).len()));
-    let norm = if slice.last { 4 * hidden } else { 0 };
+    let table = if has_table { shape.table_bytes(rank, size) } else { 0 };
+    let head = slice.head.map_or(0, |head| shape.head_bytes(head));
+    let norm = if slice.last { shape.head_norm_bytes() } else { 0 };
     Bytes((layers + table + head + norm) as u64)
 }

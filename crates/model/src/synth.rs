@@ -156,24 +156,24 @@ pub fn tensor_list(config: &ModelConfig) -> Vec<(String, Vec<usize>, f32)> {
         add("self_attn.q_proj.weight", vec![q, h], spread(h));
         add("self_attn.k_proj.weight", vec![kv, h], spread(h));
         add("self_attn.v_proj.weight", vec![kv, h], spread(h));
-        if config.qkv_bias {
+        if config.shape.vectors.qkv_bias {
             add("self_attn.q_proj.bias", vec![q], 0.1);
             add("self_attn.k_proj.bias", vec![kv], 0.1);
             add("self_attn.v_proj.bias", vec![kv], 0.1);
         }
-        if config.head_norms {
+        if config.shape.vectors.head_norms {
             add("self_attn.q_norm.weight", vec![s.head_dim], 0.0);
             add("self_attn.k_norm.weight", vec![s.head_dim], 0.0);
         }
         add("self_attn.o_proj.weight", vec![h, q], spread(q));
-        if config.output_bias {
+        if config.shape.vectors.output_bias {
             add("self_attn.o_proj.bias", vec![h], 0.1);
         }
         add("post_attention_layernorm.weight", vec![h], 0.0);
         add("mlp.gate_proj.weight", vec![ff, h], spread(h));
         add("mlp.up_proj.weight", vec![ff, h], spread(h));
         add("mlp.down_proj.weight", vec![h, ff], spread(ff));
-        if config.mlp_bias {
+        if config.shape.vectors.feed_forward_bias {
             add("mlp.gate_proj.bias", vec![ff], 0.1);
             add("mlp.up_proj.bias", vec![ff], 0.1);
             add("mlp.down_proj.bias", vec![h], 0.1);

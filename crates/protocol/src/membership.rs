@@ -76,8 +76,10 @@ pub struct Join {
     pub memory: Bytes,
     /// Measured read bandwidth.
     pub bandwidth_bytes_per_s: f64,
-    /// Measured f32 multiply-add rate.
+    /// Measured f32 multiply-add rate, in operations (two per multiply-add).
     pub flops_per_s: f64,
+    /// Measured rate of products with quantised weights, counted the same.
+    pub quantized_flops_per_s: f64,
     /// Compute threads.
     pub threads: u32,
     /// Instruction set chosen.

@@ -4,7 +4,8 @@ use crate::layout::Prediction;
 use crate::ledger::Piece;
 use crate::position::Position;
 use crate::request::{DeviceReport, Links, PlanRequest};
-use ashlar_vocabulary::{ModelShape, NodeId};
+use crate::shares::Shares;
+use ashlar_vocabulary::{LayerRange, NodeId};
 
 /// Bytes of one element on the wire, but for activations from stage to stage.
 const BYTES_PER_ACTIVATION: f64 = 4.0;
@@ -52,8 +53,8 @@ impl StepLoad {
 /// Predicts times for one model, one network and one request.
 #[derive(Debug, Clone, Copy)]
 pub struct CostModel<'a> {
-    /// The model.
-    pub shape: &'a ModelShape,
+    /// The model, cut for groups of as many ranks as stages have.
+    pub shares: &'a Shares<'a>,
     /// The network.
     pub links: &'a Links,
     /// Precision and limits.
@@ -65,21 +66,25 @@ pub struct CostModel<'a> {
 impl CostModel<'_> {
     /// Seconds that rank work of `piece` takes on `device`: max(bytes / bandwidth, operations / speed).
     fn rank_seconds(&self, piece: &Piece, device: &DeviceReport, load: StepLoad) -> f64 {
-        let layer_weights = (piece.layers * piece.layer_weights(self.shape)) as f64;
-        let head_weights = piece.head_weights(self.shape) as f64;
-        let kv_bytes = (load.sequences * load.context * piece.kv_bytes_per_token(self.shape)) as f64;
-        let bytes = piece.product_bytes(self.shape) + kv_bytes;
-        let query = self.shape.attention_cut().rank(piece.rank, piece.tensor_parallel_size).len();
-        let attention = 4.0 * (load.tokens * load.context * piece.layers * query) as f64;
-        let operations =
-            2.0 * (layer_weights * load.tokens as f64 + head_weights * load.sequences as f64) + attention;
-        (bytes / device.bandwidth_bytes_per_s).max(operations / device.flops_per_s)
+        let shape = self.shares.shape;
+        let kv_bytes = (load.sequences * load.context * piece.kv_bytes_per_token(shape)) as f64;
+        let bytes = piece.product_bytes(self.shares) as f64 + kv_bytes;
+        let layers = self.shares.of(piece.rank, piece.layers);
+        let (mut plain, mut quantized) = (layers.plain_weights as f64, layers.quantized_weights as f64);
+        (plain, quantized) = (plain * load.tokens as f64, quantized * load.tokens as f64);
+        let head = (piece.head_weights(shape) * load.sequences) as f64;
+        *if shape.weights.head.is_quantized() { &mut quantized } else { &mut plain } += head;
+        let query = shape.attention_cut().rank(piece.rank, piece.tensor_parallel_size).len();
+        let attention = 4.0 * (load.tokens * load.context * piece.layers.len() * query) as f64;
+        let computing =
+            (2.0 * plain + attention) / device.flops_per_s + 2.0 * quantized / device.quantized_flops_per_s;
+        (bytes / device.bandwidth_bytes_per_s).max(computing)
     }
 
     /// Seconds that the collectives of one stage add: two per layer, each a tree of log₂(ranks) hops over its
     /// slowest link.
     fn collective_seconds(&self, group: &Group<'_>, layers: usize, load: StepLoad) -> f64 {
-        let bytes = (load.tokens * self.shape.hidden_size) as f64 * BYTES_PER_ACTIVATION;
+        let bytes = (load.tokens * self.shares.shape.hidden_size) as f64 * BYTES_PER_ACTIVATION;
         let hop = group
             .iter()
             .skip(1)
@@ -97,7 +102,7 @@ impl CostModel<'_> {
         (count, slices): (usize, usize),
         load: StepLoad,
     ) -> f64 {
-        let row_values = self.shape.hidden_size + self.shape.vocab_size.div_ceil(slices.max(1));
+        let row_values = self.shares.shape.hidden_size + self.shares.shape.vocab_size.div_ceil(slices.max(1));
         let bytes = (load.sequences * row_values) as f64 * BYTES_PER_ACTIVATION;
         let (trip, transfer) = ranks.fold((0.0f64, 0.0f64), |(trip, transfer), rank| {
             let one_way = self.links.seconds(sampler, rank, 0.0);
@@ -109,24 +114,30 @@ impl CostModel<'_> {
 
     /// Seconds of one stage without the hop that leads to it and without the exchange for a spread head: its slowest rank
     /// plus its collectives.
-    pub fn stage_seconds(&self, group: &Group<'_>, layers: usize, position: Position, load: StepLoad) -> f64 {
+    pub fn stage_seconds(
+        &self,
+        group: &Group<'_>,
+        layers: LayerRange,
+        position: Position,
+        load: StepLoad,
+    ) -> f64 {
         let slowest = group
             .iter()
             .enumerate()
             .map(|(rank, device)| self.rank_seconds(&position.piece(layers, rank, group.len()), device, load))
             .fold(0.0, f64::max);
-        slowest + self.collective_seconds(group, layers, load)
+        slowest + self.collective_seconds(group, layers.len(), load)
     }
 
     /// Seconds of the hop from one stage's rank 0 to the next one's.
     pub fn hop_seconds(&self, from: &NodeId, to: &NodeId, load: StepLoad) -> f64 {
-        let bytes = load.tokens * self.shape.hidden_size * self.shape.activations.bytes();
+        let bytes = load.tokens * self.shares.shape.hidden_size * self.shares.shape.activations.bytes();
         self.links.seconds(from, to, bytes as f64)
     }
 
     /// Seconds per stage (each with the hop that leads to it, the last with the exchange for a spread head) of one step over a
     /// whole replica.
-    pub fn step(&self, stages: &[(Group<'_>, usize)], load: StepLoad) -> Vec<f64> {
+    pub fn step(&self, stages: &[(Group<'_>, LayerRange)], load: StepLoad) -> Vec<f64> {
         (0..stages.len())
             .map(|index| {
                 let (group, layers) = &stages[index];
@@ -149,7 +160,7 @@ impl CostModel<'_> {
     }
 
     /// Predicts a replica's speed.
-    pub fn predict(&self, stages: &[(Group<'_>, usize)]) -> Prediction {
+    pub fn predict(&self, stages: &[(Group<'_>, LayerRange)]) -> Prediction {
         // The plan goes out to every rank and the result comes back: one round trip at the default link.
         let control = self.links.round_trip_s + RESULT_BYTES / self.links.bytes_per_s;
         let latency = |load| self.step(stages, load).iter().sum::<f64>() + control;

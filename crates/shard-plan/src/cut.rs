@@ -18,8 +18,8 @@ pub struct Candidate {
     pub before: Option<usize>,
     /// Group that would take the stage.
     pub group: usize,
-    /// Number of layers.
-    pub layers: usize,
+    /// Its layers.
+    pub layers: LayerRange,
     /// Whether it would be the last stage.
     pub last: bool,
 }
@@ -64,7 +64,8 @@ pub fn best_cut(
                     }
                 };
                 if stage == 0 {
-                    let candidate = Candidate { before: None, group, layers: end, last: final_stage };
+                    let layers = LayerRange { start: 0, end };
+                    let candidate = Candidate { before: None, group, layers, last: final_stage };
                     if let Some(value) = price(candidate) {
                         consider(value, 0, 0);
                     }
@@ -75,7 +76,7 @@ pub fn best_cut(
                             let candidate = Candidate {
                                 before: Some(before),
                                 group,
-                                layers: end - start,
+                                layers: LayerRange { start, end },
                                 last: final_stage,
                             };
                             if let Some(value) = price(candidate) {

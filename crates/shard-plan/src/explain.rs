@@ -29,7 +29,7 @@ pub(crate) fn does_not_fit(planner: &Planner<'_>, stages: Option<usize>) -> Plan
     let stages = cut.as_ref().map_or(0, |(_, cut)| cut.len());
     let worst = cut.into_iter().flat_map(|(_, cut)| cut).enumerate().flat_map(|(stage, s)| {
         let position = Position { stage, stages, spread_head: false };
-        let ledgers = planner.ledgers(s.group, s.layers.len(), position, blocks);
+        let ledgers = planner.ledgers(s.group, s.layers, position, blocks);
         let nodes = planner.groups[s.group].iter().map(|device| device.node.clone());
         ledgers.into_iter().zip(nodes).map(move |(ledger, node)| (stage, node, ledger)).collect::<Vec<_>>()
     });

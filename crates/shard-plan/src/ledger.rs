@@ -1,7 +1,8 @@
 //! The memory of one rank, line by line. Nothing may be resident that is not in it.
 
 use crate::request::PlanRequest;
-use ashlar_vocabulary::{Bytes, FloatType, HeadSlice, LayerWeightTypes, ModelShape, WeightType};
+use crate::shares::Shares;
+use ashlar_vocabulary::{Bytes, FloatType, HeadSlice, LayerRange, LayerWeightTypes, ModelShape, WeightType};
 use serde::{Deserialize, Serialize};
 
 /// Activations that are computed with, and logits, are f32.
@@ -9,11 +10,6 @@ const BYTES_PER_ACTIVATION: usize = 4;
 
 /// Logits are computed for at most this many rows at a time.
 const LOGIT_ROWS: usize = 32;
-
-/// Bytes of `weights` weights whose blocks lie along the inputs.
-fn bytes_of(kind: WeightType, weights: usize) -> usize {
-    weights * kind.block_bytes() / kind.block_len()
-}
 
 /// Bytes that one rank holds.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -76,8 +72,8 @@ impl MemoryLedger {
 /// Which piece of the model a rank holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Piece {
-    /// Number of layers.
-    pub layers: usize,
+    /// Its layers.
+    pub layers: LayerRange,
     /// Whether the stage is the first (holds the embedding).
     pub first: bool,
     /// Whether the stage is the last (ends the model).
@@ -91,37 +87,14 @@ pub struct Piece {
 }
 
 impl Piece {
-    /// Weight elements of one layer on this rank: its slices of the cut axes, and both norms whole.
-    pub fn layer_weights(&self, shape: &ModelShape) -> usize {
-        let slice = |cut: ashlar_vocabulary::AxisCut| cut.rank(self.rank, self.tensor_parallel_size).len();
-        let (q, kv) = (slice(shape.attention_cut()), slice(shape.key_cut()));
-        shape.hidden_size * (2 * q + 2 * kv + 3 * slice(shape.feed_forward_cut()) + 2)
-    }
-
-    /// Mean bytes of one layer's products and norms on this rank: layers of a mixture differ by a little.
-    pub fn layer_bytes(&self, shape: &ModelShape) -> f64 {
-        let slice = |cut: ashlar_vocabulary::AxisCut| cut.rank(self.rank, self.tensor_parallel_size).len();
-        let (q, kv) = (slice(shape.attention_cut()), slice(shape.key_cut()));
-        let ff = slice(shape.feed_forward_cut());
-        let bytes = |types: &LayerWeightTypes| {
-            let of = |kind: WeightType, outputs: usize| bytes_of(kind, outputs * shape.hidden_size);
-            of(types.query, q)
-                + of(types.key, kv)
-                + of(types.value, kv)
-                + of(types.output, q)
-                + of(types.gate, ff)
-                + of(types.up, ff)
-                + of(types.down, ff)
-        };
-        let products: usize = shape.weights.layers.iter().map(bytes).sum();
-        products as f64 / shape.weights.layers.len().max(1) as f64
-            + (2 * BYTES_PER_ACTIVATION * shape.hidden_size) as f64
-    }
-
     /// Bytes that one step reads of this rank's products: its layers and its rows of the head.
-    pub fn product_bytes(&self, shape: &ModelShape) -> f64 {
-        self.layers as f64 * self.layer_bytes(shape)
-            + bytes_of(shape.weights.head, self.head_weights(shape)) as f64
+    pub fn product_bytes(&self, shares: &Shares<'_>) -> u64 {
+        shares.of(self.rank, self.layers).bytes + self.head_bytes(shares.shape) as u64
+    }
+
+    /// Bytes of its rows of the head.
+    fn head_bytes(&self, shape: &ModelShape) -> usize {
+        self.head.map_or(0, |head| shape.head_bytes(head))
     }
 
     /// Weight elements that the head multiplies with on this rank.
@@ -136,7 +109,7 @@ impl Piece {
     /// Bytes of KV cache per token of context on this rank, all of its layers.
     pub fn kv_bytes_per_token(&self, shape: &ModelShape) -> usize {
         let kv = shape.key_cut().rank(self.rank, self.tensor_parallel_size).len();
-        self.layers * 2 * kv * shape.kv_cache.bytes()
+        self.layers.len() * 2 * kv * shape.kv_cache.bytes()
     }
 
     /// Whether one copy of a tied table serves as embedding and head: one stage of one rank.
@@ -162,7 +135,8 @@ impl Piece {
             _ => inputs.div_ceil(32) * 11,
         };
         let of_layer = |types: &LayerWeightTypes| words(types.query).max(words(types.down));
-        let of_layers = shape.weights.layers.iter().map(of_layer).max().unwrap_or(0);
+        let of_layers =
+            shape.weights.layers[self.layers.start..self.layers.end].iter().map(of_layer).max().unwrap_or(0);
         let per_token = (2 + gathered + usize::from(!self.first)) * shape.hidden_size
             + (q + 2 * kv).max(2 * ff)
             + q.max(ff)
@@ -190,22 +164,24 @@ impl Piece {
             + request.max_num_batched_tokens * in_transit
     }
 
-    /// The ledger of this piece on a node with `capacity` and `threads`, with `kv_blocks` blocks.
+    /// The ledger of this piece on a node with `capacity` and `threads`, with `kv_blocks` blocks. `shares` must be those for
+    /// as many ranks as the piece has beside it.
     pub fn ledger(
         &self,
-        shape: &ModelShape,
+        shares: &Shares<'_>,
         request: &PlanRequest,
         kv_blocks: usize,
         capacity: Bytes,
         threads: u32,
     ) -> MemoryLedger {
-        let final_norm = if self.last { BYTES_PER_ACTIVATION * shape.hidden_size } else { 0 };
-        let weights = Bytes((self.layers as f64 * self.layer_bytes(shape)).ceil() as u64 + final_norm as u64);
+        let shape = shares.shape;
+        let final_norm = if self.last { shape.head_norm_bytes() } else { 0 };
+        let weights = Bytes(shares.of(self.rank, self.layers).bytes + final_norm as u64);
         // The embedding is only looked up, never multiplied with: it stays in the file's type, a slice per rank.
-        let rows = shape.vocab_cut().rank(self.rank, self.tensor_parallel_size).len();
-        let table = if self.first && !self.shares_table(shape) { rows * shape.hidden_size } else { 0 };
-        let embedding = Bytes(bytes_of(shape.weights.embedding, table) as u64);
-        let head = Bytes(bytes_of(shape.weights.head, self.head_weights(shape)) as u64);
+        let has_table = self.first && !self.shares_table(shape);
+        let table = if has_table { shape.table_bytes(self.rank, self.tensor_parallel_size) } else { 0 };
+        let embedding = Bytes(table as u64);
+        let head = Bytes(self.head_bytes(shape) as u64);
         let kv_cache = Bytes((kv_blocks * request.block_tokens * self.kv_bytes_per_token(shape)) as u64);
         let activations = Bytes(self.activation_bytes(shape, request, threads) as u64);
         let total = weights + embedding + head + kv_cache + activations;

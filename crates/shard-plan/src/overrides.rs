@@ -6,6 +6,7 @@ use crate::layout::Layout;
 use crate::ledger::MemoryLedger;
 use crate::plan::{Planner, finish};
 use crate::request::{DeviceReport, Links, PlanRequest};
+use crate::shares::Shares;
 use ashlar_vocabulary::{LayerRange, ModelShape};
 use std::collections::BTreeMap;
 
@@ -58,6 +59,7 @@ pub(crate) fn plan_fixed_ranges(
             ));
         }
     }
+    let shares = Shares::new(shape, ranks);
     let layouts: Result<Vec<_>, PlanError> = (0..replicas)
         .map(|replica| {
             let chosen: Vec<&DeviceReport> = holders
@@ -65,7 +67,7 @@ pub(crate) fn plan_fixed_ranges(
                 .flat_map(|devices| &devices[replica * ranks..(replica + 1) * ranks])
                 .copied()
                 .collect();
-            let planner = Planner::new(shape, links, request, &chosen, ranks);
+            let planner = Planner::new(&shares, links, request, &chosen);
             let cut: Vec<CutStage> =
                 holders.keys().enumerate().map(|(group, &layers)| CutStage { group, layers }).collect();
             let choices = planner.head_choices(cut.len()).into_iter().map(|spread| {
@@ -89,7 +91,7 @@ fn check_memory(planner: &Planner<'_>, cut: &[CutStage]) -> Result<(), PlanError
     let blocks = planner.blocks_needed(planner.request.max_context_tokens);
     for (index, stage) in cut.iter().enumerate() {
         let position = planner.position(index, cut.len());
-        let ledgers = planner.ledgers(stage.group, stage.layers.len(), position, blocks);
+        let ledgers = planner.ledgers(stage.group, stage.layers, position, blocks);
         for (ledger, device) in ledgers.iter().zip(&planner.groups[stage.group]) {
             if let Some((row, missing)) = MemoryLedger::first_missing(ledger) {
                 return Err(PlanError::DoesNotFit {

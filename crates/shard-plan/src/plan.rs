@@ -9,7 +9,8 @@ use crate::ledger::MemoryLedger;
 use crate::overrides::plan_fixed_ranges;
 use crate::position::Position;
 use crate::request::{DeviceReport, Links, PlanRequest};
-use ashlar_vocabulary::{HeadSlice, ModelShape, NodeId};
+use crate::shares::Shares;
+use ashlar_vocabulary::{HeadSlice, LayerRange, ModelShape, NodeId};
 
 /// Above this many groups only the caller's order is searched, not also every other choice of the last group.
 const ROTATIONS_MAX: usize = 8;
@@ -55,7 +56,8 @@ pub fn plan(
         });
     }
     let all: Vec<&DeviceReport> = devices.iter().collect();
-    let planner = Planner::new(shape, links, request, &all, ranks);
+    let shares = Shares::new(shape, ranks);
+    let planner = Planner::new(&shares, links, request, &all);
     let Some(alone) = planner.replica() else { return Err(does_not_fit(&planner, request.stages)) };
     let most = devices.len() / (ranks * alone.stages.len());
     let most = request.replicas.map_or(most, |replicas| replicas.min(most));
@@ -151,11 +153,19 @@ fn validate(
     if let Some((name, _)) = dimensions.iter().find(|(_, value)| *value == 0) {
         return invalid(format!("{name} is 0, it must be at least 1"));
     }
+    if shape.weights.layers.len() != shape.num_layers {
+        return invalid(format!(
+            "types are known of {} layers, the model has {}",
+            shape.weights.layers.len(),
+            shape.num_layers
+        ));
+    }
     for (index, device) in devices.iter().enumerate() {
         if devices[..index].iter().any(|other| other.node == device.node) {
             return invalid(format!("node {} is listed twice: give every node its own name", device.node));
         }
-        if !positive(device.bandwidth_bytes_per_s) || !positive(device.flops_per_s) {
+        let speeds = [device.bandwidth_bytes_per_s, device.flops_per_s, device.quantized_flops_per_s];
+        if !speeds.into_iter().all(positive) {
             return invalid(format!("node {} reports no positive speed: measure it again", device.node));
         }
     }
@@ -189,13 +199,15 @@ fn tensor_parallel_is_possible(shape: &ModelShape, size: usize) -> Result<(), Pl
     Ok(())
 }
 
-/// Something for every group, kind of position (in the middle, last, first, both) and number of layers.
-pub(crate) struct ByPosition<T>(Vec<[Vec<T>; 4]>);
+/// Something for every group, kind of position (in the middle, last, first, both) and range of layers: by the range's start,
+/// then by its length less one.
+pub(crate) struct ByPosition<T>(Vec<[Vec<Vec<T>>; 4]>);
 
 impl<T: Copy> ByPosition<T> {
     pub(crate) fn of(&self, candidate: Candidate) -> T {
         let position = 2 * usize::from(candidate.before.is_none()) + usize::from(candidate.last);
-        self.0[candidate.group][position][candidate.layers]
+        let LayerRange { start, end } = candidate.layers;
+        self.0[candidate.group][position][start][end - start - 1]
     }
 }
 
@@ -209,17 +221,16 @@ pub(crate) struct Planner<'a> {
 }
 
 impl<'a> Planner<'a> {
-    /// Consecutive `ranks` devices form a group; what is left over forms none.
+    /// Consecutive devices, as many as there are ranks in `shares`, form a group; what is left over forms none.
     pub(crate) fn new(
-        shape: &'a ModelShape,
+        shares: &'a Shares<'a>,
         links: &'a Links,
         request: &'a PlanRequest,
         devices: &[&'a DeviceReport],
-        ranks: usize,
     ) -> Planner<'a> {
-        let groups = devices.chunks_exact(ranks).map(<[_]>::to_vec).collect();
-        let cost = CostModel { shape, links, request, spread_head: false };
-        Planner { shape, request, cost, groups }
+        let groups = devices.chunks_exact(shares.ranks()).map(<[_]>::to_vec).collect();
+        let cost = CostModel { shares, links, request, spread_head: false };
+        Planner { shape: shares.shape, request, cost, groups }
     }
 
     /// The same with another choice for the head.
@@ -245,8 +256,8 @@ impl<'a> Planner<'a> {
         slowest(StepLoad::decode(BATCH, self.request)) * slowest(StepLoad::chunk(self.request))
     }
 
-    fn loads(&self, cut: &[CutStage]) -> Vec<(Group<'a>, usize)> {
-        cut.iter().map(|stage| (self.groups[stage.group].clone(), stage.layers.len())).collect()
+    fn loads(&self, cut: &[CutStage]) -> Vec<(Group<'a>, LayerRange)> {
+        cut.iter().map(|stage| (self.groups[stage.group].clone(), stage.layers)).collect()
     }
 
     pub(crate) fn position(&self, stage: usize, stages: usize) -> Position {
@@ -261,14 +272,14 @@ impl<'a> Planner<'a> {
     pub(crate) fn ledgers(
         &self,
         group: usize,
-        layers: usize,
+        layers: LayerRange,
         position: Position,
         kv_blocks: usize,
     ) -> Vec<MemoryLedger> {
         let group = &self.groups[group];
         let ledger = |(rank, device): (usize, &&DeviceReport)| {
             position.piece(layers, rank, group.len()).ledger(
-                self.shape,
+                self.cost.shares,
                 self.request,
                 kv_blocks,
                 device.memory,
@@ -298,8 +309,13 @@ impl<'a> Planner<'a> {
     fn fewest_stages(&self, kv_blocks: usize) -> Option<usize> {
         let layers = self.shape.num_layers;
         let middle = Position { stage: 1, stages: 3, spread_head: false };
+        // Layers differ where types are mixed: the lightest range of this length decides.
         let fits = |group: usize, len: usize| {
-            self.ledgers(group, len, middle, kv_blocks).iter().all(MemoryLedger::fits)
+            let fits = |start| {
+                let range = LayerRange { start, end: start + len };
+                self.ledgers(group, range, middle, kv_blocks).iter().all(MemoryLedger::fits)
+            };
+            (0..=layers - len).any(fits)
         };
         let mut room: Vec<usize> = (0..self.groups.len())
             .map(|group| (1..=layers).take_while(|&len| fits(group, len)).count())
@@ -343,26 +359,43 @@ impl<'a> Planner<'a> {
 
     /// What `price` says of every piece that a group could hold in a replica of `stages` stages, worked out once, for it is
     /// asked for many times.
-    pub(crate) fn by_position<T>(
+    pub(crate) fn by_position<T: Copy>(
         &self,
         stages: usize,
         kv_blocks: usize,
-        price: impl Fn(usize, usize, Position, &[MemoryLedger]) -> T,
+        price: impl Fn(usize, LayerRange, Position, &[MemoryLedger]) -> T,
     ) -> ByPosition<T> {
         // Slices of a spread head differ by a granule at most: a stage in the middle is taken to have the widest.
         let ranks = self.groups.first().map_or(1, Vec::len);
         let widest = |stage: &usize| {
             let position = self.position(*stage, stages);
-            (0..ranks).map(|rank| position.piece(0, rank, ranks).head_weights(self.shape)).max()
+            (0..ranks)
+                .map(|rank| position.piece(LayerRange::default(), rank, ranks).head_weights(self.shape))
+                .max()
         };
         let last = self.position(stages.max(2) - 1, stages.max(2));
         // Where there are fewer stages, nobody asks for the middle or for both ends.
         let middle = (1..stages.saturating_sub(1)).max_by_key(widest);
         let middle = middle.map_or(last, |stage| self.position(stage, stages));
         let positions = [middle, last, self.position(0, stages.max(2)), self.position(0, 1)];
+        let (layers, shares) = (self.shape.num_layers, self.cost.shares);
         let of = |group: usize, position: Position| {
-            let of = |len| price(group, len, position, &self.ledgers(group, len, position, kv_blocks));
-            (0..=self.shape.num_layers).map(of).collect()
+            let of = |range| price(group, range, position, &self.ledgers(group, range, position, kv_blocks));
+            let mut by_start: Vec<Vec<T>> = Vec::with_capacity(layers);
+            for start in 0..layers {
+                let mut by_length: Vec<T> = Vec::with_capacity(layers - start);
+                for end in start + 1..=layers {
+                    let range = LayerRange { start, end };
+                    // Most models' layers are all alike, and the others' nearly so.
+                    let known = start
+                        .checked_sub(1)
+                        .filter(|&before| shares.alike(LayerRange { start: before, end: end - 1 }, range));
+                    let known = known.map(|before| by_start[before][by_length.len()]);
+                    by_length.push(known.unwrap_or_else(|| of(range)));
+                }
+                by_start.push(by_length);
+            }
+            by_start
         };
         ByPosition(
             (0..self.groups.len()).map(|group| positions.map(|position| of(group, position))).collect(),
@@ -381,10 +414,10 @@ impl<'a> Planner<'a> {
             let ranks = self.groups[group].len();
             self.cost.head_exchange_seconds(node(group), nodes, ((stages - 1) * ranks, stages * ranks), load)
         };
-        let prices = self.by_position(stages, kv_blocks, |group, len, position, ledgers| {
+        let prices = self.by_position(stages, kv_blocks, |group, range, position, ledgers| {
             let fits = ledgers.iter().all(MemoryLedger::fits);
             let exchange = if position.spread_head && position.is_last() { exchange(group) } else { 0.0 };
-            fits.then(|| exchange + self.cost.stage_seconds(&self.groups[group], len, position, load))
+            fits.then(|| exchange + self.cost.stage_seconds(&self.groups[group], range, position, load))
         });
         let hops: Vec<Vec<f64>> = (0..self.groups.len())
             .map(|to| (0..to).map(|from| self.cost.hop_seconds(node(from), node(to), load)).collect())
@@ -399,7 +432,7 @@ impl<'a> Planner<'a> {
     pub(crate) fn lay_out(&self, cut: &[CutStage]) -> ReplicaLayout {
         let ledgers = |index: usize, kv_blocks: usize| {
             let position = self.position(index, cut.len());
-            self.ledgers(cut[index].group, cut[index].layers.len(), position, kv_blocks)
+            self.ledgers(cut[index].group, cut[index].layers, position, kv_blocks)
         };
         let wished =
             self.blocks_needed(self.request.kv_tokens_wanted.max(self.request.max_context_tokens)) as u64;

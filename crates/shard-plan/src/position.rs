@@ -1,7 +1,7 @@
 //! Where in a replica a stage is.
 
 use crate::ledger::Piece;
-use ashlar_vocabulary::HeadSlice;
+use ashlar_vocabulary::{HeadSlice, LayerRange};
 
 /// A stage's place in its replica: it decides what the stage holds beside layers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -25,8 +25,8 @@ impl Position {
         self.stage + 1 == self.stages
     }
 
-    /// What rank `rank` of `tensor_parallel_size` holds here, with `layers` layers.
-    pub fn piece(&self, layers: usize, rank: usize, tensor_parallel_size: usize) -> Piece {
+    /// What rank `rank` of `tensor_parallel_size` holds here, with these layers.
+    pub fn piece(&self, layers: LayerRange, rank: usize, tensor_parallel_size: usize) -> Piece {
         let (stage, ranks) = ((self.stage, self.stages), (rank, tensor_parallel_size));
         Piece {
             layers,

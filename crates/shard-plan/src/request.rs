@@ -14,6 +14,8 @@ pub struct DeviceReport {
     pub bandwidth_bytes_per_s: f64,
     /// Measured speed of matrix products, floating-point operations per second (a multiply-add counts as two).
     pub flops_per_s: f64,
+    /// Measured speed of products with quantised weights, counted the same.
+    pub quantized_flops_per_s: f64,
     /// Compute threads.
     pub threads: u32,
     /// Layers that an operator has fixed for this node. If any node has such a range, the ranges alone decide the

@@ -37,7 +37,7 @@ fn candidates(cut: &[CutStage]) -> impl Iterator<Item = Candidate> + '_ {
     (0..cut.len()).map(|index| Candidate {
         before: index.checked_sub(1).map(|before| cut[before].group),
         group: cut[index].group,
-        layers: cut[index].layers.len(),
+        layers: cut[index].layers,
         last: index + 1 == cut.len(),
     })
 }
@@ -56,8 +56,8 @@ proptest! {
     ) {
         let groups = speeds.len();
         let price = |c: Candidate| {
-            let held = c.layers + if c.before.is_none() { embedding } else { 0 } + if c.last { head } else { 0 };
-            let work = c.layers + if c.last { head } else { 0 };
+            let held = c.layers.len() + if c.before.is_none() { embedding } else { 0 } + if c.last { head } else { 0 };
+            let work = c.layers.len() + if c.last { head } else { 0 };
             let hop = c.before.map_or(0, |before| hops[before * 6 + c.group]);
             (held <= rooms[c.group]).then(|| f64::from(work as u32 * speeds[c.group] + hop))
         };

@@ -1,8 +1,10 @@
 //! Whole plans against every layout of a few small nodes, priced by the public ledger and cost model.
 
 use ashlar_shard_plan::cost::{BATCH, CostModel, StepLoad};
-use ashlar_shard_plan::{DeviceReport, Links, PlanError, PlanRequest, Position, plan};
-use ashlar_vocabulary::{Bytes, FloatType, ModelShape, NodeId, WeightType, WeightTypes};
+use ashlar_shard_plan::{DeviceReport, Links, PlanError, PlanRequest, Position, Shares, plan};
+use ashlar_vocabulary::{
+    Bytes, FloatType, LayerRange, LayerVectors, ModelShape, NodeId, Quantization, WeightType, WeightTypes,
+};
 use proptest::prelude::*;
 use std::cell::Cell;
 
@@ -21,6 +23,13 @@ fn compositions(layers: usize, stages: usize) -> Vec<Vec<usize>> {
     (1..layers).flat_map(with_first).collect()
 }
 
+/// Consecutive layers of these numbers.
+fn ranges(cut: &[usize]) -> Vec<LayerRange> {
+    let range =
+        |index: usize| LayerRange { start: cut[..index].iter().sum(), end: cut[..=index].iter().sum() };
+    (0..cut.len()).map(range).collect()
+}
+
 /// Every sub-sequence of `stages` devices of this order.
 fn choices<'a>(order: &[&'a DeviceReport], stages: usize) -> Vec<Vec<&'a DeviceReport>> {
     (0u32..1 << order.len())
@@ -35,7 +44,7 @@ fn a_plan_has_the_fewest_stages_and_the_fastest_slowest_stage() {
     let node = (400_000u64..2_500_000, 1.0f64..20.0, 1.0f64..50.0);
     let nodes = prop::collection::vec(node, 1..5);
     let config = ProptestConfig { cases: 300, failure_persistence: None, ..ProptestConfig::default() };
-    proptest!(config, |(layers in 1usize..8, tied in any::<bool>(), round_trip_s in 0.0f64..1e-3, nodes in nodes)| {
+    proptest!(config, |(layers in 1usize..8, tied in any::<bool>(), mixed in any::<bool>(), round_trip_s in 0.0f64..1e-3, nodes in nodes)| {
         let shape = ModelShape {
             hidden_size: 64,
             intermediate_size: 172,
@@ -46,15 +55,20 @@ fn a_plan_has_the_fewest_stages_and_the_fastest_slowest_stage() {
             vocab_size: 1000,
             max_position_embeddings: 512,
             tied_head: tied,
-            weights: WeightTypes::uniform(WeightType::F32, layers),
+            weights: match mixed {
+                true => "q4_k_m".parse::<Quantization>().expect("a mixture").types(layers, 64, 64, 172, tied),
+                false => WeightTypes::uniform(WeightType::F32, layers),
+            },
             kv_cache: FloatType::F32,
             activations: FloatType::F32,
+            vectors: LayerVectors::default(),
         };
         let devices: Vec<DeviceReport> = nodes.iter().enumerate().map(|(index, (memory, gb, gflop))| DeviceReport {
             node: NodeId(format!("n{index}")),
             memory: Bytes(*memory),
             bandwidth_bytes_per_s: gb * 1e9,
             flops_per_s: gflop * 1e9,
+            quantized_flops_per_s: gflop * 1e9,
             threads: 1,
             layers: None,
         }).collect();
@@ -68,14 +82,15 @@ fn a_plan_has_the_fewest_stages_and_the_fastest_slowest_stage() {
             max_num_batched_tokens: 32,
             ..PlanRequest::default()
         };
-        let model = CostModel { shape: &shape, links: &links, request: &request, spread_head: false };
+        let shares = Shares::new(&shape, 1);
+        let model = CostModel { shares: &shares, links: &links, request: &request, spread_head: false };
         let slowest = |chosen: &[&DeviceReport], cut: &[usize]| {
-            let stages: Vec<_> = chosen.iter().zip(cut).map(|(device, layers)| (vec![*device], *layers)).collect();
+            let stages: Vec<_> = chosen.iter().zip(ranges(cut)).map(|(device, range)| (vec![*device], range)).collect();
             model.step(&stages, StepLoad::decode(BATCH, &request)).into_iter().fold(0.0, f64::max)
         };
         let fits = |chosen: &[&DeviceReport], cut: &[usize]| (0..cut.len()).all(|index| {
             let position = Position { stage: index, stages: cut.len(), spread_head: false };
-            position.piece(cut[index], 0, 1).ledger(&shape, &request, 4, chosen[index].memory, 1).fits()
+            position.piece(ranges(cut)[index], 0, 1).ledger(&shares, &request, 4, chosen[index].memory, 1).fits()
         });
         let orders = (0..devices.len()).map(|last| {
             let mut order: Vec<&DeviceReport> = devices.iter().collect();

@@ -3,7 +3,9 @@
 use ashlar_shard_plan::{
     DeviceReport, Layout, LinkReport, Links, PlanError, PlanRequest, plan, survivable_losses,
 };
-use ashlar_vocabulary::{Bytes, FloatType, LayerRange, ModelShape, NodeId, WeightType, WeightTypes};
+use ashlar_vocabulary::{
+    Bytes, FloatType, LayerRange, LayerVectors, ModelShape, NodeId, Quantization, WeightType, WeightTypes,
+};
 use proptest::prelude::*;
 
 const GIB: u64 = 1 << 30;
@@ -23,6 +25,7 @@ fn llama_1b() -> ModelShape {
         weights: WeightTypes { embedding: WeightType::Bf16, ..WeightTypes::uniform(WeightType::F32, 16) },
         kv_cache: FloatType::F32,
         activations: FloatType::F32,
+        vectors: LayerVectors::default(),
     }
 }
 
@@ -40,6 +43,7 @@ fn small(num_layers: usize, tied_head: bool) -> ModelShape {
         weights: WeightTypes::uniform(WeightType::F32, num_layers),
         kv_cache: FloatType::F32,
         activations: FloatType::F32,
+        vectors: LayerVectors::default(),
     }
 }
 
@@ -49,6 +53,7 @@ fn device(name: &str, memory: u64) -> DeviceReport {
         memory: Bytes(memory),
         bandwidth_bytes_per_s: 20e9,
         flops_per_s: 100e9,
+        quantized_flops_per_s: 100e9,
         threads: 2,
         layers: None,
     }
@@ -250,8 +255,12 @@ fn uneven_slices_of_every_axis_add_up_to_the_whole() {
         let ledgers = &layout.replicas[0].stages[0].ledgers;
         // Norms (two per layer and the final one) are whole on every rank.
         let norms = ((ranks - 1) * (4 * 2 + 1) * 64 * 4) as u64;
-        assert_eq!(ledgers.iter().map(|l| l.weights.0).sum::<u64>(), whole.weights.0 + norms);
-        assert_eq!(ledgers.iter().map(|l| l.head).sum::<Bytes>(), whole.head);
+        // Slices are padded to sixteen outputs: two matrices per layer (query, key and value; gate and up), and the head.
+        let padding = |matrices: usize| (ranks * matrices * 15 * 64 * 4) as u64;
+        let sum =
+            |line: fn(&ashlar_shard_plan::MemoryLedger) -> Bytes| ledgers.iter().map(line).sum::<Bytes>().0;
+        assert!(sum(|l| l.weights).abs_diff(whole.weights.0 + norms) <= padding(2 * 4));
+        assert!(sum(|l| l.head).abs_diff(whole.head.0) <= padding(1));
         assert_eq!(ledgers.iter().map(|l| l.kv_cache).sum::<Bytes>(), whole.kv_cache);
         assert_eq!(ledgers.iter().map(|l| l.embedding).sum::<Bytes>(), whole.embedding);
     }
@@ -361,6 +370,7 @@ fn sixty_four_nodes_and_eighty_layers_are_planned_in_seconds() {
         hidden_size: 8192,
         intermediate_size: 28_672,
         num_layers: 80,
+        weights: WeightTypes::uniform(WeightType::F32, 80),
         num_heads: 64,
         head_dim: 128,
         tied_head: false,
@@ -371,6 +381,10 @@ fn sixty_four_nodes_and_eighty_layers_are_planned_in_seconds() {
         plan(&shape, &devices(64, 40 * GIB), &Links::default(), &PlanRequest::default()).expect("planned");
     assert!(layout.replicas.len() >= 7, "{}", layout.replicas.len());
     refusal(&shape, &devices(64, 4 * GIB), &PlanRequest::default());
+    // Where layers differ, more ranges have a price of their own.
+    let mixture = "q4_k_m".parse::<Quantization>().expect("a mixture");
+    let mixed = ModelShape { weights: mixture.types(80, 8192, 8192, 28_672, false), ..shape };
+    plan(&mixed, &devices(64, 8 * GIB), &Links::default(), &PlanRequest::default()).expect("planned");
     assert!(start.elapsed().as_secs() < 20, "{:?}", start.elapsed());
 }
 
@@ -435,4 +449,87 @@ proptest! {
             prop_assert_eq!(next, layers);
         }
     }
+}
+
+#[test]
+fn narrower_activations_halve_what_a_hop_carries() {
+    let slow = Links { bytes_per_s: 50e6, ..Links::default() };
+    let request = PlanRequest { stages: Some(2), replicas: Some(1), ..PlanRequest::default() };
+    let planned = |activations| {
+        let shape = ModelShape { activations, ..llama_1b() };
+        let layout = plan(&shape, &devices(2, 4 * GIB), &slow, &request).expect("planned");
+        layout.replicas[0].clone()
+    };
+    let (wide, narrow) = (planned(FloatType::F32), planned(FloatType::Bf16));
+    // 512 rows of 2,048 values, once from stage to stage: two bytes each, at 50 MB/s.
+    let gained = wide.prediction.seconds_to_first_token - narrow.prediction.seconds_to_first_token;
+    assert!((gained - 512.0 * 2048.0 * 2.0 / 50e6).abs() < 1e-6, "{gained}");
+    // The first stage has two such buffers waiting to be sent; the last one holds what arrives twice.
+    let activations = |replica: &ashlar_shard_plan::ReplicaLayout, stage: usize| {
+        replica.stages[stage].ledgers[0].activations.0 as i64
+    };
+    let rows = 512 * 2048;
+    assert_eq!(activations(&wide, 0) - activations(&narrow, 0), 2 * 2 * rows);
+    assert_eq!(activations(&wide, 1) - activations(&narrow, 1), -2 * rows);
+}
+
+#[test]
+fn layers_of_a_mixture_count_what_they_weigh() {
+    // The last layers of this made-up mixture weigh twice as much as the others.
+    let mut shape = ModelShape { vocab_size: 512, tied_head: false, ..llama_1b() };
+    for layer in &mut shape.weights.layers[..12] {
+        *layer = ashlar_vocabulary::LayerWeightTypes::uniform(WeightType::Bf16);
+    }
+    // Reading weights decides.
+    let request = PlanRequest {
+        stages: Some(2),
+        replicas: Some(1),
+        spread_head: Some(false),
+        max_context_tokens: 64,
+        ..PlanRequest::default()
+    };
+    let mut nodes = devices(2, 8 * GIB);
+    nodes.iter_mut().for_each(|node| node.flops_per_s = 1e13);
+    let layout = plan(&shape, &nodes, &Links::default(), &request).expect("planned");
+    let layers: Vec<usize> = layout.replicas[0].stages.iter().map(|stage| stage.layers.len()).collect();
+    assert_eq!(layers, [10, 6], "10 + 0 and 2 + 2 × 4 layers of bf16");
+    let weights: Vec<u64> =
+        layout.replicas[0].stages.iter().map(|stage| stage.ledgers[0].weights.0).collect();
+    let layer = (2048 * (2 * 2048 + 2 * 512 + 3 * 8192)) as u64;
+    let norms = 2 * 4 * 2048;
+    assert_eq!(weights, [10 * (2 * layer + norms), 10 * 2 * layer + 6 * norms + 4 * 2048]);
+}
+
+#[test]
+fn a_node_that_multiplies_integers_faster_gets_more_layers_of_a_quantised_model_only() {
+    // Slow at computing, so that this is what decides.
+    let mut nodes = devices(2, 8 * GIB);
+    for node in &mut nodes {
+        (node.flops_per_s, node.quantized_flops_per_s) = (20e9, 20e9);
+    }
+    nodes[1].quantized_flops_per_s = 60e9;
+    let request = PlanRequest { stages: Some(2), replicas: Some(1), ..PlanRequest::default() };
+    let layers = |kind| {
+        let shape = ModelShape {
+            weights: WeightTypes { head: WeightType::F32, ..WeightTypes::uniform(kind, 16) },
+            vocab_size: 512,
+            ..llama_1b()
+        };
+        let layout = plan(&shape, &nodes, &Links::default(), &request).expect("planned");
+        let stage = |stage: &ashlar_shard_plan::StageLayout| (stage.ranks[0].0.clone(), stage.layers.len());
+        layout.replicas[0].stages.iter().map(stage).collect::<Vec<_>>()
+    };
+    let of =
+        |found: &[(String, usize)], node: &str| found.iter().find(|(name, _)| name == node).map(|(_, n)| *n);
+    let (plain, quantized) = (layers(WeightType::F32), layers(WeightType::Q8_0));
+    assert_eq!(of(&plain, "n1"), Some(8));
+    assert!(of(&quantized, "n1") >= Some(10), "{quantized:?}");
+}
+
+#[test]
+fn a_shape_that_lacks_types_of_layers_is_refused() {
+    let mut shape = llama_1b();
+    shape.weights.layers.pop();
+    let refused = refusal(&shape, &devices(1, 8 * GIB), &PlanRequest::default());
+    assert!(refused.to_string().contains("types are known of 15 layers"), "{refused}");
 }

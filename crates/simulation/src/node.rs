@@ -182,6 +182,7 @@ impl Node {
             memory: Bytes(1 << 30),
             bandwidth_bytes_per_s: 1e9,
             flops_per_s: 1e10,
+            quantized_flops_per_s: 1e10,
             threads: 1,
             isa: "portable".into(),
             layers: None,

@@ -6,7 +6,7 @@ use crate::random::Random;
 use ashlar_scheduler::cluster::ClusterConfig;
 use ashlar_scheduler::engine::EngineConfig;
 use ashlar_shard_plan::Links;
-use ashlar_vocabulary::{FloatType, LeaseTerm, ModelShape, Precision, WeightType, WeightTypes};
+use ashlar_vocabulary::{FloatType, LayerVectors, LeaseTerm, ModelShape, Precision, WeightType, WeightTypes};
 
 /// Faults happen before this moment; afterwards the world must heal.
 pub(crate) const FAULTS_END_US: u64 = 12_000_000;
@@ -112,6 +112,7 @@ impl Scenario {
                 weights: WeightTypes::uniform(WeightType::F32, 8),
                 kv_cache: FloatType::F32,
                 activations: FloatType::F32,
+                vectors: LayerVectors::default(),
             },
             max_context_tokens: self.max_context_tokens,
             term,

@@ -2,14 +2,17 @@
 //!
 //! Layout: [`ids`] (newtypes), [`blob`] (names of stored bytes), [`units`] (bytes, milliseconds), [`parts`] (the eight-part cut that the numeric
 //! contract is built on), [`head`] (who computes which of its rows), [`shape`] (what a model looks like, without its weights), [`sampling`] (what a request asks of
-//! the sampler), [`weights`] (the types of weights), [`precision`] (what an owner chooses among them, and for the cache).
+//! the sampler), [`weights`] (the types of weights), [`blocks`] and [`packed`] (how they lie in memory), [`memory`] (how much of it a rank needs for them), [`precision`] (what an owner chooses among them, and for the cache).
 //!
 //! **Invariant:** this crate imports nothing of ours, performs no I/O and reads no clock.
 #![forbid(unsafe_code)]
 
 pub mod blob;
+pub mod blocks;
 pub mod head;
 pub mod ids;
+pub mod memory;
+pub mod packed;
 pub mod parts;
 pub mod precision;
 pub mod sampling;
@@ -23,7 +26,7 @@ pub use ids::*;
 pub use parts::{AxisCut, PARTS};
 pub use precision::{FloatType, Precision, UnknownFloatType};
 pub use sampling::{GrammarSpec, SamplingParams, TokenLogprob, TokenLogprobs};
-pub use shape::{LayerRange, ModelShape};
+pub use shape::{LayerRange, LayerVectors, ModelShape};
 pub use units::Bytes;
 pub use weights::{
     LayerWeightTypes, Quantization, UnknownQuantization, UnknownWeightType, WeightType, WeightTypes,

@@ -35,6 +35,22 @@ pub struct ModelShape {
     /// The type of the residual stream between layers.
     #[serde(default)]
     pub activations: FloatType,
+    /// Which vectors layers have beside their two norms.
+    #[serde(default)]
+    pub vectors: LayerVectors,
+}
+
+/// Vectors that layers of some architectures have. Every layer has two norms over the hidden axis.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LayerVectors {
+    /// Biases of the query, key and value projections.
+    pub qkv_bias: bool,
+    /// Bias of the attention's output projection.
+    pub output_bias: bool,
+    /// Biases of the feed-forward projections.
+    pub feed_forward_bias: bool,
+    /// RMSNorm over each query and key head before the rotation.
+    pub head_norms: bool,
 }
 
 impl ModelShape {

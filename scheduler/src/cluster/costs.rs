@@ -4,7 +4,7 @@ use super::events::ClusterConfig;
 use super::place::{Node, Replica, Seat};
 use crate::engine::{BLOCK_TOKENS, StageCost};
 use ashlar_shard_plan::ledger::Piece;
-use ashlar_shard_plan::{PlanRequest, Position, ReplicaLayout};
+use ashlar_shard_plan::{PlanRequest, Position, ReplicaLayout, Shares};
 use ashlar_vocabulary::NodeId;
 use std::collections::BTreeMap;
 
@@ -30,7 +30,7 @@ pub(super) fn plan_request(config: &ClusterConfig) -> PlanRequest {
 
 fn piece(seat: &Seat, replica: &Replica) -> Piece {
     let position = replica.position(seat.place.stage.0 as usize);
-    position.piece(seat.place.layers.len(), seat.place.rank.0 as usize, replica.tensor_parallel_size)
+    position.piece(seat.place.layers, seat.place.rank.0 as usize, replica.tensor_parallel_size)
 }
 
 /// KV blocks of a replica: what the plan found room for, but on no node more than its share of memory, and always
@@ -46,7 +46,7 @@ pub(super) fn kv_blocks(
     for (stage, cut) in layout.stages.iter().enumerate() {
         for (rank, node) in cut.ranks.iter().enumerate() {
             let position = Position { stage, stages: num_stages, spread_head: layout.spread_head };
-            let piece = position.piece(cut.layers.len(), rank, cut.ranks.len());
+            let piece = position.piece(cut.layers, rank, cut.ranks.len());
             let block_bytes = (piece.kv_bytes_per_token(&config.shape) * BLOCK_TOKENS).max(1) as u64;
             let share = (memory(node) as f64 * config.kv_memory_share) as u64 / block_bytes;
             blocks = blocks.min(share.max(one_sequence));
@@ -61,19 +61,23 @@ pub(super) fn stage_costs(
     replica: &Replica,
     nodes: &BTreeMap<NodeId, Node>,
 ) -> Vec<StageCost> {
+    let shape = &config.shape;
+    let shares = Shares::new(shape, replica.tensor_parallel_size);
     let mut stages = vec![StageCost::default(); replica.num_stages];
     for seat in &replica.seats {
         let Some(cost) = stages.get_mut(seat.place.stage.0 as usize) else { continue };
         let Some(node) = nodes.get(&seat.node) else { continue };
         let piece = piece(seat, replica);
-        let shape = &config.shape;
         let query = shape.attention_cut().rank(piece.rank, piece.tensor_parallel_size).len();
-        let attention = 4.0 * (piece.layers * query) as f64;
+        let attention = 4.0 * (piece.layers.len() * query) as f64;
         let kv_bytes = piece.kv_bytes_per_token(shape) as f64;
         let (bandwidth, flops) = (node.join.bandwidth_bytes_per_s.max(1.0), node.join.flops_per_s.max(1.0));
-        let row_weights = (piece.layers * piece.layer_weights(shape)) as f64;
-        cost.weights_us = cost.weights_us.max(1e6 * piece.product_bytes(shape) / bandwidth);
-        cost.row_us = cost.row_us.max(1e6 * 2.0 * row_weights / flops);
+        let quantized_flops = node.join.quantized_flops_per_s.max(1.0);
+        let layers = shares.of(piece.rank, piece.layers);
+        let row_s =
+            2.0 * (layers.plain_weights as f64 / flops + layers.quantized_weights as f64 / quantized_flops);
+        cost.weights_us = cost.weights_us.max(1e6 * piece.product_bytes(&shares) as f64 / bandwidth);
+        cost.row_us = cost.row_us.max(1e6 * row_s);
         let position_s = (attention / flops).max(kv_bytes / bandwidth / POSITIONS_SHARED);
         cost.position_us = cost.position_us.max(1e6 * position_s);
     }

@@ -228,6 +228,7 @@ fn device_report(node: &Node) -> DeviceReport {
         memory: node.join.memory,
         bandwidth_bytes_per_s: node.join.bandwidth_bytes_per_s,
         flops_per_s: node.join.flops_per_s,
+        quantized_flops_per_s: node.join.quantized_flops_per_s,
         threads: node.join.threads,
         layers: node.join.layers,
     }

@@ -133,6 +133,7 @@ pub(crate) fn llama_1b() -> ModelShape {
         weights: ashlar_vocabulary::WeightTypes::uniform(ashlar_vocabulary::WeightType::F32, 16),
         kv_cache: ashlar_vocabulary::FloatType::F32,
         activations: ashlar_vocabulary::FloatType::F32,
+        vectors: ashlar_vocabulary::LayerVectors::default(),
     }
 }
 

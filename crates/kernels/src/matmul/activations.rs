@@ -3,8 +3,8 @@
 //! The scale is `max|x| / 127`; a block of zeros, or of numbers so small that 127/max overflows, is all zero. A block
 //! that holds an infinity or a NaN has the scale NaN, so that a model that has left its range shows it.
 
-use super::axis::{BLOCK, BlockAxis};
 use crate::lanes::{Int16, LANES, LaneKernel, Simd16};
+use ashlar_vocabulary::blocks::{BLOCK, BlockAxis};
 use std::ops::Range;
 
 /// 32-bit words of one row of one piece: 32 bytes, the scale, and two numbers for the format's zero and minimum.

@@ -1,6 +1,5 @@
 //! Quantised weights, packed at their true bits per weight.
 
-use super::axis::BlockAxis;
 use super::formats::{Flavour, Format, Scales, with_format, zero_point};
 use super::packed::PANEL;
 use crate::aligned::AlignedBuffer;
@@ -8,7 +7,9 @@ use crate::lanes::{Int16, LANES, LaneKernel, Simd16};
 use crate::pool::ThreadPool;
 use crate::strided::DisjointMut;
 use crate::{Isa, lanes};
-use ashlar_vocabulary::WeightType;
+use ashlar_vocabulary::blocks::BlockAxis;
+use ashlar_vocabulary::packed::group_bytes;
+use ashlar_vocabulary::{WeightType, packed};
 use std::convert::Infallible;
 use std::ops::Range;
 
@@ -53,7 +54,7 @@ impl BlockMatrix {
     /// If `data` has another length than such a matrix.
     pub(super) fn from_data(kind: WeightType, axis: BlockAxis, n: usize, data: AlignedBuffer) -> BlockMatrix {
         let offsets = offsets(kind, &axis);
-        assert_eq!(data.len(), words_at(&offsets, n), "{n} outputs of {kind} have another length");
+        assert_eq!(data.len(), words(kind, &axis, n), "{n} outputs of {kind} have another length");
         BlockMatrix { kind, axis, offsets, data }
     }
 
@@ -65,7 +66,7 @@ impl BlockMatrix {
         fill: impl FnOnce(&BlockMatrix, &DisjointMut<'_, u8>) -> Result<(), E>,
     ) -> Result<BlockMatrix, E> {
         let offsets = offsets(kind, &axis);
-        let mut data = AlignedBuffer::zeroed(words_at(&offsets, n));
+        let mut data = AlignedBuffer::zeroed(words(kind, &axis, n));
         let mut matrix = BlockMatrix { kind, axis, offsets, data: AlignedBuffer::zeroed(0) };
         fill(&matrix, &DisjointMut::new(data.as_bytes_mut()))?;
         matrix.data = data;
@@ -130,23 +131,18 @@ impl BlockMatrix {
 
 /// Where each group starts, in bytes per sixteen outputs, and where the last one ends.
 fn offsets(kind: WeightType, axis: &BlockAxis) -> Vec<usize> {
-    let bytes = |pieces: usize| with_format!(kind, F => F::header_bytes(pieces) + pieces * F::PIECE_BYTES);
     let mut offsets = vec![0];
     let mut end = 0;
     for group in axis.groups() {
-        end += bytes(group.pieces.len());
+        end += group_bytes(kind, group.pieces.len());
         offsets.push(end);
     }
     offsets
 }
 
-fn words_at(offsets: &[usize], n: usize) -> usize {
-    n.div_ceil(LANES) * offsets.last().copied().unwrap_or(0) / size_of::<f32>()
-}
-
 /// Length of the data of a matrix of `n` outputs, in words.
 pub(super) fn words(kind: WeightType, axis: &BlockAxis, n: usize) -> usize {
-    words_at(&offsets(kind, axis), n)
+    packed::block_bytes(kind, n, axis) / size_of::<f32>()
 }
 
 fn pack<F: Format>(
@@ -266,6 +262,21 @@ impl RowKernel<'_> {
                     let value = scale * quant as f32;
                     *out = if F::Flavour::MIN { value + second } else { value };
                 }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn groups_are_as_long_as_everybody_is_told() {
+        for kind in WeightType::ALL.into_iter().filter(|kind| kind.is_quantized()) {
+            for pieces in 1..=8 {
+                let length = with_format!(kind, F => F::header_bytes(pieces) + pieces * F::PIECE_BYTES);
+                assert_eq!(length, group_bytes(kind, pieces), "{kind}, {pieces} pieces");
             }
         }
     }

@@ -16,7 +16,7 @@ use crate::kernels::Kernels;
 use crate::lanes::{Int16, LANES, LaneKernel, Simd16};
 use crate::pool::ThreadPool;
 use crate::strided::DisjointMut;
-use ashlar_vocabulary::WeightType;
+use ashlar_vocabulary::{WeightType, packed};
 use std::ops::Range;
 use std::sync::atomic::{AtomicI32, Ordering};
 
@@ -297,9 +297,7 @@ pub(super) fn steps(kind: WeightType, parts: &[Range<usize>]) -> Vec<Range<usize
 
 /// Length of the data of a matrix of `n` outputs, in words.
 pub(super) fn words(kind: WeightType, n: usize, parts: &[Range<usize>]) -> usize {
-    let bytes = with_dense!(kind, D => D::BYTES);
-    let all_steps = steps(kind, parts).last().map_or(0, |part| part.end);
-    n.div_ceil(LANES) * LANES * all_steps * bytes / size_of::<f32>()
+    packed::plain_bytes(kind, n, parts) / size_of::<f32>()
 }
 
 fn pack<D: Dense>(

@@ -3,7 +3,6 @@
 //! A file has one row's blocks after another; a matrix has sixteen rows' words side by side. So most of packing is a
 //! transposition of words, and what is left are fields of a few bits that change places within words or between them.
 
-use super::axis::{BlockAxis, GROUP, Piece};
 use super::blocks::{BlockMatrix, BlockScale};
 use super::file_rows::{self, ReadRows};
 use super::formats::{Basic, Format, Q4K, Q5K, Q6K, Q8_0, QUADS, VECTOR, with_format};
@@ -11,7 +10,7 @@ use crate::kernels::Kernels;
 use crate::lanes::{Int16, LANES, LaneKernel, Simd16};
 use crate::strided::DisjointMut;
 use ashlar_vocabulary::WeightType;
-use std::ops::Range;
+use ashlar_vocabulary::blocks::{BlockAxis, GROUP, Piece};
 
 /// Bytes of the longest block in files, q6_k's.
 const BLOCK_BYTES_MAX: usize = 210;

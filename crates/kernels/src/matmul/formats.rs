@@ -4,9 +4,9 @@
 //! stored so that vector `j` of a piece (a *quad*) holds inputs 4j…4j+3 of sixteen outputs, four bytes per lane: what
 //! a dot product of bytes takes. They are unsigned; the format's zero is subtracted through the activations' sum.
 
-use super::axis::GROUP;
 use crate::lanes::{Int16, LANES, Simd16};
 use ashlar_vocabulary::WeightType;
+use ashlar_vocabulary::blocks::GROUP;
 
 /// Bytes of a vector.
 pub(super) const VECTOR: usize = 4 * LANES;

@@ -5,11 +5,11 @@
 //! added the same way. Blocks ascend; a block of q6_k counts as two.
 
 use super::activations::{Tiles, WORDS};
-use super::axis::GROUP;
 use super::blocks::BlockMatrix;
 use super::formats::{Flavour, Format, QUADS, Scales, VECTOR};
 use super::panel::Chain;
 use crate::lanes::{Int16, LANES, Simd16};
+use ashlar_vocabulary::blocks::GROUP;
 use std::marker::PhantomData;
 use std::ops::Range;
 

@@ -5,7 +5,6 @@
 //! that tile shapes, batch sizes and threads cannot show in the result.
 
 mod activations;
-mod axis;
 mod blocks;
 mod dense;
 mod file_blocks;
@@ -22,7 +21,7 @@ mod stored;
 mod tile;
 mod widen;
 
-pub use axis::{BlockAxis, Piece};
+pub use ashlar_vocabulary::blocks::{BlockAxis, Piece};
 pub use blocks::{BlockScale, QuantizedRow};
 pub use file_rows::{FileRows, ReadRows};
 pub use packed::PackedMatrix;

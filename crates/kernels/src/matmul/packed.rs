@@ -1,7 +1,6 @@
 //! Weights, packed so that a vector is sixteen neighbouring outputs.
 
 use super::activations;
-use super::axis::BlockAxis;
 use super::blocks::{BlockMatrix, QuantizedRow};
 use super::dense::DenseMatrix;
 use super::file_rows::ReadRows;
@@ -10,6 +9,7 @@ use crate::kernels::Kernels;
 use crate::lanes::LANES;
 use crate::pool::ThreadPool;
 use ashlar_vocabulary::WeightType;
+use ashlar_vocabulary::blocks::BlockAxis;
 use std::fmt;
 use std::ops::Range;
 

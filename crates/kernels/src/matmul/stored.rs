@@ -1,11 +1,11 @@
 //! A packed matrix as plain bytes, and back: for copies that outlive the process.
 
-use super::axis::BlockAxis;
 use super::blocks::{self, BlockMatrix};
 use super::dense::{self, DenseMatrix};
 use super::packed::{PackedMatrix, Store};
 use crate::aligned::AlignedBuffer;
 use ashlar_vocabulary::WeightType;
+use ashlar_vocabulary::blocks::BlockAxis;
 use std::ops::Range;
 
 /// The version of the packed bytes: raised whenever the same weights pack to other bytes, so that copies made before are

@@ -109,7 +109,7 @@ pub(super) fn notes(config: &ModelConfig) -> Vec<String> {
         ));
     }
     if architecture != "llama" {
-        if config.output_bias || config.mlp_bias {
+        if config.shape.vectors.output_bias || config.shape.vectors.feed_forward_bias {
             notes.push(format!(
                 "llama.cpp knows no biases of projections back to the residual stream in `{architecture}`: it will \
                  refuse the file"

@@ -25,7 +25,7 @@ use ashlar_model::{ModelConfig, RankSlice, hub};
 use ashlar_protocol::data::LinkFaults;
 use ashlar_shard_node::config::LinkConfig;
 use ashlar_shard_node::links::LinkSettings;
-use ashlar_shard_plan::Position;
+use ashlar_shard_plan::{Position, Shares};
 use ashlar_vocabulary::{Bytes, HeadSlice, LayerRange, ModelShape};
 use clap::Args;
 use layout::{Kind, RankSetup, Running};
@@ -78,7 +78,7 @@ pub(crate) struct LayoutArgs {
     /// How two tensor-parallel ranks exchange. Stages always send over loopback TCP.
     #[arg(long, value_enum, default_value_t = Transport::Shared)]
     transport: Transport,
-    /// Instruction set: avx512, avx2 or portable; default: the best.
+    /// Instruction set: avx512, avx512bw, avx2 or portable; default: the best.
     #[arg(long, value_parser = super::parse_isa)]
     isa: Option<Isa>,
     /// Print JSON.
@@ -216,18 +216,20 @@ fn others(args: &LayoutArgs, shape: &ModelShape) -> Result<Vec<Kind>> {
 
 /// Layers of the first of two stages, so that what the slower of both reads is least; the head counts.
 fn balanced_cut(shape: &ModelShape, spread_head: bool) -> usize {
-    let bytes = |layers: usize, stage: usize| {
-        Position { stage, stages: 2, spread_head }.piece(layers, 0, 1).product_bytes(shape)
+    let shares = Shares::new(shape, 1);
+    let bytes = |start: usize, end: usize, stage: usize| {
+        let position = Position { stage, stages: 2, spread_head };
+        position.piece(LayerRange { start, end }, 0, 1).product_bytes(&shares)
     };
-    let slower = |cut: usize| bytes(cut, 0).max(bytes(shape.num_layers - cut, 1));
-    (1..shape.num_layers).min_by(|&a, &b| slower(a).total_cmp(&slower(b))).unwrap_or(0)
+    let slower = |cut: usize| bytes(0, cut, 0).max(bytes(cut, shape.num_layers, 1));
+    (1..shape.num_layers).min_by_key(|&cut| slower(cut)).unwrap_or(0)
 }
 
 /// Memory of a layout: weights, cache and buffers of all its ranks.
 fn needs(config: &ModelConfig, plan: &Plan, kind: Kind) -> Bytes {
     let shape = &config.shape;
     let slices = kind.slices(shape);
-    let weights: Bytes = slices.iter().map(|slice| expected_bytes(config, slice)).sum();
+    let weights: Bytes = slices.iter().map(|slice| expected_bytes(shape, slice)).sum();
     let kv = plan.cache_blocks() * ashlar_kernels::BLOCK_TOKENS * kv_bytes_per_token(shape);
     weights + Bytes(kv as u64) + workspace_bytes(shape, plan.rows_max()) * slices.len() as u64
 }

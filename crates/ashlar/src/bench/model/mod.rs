@@ -70,7 +70,7 @@ pub(crate) struct ModelArgs {
     /// Measurements of each kind; medians are reported.
     #[arg(long, default_value_t = 3)]
     repeat: usize,
-    /// Instruction set: avx512, avx2 or portable; default: the best.
+    /// Instruction set: avx512, avx512bw, avx2 or portable; default: the best.
     #[arg(long, value_parser = super::parse_isa)]
     isa: Option<Isa>,
     /// Shell command of a peer's benchmark, to run in turn with ours.
@@ -110,7 +110,7 @@ pub(crate) fn run(args: &ModelArgs) -> Result<()> {
     let slice = RankSlice::whole(&shape);
     let rows = kinds.iter().map(|kind| kind.work.rows()).max().unwrap_or(1);
     let kv = Bytes((tables.blocks() * ashlar_kernels::BLOCK_TOKENS * kv_bytes_per_token(&shape)) as u64);
-    let needed = expected_bytes(&config, &slice) + kv + Machine::BYTES + workspace_bytes(&shape, rows);
+    let needed = expected_bytes(&shape, &slice) + kv + Machine::BYTES + workspace_bytes(&shape, rows);
     require_memory(needed, "choose a smaller model, fewer --batches or a shorter --context")?;
 
     let kernels = Kernels::new(

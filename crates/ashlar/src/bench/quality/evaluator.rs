@@ -41,7 +41,7 @@ impl Source {
 
     /// Memory of its weights.
     pub(super) fn weight_bytes(&self) -> Bytes {
-        expected_bytes(&self.config, &RankSlice::whole(self.shape()))
+        expected_bytes(self.shape(), &RankSlice::whole(self.shape()))
     }
 
     /// Memory that evaluating chunks of `chunk` tokens takes.

@@ -1,13 +1,13 @@
-//! How the inputs of a quantised matrix fall into blocks.
+//! How the inputs of a quantised matrix fall into blocks, wherever they are computed with or accounted for.
 
 use std::ops::Range;
 
 /// Inputs of a full block: they share one scale of the activations, and at least one of the weights.
-pub(crate) const BLOCK: usize = 32;
+pub const BLOCK: usize = 32;
 /// Inputs of a superblock.
-const SUPERBLOCK: usize = 256;
+pub const SUPERBLOCK: usize = 256;
 /// Most pieces of a group.
-pub(super) const GROUP: usize = 8;
+pub const GROUP: usize = 8;
 
 /// A block, or what a part's border left of one.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -20,8 +20,9 @@ pub struct Piece {
 
 /// Consecutive pieces of one superblock: the unit in which weights are stored.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Group {
-    pub(super) pieces: Range<usize>,
+pub struct Group {
+    /// Which of the axis's.
+    pub pieces: Range<usize>,
 }
 
 /// The input axis of a quantised matrix: blocks of 32 counted from the start of the *whole* axis, so that a rank that
@@ -83,6 +84,7 @@ impl BlockAxis {
     }
 
     /// Inputs.
+    #[inline]
     pub fn k(&self) -> usize {
         self.k
     }
@@ -93,25 +95,31 @@ impl BlockAxis {
     }
 
     /// Where in its block of 32 a piece begins.
-    pub(super) fn within(&self, piece: &Piece) -> usize {
+    pub fn within(&self, piece: &Piece) -> usize {
         (self.offset + piece.inputs.start) % BLOCK
     }
 
     /// Its parts.
+    #[inline]
     pub fn parts(&self) -> &[Range<usize>] {
         &self.parts
     }
 
     /// Its pieces, ascending.
+    #[inline]
     pub fn pieces(&self) -> &[Piece] {
         &self.pieces
     }
 
-    pub(super) fn part_pieces(&self, part: usize) -> Range<usize> {
+    /// The pieces of part `part`.
+    #[inline]
+    pub fn part_pieces(&self, part: usize) -> Range<usize> {
         self.part_pieces[part].clone()
     }
 
-    pub(super) fn groups(&self) -> &[Group] {
+    /// Its groups, ascending.
+    #[inline]
+    pub fn groups(&self) -> &[Group] {
         &self.groups
     }
 }

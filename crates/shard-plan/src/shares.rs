@@ -1,0 +1,88 @@
+//! What the ranks of a stage hold of every layer: worked out once, for a plan asks for many ranges of layers.
+
+use ashlar_vocabulary::{AxisCut, LayerRange, ModelShape, WeightType};
+
+/// A model, cut for groups of so many ranks.
+#[derive(Debug, Clone)]
+pub struct Shares<'a> {
+    /// What it looks like.
+    pub shape: &'a ModelShape,
+    /// For every rank the sums over layers before the first, the second, … and over all.
+    before: Vec<Vec<LayerShare>>,
+}
+
+/// One rank's part of some layers.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub struct LayerShare {
+    /// Bytes, as they lie in memory.
+    pub bytes: u64,
+    /// Weights that are multiplied with as floats.
+    pub plain_weights: u64,
+    /// Weights that are multiplied with as integers.
+    pub quantized_weights: u64,
+}
+
+impl<'a> Shares<'a> {
+    /// The shares of each of `tensor_parallel_size` ranks.
+    pub fn new(shape: &'a ModelShape, tensor_parallel_size: usize) -> Shares<'a> {
+        let sums = |rank: usize| {
+            let mut sum = LayerShare::default();
+            let mut before = vec![sum];
+            for layer in 0..shape.num_layers {
+                let own = one_layer(shape, layer, rank, tensor_parallel_size);
+                sum.bytes += own.bytes;
+                sum.plain_weights += own.plain_weights;
+                sum.quantized_weights += own.quantized_weights;
+                before.push(sum);
+            }
+            before
+        };
+        Shares { shape, before: (0..tensor_parallel_size).map(sums).collect() }
+    }
+
+    /// Ranks of a group.
+    pub fn ranks(&self) -> usize {
+        self.before.len()
+    }
+
+    /// What rank `rank` holds of `layers`.
+    pub fn of(&self, rank: usize, layers: LayerRange) -> LayerShare {
+        let (start, end) = (self.before[rank][layers.start], self.before[rank][layers.end]);
+        LayerShare {
+            bytes: end.bytes - start.bytes,
+            plain_weights: end.plain_weights - start.plain_weights,
+            quantized_weights: end.quantized_weights - start.quantized_weights,
+        }
+    }
+
+    /// Whether both ranges are the same to every rank.
+    pub fn alike(&self, a: LayerRange, b: LayerRange) -> bool {
+        let types = |range: LayerRange| &self.shape.weights.layers[range.start..range.end];
+        a.len() == b.len() && types(a) == types(b)
+    }
+}
+
+fn one_layer(shape: &ModelShape, layer: usize, rank: usize, tensor_parallel_size: usize) -> LayerShare {
+    let len = |cut: AxisCut| cut.rank(rank, tensor_parallel_size).len();
+    let (query, key, wide) =
+        (len(shape.attention_cut()), len(shape.key_cut()), len(shape.feed_forward_cut()));
+    let types = &shape.weights.layers[layer];
+    let products = [
+        (types.query, query),
+        (types.key, key),
+        (types.value, key),
+        (types.output, query),
+        (types.gate, wide),
+        (types.up, wide),
+        (types.down, wide),
+    ];
+    let weights = |wanted: &dyn Fn(WeightType) -> bool| {
+        let of_type = products.iter().filter(|(kind, _)| wanted(*kind));
+        of_type.map(|(_, width)| (width * shape.hidden_size) as u64).sum()
+    };
+    LayerShare {
+        bytes: shape.layer_bytes(layer, rank, tensor_parallel_size) as u64,
+        plain_weights: weights(&|kind| !kind.is_quantized()),
+        quantized_weights: weights(&|kind| kind.is_quantized()),
+    }
+}
