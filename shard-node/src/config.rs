@@ -101,11 +101,12 @@ impl From<CachePlace> for CacheConfig {
     }
 }
 
-/// How a node exchanges with the other ranks of its tensor-parallel group. Unknown keys are refused.
+/// How a node exchanges with the other ranks of its tensor-parallel group, and slices of the logits with ranks of other stages.
+/// Unknown keys are refused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct LinkConfig {
-    /// Whether to exchange through shared memory where all ranks of the group run on one host, as one user.
+    /// Whether to exchange through shared memory where the ranks run on one host, as one user.
     pub shared_memory: bool,
     /// How long a rank that waits for another spins before it sleeps, in microseconds; default: by the cores there are.
     pub spin_us: Option<u64>,

@@ -4,7 +4,7 @@ use crate::beat::Beat;
 use crate::config::{CacheConfig, NodeConfig};
 use crate::copies::{Copies, Wanted};
 use crate::fence::Fence;
-use crate::head::{HeadService, HeadSetup};
+use crate::head::{HeadService, Wake};
 use crate::links::{Inbound, LinkBreaker, LinkSettings, Links, PendingLinks, Waiting};
 use crate::sampling::Samplers;
 use crate::sequencer::{Effect, Event, Row, Sequencer, StepWork};
@@ -211,9 +211,9 @@ impl Executor {
             shared_memory: self.config.links.shared_memory,
             spin: self.config.links.spin(ranks, self.kernels.threads()),
         };
-        let links = PendingLinks::connect(&assignment, settings)
-            .map_err(|error| format!("cannot reach another rank: {error}"))?;
         let model = &loaded.model;
+        let links = PendingLinks::connect(&assignment, &model.config().shape, settings)
+            .map_err(|error| format!("cannot reach another rank: {error}"))?;
         let last = model.slice().last;
         let rows = assignment.max_num_batched_tokens as usize;
         Ok(Place {
@@ -289,6 +289,7 @@ impl Executor {
             layers: slice.layers,
             tensor_rank: assignment.tensor_rank,
             tensor_parallel_size: assignment.tensor_parallel_size,
+            head: assignment.head,
         }));
         self.loaded = Some(Loaded { digest, model, compiler });
         Ok(())
@@ -315,23 +316,26 @@ impl Executor {
         }
         let Some(mut place) = self.place.take() else { return };
         let PlaceLinks::Pending(pending, _) = place.links else { return };
-        let row_values = self.loaded.as_ref().map_or(0, |loaded| loaded.model.config().shape.hidden_size);
         let (commands, queued) = (self.commands.clone(), self.head_rows_queued.clone());
-        let wake = Arc::new(move || {
+        let wake = Wake::new(move || {
             // Where the queue is full the thread has work, and looks for rows after each piece of it.
             if !queued.swap(true, Ordering::AcqRel) && commands.try_send(Command::HeadRows).is_err() {
                 queued.store(false, Ordering::Release);
             }
         });
-        match pending.finish(&self.breaker, &self.beat, &HeadSetup { row_values, wake }) {
+        match pending.finish(&self.breaker, &self.beat, wake) {
             Err(error) => self.fail(revision, format!("a link broke while it was made: {error}")),
             Ok(links) => {
                 if let Some(transport) = links.group.transport() {
                     info!(%revision, "{transport}");
                 }
+                for (index, transport) in links.head_ranks.transports().enumerate() {
+                    info!(%revision, "slice {index} of the head comes {transport}");
+                }
+                let of_links = links.bytes();
                 place.links = PlaceLinks::Up(Box::new(links));
                 let weights = self.loaded.as_ref().map_or(Bytes(0), |loaded| loaded.model.bytes());
-                let reserved = weights + place.cache.bytes() + place.work.bytes();
+                let reserved = weights + place.cache.bytes() + place.work.bytes() + of_links;
                 self.place = Some(place);
                 let resident = ashlar_service_kit::memory::resident_bytes().unwrap_or_default();
                 self.send(FromNode::Ready { revision, reserved, resident });

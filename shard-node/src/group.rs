@@ -11,10 +11,11 @@ mod memory;
 mod sockets;
 
 use crate::beat::Beat;
+use crate::links::LinkSettings;
 use agreement::Agreed;
 use ashlar_model::{Collective, CollectiveError};
-use ashlar_protocol::data::LinkFaults;
-use ashlar_vocabulary::{ReplicaRevision, StepId};
+use ashlar_shared_memory::Exchange;
+use ashlar_vocabulary::{Bytes, ReplicaRevision, StepId};
 use memory::MemoryGroup;
 use sockets::SocketGroup;
 use std::fmt;
@@ -73,11 +74,12 @@ impl Group {
         rank: usize,
         revision: ReplicaRevision,
         agreed: Agreed,
-        faults: LinkFaults,
+        settings: LinkSettings,
         beat: Beat,
     ) -> io::Result<Group> {
-        let size = agreed.peers.len() + 1;
-        let (way, why_sockets) = match agreed.exchange {
+        let (size, faults) = (agreed.peers.len() + 1, settings.faults);
+        let exchange = agreed.memory.map(|memory| Exchange::new(memory, settings.spin));
+        let (way, why_sockets) = match exchange {
             Ok(exchange) => (Way::Memory(MemoryGroup::start(exchange, agreed.peers, faults, beat)?), None),
             Err(reason) => {
                 let sockets = SocketGroup::new(rank, revision, agreed.peers, faults, beat)?;
@@ -94,6 +96,14 @@ impl Group {
             None => GroupTransport::SharedMemory { ranks },
             Some(reason) => GroupTransport::Sockets { ranks, reason: reason.clone() },
         })
+    }
+
+    /// Memory that it reserves: what its ranks share is counted on rank 0, which has made it.
+    pub fn bytes(&self) -> Bytes {
+        match &self.way {
+            Way::Memory(memory) if self.rank == 0 => memory.bytes(),
+            Way::Memory(_) | Way::Sockets(_) => Bytes(0),
+        }
     }
 
     /// Starts counting exchanges for `step`.

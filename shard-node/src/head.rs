@@ -5,14 +5,18 @@
 //! A rank answers between two layers of whatever it computes, and while it waits: no collective is part of it, and an
 //! answer needs nothing but the rows. The rank that samples therefore waits only for ranks of earlier stages, which wait only
 //! for stages before themselves, and the first one for nobody: there is no circle.
+//!
+//! Rows travel over a connection. So do slices, unless both ranks are on one host: then they are left in memory that the two
+//! share, and only their announcement travels.
 
 use crate::beat::Beat;
 use crate::links::Sender;
 use ashlar_model::stage::LOGIT_ROWS_MAX;
-use ashlar_model::{HeadError, HeadRanks, StageModel};
+use ashlar_model::{HeadError, HeadRanks, LogitColumns, StageModel};
 use ashlar_protocol::data::{DataLink, LinkFaults, PayloadHeader, PayloadKind};
 use ashlar_protocol::frame::FrameError;
-use ashlar_vocabulary::{ReplicaRevision, StepId};
+use ashlar_shared_memory::{Mailbox, MailboxError, Memory};
+use ashlar_vocabulary::{Bytes, ReplicaRevision, StepId};
 use std::fmt;
 use std::net::{Shutdown, TcpStream};
 use std::sync::{Arc, mpsc};
@@ -22,18 +26,50 @@ use tracing::warn;
 /// Chunks of rows waiting for the compute thread: an honest rank that samples never has more than one.
 const ASKED_QUEUE: usize = 2;
 
-/// How a rank's part in a spread head is set up.
+/// Called, on a thread of the link's own, when rows have arrived: wakes the compute thread if it waits for work.
 #[derive(Clone)]
-pub struct HeadSetup {
-    /// Values of one row: the hidden size.
-    pub row_values: usize,
-    /// Called, on a thread of the link's own, when rows have arrived: wakes the compute thread if it waits for work.
-    pub wake: Arc<dyn Fn() + Send + Sync>,
+pub struct Wake(Arc<dyn Fn() + Send + Sync>);
+
+impl Wake {
+    /// Wakes the compute thread by calling `how`.
+    pub fn new(how: impl Fn() + Send + Sync + 'static) -> Wake {
+        Wake(Arc::new(how))
+    }
 }
 
-impl fmt::Debug for HeadSetup {
+impl fmt::Debug for Wake {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("HeadSetup").field("row_values", &self.row_values).finish_non_exhaustive()
+        f.write_str("Wake")
+    }
+}
+
+/// Values of what travels for a slice of the head.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct SliceValues {
+    /// Of one row: the hidden size.
+    pub(crate) row: usize,
+    /// Of the slice of its logits.
+    pub(crate) slice: usize,
+}
+
+/// How a slice of the logits travels, in words for the log.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum HeadTransport {
+    /// Through memory that both ranks share.
+    SharedMemory,
+    /// Over their connection.
+    Socket {
+        /// Why not through memory.
+        reason: String,
+    },
+}
+
+impl fmt::Display for HeadTransport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            HeadTransport::SharedMemory => f.write_str("through shared memory"),
+            HeadTransport::Socket { reason } => write!(f, "over a socket: {reason}"),
+        }
     }
 }
 
@@ -52,10 +88,20 @@ pub struct HeadService {
     asked: mpsc::Receiver<Asked>,
     /// Buffers on their way back to the thread that fills them.
     spare: mpsc::SyncSender<Vec<f32>>,
-    answers: Sender,
+    answers: Answers,
+    values: SliceValues,
     slice: Vec<f32>,
     spent: Duration,
     socket: TcpStream,
+}
+
+/// How slices go back.
+#[derive(Debug)]
+enum Answers {
+    /// Left in memory, and announced on the connection.
+    Memory(Mailbox, DataLink),
+    /// On a thread of its own: the rank that samples reads them while it computes, or later.
+    Socket(Sender),
 }
 
 impl HeadService {
@@ -63,18 +109,38 @@ impl HeadService {
     /// too, and its failure is everybody's.
     pub(crate) fn start(
         socket: TcpStream,
+        memory: Option<Memory>,
         revision: ReplicaRevision,
         faults: LinkFaults,
-        setup: HeadSetup,
+        (values, wake): (SliceValues, Wake),
     ) -> std::io::Result<HeadService> {
         let (queue, asked) = mpsc::sync_channel(ASKED_QUEUE);
         let (spare, spares) = mpsc::sync_channel(ASKED_QUEUE);
-        let answers = Sender::start(DataLink::new(socket.try_clone()?, faults)?);
+        for _ in 0..ASKED_QUEUE {
+            // There is room for just these.
+            let _ = spare.try_send(Vec::with_capacity(LOGIT_ROWS_MAX * values.row));
+        }
+        let back = DataLink::new(socket.try_clone()?, faults)?;
+        let answers = match memory {
+            Some(memory) => Answers::Memory(Mailbox::new(memory), back),
+            None => Answers::Socket(Sender::start(back)),
+        };
         let link = DataLink::new(socket.try_clone()?, faults)?;
         std::thread::Builder::new()
             .name("head-rows".into())
-            .spawn(move || read_rows(link, revision, &setup, &queue, &spares))?;
-        Ok(HeadService { revision, asked, spare, answers, slice: Vec::new(), spent: Duration::ZERO, socket })
+            .spawn(move || read_rows(link, revision, (values.row, wake), &queue, &spares))?;
+        let slice = Vec::with_capacity(LOGIT_ROWS_MAX * values.slice);
+        Ok(HeadService { revision, asked, spare, answers, values, slice, spent: Duration::ZERO, socket })
+    }
+
+    /// Memory that it reserves: rows arriving and in work, a slice computed, and where slices travel over a socket another on
+    /// its way. Memory that is shared is counted on the rank that samples, which has made it.
+    pub fn bytes(&self) -> Bytes {
+        let slices = match self.answers {
+            Answers::Memory(..) => 1,
+            Answers::Socket(_) => 2,
+        };
+        Bytes(4 * (LOGIT_ROWS_MAX * (ASKED_QUEUE * self.values.row + slices * self.values.slice)) as u64)
     }
 
     /// Answers what has been asked so far; returns at once where nothing has.
@@ -85,7 +151,14 @@ impl HeadService {
             self.slice.resize(count * model.head_width(), 0.0);
             model.head_slice(&rows, &mut self.slice);
             let header = PayloadHeader { kind: PayloadKind::Logits, revision: self.revision, step, sequence };
-            self.answers.send(header, &self.slice)?;
+            match &mut self.answers {
+                Answers::Memory(mailbox, link) => {
+                    mailbox.post(label(header), &self.slice, model.head_width()).map_err(unusable)?;
+                    // No more than a header, and the last one has been read: this cannot block.
+                    link.send(header, &[])?;
+                }
+                Answers::Socket(sender) => sender.send(header, &self.slice)?,
+            }
             // A full return queue only means that this buffer is freed.
             let _ = self.spare.try_send(rows);
             self.spent += started.elapsed();
@@ -110,19 +183,19 @@ impl Drop for HeadService {
 fn read_rows(
     mut link: DataLink,
     revision: ReplicaRevision,
-    setup: &HeadSetup,
+    (row_values, wake): (usize, Wake),
     queue: &mpsc::SyncSender<Asked>,
     spares: &mpsc::Receiver<Vec<f32>>,
 ) {
     loop {
         let mut rows = spares.try_recv().unwrap_or_default();
-        let limits = (setup.row_values, LOGIT_ROWS_MAX);
+        let limits = (row_values, LOGIT_ROWS_MAX);
         match link.receive_any((PayloadKind::HeadRows, revision), limits, &mut rows, &mut || Ok(())) {
             Ok((step, sequence)) => {
                 if queue.send(Asked { step, sequence, rows }).is_err() {
                     return;
                 }
-                (setup.wake)();
+                (wake.0)();
             }
             Err(error) => {
                 if !matches!(error, FrameError::Closed) {
@@ -136,12 +209,23 @@ fn read_rows(
     }
 }
 
+/// Names a chunk of rows in a mailbox: steps of one layout, and few chunks in each.
+fn label(header: PayloadHeader) -> u64 {
+    header.step.0 << 20 ^ u64::from(header.sequence)
+}
+
+fn unusable(error: MailboxError) -> FrameError {
+    FrameError::Io(std::io::Error::new(std::io::ErrorKind::InvalidData, error))
+}
+
 /// Rank 0 of the last stage: its links to the ranks of earlier stages, in the order of their slices. None where the head is
 /// not spread.
 #[derive(Debug)]
 pub struct HeadLinks {
     revision: ReplicaRevision,
-    links: Vec<DataLink>,
+    links: Vec<HeadLink>,
+    /// A slice that arrives over a connection.
+    arriving: Vec<f32>,
     beat: Beat,
     step: StepId,
     /// Counts chunks of rows within the step.
@@ -149,9 +233,35 @@ pub struct HeadLinks {
     spent: Duration,
 }
 
+/// One rank of an earlier stage.
+#[derive(Debug)]
+pub(crate) struct HeadLink {
+    pub(crate) link: DataLink,
+    /// Where its slices are left, or why they travel over the connection.
+    pub(crate) mailbox: Result<Mailbox, String>,
+    /// Values of its slice of a row.
+    pub(crate) slice_values: usize,
+}
+
 impl HeadLinks {
-    pub(crate) fn new(revision: ReplicaRevision, links: Vec<DataLink>, beat: Beat) -> HeadLinks {
-        HeadLinks { revision, links, beat, step: StepId(0), sequence: 0, spent: Duration::ZERO }
+    pub(crate) fn new(revision: ReplicaRevision, links: Vec<HeadLink>, beat: Beat) -> HeadLinks {
+        let over_sockets = links.iter().filter(|link| link.mailbox.is_err()).map(|link| link.slice_values);
+        let arriving = vec![0.0; LOGIT_ROWS_MAX * over_sockets.max().unwrap_or(0)];
+        HeadLinks { revision, links, arriving, beat, step: StepId(0), sequence: 0, spent: Duration::ZERO }
+    }
+
+    /// Memory that it reserves: what it shares with other ranks, and where a slice that travels over a socket arrives.
+    pub fn bytes(&self) -> Bytes {
+        let shared = self.links.iter().filter_map(|link| link.mailbox.as_ref().ok()).map(Mailbox::bytes);
+        Bytes((shared.sum::<usize>() + 4 * self.arriving.len()) as u64)
+    }
+
+    /// How each slice of an earlier stage travels, in their order.
+    pub fn transports(&self) -> impl Iterator<Item = HeadTransport> {
+        self.links.iter().map(|link| match &link.mailbox {
+            Ok(_) => HeadTransport::SharedMemory,
+            Err(reason) => HeadTransport::Socket { reason: reason.clone() },
+        })
     }
 
     /// Starts counting chunks for `step`.
@@ -167,6 +277,26 @@ impl HeadLinks {
     fn header(&self, kind: PayloadKind) -> PayloadHeader {
         PayloadHeader { kind, revision: self.revision, step: self.step, sequence: self.sequence }
     }
+
+    fn receive(&mut self, index: usize, mut slice: LogitColumns<'_>) -> Result<(), FrameError> {
+        let header = self.header(PayloadKind::Logits);
+        let beat = &self.beat;
+        let HeadLink { link, mailbox, .. } = self.links.get_mut(index).ok_or(FrameError::Closed)?;
+        let (rows, width) = (slice.rows(), slice.width());
+        match mailbox {
+            Ok(mailbox) => {
+                link.receive(header, &mut [], &mut || beat.tick())?;
+                let post = mailbox.take(label(header), rows, width).map_err(unusable)?;
+                slice.iter_mut().enumerate().for_each(|(index, row)| post.read(index, row));
+            }
+            Err(_) => {
+                let arriving = self.arriving.get_mut(..rows * width).ok_or(FrameError::Corrupt)?;
+                link.receive(header, arriving, &mut || beat.tick())?;
+                slice.copy_from(arriving);
+            }
+        }
+        Ok(())
+    }
 }
 
 impl HeadRanks for HeadLinks {
@@ -174,19 +304,16 @@ impl HeadRanks for HeadLinks {
         let started = Instant::now();
         self.sequence += 1;
         let header = self.header(PayloadKind::HeadRows);
-        for (index, link) in self.links.iter_mut().enumerate() {
+        for (index, HeadLink { link, .. }) in self.links.iter_mut().enumerate() {
             link.send(header, rows).map_err(|error| lost(index, &error))?;
         }
         self.spent += started.elapsed();
         Ok(())
     }
 
-    fn collect(&mut self, index: usize, slice: &mut [f32]) -> Result<(), HeadError> {
+    fn collect(&mut self, index: usize, slice: LogitColumns<'_>) -> Result<(), HeadError> {
         let started = Instant::now();
-        let header = self.header(PayloadKind::Logits);
-        let beat = &self.beat;
-        let link = self.links.get_mut(index).ok_or_else(|| lost(index, &FrameError::Closed))?;
-        link.receive(header, slice, &mut || beat.tick()).map_err(|error| lost(index, &error))?;
+        self.receive(index, slice).map_err(|error| lost(index, &error))?;
         self.spent += started.elapsed();
         Ok(())
     }

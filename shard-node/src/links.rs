@@ -6,11 +6,13 @@ use crate::activations::{ActivationReceiver, ActivationSender, RowFormat};
 use crate::beat::Beat;
 use crate::group::Group;
 use crate::group::agreement::{Agreed, Agreement, AgreementError};
-use crate::head::{HeadLinks, HeadService, HeadSetup};
+use crate::head::{HeadLink, HeadLinks, HeadService, SliceValues, Wake};
+use ashlar_model::stage::LOGIT_ROWS_MAX;
 use ashlar_protocol::data::{DataLink, LinkFaults, LinkHello, LinkPurpose, PayloadHeader};
 use ashlar_protocol::frame::{self, FrameError};
 use ashlar_protocol::membership::Assignment;
-use ashlar_vocabulary::{FloatType, ReplicaRevision};
+use ashlar_shared_memory::{Geometry, Mailbox, Memory, SLOT_VALUES};
+use ashlar_vocabulary::{Bytes, FloatType, ModelShape, ReplicaRevision};
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::net::{Shutdown, TcpStream, ToSocketAddrs};
@@ -114,12 +116,20 @@ pub struct Links {
     pub head_ranks: HeadLinks,
 }
 
+impl Links {
+    /// Memory that they reserve, shared memory included. Activations on their way are not in it.
+    pub fn bytes(&self) -> Bytes {
+        let service = self.head_service.as_ref().map_or(Bytes(0), HeadService::bytes);
+        self.group.bytes() + service + self.head_ranks.bytes()
+    }
+}
+
 /// How a rank's links are made.
 #[derive(Debug, Clone, Copy)]
 pub struct LinkSettings {
     /// Deliberate trouble.
     pub faults: LinkFaults,
-    /// Whether the group may exchange through shared memory.
+    /// Whether ranks may exchange through shared memory.
     pub shared_memory: bool,
     /// How long a rank that waits in shared memory spins before it sleeps.
     pub spin: Duration,
@@ -134,6 +144,14 @@ pub enum LinkError {
     /// The group did not come to an agreement.
     #[error(transparent)]
     Agreement(#[from] AgreementError),
+    /// The rank that samples and one with a slice of the head did not come to an agreement.
+    #[error("it was not agreed how slice {index} of the head travels: {source}")]
+    HeadAgreement {
+        /// Which slice.
+        index: usize,
+        /// Why.
+        source: FrameError,
+    },
 }
 
 /// Links being made: outbound ones stand, inbound ones may still be missing.
@@ -149,24 +167,74 @@ pub struct PendingLinks {
     rank: usize,
     size: usize,
     group: PendingGroup,
+    /// What travels for each slice of the head.
+    head: Vec<SliceValues>,
     /// To the rank that samples, for a rank of an earlier stage that holds a slice of the head.
-    sampler: Option<TcpStream>,
+    sampler: Option<(usize, Pending)>,
     /// How many such ranks this one, which samples, is to hear from.
     head_ranks_wanted: usize,
-    head_ranks: BTreeMap<usize, TcpStream>,
+    head_ranks: BTreeMap<usize, Pending>,
 }
 
 /// How far a group has come.
 #[derive(Debug)]
 enum PendingGroup {
     Connecting(BTreeMap<usize, TcpStream>),
+    Connected(Pending),
+}
+
+/// Ranks that are connected.
+#[derive(Debug)]
+enum Pending {
     Agreeing(Agreement),
     Done(Result<Agreed, AgreementError>),
 }
 
+impl Pending {
+    /// Takes the agreement's outcome if it has come; whether it has.
+    fn is_done(&mut self) -> bool {
+        if let Pending::Agreeing(agreement) = self
+            && let Some(outcome) = agreement.outcome()
+        {
+            *self = Pending::Done(outcome);
+        }
+        matches!(self, Pending::Done(_))
+    }
+
+    fn outcome(self) -> Result<Agreed, AgreementError> {
+        match self {
+            Pending::Done(outcome) => outcome,
+            Pending::Agreeing(_) => Err(AgreementError { rank: 0, source: FrameError::Closed }),
+        }
+    }
+}
+
+/// The rank that samples leads the agreement, a rank with a slice follows it.
+const SAMPLER: usize = 0;
+const HEAD_RANK: usize = 1;
+
+/// Between the rank that samples and one with a slice of the head: how the slice travels.
+fn agree_on_slice(own: usize, socket: TcpStream, values: SliceValues, settings: LinkSettings) -> Pending {
+    let other = SAMPLER + HEAD_RANK - own;
+    let geometry = Mailbox::geometry(LOGIT_ROWS_MAX, values.slice);
+    Pending::Agreeing(Agreement::start(own, BTreeMap::from([(other, socket)]), geometry, settings))
+}
+
+/// The connection of such an agreement, and what the two share or why nothing.
+fn agreed_on_slice(index: usize, pending: Pending) -> Result<(TcpStream, Result<Memory, String>), LinkError> {
+    let lost = |source| LinkError::HeadAgreement { index, source };
+    let agreed = pending.outcome().map_err(|error| lost(error.source))?;
+    let socket = agreed.peers.into_values().next().ok_or(lost(FrameError::Closed))?;
+    Ok((socket, agreed.memory))
+}
+
 impl PendingLinks {
     /// Connects to the next stage, to the lower ranks of the group and to the rank that samples.
-    pub fn connect(assignment: &Assignment, settings: LinkSettings) -> Result<PendingLinks, FrameError> {
+    pub fn connect(
+        assignment: &Assignment,
+        shape: &ModelShape,
+        settings: LinkSettings,
+    ) -> Result<PendingLinks, FrameError> {
         let hello = |purpose| LinkHello { term: assignment.term, revision: assignment.revision, purpose };
         let rank = assignment.tensor_rank.0 as usize;
         let mut peers = BTreeMap::new();
@@ -179,17 +247,22 @@ impl PendingLinks {
             None => None,
         };
         let size = (assignment.tensor_parallel_size as usize).max(1);
-        let sampler = match (&assignment.sampler, assignment.head) {
-            (Some(address), Some(head)) => {
-                let purpose = LinkPurpose::Head { index: head.index as u32 };
-                Some(connect(address, &hello(purpose))?)
-            }
-            _ => None,
-        };
+        let slices = assignment.head.iter().flat_map(|head| head.all_rows(shape));
+        let head: Vec<SliceValues> =
+            slices.map(|rows| SliceValues { row: shape.hidden_size, slice: rows.len() }).collect();
+        let mut sampler = None;
+        if let (Some(address), Some(slice)) = (&assignment.sampler, assignment.head)
+            && let Some(&values) = head.get(slice.index)
+        {
+            let purpose = LinkPurpose::Head { index: slice.index as u32 };
+            let socket = connect(address, &hello(purpose))?;
+            sampler = Some((slice.index, agree_on_slice(HEAD_RANK, socket, values, settings)));
+        }
         let samples = assignment.sampler.is_none() && rank == 0;
         let head_ranks_wanted =
             assignment.head.filter(|_| samples).map_or(0, |head| head.of.saturating_sub(size));
         Ok(PendingLinks {
+            head,
             sampler,
             head_ranks_wanted,
             head_ranks: BTreeMap::new(),
@@ -210,11 +283,11 @@ impl PendingLinks {
         if self.needs_previous && self.previous.is_none() {
             self.previous = waiting.take(self.revision, LinkPurpose::Activations);
         }
-        for index in 0..self.head_ranks_wanted {
+        for (index, &values) in self.head.iter().enumerate().take(self.head_ranks_wanted) {
             if let Entry::Vacant(slot) = self.head_ranks.entry(index)
                 && let Some(socket) = waiting.take(self.revision, LinkPurpose::Head { index: index as u32 })
             {
-                slot.insert(socket);
+                slot.insert(agree_on_slice(SAMPLER, socket, values, self.settings));
             }
         }
         if let PendingGroup::Connecting(peers) = &mut self.group {
@@ -227,20 +300,24 @@ impl PendingLinks {
                 }
             }
             if peers.len() + 1 == self.size {
-                let peers = std::mem::take(peers);
-                self.group = PendingGroup::Agreeing(Agreement::start(self.rank, peers, self.settings));
+                let (peers, geometry) = (std::mem::take(peers), Geometry::new(self.size, SLOT_VALUES));
+                let agreement = Agreement::start(self.rank, peers, geometry, self.settings);
+                self.group = PendingGroup::Connected(Pending::Agreeing(agreement));
             }
         }
-        if let PendingGroup::Agreeing(agreement) = &mut self.group
-            && let Some(outcome) = agreement.outcome()
-        {
-            self.group = PendingGroup::Done(outcome);
-        }
-        self.is_connected() && matches!(self.group, PendingGroup::Done(_))
+        let group = match &mut self.group {
+            PendingGroup::Connecting(_) => false,
+            PendingGroup::Connected(pending) => pending.is_done(),
+        };
+        let sampler = self.sampler.as_mut().is_none_or(|(_, pending)| pending.is_done());
+        // All of them are looked at, so that each gets on.
+        let ranks =
+            self.head_ranks.values_mut().filter_map(|pending| (!pending.is_done()).then_some(())).count();
+        group && sampler && ranks == 0 && self.is_connected()
     }
 
-    /// Whether every connection stands. What may still be missing is the group's agreement, which ends by itself: it waits
-    /// only for ranks whose connections stand, and ends with them.
+    /// Whether every connection stands. What may still be missing are agreements, which end by themselves: they wait only for
+    /// ranks whose connections stand, and end with them.
     pub fn is_connected(&self) -> bool {
         (!self.needs_previous || self.previous.is_some())
             && self.head_ranks.len() == self.head_ranks_wanted
@@ -248,22 +325,25 @@ impl PendingLinks {
     }
 
     /// The finished links.
-    pub fn finish(self, breaker: &LinkBreaker, beat: &Beat, head: &HeadSetup) -> Result<Links, LinkError> {
+    pub fn finish(self, breaker: &LinkBreaker, beat: &Beat, wake: Wake) -> Result<Links, LinkError> {
         let open = |socket: TcpStream| -> Result<DataLink, FrameError> {
             breaker.register(&socket)?;
             Ok(DataLink::new(socket, self.settings.faults)?)
         };
         let agreed = match self.group {
-            PendingGroup::Done(outcome) => outcome?,
-            PendingGroup::Connecting(_) | PendingGroup::Agreeing(_) => return Err(FrameError::Closed.into()),
+            PendingGroup::Connected(pending) => pending.outcome()?,
+            PendingGroup::Connecting(_) => return Err(FrameError::Closed.into()),
         };
         let rows = RowFormat { revision: self.revision, kind: self.activations };
         let previous = self.previous.map(&open).transpose()?;
         let next = self.next.map(&open).transpose()?.map(|link| ActivationSender::start(link, rows));
+        let (revision, faults) = (self.revision, self.settings.faults);
         let head_service = match self.sampler {
-            Some(socket) => {
+            Some((index, pending)) => {
+                let (socket, memory) = agreed_on_slice(index, pending)?;
                 breaker.register(&socket).map_err(FrameError::Io)?;
-                let service = HeadService::start(socket, self.revision, self.settings.faults, head.clone());
+                let values = *self.head.get(index).ok_or(FrameError::Closed)?;
+                let service = HeadService::start(socket, memory.ok(), revision, faults, (values, wake));
                 Some(service.map_err(FrameError::Io)?)
             }
             None => None,
@@ -271,13 +351,18 @@ impl PendingLinks {
         if let (Some(_), Some(previous)) = (&head_service, &previous) {
             previous.set_patience(HEAD_PATIENCE).map_err(FrameError::Io)?;
         }
-        let head_links = self.head_ranks.into_values().map(&open).collect::<Result<Vec<_>, _>>()?;
-        let head_ranks = HeadLinks::new(self.revision, head_links, beat.clone());
+        let mut head_links = Vec::with_capacity(self.head_ranks.len());
+        for ((index, pending), values) in self.head_ranks.into_iter().zip(&self.head) {
+            let (socket, memory) = agreed_on_slice(index, pending)?;
+            let (link, mailbox) = (open(socket)?, memory.map(Mailbox::new));
+            head_links.push(HeadLink { link, mailbox, slice_values: values.slice });
+        }
+        let head_ranks = HeadLinks::new(revision, head_links, beat.clone());
         for socket in agreed.peers.values() {
             breaker.register(socket).map_err(FrameError::Io)?;
         }
-        let group = Group::new(self.rank, self.revision, agreed, self.settings.faults, beat.clone())
-            .map_err(FrameError::Io)?;
+        let group =
+            Group::new(self.rank, revision, agreed, self.settings, beat.clone()).map_err(FrameError::Io)?;
         let previous = previous.map(|link| ActivationReceiver::new(link, rows));
         Ok(Links { previous, next, group, head_service, head_ranks })
     }

@@ -6,13 +6,14 @@ use ashlar_protocol::data::LinkFaults;
 use ashlar_protocol::membership::{Assignment, FromNode};
 use ashlar_shard_node::beat::Beat;
 use ashlar_shard_node::group::{Group, GroupTransport};
-use ashlar_shard_node::head::HeadSetup;
+use ashlar_shard_node::head::Wake;
 use ashlar_shard_node::links::{self, LinkBreaker, LinkError, LinkSettings, PendingLinks, Waiting};
 use ashlar_vocabulary::{
-    LayerRange, LeaseTerm, ModelDigest, Precision, ReplicaId, ReplicaRevision, StageIndex, StepId, TensorRank,
+    KvCacheType, LayerRange, LeaseTerm, ModelDigest, ModelShape, Precision, ReplicaId, ReplicaRevision,
+    StageIndex, StepId, TensorRank, WeightType, WeightTypes,
 };
 use std::net::TcpListener;
-use std::sync::{Arc, mpsc};
+use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 /// The best of some attempts must be below this: the machine may be busy, but nobody has slept a time-out.
@@ -20,6 +21,23 @@ const AT_ONCE: Duration = Duration::from_millis(40);
 
 fn settings(shared_memory: bool) -> LinkSettings {
     LinkSettings { faults: LinkFaults::default(), shared_memory, spin: Duration::from_micros(20) }
+}
+
+/// Of a model that nobody here loads: only the head's rows are of interest.
+fn shape() -> ModelShape {
+    ModelShape {
+        hidden_size: 8,
+        intermediate_size: 8,
+        num_layers: 2,
+        num_heads: 8,
+        num_kv_heads: 8,
+        head_dim: 1,
+        vocab_size: 1000,
+        max_position_embeddings: 16,
+        tied_head: true,
+        weights: WeightTypes::uniform(WeightType::F32, 2),
+        kv_cache: KvCacheType::F32,
+    }
 }
 
 struct Rank {
@@ -65,7 +83,7 @@ fn connect(
             }
         }
     });
-    let mut pending = PendingLinks::connect(assignment, settings)?;
+    let mut pending = PendingLinks::connect(assignment, &shape(), settings)?;
     let (mut waiting, started) = (Waiting::default(), Instant::now());
     while !pending.collect(&mut waiting) {
         assert!(started.elapsed() < Duration::from_secs(20), "no agreement");
@@ -75,8 +93,7 @@ fn connect(
     }
     let (out, beats) = tokio::sync::mpsc::channel(64);
     let breaker = LinkBreaker::default();
-    let group =
-        pending.finish(&breaker, &Beat::new(out), &HeadSetup { row_values: 1, wake: Arc::new(|| ()) })?.group;
+    let group = pending.finish(&breaker, &Beat::new(out), Wake::new(|| ()))?.group;
     Ok(Rank { group, breaker, beats })
 }
 
@@ -275,7 +292,7 @@ fn a_rank_that_goes_before_the_agreement_fails_the_others() {
         std::thread::spawn(move || connect(listener, &assignment, settings(true)).map(|_| ()))
     };
     // Connects as a rank does, but goes before it has answered.
-    drop(PendingLinks::connect(&assignment(1, &addresses), settings(true)).unwrap());
+    drop(PendingLinks::connect(&assignment(1, &addresses), &shape(), settings(true)).unwrap());
     let error = leading.join().unwrap().unwrap_err();
     assert!(matches!(error, LinkError::Agreement(_)), "{error}");
     assert!(error.to_string().contains("rank 1"), "{error}");

@@ -167,7 +167,7 @@ fn reference() -> &'static (Vec<String>, Vec<String>) {
 
 /// Cold, cached, and 32 at once.
 #[track_caller]
-fn check_layout(args: &[&str]) {
+fn check_layout(args: &[&str]) -> Cluster {
     let (expected, _) = reference();
     let all = mixed();
     let how = args.join(" ");
@@ -176,6 +176,7 @@ fn check_layout(args: &[&str]) {
     assert_same(&all, expected, &ask_all(&cluster, &all), &format!("{how}, cached"));
     assert!(cached_tokens(&cluster, &completion(LONG, json!({}))) > 0, "{how}: no prefix was cached");
     assert_same(&all, expected, &ask_at_once(&cluster, &all, 2), &format!("{how}, 32 at once"));
+    cluster
 }
 
 #[test]
@@ -214,12 +215,27 @@ fn every_cut_answers_with_the_same_bytes() {
     }
 }
 
-/// Whether every stage holds rows of the head is left to the plan elsewhere, which goes by measured speeds: here both.
+/// Whether every stage holds rows of the head is left to the plan elsewhere, which goes by measured speeds: here both; and
+/// logits come back in both ways.
 #[test]
 fn a_head_on_every_stage_or_on_the_last_answers_with_the_same_bytes() {
-    for setting in ["spread_head=true", "spread_head=false"] {
+    for (spread, shared, words) in [
+        ("true", "true", "through shared memory"),
+        ("true", "false", "over a socket: "),
+        ("false", "true", "from nowhere else"),
+    ] {
+        let (spread, shared) = (format!("spread_head={spread}"), format!("links.shared_memory={shared}"));
         for (stages, ranks) in [("2", "1"), ("2", "2"), ("4", "1"), ("4", "2")] {
-            check_layout(&["--stages", stages, "--tp", ranks, "--set", setting]);
+            let args = ["--stages", stages, "--tp", ranks, "--set", &spread, "--set-node", &shared];
+            let cluster = check_layout(&args);
+            let said = cluster.said();
+            let ways: Vec<&str> = said
+                .lines()
+                .filter_map(|line| line.split_once(" of the head comes "))
+                .map(|(_, way)| way)
+                .collect();
+            assert!(ways.iter().all(|way| way.contains(words)), "{ways:?}");
+            assert_eq!(ways.is_empty(), words == "from nowhere else", "{said}");
         }
     }
 }

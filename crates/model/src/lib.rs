@@ -44,7 +44,7 @@ pub use cache::{CachePlace, CopyReadError, CopyWriteError, Origin, PackedCopy};
 pub use collective::{Collective, CollectiveError, SingleRank};
 pub use config::{ConfigError, ModelConfig};
 pub use export::{Export, ExportError};
-pub use head::{HeadError, HeadRanks, NoHeadRanks};
+pub use head::{HeadError, HeadRanks, LogitColumns, NoHeadRanks};
 pub use kv::KvCache;
 pub use slice::RankSlice;
 pub use stage::{ForwardError, LoadError, StageInput, StageModel, Workspace};

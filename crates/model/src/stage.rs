@@ -5,7 +5,7 @@ use crate::block::Block;
 use crate::collective::{Collective, CollectiveError};
 use crate::config::{ConfigError, ModelConfig, RopeScaling};
 use crate::gguf;
-use crate::head::{HeadError, HeadRanks};
+use crate::head::{HeadError, HeadRanks, LogitColumns};
 use crate::kv::KvCache;
 use crate::pack::FileSource;
 use crate::slice::RankSlice;
@@ -87,8 +87,8 @@ pub struct Workspace {
     positions: Vec<u32>,
     head_rows: Vec<f32>,
     local_logits: Vec<f32>,
-    /// Slices of the logits as they arrive, one after the other.
-    logit_slices: Vec<f32>,
+    /// Slices of the logits as the group's ranks bring them, one after the other.
+    group_logits: Vec<f32>,
     logits: Vec<f32>,
     /// What the kernels hold for activations on their way into products.
     product_words: usize,
@@ -113,7 +113,7 @@ impl Workspace {
             &self.sin,
             &self.head_rows,
             &self.local_logits,
-            &self.logit_slices,
+            &self.group_logits,
             &self.logits,
         ];
         Bytes(4 * (buffers.iter().map(|b| b.len() as u64).sum::<u64>() + self.product_words as u64))
@@ -292,6 +292,12 @@ impl StageModel {
         let whole_logits = if self.slice.tensor_rank == 0 { logits * shape.vocab_size } else { 0 };
         let cut = self.slice.head.is_some_and(|head| head.of > 1);
         let own_logits = if cut { logits * self.head_width() } else { 0 };
+        let group_logits = match self.slice.head {
+            Some(head) if size > 1 && whole_logits > 0 => {
+                logits * head.all_rows(shape).skip(head.of - size).map(|rows| rows.len()).sum::<usize>()
+            }
+            _ => 0,
+        };
         let head_words = self.head.as_ref().map_or(0, |head| head.scratch_words(LOGIT_ROWS_MAX));
         let product_words =
             self.blocks.iter().map(|block| block.scratch_words(rows)).fold(head_words, usize::max);
@@ -309,7 +315,7 @@ impl StageModel {
             positions: Vec::with_capacity(rows),
             head_rows: vec![0.0; 2 * logits * hidden],
             local_logits: vec![0.0; own_logits],
-            logit_slices: vec![0.0; if cut { whole_logits } else { 0 }],
+            group_logits: vec![0.0; group_logits],
             logits: vec![0.0; whole_logits],
             hidden,
         }
@@ -423,19 +429,21 @@ impl StageModel {
             group.gather(local, &lengths, &mut [])?;
             return Ok(None);
         }
-        // Slices arrive whole, one after the other; rows are put together from them.
-        let slices = &mut work.logit_slices[..count * vocab];
-        group.gather(local, &lengths, &mut slices[ranges[earlier].start * count..])?;
-        for (index, range) in ranges[..earlier].iter().enumerate() {
-            others.collect(index, &mut slices[range.start * count..range.end * count])?;
+        // Of the group, slices arrive whole, one after the other.
+        let mut slices: &[f32] = local;
+        if group.size() > 1 {
+            let gathered = &mut work.group_logits[..lengths.iter().sum()];
+            group.gather(local, &lengths, gathered)?;
+            slices = gathered;
         }
         let logits = &mut work.logits[..count * vocab];
-        for range in ranges {
-            for row in 0..count {
-                let from = range.start * count + row * range.len();
-                let to = row * vocab + range.start;
-                logits[to..to + range.len()].copy_from_slice(&slices[from..from + range.len()]);
-            }
+        for (range, length) in ranges[earlier..].iter().zip(lengths) {
+            let (slice, rest) = slices.split_at(length);
+            LogitColumns::new(logits, vocab, range.clone()).copy_from(slice);
+            slices = rest;
+        }
+        for (index, range) in ranges[..earlier].iter().enumerate() {
+            others.collect(index, LogitColumns::new(logits, vocab, range.clone()))?;
         }
         Ok(Some(logits))
     }

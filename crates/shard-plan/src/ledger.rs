@@ -11,6 +11,9 @@ const BYTES_PER_ACTIVATION: usize = 4;
 /// Logits are computed for at most this many rows at a time.
 const LOGIT_ROWS: usize = 32;
 
+/// Values that each rank of a tensor-parallel group on one host shares with the others, to exchange through memory.
+const GROUP_VALUES: usize = 2 * (32 << 10);
+
 /// Bytes that one rank holds.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MemoryLedger {
@@ -119,7 +122,8 @@ impl Piece {
 
     /// Bytes of the buffers that the largest step needs on this rank: the residual stream and its copy, the widest and
     /// the narrowest product of a layer, rotation angles, the group's contributions, activations received and waiting to
-    /// be sent, attention's partial results per thread, and where there is a head a chunk of logits.
+    /// be sent, attention's partial results per thread, where there is a head a chunk of logits, and memory shared with other
+    /// ranks on the one that makes it: whether they will be on one host is not known here.
     fn activation_bytes(&self, shape: &ModelShape, request: &PlanRequest, threads: u32) -> usize {
         let slice = |cut: ashlar_vocabulary::AxisCut| cut.rank(self.rank, self.tensor_parallel_size).len();
         let (q, kv) = (slice(shape.attention_cut()), slice(shape.key_cut()));
@@ -143,25 +147,36 @@ impl Piece {
             + shape.head_dim
             + of_layers;
         let partials = threads.max(1) as usize * request.max_context_tokens;
-        // A head that is cut has its slices side by side before rows are put together from them.
-        let is_cut = self.head.is_some_and(|head| head.of > 1);
-        let own_logits = if is_cut { self.head_rows(shape) } else { 0 };
-        let logits = match (self.last, self.head) {
-            (true, _) => {
-                let whole = if self.rank == 0 { (1 + usize::from(is_cut)) * shape.vocab_size } else { 0 };
-                LOGIT_ROWS * (2 * shape.hidden_size + own_logits + whole)
-            }
-            // Rows arriving, waiting and in work; logits computed and being sent.
-            (false, Some(_)) => LOGIT_ROWS * (3 * shape.hidden_size + 2 * own_logits),
-            (false, None) => 0,
-        };
+        let of_head: usize = self.head.map_or(0, |head| self.logit_values(shape, head));
+        let exchanged = if size > 1 && self.rank == 0 { size * GROUP_VALUES } else { 0 };
         // Rows on their way from or to another stage; narrower ones are widened, from a buffer of their own.
         let narrow = usize::from(shape.activations != FloatType::F32);
         let in_transit = (narrow * usize::from(!self.first) + 2 * usize::from(!self.last))
             * shape.hidden_size
             * shape.activations.bytes();
-        (request.max_num_batched_tokens * per_token + partials + logits) * BYTES_PER_ACTIVATION
+        (request.max_num_batched_tokens * per_token + partials + of_head + exchanged) * BYTES_PER_ACTIVATION
             + request.max_num_batched_tokens * in_transit
+    }
+
+    /// Values that a chunk of rows needs around the head.
+    fn logit_values(&self, shape: &ModelShape, head: HeadSlice) -> usize {
+        let own = self.head_rows(shape);
+        let earlier = head.of.saturating_sub(self.tensor_parallel_size);
+        let row = match (self.last, self.rank) {
+            // Rows arriving and in work; the slice computed, and on its way where it goes over a socket.
+            (false, _) => 2 * shape.hidden_size + 2 * own,
+            (true, 0) if head.of == 1 => 2 * shape.hidden_size + shape.vocab_size,
+            // Its own slice, those of its group, those of earlier stages (shared, or one after the other), and all in rows.
+            (true, 0) => {
+                let slices: Vec<usize> = head.all_rows(shape).map(|rows| rows.len()).collect();
+                let (of_earlier, of_group) = slices.split_at(earlier);
+                let group = if self.tensor_parallel_size > 1 { of_group.iter().sum() } else { 0 };
+                let shared: usize = of_earlier.iter().map(|slice| slice.next_multiple_of(4)).sum();
+                2 * shape.hidden_size + own + group + shared + shape.vocab_size
+            }
+            (true, _) => 2 * shape.hidden_size + own,
+        };
+        LOGIT_ROWS * row
     }
 
     /// The ledger of this piece on a node with `capacity` and `threads`, with `kv_blocks` blocks. `shares` must be those for

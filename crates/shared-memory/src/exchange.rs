@@ -5,7 +5,7 @@
 //! everything of the one before. [`Exchange::enter`] waits for just that, also where a rank reads nothing (`gather`).
 
 use crate::alarm::{Alarm, ring};
-use crate::segment::{BUFFERS, Control, Segment};
+use crate::segment::{BUFFERS, Control, Memory, Segment};
 use rustix::thread::futex;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -101,7 +101,9 @@ pub struct Exchange {
 }
 
 impl Exchange {
-    pub(crate) fn new(segment: Segment, rank: usize, spin: Duration) -> Exchange {
+    /// Over memory that all ranks share. `spin` bounds how long a wait spins before it sleeps.
+    pub fn new(memory: Memory, spin: Duration) -> Exchange {
+        let Memory { segment, rank } = memory;
         let segment = Arc::new(segment);
         Exchange { alarm: Alarm::new(segment.clone(), rank), segment, rank, entered: 0, spin, broken: false }
     }
@@ -114,6 +116,11 @@ impl Exchange {
     /// Ranks in the group.
     pub fn size(&self) -> usize {
         self.segment.geometry().ranks()
+    }
+
+    /// Length of the shared memory in bytes.
+    pub fn bytes(&self) -> usize {
+        self.segment.geometry().bytes()
     }
 
     /// A handle that ends this rank's waits.

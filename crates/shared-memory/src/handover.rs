@@ -5,8 +5,7 @@
 //! shown, and the memory's file descriptor comes back. Other hosts, and containers with a network of their own, cannot
 //! connect at all. Each token is good for one rank, once.
 
-use crate::exchange::Exchange;
-use crate::segment::{Geometry, GeometryError, Segment};
+use crate::segment::{Geometry, GeometryError, Memory, Segment};
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
     SendFlags,
@@ -116,9 +115,9 @@ pub struct Offer {
 }
 
 impl Offer {
-    /// Reserves memory for `ranks` ranks with slots of `slot_values` values, and listens for them.
-    pub fn new(ranks: usize, slot_values: usize) -> Result<Offer, HandoverError> {
-        let geometry = Geometry::new(ranks, slot_values)?;
+    /// Reserves memory, and listens for the ranks that are to share it.
+    pub fn new(geometry: Geometry) -> Result<Offer, HandoverError> {
+        let ranks = geometry.ranks();
         let (segment, file) = Segment::create(geometry).map_err(io_error("cannot make shared memory"))?;
         let random = || Token::random().map_err(io_error("no randomness"));
         let tokens = (0..ranks).map(|_| random()).collect::<Result<Vec<_>, _>>()?;
@@ -193,21 +192,14 @@ impl Offer {
         Ok(rank)
     }
 
-    /// Rank 0's end. `spin` bounds how long a wait spins before it sleeps.
-    pub fn into_exchange(self, spin: Duration) -> Exchange {
-        Exchange::new(self.segment, 0, spin)
+    /// Rank 0's end.
+    pub fn into_memory(self) -> Memory {
+        Memory { segment: self.segment, rank: 0 }
     }
 }
 
-/// Gets the memory that is offered under `name`, as rank `rank` of `ranks`. `spin` bounds how long a wait spins before it
-/// sleeps.
-pub fn attach(
-    name: &str,
-    token: Token,
-    rank: usize,
-    ranks: usize,
-    spin: Duration,
-) -> Result<Exchange, HandoverError> {
+/// Gets the memory that is offered under `name`, as rank `rank`. Refused unless it is cut as `geometry` says.
+pub fn attach(name: &str, token: Token, rank: usize, geometry: Geometry) -> Result<Memory, HandoverError> {
     let connecting = io_error("cannot connect to rank 0's memory (on another host or in another container?)");
     let address = SocketAddr::from_abstract_name(name).map_err(&connecting)?;
     let mut stream = UnixStream::connect_addr(&address).map_err(&connecting)?;
@@ -215,13 +207,11 @@ pub fn attach(
     stream.write_all(&token.0).map_err(io_error("cannot show the token"))?;
     let (numbers, file) = receive(&stream)?;
     let file = file.ok_or(HandoverError::Refused)?;
-    let number = |index: usize| usize::try_from(numbers[index]).unwrap_or(usize::MAX);
-    let geometry = Geometry::new(number(0), number(1))?;
-    if geometry.ranks() != ranks || number(2) != rank {
+    if numbers != [geometry.ranks(), geometry.slot_values(), rank].map(|number| number as u64) {
         return Err(HandoverError::Refused);
     }
     let segment = Segment::open(&file, geometry).map_err(io_error("cannot map the shared memory"))?;
-    Ok(Exchange::new(segment, rank, spin))
+    Ok(Memory { segment, rank })
 }
 
 /// Three numbers and, with them, a file.
@@ -264,6 +254,10 @@ mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
 
+    fn cut(ranks: usize) -> Geometry {
+        Geometry::new(ranks, 64).unwrap()
+    }
+
     fn serve_when_asked(offer: &mut Offer) -> Result<usize, HandoverError> {
         loop {
             if let Some(rank) = offer.serve_one()? {
@@ -281,14 +275,14 @@ mod tests {
     ) -> (Result<usize, HandoverError>, bool) {
         let name = offer.name().to_owned();
         std::thread::scope(|scope| {
-            let attaching = scope.spawn(move || attach(&name, token, rank, ranks, Duration::ZERO).is_ok());
+            let attaching = scope.spawn(move || attach(&name, token, rank, cut(ranks)).is_ok());
             (serve_when_asked(offer), attaching.join().unwrap())
         })
     }
 
     #[test]
     fn only_the_right_token_gets_the_memory_and_only_once() {
-        let mut offer = Offer::new(3, 64).unwrap();
+        let mut offer = Offer::new(cut(3)).unwrap();
         let wrong = Token::from_bytes([7; Token::BYTES]);
         assert!(matches!(attempt(&mut offer, wrong, 1, 3), (Err(HandoverError::Token), false)));
         // Rank 0 keeps its own end and gives its token to nobody.
@@ -303,7 +297,7 @@ mod tests {
 
     #[test]
     fn a_rank_that_expects_another_place_does_not_take_the_memory() {
-        let mut offer = Offer::new(3, 64).unwrap();
+        let mut offer = Offer::new(cut(3)).unwrap();
         let token = offer.token(1).unwrap();
         assert!(!attempt(&mut offer, token, 2, 3).1);
         let token = offer.token(2).unwrap();
@@ -320,11 +314,8 @@ mod tests {
     #[test]
     fn nobody_listening_is_an_error_at_once_and_strangers_withdraw_the_offer() {
         let token = Token::from_bytes([0; Token::BYTES]);
-        assert!(matches!(
-            attach("ashlar-nobody", token, 1, 2, Duration::ZERO),
-            Err(HandoverError::Io { .. })
-        ));
-        let mut offer = Offer::new(2, 64).unwrap();
+        assert!(matches!(attach("ashlar-nobody", token, 1, cut(2)), Err(HandoverError::Io { .. })));
+        let mut offer = Offer::new(cut(2)).unwrap();
         let address = SocketAddr::from_abstract_name(offer.name()).unwrap();
         let last = (0..REFUSALS_MAX)
             .map(|_| {

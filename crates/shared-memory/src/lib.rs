@@ -1,11 +1,12 @@
-//! Exchange between the ranks of one tensor-parallel group through memory that they share, on one host.
+//! Exchange between ranks of one replica through memory that they share, on one host.
 //!
 //! * [`segment`]: the memory itself, mapped; the only unsafe code.
-//! * [`exchange`]: one-shot, double-buffered gathers over it.
+//! * [`exchange`]: one-shot, double-buffered gathers over it, for a tensor-parallel group.
+//! * [`mailbox`]: rows from one rank to one other, announced over their connection.
 //! * [`alarm`]: ends a wait from another thread, at once.
 //! * [`handover`]: how the memory reaches the other ranks, and nobody else.
 //!
-//! Every rank has two slots of a fixed number of values. In exchange *n* it copies its contribution into slot *n mod 2*,
+//! In an exchange every rank has two slots of a fixed number of values. In exchange *n* it copies its contribution into slot *n mod 2*,
 //! raises its stamp to *n*, and reads the others' slots once their stamps have reached *n*. Contributions are only moved:
 //! what is computed from them, and in which order, is the caller's.
 //!
@@ -16,11 +17,14 @@
 pub mod alarm;
 pub mod exchange;
 pub mod handover;
+pub mod mailbox;
 pub mod segment;
 
 pub use alarm::Alarm;
 pub use exchange::{Attendant, Exchange, ExchangeError};
 pub use handover::{HandoverError, Offer, Token, attach};
+pub use mailbox::{Mailbox, MailboxError};
+pub use segment::{Geometry, GeometryError, Memory};
 
 /// Most ranks that share one memory: beyond this a one-shot exchange reads more than it saves.
 pub const RANKS_MAX: usize = 8;

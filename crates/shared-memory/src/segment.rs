@@ -1,6 +1,7 @@
 //! The shared memory: a sealed memory file, mapped, seen only as atomics.
 //!
-//! Layout: one [`Control`] per rank, then two slots of values per rank. Both sides compute it from the same [`Geometry`].
+//! Layout: one [`Control`] per rank, then two slots of values per rank. Both sides compute it from the same [`Geometry`]. A
+//! mailbox takes all slots for one.
 
 use crate::RANKS_MAX;
 use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags};
@@ -11,7 +12,7 @@ use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 /// Most values of a slot; a peer that announces more is refused.
-const SLOT_VALUES_MAX: usize = 1 << 20;
+const SLOT_VALUES_MAX: usize = 1 << 22;
 /// Slots per rank: a rank may fill one while a slower one still reads the other.
 pub(crate) const BUFFERS: usize = 2;
 
@@ -57,13 +58,18 @@ impl Geometry {
         self.ranks * size_of::<Control>()
     }
 
+    /// Values of all slots together.
+    pub fn values(self) -> usize {
+        self.ranks * BUFFERS * self.slot_values
+    }
+
     fn slot_words(self) -> usize {
         self.slot_values / 2
     }
 
     /// Length of the memory in bytes.
     pub fn bytes(self) -> usize {
-        self.slots_at() + self.ranks * BUFFERS * self.slot_words() * size_of::<u64>()
+        self.slots_at() + self.values() / 2 * size_of::<u64>()
     }
 }
 
@@ -95,6 +101,20 @@ pub(crate) struct Sleep {
     pub(crate) asleep: AtomicU32,
     /// Changes with every ring; the rank sleeps on this word.
     pub(crate) bell: AtomicU32,
+}
+
+/// A rank's end of memory that has been handed over; what it is used for is the ranks' agreement.
+#[derive(Debug)]
+pub struct Memory {
+    pub(crate) segment: Segment,
+    pub(crate) rank: usize,
+}
+
+impl Memory {
+    /// Its length in bytes.
+    pub fn bytes(&self) -> usize {
+        self.segment.geometry().bytes()
+    }
 }
 
 /// The mapped memory of a group.
@@ -156,40 +176,65 @@ impl Segment {
         unsafe { self.base.cast::<Control>().add(rank).as_ref() }
     }
 
-    /// Two values to a word.
+    /// All slots, two values to a word.
+    fn words(&self) -> &[AtomicU64] {
+        let words = self.geometry.values() / 2;
+        // SAFETY: within the mapping by the geometry's own arithmetic; slots begin at a multiple of 8, since control blocks
+        // are; lives as long as `self`. Atomics are valid for any bits and may be written by other processes.
+        unsafe {
+            std::slice::from_raw_parts(
+                self.base.add(self.geometry.slots_at()).cast::<AtomicU64>().as_ptr(),
+                words,
+            )
+        }
+    }
+
     fn slot(&self, rank: usize, buffer: usize) -> &[AtomicU64] {
         assert!(rank < self.geometry.ranks && buffer < BUFFERS, "a slot of this group");
         let words = self.geometry.slot_words();
-        let at = self.geometry.slots_at() + (rank * BUFFERS + buffer) * words * size_of::<u64>();
-        // SAFETY: within the mapping by the geometry's own arithmetic; `at` is a multiple of 8, since control blocks and
-        // words are; lives as long as `self`. Atomics are valid for any bits and may be written by other processes.
-        unsafe { std::slice::from_raw_parts(self.base.add(at).cast::<AtomicU64>().as_ptr(), words) }
+        &self.words()[(rank * BUFFERS + buffer) * words..][..words]
     }
 
     /// Copies values, at most a slot's, into a slot. Visible to whoever has seen a stamp that is raised afterwards.
     pub(crate) fn write(&self, rank: usize, buffer: usize, values: &[f32]) {
-        let slot = self.slot(rank, buffer);
-        let (pairs, rest) = values.as_chunks::<2>();
-        for (word, [low, high]) in slot.iter().zip(pairs) {
-            word.store(u64::from(low.to_bits()) | u64::from(high.to_bits()) << 32, Ordering::Relaxed);
-        }
-        if let ([value], Some(word)) = (rest, slot.get(pairs.len())) {
-            word.store(u64::from(value.to_bits()), Ordering::Relaxed);
-        }
+        store(self.slot(rank, buffer), values);
     }
 
     /// Copies the first values of a slot, at most a slot's.
     pub(crate) fn read(&self, rank: usize, buffer: usize, values: &mut [f32]) {
-        let slot = self.slot(rank, buffer);
-        let (pairs, rest) = values.as_chunks_mut::<2>();
-        let whole = pairs.len();
-        for (word, pair) in slot.iter().zip(pairs) {
-            let bits = word.load(Ordering::Relaxed);
-            *pair = [f32::from_bits(bits as u32), f32::from_bits((bits >> 32) as u32)];
-        }
-        if let ([value], Some(word)) = (rest, slot.get(whole)) {
-            *value = f32::from_bits(word.load(Ordering::Relaxed) as u32);
-        }
+        load(self.slot(rank, buffer), values);
+    }
+
+    /// Copies values to word `at` of all slots taken together and after it, as far as there is room.
+    pub(crate) fn write_at(&self, at: usize, values: &[f32]) {
+        store(self.words().get(at..).unwrap_or_default(), values);
+    }
+
+    /// Copies the values from word `at` of all slots taken together, as far as there are any.
+    pub(crate) fn read_at(&self, at: usize, values: &mut [f32]) {
+        load(self.words().get(at..).unwrap_or_default(), values);
+    }
+}
+
+fn store(words: &[AtomicU64], values: &[f32]) {
+    let (pairs, rest) = values.as_chunks::<2>();
+    for (word, [low, high]) in words.iter().zip(pairs) {
+        word.store(u64::from(low.to_bits()) | u64::from(high.to_bits()) << 32, Ordering::Relaxed);
+    }
+    if let ([value], Some(word)) = (rest, words.get(pairs.len())) {
+        word.store(u64::from(value.to_bits()), Ordering::Relaxed);
+    }
+}
+
+fn load(words: &[AtomicU64], values: &mut [f32]) {
+    let (pairs, rest) = values.as_chunks_mut::<2>();
+    let whole = pairs.len();
+    for (word, pair) in words.iter().zip(pairs) {
+        let bits = word.load(Ordering::Relaxed);
+        *pair = [f32::from_bits(bits as u32), f32::from_bits((bits >> 32) as u32)];
+    }
+    if let ([value], Some(word)) = (rest, words.get(whole)) {
+        *value = f32::from_bits(word.load(Ordering::Relaxed) as u32);
     }
 }
 

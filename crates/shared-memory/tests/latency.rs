@@ -2,7 +2,7 @@
 //! --nocapture latency`.
 #![allow(clippy::unwrap_used, missing_docs)]
 
-use ashlar_shared_memory::{Exchange, Offer, SLOT_VALUES, attach};
+use ashlar_shared_memory::{Exchange, Geometry, Offer, SLOT_VALUES, attach};
 use std::time::{Duration, Instant};
 
 #[test]
@@ -10,16 +10,18 @@ use std::time::{Duration, Instant};
 fn latency() {
     for spin_us in [0, 20, 200] {
         for bytes in [1 << 10, 8 << 10, 64 << 10, 1 << 20] {
-            let mut offer = Offer::new(2, SLOT_VALUES).unwrap();
+            let mut offer = Offer::new(Geometry::new(2, SLOT_VALUES).unwrap()).unwrap();
             let (name, token, spin) =
                 (offer.name().to_owned(), offer.token(1).unwrap(), Duration::from_micros(spin_us));
-            let second =
-                std::thread::spawn(move || measure(attach(&name, token, 1, 2, spin).unwrap(), bytes));
+            let second = std::thread::spawn(move || {
+                let memory = attach(&name, token, 1, Geometry::new(2, SLOT_VALUES).unwrap()).unwrap();
+                measure(Exchange::new(memory, spin), bytes)
+            });
             while !offer.has_given(1) {
                 offer.serve_one().unwrap();
                 std::thread::yield_now();
             }
-            let times = measure(offer.into_exchange(spin), bytes);
+            let times = measure(Exchange::new(offer.into_memory(), spin), bytes);
             second.join().unwrap();
             let at = |share: usize| times[times.len() * share / 100].as_secs_f64() * 1e6;
             println!(

@@ -1,7 +1,7 @@
 //! Two real processes: this test starts itself again as the second rank.
 #![allow(clippy::unwrap_used, missing_docs)]
 
-use ashlar_shared_memory::{Attendant, HandoverError, Offer, SLOT_VALUES, Token, attach};
+use ashlar_shared_memory::{Attendant, Exchange, Geometry, HandoverError, Offer, SLOT_VALUES, Token, attach};
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -47,7 +47,8 @@ impl Attendant for Patience {
 #[test]
 fn second_rank() {
     let Some((name, token)) = told() else { return };
-    let mut exchange = attach(&name, token, 1, 2, Duration::from_micros(20)).unwrap();
+    let memory = attach(&name, token, 1, Geometry::new(2, SLOT_VALUES).unwrap()).unwrap();
+    let mut exchange = Exchange::new(memory, Duration::from_micros(20));
     for round in 0..ROUNDS {
         let own = own(1, round);
         let mut all = vec![0.0; 2 * own.len()];
@@ -59,7 +60,7 @@ fn second_rank() {
 
 #[test]
 fn two_processes_exchange_exactly_and_a_dead_one_is_not_waited_for_for_ever() {
-    let mut offer = Offer::new(2, SLOT_VALUES).unwrap();
+    let mut offer = Offer::new(Geometry::new(2, SLOT_VALUES).unwrap()).unwrap();
     let mut second = process("second_rank", &offer).spawn().unwrap();
     let limit = Instant::now() + Duration::from_secs(20);
     while !offer.has_given(1) {
@@ -67,7 +68,7 @@ fn two_processes_exchange_exactly_and_a_dead_one_is_not_waited_for_for_ever() {
         offer.serve_one().unwrap();
         std::thread::sleep(Duration::from_millis(1));
     }
-    let mut exchange = offer.into_exchange(Duration::from_micros(20));
+    let mut exchange = Exchange::new(offer.into_memory(), Duration::from_micros(20));
     for round in 0..ROUNDS {
         let first = own(0, round);
         let mut all = vec![0.0; 2 * first.len()];
@@ -83,13 +84,13 @@ fn two_processes_exchange_exactly_and_a_dead_one_is_not_waited_for_for_ever() {
 #[test]
 fn another_user() {
     let Some((name, token)) = told() else { return };
-    assert!(attach(&name, token, 1, 2, Duration::ZERO).is_err());
+    assert!(attach(&name, token, 1, Geometry::new(2, SLOT_VALUES).unwrap()).is_err());
 }
 
 #[test]
 fn a_process_of_another_user_does_not_get_the_memory_even_with_the_token() {
     const NOBODY: u32 = 65_534;
-    let mut offer = Offer::new(2, SLOT_VALUES).unwrap();
+    let mut offer = Offer::new(Geometry::new(2, SLOT_VALUES).unwrap()).unwrap();
     let Ok(mut other) = process("another_user", &offer).uid(NOBODY).spawn() else {
         return eprintln!("SKIPPED: this user cannot start processes of another one");
     };

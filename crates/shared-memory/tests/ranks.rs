@@ -1,7 +1,7 @@
 //! Ranks as threads: every contribution arrives exactly, in rank order, whatever the lengths and the pace.
 #![allow(clippy::unwrap_used, missing_docs)]
 
-use ashlar_shared_memory::{Attendant, Exchange, ExchangeError, Offer, attach};
+use ashlar_shared_memory::{Attendant, Exchange, ExchangeError, Geometry, Offer, attach};
 use std::time::{Duration, Instant};
 
 /// Small, so that most contributions need several exchanges.
@@ -9,11 +9,14 @@ const SLOT: usize = 256;
 
 /// A group whose memory has been handed over.
 fn group(ranks: usize, spin: Duration) -> Vec<Exchange> {
-    let mut offer = Offer::new(ranks, SLOT).unwrap();
+    let geometry = Geometry::new(ranks, SLOT).unwrap();
+    let mut offer = Offer::new(geometry).unwrap();
     let mut exchanges: Vec<Exchange> = (1..ranks)
         .map(|rank| {
             let (name, token) = (offer.name().to_owned(), offer.token(rank).unwrap());
-            let attaching = std::thread::spawn(move || attach(&name, token, rank, ranks, spin).unwrap());
+            let attaching = std::thread::spawn(move || {
+                Exchange::new(attach(&name, token, rank, geometry).unwrap(), spin)
+            });
             while !offer.has_given(rank) {
                 offer.serve_one().unwrap();
                 std::thread::yield_now();
@@ -21,7 +24,7 @@ fn group(ranks: usize, spin: Duration) -> Vec<Exchange> {
             attaching.join().unwrap()
         })
         .collect();
-    exchanges.insert(0, offer.into_exchange(spin));
+    exchanges.insert(0, Exchange::new(offer.into_memory(), spin));
     exchanges
 }
 

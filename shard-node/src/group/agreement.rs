@@ -1,5 +1,6 @@
 //! How a group decides what it exchanges through: rank 0 offers memory, every other rank tries to get it and answers, rank 0
-//! decides for all. One rank that cannot, or must not, and all use their connections.
+//! decides for all. One rank that cannot, or must not, and all use their connections. The rank that samples comes to the same
+//! agreement with every rank that holds a slice of a spread head, as a group of two with each.
 //!
 //! The messages travel on the connections to rank 0, on a thread of its own: the compute thread goes on beating. A rank that
 //! fails in the middle has closed its connections, and then the others fail too; nobody begins with a guess.
@@ -7,7 +8,7 @@
 use crate::links::LinkSettings;
 use ashlar_protocol::frame::{self, FrameError};
 use ashlar_protocol::group::{GroupAnswer, GroupDecision, GroupOffer, HandoverToken};
-use ashlar_shared_memory::{Exchange, HandoverError, Offer, SLOT_VALUES, Token, attach};
+use ashlar_shared_memory::{Geometry, GeometryError, HandoverError, Memory, Offer, Token, attach};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::collections::BTreeMap;
 use std::io;
@@ -37,7 +38,7 @@ pub(crate) struct Agreed {
     /// The group's connections.
     pub(crate) peers: BTreeMap<usize, TcpStream>,
     /// This rank's end of the shared memory, or why the group uses its connections.
-    pub(crate) exchange: Result<Exchange, String>,
+    pub(crate) memory: Result<Memory, String>,
 }
 
 /// An agreement in the making. Dropping it ends it, for all ranks.
@@ -49,8 +50,13 @@ pub(crate) struct Agreement {
 }
 
 impl Agreement {
-    /// Begins, as `rank` of a group whose other ranks are all connected.
-    pub(crate) fn start(rank: usize, peers: BTreeMap<usize, TcpStream>, settings: LinkSettings) -> Agreement {
+    /// Begins, as `rank` of a group whose other ranks are all connected and would cut memory in the same way.
+    pub(crate) fn start(
+        rank: usize,
+        peers: BTreeMap<usize, TcpStream>,
+        geometry: Result<Geometry, GeometryError>,
+        settings: LinkSettings,
+    ) -> Agreement {
         let (report, outcome) = mpsc::sync_channel(1);
         let mut connections = Vec::new();
         for (&peer, socket) in &peers {
@@ -63,18 +69,18 @@ impl Agreement {
             }
         }
         if peers.is_empty() {
-            let _ = report.send(Ok(Agreed { peers, exchange: Err("a rank alone does not exchange".into()) }));
+            let _ = report.send(Ok(Agreed { peers, memory: Err("a rank alone does not exchange".into()) }));
             return Agreement { outcome, connections };
         }
         let body = move || {
             let mut peers = peers;
             let agreed = match rank {
-                0 => lead(&mut peers, settings),
-                _ => follow(rank, &mut peers, settings),
+                0 => lead(&mut peers, geometry, settings),
+                _ => follow(rank, &mut peers, geometry, settings),
             };
-            let agreed = agreed.and_then(|exchange| {
+            let agreed = agreed.and_then(|memory| {
                 release(&peers)?;
-                Ok(Agreed { peers, exchange })
+                Ok(Agreed { peers, memory })
             });
             // Nobody listens any more where the agreement was dropped.
             let _ = report.send(agreed);
@@ -131,10 +137,14 @@ fn failed(rank: usize) -> impl Fn(FrameError) -> AgreementError {
 /// Rank 0's part.
 fn lead(
     peers: &mut BTreeMap<usize, TcpStream>,
+    geometry: Result<Geometry, GeometryError>,
     settings: LinkSettings,
-) -> Result<Result<Exchange, String>, AgreementError> {
+) -> Result<Result<Memory, String>, AgreementError> {
     let offered = match settings.shared_memory {
-        true => Offer::new(peers.len() + 1, SLOT_VALUES).map_err(|error| format!("rank 0: {error}")),
+        true => geometry
+            .map_err(HandoverError::from)
+            .and_then(Offer::new)
+            .map_err(|error| format!("rank 0: {error}")),
         false => Err(format!("rank 0: {DISABLED}")),
     };
     let mut offer = match offered {
@@ -158,7 +168,7 @@ fn lead(
     };
     tell(peers, |_| decision.clone())?;
     Ok(match declined {
-        None => Ok(offer.into_exchange(settings.spin)),
+        None => Ok(offer.into_memory()),
         Some(reason) => Err(reason),
     })
 }
@@ -237,17 +247,17 @@ fn await_ready(
 fn follow(
     rank: usize,
     peers: &mut BTreeMap<usize, TcpStream>,
+    geometry: Result<Geometry, GeometryError>,
     settings: LinkSettings,
-) -> Result<Result<Exchange, String>, AgreementError> {
-    let ranks = peers.len() + 1;
+) -> Result<Result<Memory, String>, AgreementError> {
     let Some(leader) = peers.get_mut(&0) else { return Err(failed(0)(FrameError::Closed)) };
     let attached = match hear_offer(leader).map_err(failed(0))? {
         GroupOffer::Sockets { reason } => return Ok(Err(reason)),
         GroupOffer::SharedMemory { .. } if !settings.shared_memory => Err(DISABLED.to_owned()),
-        GroupOffer::SharedMemory { socket, token } => {
-            attach(&socket, Token::from_bytes(token.0), rank, ranks, settings.spin)
-                .map_err(|error| error.to_string())
-        }
+        GroupOffer::SharedMemory { socket, token } => geometry
+            .map_err(HandoverError::from)
+            .and_then(|geometry| attach(&socket, Token::from_bytes(token.0), rank, geometry))
+            .map_err(|error| error.to_string()),
     };
     let answer = match &attached {
         Ok(_) => GroupAnswer::Attached,
@@ -255,7 +265,7 @@ fn follow(
     };
     frame::write_blocking(leader, &answer).map_err(failed(0))?;
     match (frame::read_blocking(leader).map_err(failed(0))?, attached) {
-        (GroupDecision::SharedMemory, Ok(exchange)) => Ok(Ok(exchange)),
+        (GroupDecision::SharedMemory, Ok(memory)) => Ok(Ok(memory)),
         (GroupDecision::SharedMemory, Err(_)) => Err(failed(0)(FrameError::Corrupt)),
         (GroupDecision::Sockets { reason }, _) => Ok(Err(reason)),
     }

@@ -5,7 +5,7 @@ use crate::beat::Beat;
 use ashlar_model::CollectiveError;
 use ashlar_protocol::data::LinkFaults;
 use ashlar_shared_memory::{Alarm, Attendant, Exchange, ExchangeError};
-use ashlar_vocabulary::StepId;
+use ashlar_vocabulary::{Bytes, StepId};
 use rustix::event::{PollFd, PollFlags, poll};
 use std::collections::BTreeMap;
 use std::io::{self, Read};
@@ -55,6 +55,11 @@ impl MemoryGroup {
         let alarm = exchange.alarm();
         std::thread::Builder::new().name("group-watch".into()).spawn(move || watch(peers, &alarm))?;
         Ok(MemoryGroup { exchange, step: StepId(0), connections, faults, published: 0, beat })
+    }
+
+    /// What the ranks share.
+    pub(super) fn bytes(&self) -> Bytes {
+        Bytes(self.exchange.bytes() as u64)
     }
 
     /// Labels the exchanges that follow.

@@ -3,8 +3,8 @@
 
 use ashlar_kernels::{BLOCK_TOKENS, Isa, Kernels, RowContext};
 use ashlar_model::{
-    Collective, CollectiveError, HeadError, HeadRanks, KvCache, ModelConfig, NoHeadRanks, RankSlice,
-    StageInput, StageModel, Workspace,
+    Collective, CollectiveError, HeadError, HeadRanks, KvCache, LogitColumns, ModelConfig, NoHeadRanks,
+    RankSlice, StageInput, StageModel, Workspace,
 };
 use ashlar_vocabulary::{BlockId, HeadSlice, LayerRange, Precision, Quantization, TokenId};
 use std::path::{Path, PathBuf};
@@ -254,10 +254,12 @@ impl HeadRanks for EarlierRanks<'_> {
         Ok(())
     }
 
-    fn collect(&mut self, index: usize, slice: &mut [f32]) -> Result<(), HeadError> {
+    fn collect(&mut self, index: usize, mut slice: LogitColumns<'_>) -> Result<(), HeadError> {
         let model = &self.stages.iter().flatten().nth(index).unwrap().model;
         assert_eq!(model.slice().head.unwrap().index, index);
-        model.head_slice(&self.rows, slice);
+        let mut values = vec![0.0; slice.rows() * slice.width()];
+        model.head_slice(&self.rows, &mut values);
+        slice.copy_from(&values);
         Ok(())
     }
 }

@@ -7,7 +7,7 @@ use crate::bench::rows::Work;
 use anyhow::{Context, Result, anyhow};
 use ashlar_kernels::{Isa, Kernels};
 use ashlar_model::{RankSlice, StageModel};
-use ashlar_shard_node::head::HeadSetup;
+use ashlar_shard_node::head::Wake;
 use ashlar_shard_node::links::{LinkBreaker, LinkSettings};
 use ashlar_vocabulary::Bytes;
 use std::cell::Cell;
@@ -121,17 +121,16 @@ impl Running {
             };
             let (sender, commands) = mpsc::channel();
             issue.push(sender.clone());
-            let wake = Arc::new(move || {
+            let wake = Wake::new(move || {
                 // A rank that has ended needs no waking.
                 let _ = sender.send(Command::HeadRows);
             });
-            let head = HeadSetup { row_values: model.config().shape.hidden_size, wake };
             let (breaker, report, ready) = (breaker.clone(), report.clone(), ready.clone());
             let (sequences, rows_max) = (plan.sequences().clone(), plan.rows_max());
             let body = move || {
-                let links = wiring::connect(port, model.slice(), place, each.links, &breaker, &head);
-                // A rank's queue ends with its senders.
-                drop(head);
+                // The last to hold `wake` is the link: a rank's queue ends with its senders.
+                let holds = (model.slice(), &model.config().shape);
+                let links = wiring::connect(port, holds, place, each.links, &breaker, wake);
                 match links.map(|links| Rank::new(rank, model, sequences, rows_max, links)) {
                     Err(error) => drop(ready.send(Err(error))),
                     Ok(rank) => {

@@ -75,7 +75,7 @@ pub(crate) struct LayoutArgs {
     /// Measure only this layout against one rank.
     #[arg(long, value_enum)]
     only: Option<Only>,
-    /// How two tensor-parallel ranks exchange. Stages always send over loopback TCP.
+    /// How two tensor-parallel ranks exchange, and how logits of a shared head travel. Activations always go over loopback TCP.
     #[arg(long, value_enum, default_value_t = Transport::Shared)]
     transport: Transport,
     /// Instruction set: avx512, avx512bw, avx2 or portable; default: the best.
@@ -97,7 +97,7 @@ enum Only {
     SpreadHead,
 }
 
-/// How a tensor-parallel group exchanges.
+/// How a tensor-parallel group exchanges, and how slices of logits travel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 enum Transport {
     /// Through shared memory, as nodes on one host do.

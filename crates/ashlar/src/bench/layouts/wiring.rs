@@ -5,10 +5,10 @@ use ashlar_model::RankSlice;
 use ashlar_protocol::membership::Assignment;
 use ashlar_shard_node::beat::Beat;
 use ashlar_shard_node::group::GroupTransport;
-use ashlar_shard_node::head::HeadSetup;
+use ashlar_shard_node::head::{HeadTransport, Wake};
 use ashlar_shard_node::links::{self, Inbound, LinkBreaker, LinkSettings, Links, PendingLinks, Waiting};
 use ashlar_vocabulary::{
-    LeaseTerm, ModelDigest, Precision, ReplicaId, ReplicaRevision, StageIndex, TensorRank,
+    LeaseTerm, ModelDigest, ModelShape, Precision, ReplicaId, ReplicaRevision, StageIndex, TensorRank,
 };
 use std::net::TcpListener;
 use std::sync::mpsc;
@@ -60,11 +60,11 @@ pub(super) struct Place {
 /// Makes the links of the rank with `slice`; `wake` is called when rows for its slice of the head arrive. Blocks until all stand, so every rank needs a thread of its own here.
 pub(super) fn connect(
     port: Port,
-    slice: &RankSlice,
+    (slice, shape): (&RankSlice, &ModelShape),
     place: Place,
     settings: LinkSettings,
     breaker: &LinkBreaker,
-    head: &HeadSetup,
+    wake: Wake,
 ) -> Result<Links> {
     let assignment = Assignment {
         term: LeaseTerm(1),
@@ -91,7 +91,8 @@ pub(super) fn connect(
     let group = slice.tensor_parallel_size - 1 - slice.tensor_rank;
     let expected = usize::from(place.stage > 0) + group + slices;
     let inbound = accept_in_background(port.listener, expected);
-    let mut pending = PendingLinks::connect(&assignment, settings).context("cannot reach another rank")?;
+    let mut pending =
+        PendingLinks::connect(&assignment, shape, settings).context("cannot reach another rank")?;
     let (mut waiting, deadline) = (Waiting::default(), Instant::now() + CONNECT_TIMEOUT);
     while !pending.collect(&mut waiting) {
         let remaining = deadline.saturating_duration_since(Instant::now());
@@ -107,14 +108,21 @@ pub(super) fn connect(
     }
     // Nobody listens to the signs of life here.
     let (beats, _) = tokio::sync::mpsc::channel(1);
-    let links = pending.finish(breaker, &Beat::new(beats), head).context("a link broke while it was made")?;
+    let links = pending.finish(breaker, &Beat::new(beats), wake).context("a link broke while it was made")?;
     // A figure must not stand under the wrong name.
-    match links.group.transport() {
-        Some(GroupTransport::Sockets { reason, .. }) if settings.shared_memory => {
-            bail!("the ranks cannot share memory ({reason}): measure with --transport tcp")
-        }
-        _ => Ok(links),
+    let group = links.group.transport().and_then(|way| match way {
+        GroupTransport::Sockets { reason, .. } => Some(reason),
+        GroupTransport::SharedMemory { .. } => None,
+    });
+    let mut head = links.head_ranks.transports().filter_map(|way| match way {
+        HeadTransport::Socket { reason } => Some(reason),
+        HeadTransport::SharedMemory => None,
+    });
+    if let (true, Some(reason)) = (settings.shared_memory, group.or_else(|| head.next())) {
+        bail!("the ranks cannot share memory ({reason}): measure with --transport tcp");
     }
+    drop(head);
+    Ok(links)
 }
 
 /// Accepts `expected` connections on a thread of its own, because a peer waits for our greeting while we wait for its.
