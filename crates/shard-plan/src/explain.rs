@@ -4,13 +4,12 @@ use crate::cut::best_cut;
 use crate::error::PlanError;
 use crate::ledger::MemoryLedger;
 use crate::plan::Planner;
-use crate::position::Position;
 
 /// Above this many groups only the cut over all of them is looked at.
 const EVERY_COUNT_MAX: usize = 16;
 
-/// The refusal for the cut whose worst rank lacks least, over every number of stages that `stages` allows, with the head on
-/// the last stage (`planner` does not spread it).
+/// The refusal for the cut whose worst rank lacks least, over every number of stages that `stages` allows and every choice
+/// for the head that the request does.
 pub(crate) fn does_not_fit(planner: &Planner<'_>, stages: Option<usize>) -> PlanError {
     let (groups, layers) = (planner.groups.len(), planner.shape.num_layers);
     let most = groups.min(layers);
@@ -21,15 +20,22 @@ pub(crate) fn does_not_fit(planner: &Planner<'_>, stages: Option<usize>) -> Plan
     };
     let blocks = planner.blocks_needed(planner.request.max_context_tokens);
     let lacks = |ledger: &MemoryLedger| ledger.total.0 as f64 - ledger.capacity.0 as f64;
-    let worst_rank =
-        planner.by_position(most, blocks, |_, _, _, ledgers| ledgers.iter().map(lacks).reduce(f64::max));
-    let cut = counts
-        .filter_map(|stages| best_cut(stages, groups, layers, |c| worst_rank.of(c), f64::max))
-        .reduce(|a, b| if b.0 < a.0 { b } else { a });
-    let stages = cut.as_ref().map_or(0, |(_, cut)| cut.len());
-    let worst = cut.into_iter().flat_map(|(_, cut)| cut).enumerate().flat_map(|(stage, s)| {
-        let position = Position { stage, stages, spread_head: false };
-        let ledgers = planner.ledgers(s.group, s.layers, position, blocks);
+    let best = |(stages, spread): (usize, bool)| {
+        let planner = planner.with_spread_head(spread);
+        // What a stage holds of a spread head depends on how many there are.
+        let worst_rank = planner
+            .by_position(stages, blocks, |_, _, _, ledgers| ledgers.iter().map(lacks).reduce(f64::max));
+        let (value, cut) = best_cut(stages, groups, layers, |c| worst_rank.of(c), f64::max)?;
+        Some((value, planner, cut))
+    };
+    let choices = counts
+        .flat_map(|stages| planner.head_choices(stages).into_iter().map(move |spread| (stages, spread)));
+    let Some((_, planner, cut)) = choices.filter_map(best).reduce(|a, b| if b.0 < a.0 { b } else { a })
+    else {
+        return PlanError::NoNodes;
+    };
+    let worst = cut.iter().enumerate().flat_map(|(stage, s)| {
+        let ledgers = planner.ledgers(s.group, s.layers, planner.position(stage, cut.len()), blocks);
         let nodes = planner.groups[s.group].iter().map(|device| device.node.clone());
         ledgers.into_iter().zip(nodes).map(move |(ledger, node)| (stage, node, ledger)).collect::<Vec<_>>()
     });

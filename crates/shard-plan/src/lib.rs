@@ -1,7 +1,7 @@
 //! Where the stones go: from a model's shape, the devices and the links between them to replicas, stages, ranks,
 //! layer ranges and a ledger of every byte.
 //!
-//! Layout: [`request`] (what goes in), [`layout`] (what comes out), [`position`] (what a stage holds by its
+//! Layout: [`request`] (what goes in), [`speeds`] (what counts as equally fast), [`layout`] (what comes out), [`position`] (what a stage holds by its
 //! place), [`shares`] (what its ranks hold of each layer), [`ledger`] (memory of one rank), [`cost`] (seconds of one stage), [`cut`] (the exact dynamic program over contiguous ranges), [`plan`](mod@plan) (which stages,
 //! replicas and standbys), [`error`] (why not).
 //!
@@ -18,6 +18,7 @@ pub mod plan;
 pub mod position;
 pub mod request;
 pub mod shares;
+pub mod speeds;
 
 mod explain;
 mod overrides;

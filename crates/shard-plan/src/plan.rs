@@ -10,6 +10,7 @@ use crate::overrides::plan_fixed_ranges;
 use crate::position::Position;
 use crate::request::{DeviceReport, Links, PlanRequest};
 use crate::shares::Shares;
+use crate::speeds::evened;
 use ashlar_vocabulary::{HeadSlice, LayerRange, ModelShape, NodeId};
 
 /// Above this many groups only the caller's order is searched, not also every other choice of the last group.
@@ -23,6 +24,8 @@ const ROTATIONS_MAX: usize = 8;
 /// holds the head, or all stages share it: whichever makes the slowest stages of a decode step and of a chunk of a prompt
 /// faster, each counting alike. Every choice of the last group is tried too.
 ///
+/// Devices that were measured as about equally fast count as equal: see [`evened`].
+///
 /// If any device carries a layer range, ranges alone decide: distinct ranges must tile the model, each must be held by
 /// ranks × replicas nodes, and nodes without a range stand by.
 ///
@@ -35,6 +38,7 @@ pub fn plan(
     request: &PlanRequest,
 ) -> Result<Layout, PlanError> {
     validate(shape, devices, links, request)?;
+    let devices = &evened(devices)[..];
     if devices.iter().any(|device| device.layers.is_some()) {
         return plan_fixed_ranges(shape, devices, links, request);
     }

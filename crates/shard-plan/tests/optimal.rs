@@ -1,6 +1,7 @@
 //! Whole plans against every layout of a few small nodes, priced by the public ledger and cost model.
 
 use ashlar_shard_plan::cost::{BATCH, CostModel, StepLoad};
+use ashlar_shard_plan::speeds::evened;
 use ashlar_shard_plan::{DeviceReport, Links, PlanError, PlanRequest, Position, Shares, plan};
 use ashlar_vocabulary::{
     Bytes, FloatType, LayerRange, LayerVectors, ModelShape, NodeId, Quantization, WeightType, WeightTypes,
@@ -63,7 +64,7 @@ fn a_plan_has_the_fewest_stages_and_the_fastest_slowest_stage() {
             activations: FloatType::F32,
             vectors: LayerVectors::default(),
         };
-        let devices: Vec<DeviceReport> = nodes.iter().enumerate().map(|(index, (memory, gb, gflop))| DeviceReport {
+        let measured: Vec<DeviceReport> = nodes.iter().enumerate().map(|(index, (memory, gb, gflop))| DeviceReport {
             node: NodeId(format!("n{index}")),
             memory: Bytes(*memory),
             bandwidth_bytes_per_s: gb * 1e9,
@@ -72,6 +73,7 @@ fn a_plan_has_the_fewest_stages_and_the_fastest_slowest_stage() {
             threads: 1,
             layers: None,
         }).collect();
+        let devices = evened(&measured);
         let links = Links { round_trip_s, ..Links::default() };
         // Wished for and least are the same, so that one pass decides.
         let request = PlanRequest {
@@ -108,7 +110,7 @@ fn a_plan_has_the_fewest_stages_and_the_fastest_slowest_stage() {
                 .reduce(f64::min)
                 .map(|seconds| (stages, seconds))
         });
-        match plan(&shape, &devices, &links, &request) {
+        match plan(&shape, &measured, &links, &request) {
             Ok(layout) => {
                 planned.set(planned.get() + 1);
                 let replica = &layout.replicas[0];

@@ -307,6 +307,54 @@ fn ranges_that_make_no_layout_are_refused_with_the_layers_named() {
 }
 
 #[test]
+fn measurements_of_equal_machines_make_equal_cuts() {
+    let request = PlanRequest { stages: Some(2), ..PlanRequest::default() };
+    let plan_with = |speeds: [f64; 2]| {
+        let mut nodes = devices(2, 8 * GIB);
+        for (node, speed) in nodes.iter_mut().zip(speeds) {
+            node.bandwidth_bytes_per_s *= speed;
+            node.flops_per_s /= speed;
+        }
+        plan(&llama_1b(), &nodes, &Links::default(), &request).expect("planned")
+    };
+    let layers = |layout: &Layout| layout.replicas[0].stages.iter().map(|s| s.layers).collect::<Vec<_>>();
+    let even = layers(&plan_with([1.0, 1.0]));
+    for speeds in [[1.0, 1.04], [1.04, 1.0], [0.97, 1.03], [1.03, 0.96]] {
+        assert_eq!(layers(&plan_with(speeds)), even, "{speeds:?}");
+    }
+    assert_ne!(layers(&plan_with([1.0, 1.5])), even, "a faster machine gets more");
+}
+
+#[test]
+fn a_model_that_nearly_fits_with_its_head_on_every_stage_is_refused_for_what_is_missing_then() {
+    // A head as large as the layers: on the last stage alone it lacks far more than spread.
+    let weights = WeightTypes { embedding: WeightType::Bf16, ..WeightTypes::uniform(WeightType::F32, 4) };
+    let shape = ModelShape { vocab_size: 8192, hidden_size: 512, weights, ..small(4, false) };
+    let ask = |spread_head, memory| {
+        let request = PlanRequest {
+            stages: Some(4),
+            spread_head,
+            max_context_tokens: 64,
+            kv_tokens_wanted: 64,
+            ..PlanRequest::default()
+        };
+        plan(&shape, &devices(4, memory), &Links::default(), &request)
+    };
+    // The least with which the head fits when it is spread.
+    let mut memory = 64 << 20;
+    while ask(None, memory).is_ok() {
+        memory -= 16 << 10;
+    }
+    let missing = |spread_head| match ask(spread_head, memory) {
+        Err(PlanError::DoesNotFit { missing, .. }) => missing,
+        other => panic!("{other:?}"),
+    };
+    assert!(missing(None) <= Bytes(16 << 10), "{:?}", missing(None));
+    assert_eq!(missing(None), missing(Some(true)));
+    assert!(missing(None) < missing(Some(false)));
+}
+
+#[test]
 fn a_model_that_does_not_fit_says_what_is_missing_where() {
     let nodes = [device("a", 3 * GIB), device("b", GIB)];
     let error = refusal(&llama_1b(), &nodes, &PlanRequest::default());
