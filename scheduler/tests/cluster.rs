@@ -1,7 +1,7 @@
 //! Membership and layout, event by event.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
-use ashlar_protocol::membership::{Assignment, Join};
+use ashlar_protocol::membership::{Assignment, HeldSlice, Join};
 use ashlar_scheduler::cluster::{Cluster, ClusterConfig, Effect, Event, NodeConnection};
 use ashlar_scheduler::time::Millis;
 use ashlar_shard_plan::Links;
@@ -68,19 +68,29 @@ impl Test {
     }
 
     fn join_with(&mut self, name: &str, memory: u64) -> (NodeConnection, Vec<Effect>) {
+        self.join_as(name, memory, 1.0, None)
+    }
+
+    fn join_as(
+        &mut self,
+        name: &str,
+        memory: u64,
+        speed: f64,
+        holds: Option<HeldSlice>,
+    ) -> (NodeConnection, Vec<Effect>) {
         self.next_connection += 1;
         let connection = NodeConnection(self.next_connection);
         let join = Join {
             node: NodeId(name.into()),
             data_address: format!("{name}:1"),
             memory: Bytes(memory),
-            bandwidth_bytes_per_s: 1e10,
-            flops_per_s: 1e11,
-            quantized_flops_per_s: 1e11,
+            bandwidth_bytes_per_s: 1e10 * speed,
+            flops_per_s: 1e11 * speed,
+            quantized_flops_per_s: 1e11 * speed,
             threads: 1,
             isa: "portable".into(),
             layers: None,
-            holds: None,
+            holds,
             term: LeaseTerm(0),
         };
         let effects = self.send(Event::Join { connection, join: Box::new(join) });
@@ -442,4 +452,46 @@ fn tensor_parallel_ranks_are_told_of_their_group_and_successors() {
         assert_eq!(at(1, rank).next, None);
     }
     assert!(assigned.iter().all(|(_, a)| a.kv_blocks == assigned[0].1.kv_blocks && a.kv_blocks >= 32));
+}
+
+fn held(assignment: &Assignment) -> HeldSlice {
+    HeldSlice {
+        model_digest: assignment.model_digest,
+        layers: assignment.layers,
+        tensor_rank: assignment.tensor_rank,
+        tensor_parallel_size: assignment.tensor_parallel_size,
+        head: assignment.head,
+    }
+}
+
+/// What two nodes of these speeds are told to hold, if they hold `holds` when they join.
+fn cut(speeds: [f64; 2], holds: [Option<HeldSlice>; 2]) -> Vec<HeldSlice> {
+    let mut config = config();
+    // So many layers that one more or less is a few per cent.
+    (config.shape.num_layers, config.shape.weights) = (64, WeightTypes::uniform(WeightType::F32, 64));
+    let mut test = Test::new(config);
+    let mut effects = Vec::new();
+    for ((name, speed), holds) in ["a", "b"].into_iter().zip(speeds).zip(holds) {
+        effects = test.join_as(name, 1 << 30, speed, holds).1;
+    }
+    assignments(&effects).iter().map(|(_, assignment)| held(assignment)).collect()
+}
+
+#[test]
+fn a_new_scheduler_keeps_the_cut_that_nodes_hold_unless_another_is_much_faster() {
+    let even = cut([1.0, 1.0], [None, None]);
+    let skewed = cut([1.0, 0.85], [None, None]);
+    assert_ne!(even, skewed);
+    let holding = |slices: &[HeldSlice]| [Some(slices[0].clone()), Some(slices[1].clone())];
+    // Measured otherwise this time, but what they hold is nearly as fast.
+    let cut_again = cut([1.0, 0.85], holding(&even));
+    assert_eq!(cut_again, even);
+    assert_eq!(cut([1.0, 1.0], holding(&skewed)), skewed);
+    let lopsided = cut([1.0, 0.1], [None, None]);
+    assert_eq!(cut([1.0, 1.0], holding(&lopsided)), even, "far from balanced");
+    // Half a layout is none, and neither is one of another model.
+    assert_eq!(cut([1.0, 1.0], [Some(skewed[0].clone()), None]), even);
+    let mut foreign = skewed.clone();
+    foreign.iter_mut().for_each(|slice| slice.model_digest = ModelDigest([9; 32]));
+    assert_eq!(cut([1.0, 1.0], holding(&foreign)), even);
 }

@@ -103,6 +103,8 @@ pub struct HeldSlice {
     pub tensor_rank: TensorRank,
     /// The group's size.
     pub tensor_parallel_size: u32,
+    /// Its rows of the head; `None` where it holds none.
+    pub head: Option<HeadSlice>,
 }
 
 /// From the scheduler to a node.

@@ -1,7 +1,7 @@
 //! Membership and layout as a pure function of events.
 //!
 //! Layout: [`events`] (what goes in and out), `place` (nodes and their places), `reconcile` (from intent to what is
-//! observed), `costs` (stage times and KV blocks), `snapshot` (what others may know).
+//! observed), `costs` (stage times and KV blocks), `held` (what nodes hold already), `snapshot` (what others may know).
 //!
 //! **Invariants:** no tokio, clock, randomness or I/O. Where a node belongs (intent) and how far it is (observed) are
 //! separate; after each event the difference is closed as far as possible. Every assignment of a replica has a new
@@ -9,6 +9,7 @@
 
 mod costs;
 pub mod events;
+mod held;
 mod place;
 mod reconcile;
 mod snapshot;
@@ -84,10 +85,11 @@ impl Cluster {
                 });
             }
             Event::Ready { connection, revision, reserved, resident } => {
-                self.observe(now, connection, revision, |node| {
+                let replica = self.observe(now, connection, revision, |node| {
                     node.observed = Observed::Ready { revision };
                     (node.reserved, node.resident) = (reserved, resident);
                 });
+                self.holds_its_slice(connection, replica);
             }
             Event::Failed { connection, revision, message } => {
                 self.failed(now, connection, revision, message, effects);
@@ -146,6 +148,7 @@ impl Cluster {
         self.connections.insert(connection, name.clone());
         let node = Node {
             connection,
+            holds: join.holds.clone(),
             join,
             heard: now,
             place: None,
@@ -202,6 +205,15 @@ impl Cluster {
         }
         record(node);
         Some(replica.id)
+    }
+
+    /// A node that is ready has its seat's slice in memory.
+    fn holds_its_slice(&mut self, connection: NodeConnection, replica: Option<ReplicaId>) {
+        let Some(replica) = replica.and_then(|id| self.replicas.get(&id)) else { return };
+        let node = self.connections.get(&connection).and_then(|name| self.nodes.get_mut(name));
+        let Some(node) = node else { return };
+        let seat = replica.seats.iter().find(|seat| seat.node == node.join.node);
+        node.holds = seat.map(|seat| held::slice_of(&self.config, replica, seat));
     }
 
     fn failed(

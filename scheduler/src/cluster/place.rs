@@ -2,7 +2,7 @@
 
 use super::events::NodeConnection;
 use crate::time::Millis;
-use ashlar_protocol::membership::Join;
+use ashlar_protocol::membership::{HeldSlice, Join};
 use ashlar_protocol::step::StepTiming;
 use ashlar_shard_plan::{MemoryLedger, Position, ReplicaLayout};
 use ashlar_vocabulary::{Bytes, LayerRange, NodeId, ReplicaId, ReplicaRevision, StageIndex, TensorRank};
@@ -12,6 +12,8 @@ use ashlar_vocabulary::{Bytes, LayerRange, NodeId, ReplicaId, ReplicaRevision, S
 pub(super) struct Node {
     pub(super) connection: NodeConnection,
     pub(super) join: Join,
+    /// The slice that it has in memory, as far as is known.
+    pub(super) holds: Option<HeldSlice>,
     pub(super) heard: Millis,
     /// Intent: where it belongs.
     pub(super) place: Option<Place>,

@@ -1,7 +1,7 @@
 //! From intent to what is observed: plan, seat, assign, and declare up.
 
 use super::place::{Node, Observed, Phase, Replica};
-use super::{Cluster, Effect, REVISIONS_PER_TERM, costs};
+use super::{Cluster, Effect, REVISIONS_PER_TERM, costs, held};
 use crate::engine::ReplicaUp;
 use crate::time::Millis;
 use ashlar_protocol::membership::Assignment;
@@ -64,8 +64,10 @@ impl Cluster {
         }
         self.unplanned = false;
         let devices: Vec<DeviceReport> = self.nodes.values().map(device_report).collect();
-        match plan(&config.shape, &devices, &config.links, &costs::plan_request(config)) {
+        let request = costs::plan_request(config);
+        match plan(&config.shape, &devices, &config.links, &request) {
             Ok(layout) => {
+                let layout = held::prefer(config, layout, &self.nodes, &devices, &request);
                 self.plan_problem = None;
                 for (number, replica) in layout.replicas.iter().enumerate() {
                     let id = ReplicaId(number as u32);
@@ -152,6 +154,9 @@ impl Cluster {
         }
         for seat in &replica.seats {
             if let Some(node) = self.nodes.get_mut(&seat.node) {
+                // For another slice it gives up what it has.
+                let slice = held::slice_of(config, replica, seat);
+                node.holds.take_if(|holds| *holds != slice);
                 node.observed = Observed::Loading { revision, share: 0.0 };
                 node.heard = now;
                 (node.reserved, node.busy) = Default::default();
