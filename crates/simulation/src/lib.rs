@@ -8,6 +8,7 @@
 //! or swallow everything, which messages come twice, in another order, or not at all. Whatever happens:
 //!
 //! * every token that a client receives is the model's, in order, none lost, none twice;
+//! * where the head is on every stage, the rank that samples gets every slice of the logits of just its rows;
 //! * every position that a rank computes finds exactly its own sequence's KV cache before it;
 //! * blocks are conserved, after every single event;
 //! * every request ends, and once the faults are over, requests are served again and nothing is left behind.
@@ -43,6 +44,8 @@ pub struct Report {
     pub preemptions: u64,
     /// Prompt tokens found in the prefix cache.
     pub cached_tokens: u64,
+    /// Slices of logits that a rank computed for the one that samples.
+    pub head_slices: u64,
     /// Times that a replica came up.
     pub replica_starts: u64,
     /// Times that a replica was lost.
@@ -68,6 +71,7 @@ impl Report {
             steps: self.steps + other.steps,
             preemptions: self.preemptions + other.preemptions,
             cached_tokens: self.cached_tokens + other.cached_tokens,
+            head_slices: self.head_slices + other.head_slices,
             replica_starts: self.replica_starts + other.replica_starts,
             replica_losses: self.replica_losses + other.replica_losses,
             faults: self.faults + other.faults,

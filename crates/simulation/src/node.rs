@@ -1,7 +1,7 @@
 //! A node: the real sequencer, around it ranks whose KV cache remembers what was written where.
 
 use crate::oracle;
-use crate::process::{Action, Activations, Connection, Input, Message, Process, Purpose, Timer};
+use crate::process::{Action, Activations, Connection, Input, Logits, Message, Process, Purpose, Timer};
 use crate::random::Random;
 use ashlar_protocol::data::{LinkHello, LinkPurpose};
 use ashlar_protocol::membership::{Assignment, BEAT_INTERVAL_MS, FromNode, Join, ToNode};
@@ -19,6 +19,8 @@ pub(crate) struct Node {
     fence: (LeaseTerm, String),
     control: Option<Connection>,
     place: Option<Place>,
+    /// Slices of logits computed for the rank that samples.
+    head_slices: u64,
     /// Links of layouts that this node has not been told of yet.
     early: Vec<(Connection, LinkHello)>,
     sequencer: Sequencer,
@@ -30,6 +32,10 @@ struct Place {
     announced: bool,
     previous: Option<Connection>,
     next: Option<Connection>,
+    /// To the rank that samples, where this one holds a slice of the head for it.
+    sampler: Option<Connection>,
+    /// On the rank that samples: from those ranks, by slice.
+    head_ranks: BTreeMap<u32, Connection>,
     kv: BTreeMap<(u32, usize), u64>,
     seeds: BTreeMap<SequenceId, u64>,
     plans: VecDeque<StepPlan>,
@@ -42,6 +48,22 @@ struct Current {
     work: StepWork,
     /// States of its rows, once they have been computed.
     rows: Option<Vec<u64>>,
+    /// Slices of the logits that have come, once their rows have been handed out.
+    logits: Option<BTreeMap<u32, Vec<u64>>>,
+}
+
+impl Place {
+    fn links(&self) -> impl Iterator<Item = Connection> {
+        let single = [self.previous, self.next, self.sampler];
+        single.into_iter().flatten().chain(self.head_ranks.values().copied())
+    }
+
+    /// Ranks of earlier stages that hold slices of the head, if this one samples.
+    fn head_ranks_wanted(&self) -> usize {
+        let samples = self.assignment.sampler.is_none() && self.assignment.tensor_rank.0 == 0;
+        let head = self.assignment.head.filter(|_| samples);
+        head.map_or(0, |head| head.of.saturating_sub(self.assignment.tensor_parallel_size as usize))
+    }
 }
 
 /// Either the layout must be renewed, or the contract is broken and the simulation has found something.
@@ -67,6 +89,7 @@ impl Node {
             fence: (LeaseTerm(0), String::new()),
             control: None,
             place: None,
+            head_slices: 0,
             early: Vec::new(),
             sequencer: Sequencer::default(),
         }
@@ -74,7 +97,13 @@ impl Node {
 
     /// What a kill leaves.
     pub(crate) fn killed(&self) -> Node {
-        Node { fence: self.fence.clone(), ..Node::new(self.number, self.step_us) }
+        let (fence, head_slices) = (self.fence.clone(), self.head_slices);
+        Node { fence, head_slices, ..Node::new(self.number, self.step_us) }
+    }
+
+    /// Slices of logits that it has computed for another rank, over all its lives.
+    pub(crate) fn head_slices(&self) -> u64 {
+        self.head_slices
     }
 
     /// Sequences that this rank still tracks in its present layout.
@@ -108,7 +137,7 @@ impl Node {
                 let current = self.place.as_ref().filter(|place| place.assignment.revision == revision);
                 let current = current.and_then(|place| place.current.as_ref());
                 if current.is_some_and(|current| current.work.step == step) {
-                    self.complete(actions);
+                    self.hand_out(actions);
                 }
             }
             Input::Timer(_) => {}
@@ -116,12 +145,16 @@ impl Node {
                 self.control = Some(connection);
                 self.tell(FromNode::Join(self.join()), actions);
             }
-            Input::Opened { connection, purpose: Purpose::Link(revision), initiator: true } => {
+            Input::Opened { connection, purpose: Purpose::Link(revision, purpose), initiator: true } => {
                 match self.place.as_mut().filter(|place| place.assignment.revision == revision) {
                     Some(place) => {
-                        place.next = Some(connection);
-                        let term = place.assignment.term;
-                        let hello = LinkHello { term, revision, purpose: LinkPurpose::Activations };
+                        match purpose {
+                            LinkPurpose::Head { .. } => place.sampler = Some(connection),
+                            LinkPurpose::Activations | LinkPurpose::Group { .. } => {
+                                place.next = Some(connection)
+                            }
+                        }
+                        let hello = LinkHello { term: place.assignment.term, revision, purpose };
                         actions.push(Action::Send(connection, Message::Hello(hello)));
                     }
                     None => actions.push(Action::Close(connection)),
@@ -129,7 +162,7 @@ impl Node {
             }
             Input::Opened { .. } => {}
             Input::Refused(Purpose::Control) => self.try_again(random, actions),
-            Input::Refused(Purpose::Link(revision)) => {
+            Input::Refused(Purpose::Link(revision, _)) => {
                 if self.place.as_ref().is_some_and(|place| place.assignment.revision == revision) {
                     self.fail("cannot reach another rank".to_owned(), actions);
                 }
@@ -142,6 +175,12 @@ impl Node {
                     place.arrived.push_back(activations);
                 }
             }
+            Input::Message(connection, Message::HeadRows(asked)) => self.answer(connection, asked, actions),
+            Input::Message(connection, Message::Logits(logits)) => {
+                if let Err(trouble) = self.take_slice(connection, logits, actions) {
+                    self.give_in(trouble, actions)?;
+                }
+            }
             Input::Message(..) => return Err(format!("node {} received a foreign message", self.number)),
             Input::Closed(connection) if self.control == Some(connection) => {
                 self.control = None;
@@ -152,13 +191,66 @@ impl Node {
         }
         self.take_links(actions);
         match self.work(actions) {
-            Err(Trouble::Violation(violation)) => Err(format!("node {}: {violation}", self.number)),
-            Err(Trouble::Layout(reason)) => {
+            Err(trouble) => self.give_in(trouble, actions),
+            Ok(()) => Ok(()),
+        }
+    }
+
+    fn give_in(&mut self, trouble: Trouble, actions: &mut Vec<Action>) -> Result<(), String> {
+        match trouble {
+            Trouble::Violation(violation) => Err(format!("node {}: {violation}", self.number)),
+            Trouble::Layout(reason) => {
                 self.fail(reason, actions);
                 Ok(())
             }
-            Ok(()) => Ok(()),
         }
+    }
+
+    /// Computes this rank's slice of the head: between whatever else it does, from the rows alone.
+    fn answer(&mut self, connection: Connection, asked: Activations, actions: &mut Vec<Action>) {
+        let Some(place) = self.place.as_ref().filter(|place| place.sampler == Some(connection)) else {
+            return;
+        };
+        let Some(head) = place.assignment.head.filter(|_| asked.revision == place.assignment.revision) else {
+            return self.fail("rows of another layout".to_owned(), actions);
+        };
+        let slice = asked.rows.iter().map(|row| oracle::slice(*row, head.index as u64)).collect();
+        let logits = Logits { revision: asked.revision, step: asked.step, slice };
+        self.head_slices += 1;
+        actions.push(Action::Send(connection, Message::Logits(logits)));
+    }
+
+    /// Takes a slice of the logits that this rank, which samples, waits for; with the last one the step is complete.
+    fn take_slice(
+        &mut self,
+        connection: Connection,
+        logits: Logits,
+        actions: &mut Vec<Action>,
+    ) -> Result<(), Trouble> {
+        let Some(place) = &mut self.place else { return Ok(()) };
+        let index = place.head_ranks.iter().find(|(_, link)| **link == connection).map(|(index, _)| *index);
+        let (Some(index), revision) = (index, place.assignment.revision) else { return Ok(()) };
+        let wanted = place.head_ranks_wanted();
+        let unasked = || Trouble::Layout(format!("logits of step {} that nobody waits for", logits.step));
+        let current = place.current.as_mut().filter(|current| current.work.step == logits.step);
+        let Some(Current { work, rows: Some(rows), logits: Some(slices) }) = current else {
+            return Err(unasked());
+        };
+        if logits.revision != revision || slices.contains_key(&index) {
+            return Err(unasked());
+        }
+        let expected = sampled_rows(work, rows).map(|row| oracle::slice(row, u64::from(index)));
+        if !expected.eq(logits.slice.iter().copied()) {
+            let step = logits.step;
+            return Err(Trouble::Violation(format!(
+                "step {step}: slice {index} of the logits is of other rows"
+            )));
+        }
+        slices.insert(index, logits.slice);
+        if slices.len() == wanted {
+            self.complete(actions);
+        }
+        Ok(())
     }
 
     fn reach_scheduler(&self, actions: &mut Vec<Action>) {
@@ -221,8 +313,14 @@ impl Node {
         };
         self.sequencer.handle(assigned, &mut Vec::new());
         if let Some(next) = assignment.next.as_deref().and_then(number_of) {
-            let purpose = Purpose::Link(assignment.revision);
+            let purpose = Purpose::Link(assignment.revision, LinkPurpose::Activations);
             actions.push(Action::Connect { to: Process::Node(next), purpose });
+        }
+        if let (Some(sampler), Some(head)) =
+            (assignment.sampler.as_deref().and_then(number_of), assignment.head)
+        {
+            let purpose = Purpose::Link(assignment.revision, LinkPurpose::Head { index: head.index as u32 });
+            actions.push(Action::Connect { to: Process::Node(sampler), purpose });
         }
         let loaded = Timer::Loaded(assignment.revision);
         actions.push(Action::Wake { after_us: random.between(5_000, 150_000), timer: loaded });
@@ -232,6 +330,8 @@ impl Node {
             announced: false,
             previous: None,
             next: None,
+            sampler: None,
+            head_ranks: BTreeMap::new(),
             kv: BTreeMap::new(),
             seeds: BTreeMap::new(),
             plans: VecDeque::new(),
@@ -242,7 +342,7 @@ impl Node {
 
     fn leave_place(&mut self, actions: &mut Vec<Action>) {
         if let Some(place) = self.place.take() {
-            actions.extend(place.previous.into_iter().chain(place.next).map(Action::Close));
+            actions.extend(place.links().map(Action::Close));
         }
     }
 
@@ -255,7 +355,7 @@ impl Node {
 
     fn link_closed(&mut self, connection: Connection, actions: &mut Vec<Action>) {
         self.early.retain(|(early, _)| *early != connection);
-        let concerned = |place: &Place| [place.previous, place.next].contains(&Some(connection));
+        let concerned = |place: &Place| place.links().any(|link| link == connection);
         if self.place.as_ref().is_some_and(concerned) {
             self.fail("lost another rank".to_owned(), actions);
         }
@@ -265,14 +365,21 @@ impl Node {
     fn take_links(&mut self, actions: &mut Vec<Action>) {
         let Some(place) = &mut self.place else { return };
         let (term, revision) = (place.assignment.term, place.assignment.revision);
-        let mine = |(_, hello): &(Connection, LinkHello)| (hello.term, hello.revision) == (term, revision);
-        if let Some(index) = self.early.iter().position(mine) {
-            place.previous = Some(self.early.swap_remove(index).0);
-        }
-        self.early.retain(|(_, hello)| hello.revision > revision);
+        self.early.retain(|(connection, hello)| {
+            if (hello.term, hello.revision) != (term, revision) {
+                return hello.revision > revision;
+            }
+            match hello.purpose {
+                LinkPurpose::Head { index } => drop(place.head_ranks.insert(index, *connection)),
+                LinkPurpose::Activations | LinkPurpose::Group { .. } => place.previous = Some(*connection),
+            }
+            false
+        });
         let first = place.assignment.stage.0 == 0;
-        let linked =
-            (first || place.previous.is_some()) && (place.assignment.next.is_none() || place.next.is_some());
+        let linked = (first || place.previous.is_some())
+            && (place.assignment.next.is_none() || place.next.is_some())
+            && (place.assignment.sampler.is_none() || place.sampler.is_some())
+            && place.head_ranks.len() == place.head_ranks_wanted();
         if place.loaded && linked && !place.announced {
             place.announced = true;
             let ready = FromNode::Ready { revision, reserved: Bytes(1), resident: Bytes(1) };
@@ -299,7 +406,7 @@ impl Node {
                         place.seeds.remove(&id);
                     }
                     Effect::Observe(..) => {}
-                    Effect::Compute(work) => place.current = Some(Current { work, rows: None }),
+                    Effect::Compute(work) => place.current = Some(Current { work, rows: None, logits: None }),
                     Effect::Diverged(reason) => return Err(Trouble::Layout(reason)),
                 }
             }
@@ -363,10 +470,29 @@ impl Node {
         Ok(())
     }
 
+    /// A step's layers have been computed: the rank that samples asks for the slices of the logits that others hold.
+    fn hand_out(&mut self, actions: &mut Vec<Action>) {
+        let Some(place) = &mut self.place else { return };
+        let revision = place.assignment.revision;
+        let wanted = place.head_ranks_wanted();
+        if let Some(Current { work, rows: Some(rows), logits: logits @ None }) = &mut place.current {
+            let asked: Vec<u64> = sampled_rows(work, rows).collect();
+            if wanted > 0 && !asked.is_empty() {
+                *logits = Some(BTreeMap::new());
+                for link in place.head_ranks.values() {
+                    let asked = Activations { revision, step: work.step, rows: asked.clone() };
+                    actions.push(Action::Send(*link, Message::HeadRows(asked)));
+                }
+                return;
+            }
+        }
+        self.complete(actions);
+    }
+
     /// Passes a computed step on: to the next stage, and to the scheduler.
     fn complete(&mut self, actions: &mut Vec<Action>) {
         let Some(place) = &mut self.place else { return };
-        let Some(Current { work, rows: Some(rows) }) = place.current.take() else { return };
+        let Some(Current { work, rows: Some(rows), .. }) = place.current.take() else { return };
         let (assignment, revision, step) = (&place.assignment, place.assignment.revision, work.step);
         let timing = StepTiming { compute_us: self.step_us, ..StepTiming::default() };
         let sampled = work.samples.iter().filter_map(|&(id, row)| {
@@ -397,4 +523,9 @@ impl Node {
         }
         self.tell(message, actions);
     }
+}
+
+/// States of the rows whose logits are wanted.
+fn sampled_rows<'w>(work: &'w StepWork, rows: &'w [u64]) -> impl Iterator<Item = u64> + 'w {
+    work.samples.iter().filter_map(|&(_, row)| rows.get(row).copied())
 }

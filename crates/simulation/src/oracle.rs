@@ -25,6 +25,11 @@ pub(crate) fn sample(state: u64, seed: u64) -> TokenId {
     (mix(state, seed) % VOCAB) as TokenId
 }
 
+/// The slice `index` of the logits after a position with this state.
+pub(crate) fn slice(state: u64, index: u64) -> u64 {
+    mix(state, !index)
+}
+
 /// What the model continues `prompt` with, whoever schedules it.
 pub(crate) fn continuation(prompt: &[TokenId], seed: u64, count: usize) -> Vec<TokenId> {
     let mut state = states(prompt).pop().unwrap_or(EMPTY);

@@ -1,6 +1,6 @@
 //! What every simulated process has in common: what reaches it, and what it wants.
 
-use ashlar_protocol::data::LinkHello;
+use ashlar_protocol::data::{LinkHello, LinkPurpose};
 use ashlar_protocol::membership::{FromNode, ToNode};
 use ashlar_protocol::serving::{FromScheduler, ToScheduler};
 use ashlar_vocabulary::{ReplicaRevision, StepId};
@@ -25,7 +25,7 @@ pub(crate) enum Purpose {
     /// Gateway to scheduler.
     Serving,
     /// Rank to rank, within one layout.
-    Link(ReplicaRevision),
+    Link(ReplicaRevision, LinkPurpose),
 }
 
 /// Whatever travels.
@@ -37,14 +37,24 @@ pub(crate) enum Message {
     FromScheduler(FromScheduler),
     Hello(LinkHello),
     Activations(Activations),
+    HeadRows(Activations),
+    Logits(Logits),
 }
 
-/// Activations of one step, on the way to the next stage.
+/// Rows of one step: on the way to the next stage, or to the ranks that hold slices of the head.
 #[derive(Debug, Clone)]
 pub(crate) struct Activations {
     pub(crate) revision: ReplicaRevision,
     pub(crate) step: StepId,
     pub(crate) rows: Vec<u64>,
+}
+
+/// One slice of the logits of the rows of one step.
+#[derive(Debug, Clone)]
+pub(crate) struct Logits {
+    pub(crate) revision: ReplicaRevision,
+    pub(crate) step: StepId,
+    pub(crate) slice: Vec<u64>,
 }
 
 /// What a process wakes up for.

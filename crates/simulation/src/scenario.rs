@@ -20,6 +20,8 @@ pub(crate) struct Scenario {
     pub(crate) stages: usize,
     pub(crate) tensor_parallel_size: usize,
     pub(crate) replicas: usize,
+    /// Whether the head is on every stage wherever it can be; `None` leaves it to the plan.
+    pub(crate) spread_head: Option<bool>,
     /// Time of a step on each node, standbys included.
     pub(crate) step_us: Vec<u64>,
     pub(crate) clients: Vec<Vec<Request>>,
@@ -73,6 +75,7 @@ impl Scenario {
             stages,
             tensor_parallel_size,
             replicas,
+            spread_head: [None, Some(false), Some(true), Some(true)][random.between(0, 4) as usize],
             step_us: (0..nodes).map(|_| random.between(300, 12_000)).collect(),
             clients,
             faults: (0..faults).map(|_| fault(random, nodes, gateways)).collect(),
@@ -124,8 +127,8 @@ impl Scenario {
             settle_ms: 200,
             max_num_seqs: self.max_num_seqs,
             max_num_batched_tokens: self.max_num_batched_tokens,
+            spread_head: self.spread_head,
             // So small a share leaves the blocks of one sequence of full length.
-            spread_head: None,
             kv_memory_share: if self.scarce_blocks { 1e-9 } else { 0.25 },
             silence_ms_max: 1_000,
             replan_after_ms: 5_000,

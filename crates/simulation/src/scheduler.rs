@@ -58,7 +58,7 @@ impl Scheduler {
                     DirectorInput::NodeClosed(NodeConnection(connection.0), "its connection ended".into())
                 }
                 Some(Purpose::Serving) => DirectorInput::GatewayClosed(GatewayId(connection.0)),
-                Some(Purpose::Link(_)) | None => return Ok(()),
+                Some(Purpose::Link(..)) | None => return Ok(()),
             },
             Input::Message(..) | Input::Refused(_) | Input::Timer(_) => {
                 return Err("the scheduler received what is not for it".to_owned());

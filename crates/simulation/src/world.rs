@@ -153,6 +153,7 @@ impl World {
             Some(tracked) if tracked > 0 => Err(format!("a rank still tracks {tracked} ended sequences")),
             _ => {
                 self.count_life();
+                self.report.head_slices = self.nodes.iter().map(Node::head_slices).sum();
                 Ok(())
             }
         }
@@ -437,6 +438,8 @@ fn is_data(message: &Message) -> bool {
         Message::ToNode(ToNode::Step(_))
             | Message::FromNode(FromNode::StepResult(_) | FromNode::StepDone { .. } | FromNode::Beat)
             | Message::Activations(_)
+            | Message::HeadRows(_)
+            | Message::Logits(_)
     )
 }
 
