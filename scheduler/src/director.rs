@@ -127,7 +127,7 @@ impl Director {
     fn node(&mut self, now: Millis, connection: NodeConnection, message: FromNode) {
         use cluster::Event;
         let event = match message {
-            FromNode::Join(join) => Event::Join { connection, join: Box::new(join) },
+            FromNode::Join(join) => Event::Join { connection, join },
             FromNode::Refused { revision: _, term } => Event::Refused { connection, term },
             FromNode::Loading { revision, loaded, total } => {
                 Event::Loading { connection, revision, loaded, total }

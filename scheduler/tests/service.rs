@@ -163,7 +163,7 @@ async fn join(name: &str, address: SocketAddr, term: u64) -> Result<TcpStream, f
         holds: None,
         term: LeaseTerm(term),
     };
-    frame::write(&mut socket, &FromNode::Join(join)).await?;
+    frame::write(&mut socket, &FromNode::Join(Box::new(join))).await?;
     Ok(socket)
 }
 

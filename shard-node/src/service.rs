@@ -220,7 +220,7 @@ impl Session<'_> {
         let greeted = tokio::time::timeout(GREETING_TIMEOUT, greeting).await;
         let mut socket = greeted.map_err(|_| FrameError::Io(std::io::ErrorKind::TimedOut.into()))??;
         let join = Join { holds: self.shared.held(), ..self.join.clone() };
-        frame::write(&mut socket, &FromNode::Join(join)).await?;
+        frame::write(&mut socket, &FromNode::Join(Box::new(join))).await?;
         info!(scheduler = %self.config.scheduler, "joined");
         *pause = RECONNECT_MIN;
         let (mut reader, mut writer) = socket.into_split();

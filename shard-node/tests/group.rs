@@ -9,8 +9,8 @@ use ashlar_shard_node::group::{Group, GroupTransport};
 use ashlar_shard_node::head::Wake;
 use ashlar_shard_node::links::{self, LinkBreaker, LinkError, LinkSettings, PendingLinks, Waiting};
 use ashlar_vocabulary::{
-    KvCacheType, LayerRange, LeaseTerm, ModelDigest, ModelShape, Precision, ReplicaId, ReplicaRevision,
-    StageIndex, StepId, TensorRank, WeightType, WeightTypes,
+    FloatType, LayerRange, LayerVectors, LeaseTerm, ModelDigest, ModelShape, Precision, ReplicaId,
+    ReplicaRevision, StageIndex, StepId, TensorRank, WeightType, WeightTypes,
 };
 use std::net::TcpListener;
 use std::sync::mpsc;
@@ -36,7 +36,9 @@ fn shape() -> ModelShape {
         max_position_embeddings: 16,
         tied_head: true,
         weights: WeightTypes::uniform(WeightType::F32, 2),
-        kv_cache: KvCacheType::F32,
+        kv_cache: FloatType::F32,
+        activations: FloatType::F32,
+        vectors: LayerVectors::default(),
     }
 }
 

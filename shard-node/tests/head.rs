@@ -4,7 +4,7 @@
 
 use ashlar_kernels::{Isa, Kernels};
 use ashlar_model::stage::LOGIT_ROWS_MAX;
-use ashlar_model::synth::{FloatType, SynthRequest, synthesize};
+use ashlar_model::synth::{SynthRequest, synthesize};
 use ashlar_model::{HeadRanks, LogitColumns, RankSlice, StageModel};
 use ashlar_protocol::data::LinkFaults;
 use ashlar_protocol::membership::Assignment;
@@ -12,8 +12,8 @@ use ashlar_shard_node::beat::Beat;
 use ashlar_shard_node::head::{HeadTransport, Wake};
 use ashlar_shard_node::links::{self, LinkBreaker, LinkError, LinkSettings, Links, PendingLinks, Waiting};
 use ashlar_vocabulary::{
-    Bytes, HeadSlice, LayerRange, LeaseTerm, ModelDigest, ModelShape, Precision, ReplicaId, ReplicaRevision,
-    StageIndex, StepId, TensorRank,
+    Bytes, FloatType, HeadSlice, LayerRange, LeaseTerm, ModelDigest, ModelShape, Precision, ReplicaId,
+    ReplicaRevision, StageIndex, StepId, TensorRank,
 };
 use std::net::TcpListener;
 use std::sync::{Arc, mpsc};

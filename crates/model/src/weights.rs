@@ -367,7 +367,7 @@ impl TensorReader<'_> {
         let (first, last) =
             rows.clone().map(stored).fold((usize::MAX, 0), |(a, b), row| (a.min(row), b.max(row)));
         // Of interleaved heads every second row is wanted, or all of them in another order.
-        if columns.len() == self.columns && last + 1 <= first.saturating_add(2 * rows.len()) {
+        if columns.len() == self.columns && last < first.saturating_add(2 * rows.len()) {
             let (start, bytes) = to.grow((last + 1 - first) * stride);
             self.read_at(bytes, (first * stride) as u64)?;
             rows.for_each(|row| to.push(start + (stored(row) - first) * stride));

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum FromNode {
     /// First message.
-    Join(Join),
+    Join(Box<Join>),
     /// The assignment was refused (for example by its term); the connection is closed afterwards.
     Refused {
         /// The assignment's revision.

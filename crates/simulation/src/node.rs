@@ -143,7 +143,7 @@ impl Node {
             Input::Timer(_) => {}
             Input::Opened { connection, purpose: Purpose::Control, .. } => {
                 self.control = Some(connection);
-                self.tell(FromNode::Join(self.join()), actions);
+                self.tell(FromNode::Join(Box::new(self.join())), actions);
             }
             Input::Opened { connection, purpose: Purpose::Link(revision, purpose), initiator: true } => {
                 match self.place.as_mut().filter(|place| place.assignment.revision == revision) {

@@ -23,7 +23,9 @@ fn samples(count: usize) -> Vec<Sample> {
         let length = 2 + (index * 7) % 23;
         Sample {
             tokens: (0..length).map(|i| ((i * 31 + index * 17 + 5) % 97) as u32).collect(),
-            targets: (0..length).map(|i| i > 0 && (i + index) % 3 != 0 || i + 1 == length).collect(),
+            targets: (0..length)
+                .map(|i| i > 0 && !(i + index).is_multiple_of(3) || i + 1 == length)
+                .collect(),
         }
     };
     (0..count).map(sample).collect()

@@ -235,13 +235,16 @@ impl Block {
     }
 }
 
+/// A target, its columns among a fused product's outputs, and the parts of these.
+type TargetColumns<'a> = (Target, Range<usize>, &'a [Range<usize>]);
+
 /// A column-parallel product whose gradient is wanted.
 struct ColumnParallel<'a> {
     weights: &'a PackedMatrix,
     /// The parts of its outputs, over all matrices of a fused product.
     parts: &'a [Vec<Range<usize>>],
-    /// Each target's columns among the outputs, and the parts of these.
-    targets: &'a [(Target, Range<usize>, &'a [Range<usize>])],
+    /// Whose outputs they are.
+    targets: &'a [TargetColumns<'a>],
     /// The gradient by the outputs.
     rows: StridedRows<'a>,
     /// What it multiplied: rows × inputs.
