@@ -35,6 +35,29 @@ impl Encoder {
         Ok(before.into_iter().chain(encoding.get_ids().iter().copied()).chain(after).collect())
     }
 
+    /// The same ids, each with the byte of the text at which it begins; what is added after a text begins at its end.
+    pub(crate) fn encode_with_starts(
+        &self,
+        text: &str,
+        add_special: bool,
+    ) -> Result<(Vec<u32>, Vec<usize>), tokenizers::Error> {
+        let encoding = match &self.pipeline {
+            Pipeline::Standard(pipeline) => pipeline.encode(text, add_special)?,
+            Pipeline::Scored(pipeline) => pipeline.encode(text, add_special)?,
+        };
+        let (before, after) = if add_special { (self.before, self.after) } else { (None, None) };
+        let ids = before.into_iter().chain(encoding.get_ids().iter().copied()).chain(after).collect();
+        let mut starts: Vec<usize> = encoding.get_offsets().iter().map(|&(start, _)| start).collect();
+        // A post-processor gives (0, 0) to what it adds, on both sides.
+        let added = encoding.get_special_tokens_mask().iter().rev().take_while(|&&mask| mask == 1).count();
+        if added < starts.len() {
+            let first_added = starts.len() - added;
+            starts[first_added..].fill(text.len());
+        }
+        let starts = before.map(|_| 0).into_iter().chain(starts).chain(after.map(|_| text.len())).collect();
+        Ok((ids, starts))
+    }
+
     pub(crate) fn token_to_id(&self, token: &str) -> Option<u32> {
         match &self.pipeline {
             Pipeline::Standard(pipeline) => pipeline.token_to_id(token),

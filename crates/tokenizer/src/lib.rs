@@ -28,4 +28,4 @@ pub use gguf::{GgufExport, GgufTokenType, GgufVocabulary, GgufVocabularyError};
 pub use incremental::{IncrementalDecoder, SpecialTokens, TextStart};
 pub use markers::{ReasoningMarkers, ToolFormat};
 pub use template::{ChatTemplate, RenderInput, TemplateError, TemplateTime};
-pub use tokenizer::{Tokenizer, TokenizerError};
+pub use tokenizer::{EncodedText, Tokenizer, TokenizerError};

@@ -85,6 +85,15 @@ pub enum TokenizerError {
     Encode(String),
 }
 
+/// Tokens of a text and where they stand in it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EncodedText {
+    /// Token ids.
+    pub ids: Vec<u32>,
+    /// For each token the byte of the text at which it begins.
+    pub starts: Vec<usize>,
+}
+
 /// A checkpoint's tokenizer. Cloning shares it.
 #[derive(Clone)]
 pub struct Tokenizer {
@@ -97,6 +106,8 @@ struct Inner {
     pieces: Vec<Piece>,
     leading_space: LeadingSpace,
     eos: Vec<u32>,
+    /// The one of them that a text is closed with.
+    end: Option<u32>,
     bos: Option<u32>,
     template: Option<ChatTemplate>,
     tool_format: Option<ToolFormat>,
@@ -213,6 +224,14 @@ impl Tokenizer {
         eos.sort_unstable();
         eos.dedup();
         let bos = bos.filter(known);
+        let end = special_tokens
+            .get("eos_token")
+            .and_then(Value::as_str)
+            .and_then(|text| encoder.token_to_id(text))
+            .filter(known)
+            // Some models end a text with the token that begins the next one; that is the last choice.
+            .or_else(|| eos.iter().copied().find(|&id| Some(id) != bos))
+            .or_else(|| eos.first().copied());
 
         let sources = [tool_template.as_deref(), template.as_ref().map(|(source, _)| source.as_str())];
         let sources = || sources.into_iter().flatten();
@@ -235,8 +254,18 @@ impl Tokenizer {
             ),
             None => None,
         };
-        let inner =
-            Inner { encoder, pieces, leading_space, eos, bos, template, tool_format, reasoning, markers };
+        let inner = Inner {
+            encoder,
+            pieces,
+            leading_space,
+            eos,
+            end,
+            bos,
+            template,
+            tool_format,
+            reasoning,
+            markers,
+        };
         Ok(Tokenizer { inner: Arc::new(inner) })
     }
 
@@ -249,6 +278,15 @@ impl Tokenizer {
     /// Tokens of a rendered chat. Nothing is added: the template has written every special token itself.
     pub fn encode_chat(&self, rendered: &str) -> Result<Vec<u32>, TokenizerError> {
         self.encode(rendered, false)
+    }
+
+    /// The tokens of [`Tokenizer::encode`] with the byte of the text at which each begins: 0 for what is added before
+    /// the text, its length for what is added after. A token of a part of a character begins where the character does,
+    /// or within it.
+    pub fn encode_with_starts(&self, text: &str, add_special: bool) -> Result<EncodedText, TokenizerError> {
+        let encoded = self.inner.encoder.encode_with_starts(text, add_special);
+        let (ids, starts) = encoded.map_err(|e| TokenizerError::Encode(e.to_string()))?;
+        Ok(EncodedText { ids, starts })
     }
 
     /// Text of tokens that begin a text. Bytes that are no UTF-8 become U+FFFD, as `String::from_utf8_lossy` does.
@@ -270,6 +308,11 @@ impl Tokenizer {
     /// own. Sorted.
     pub fn eos_token_ids(&self) -> &[u32] {
         &self.inner.eos
+    }
+
+    /// The token that closes a text: the tokenizer's `eos_token`, else one of [`Tokenizer::eos_token_ids`].
+    pub fn end_token_id(&self) -> Option<u32> {
+        self.inner.end
     }
 
     /// The token that begins a sequence, if the model has one.

@@ -57,6 +57,23 @@ fn arguments_given_as_a_string_print_as_the_object_they_are() {
 }
 
 #[test]
+fn an_answer_of_calls_alone_has_no_content_or_an_empty_one_as_the_template_can_read_it() {
+    let call = json!({"id": "call00001", "function": {"name": "f", "arguments": "{}"}});
+    let messages = json!([
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": null, "tool_calls": [call]},
+    ]);
+    // As Qwen 3 does; Python's `in` fails on None.
+    let searches =
+        "{% for m in messages %}{% if '</think>' in m.content %}t{% endif %}[{{ m.content }}]{% endfor %}";
+    assert_eq!(render(searches, messages.clone()).unwrap(), "[q][]");
+    // As R1 does: an empty content would be one more answer.
+    let asks =
+        "{% for m in messages %}{% if m.content is not none %}[{{ m.content }}]{% endif %}{% endfor %}";
+    assert_eq!(render(asks, messages).unwrap(), "[q]");
+}
+
+#[test]
 fn a_template_refuses_in_its_own_words() {
     let source = "{% if messages|length > 1 %}{{ raise_exception('one only') }}{% endif %}ok";
     let message = json!({"role": "user", "content": "a"});

@@ -2,7 +2,7 @@
 //!
 //! Layout: [`ids`] (newtypes), [`blob`] (names of stored bytes), [`units`] (bytes, milliseconds), [`parts`] (the eight-part cut that the numeric
 //! contract is built on), [`head`] (who computes which of its rows), [`shape`] (what a model looks like, without its weights), [`sampling`] (what a request asks of
-//! the sampler), [`weights`] (the types of weights), [`blocks`] and [`packed`] (how they lie in memory), [`memory`] (how much of it a rank needs for them), [`precision`] (what an owner chooses among them, and for the cache).
+//! the sampler), [`weights`] (the types of weights), [`blocks`] and [`packed`] (how they lie in memory), [`memory`] (how much of it a rank needs for them), [`precision`] (what an owner chooses among them, and for the cache), [`random`] (the counter-based generator).
 //!
 //! **Invariant:** this crate imports nothing of ours, performs no I/O and reads no clock.
 #![forbid(unsafe_code)]
@@ -15,6 +15,7 @@ pub mod memory;
 pub mod packed;
 pub mod parts;
 pub mod precision;
+pub mod random;
 pub mod sampling;
 pub mod shape;
 pub mod units;

@@ -4,7 +4,7 @@
 //! `min_tokens`, the grammar's mask; then arg-max (temperature 0), or temperature, `top_k`, `top_p`, `min_p` and a draw.
 //!
 //! Layout: `state` (counts, [`SamplerState::sample`]), `penalties` (what changes logits), `distribution` (truncation and
-//! the draw), `logprobs` ([`score`]), `philox` (the counter-based generator).
+//! the draw), `logprobs` ([`score`]), `uniform` (the random number of a position).
 //!
 //! **Invariant:** a token depends on its sequence's logits, parameters, past tokens and position alone. Ties break by the
 //! lower token id; nothing is iterated in a random order.
@@ -12,12 +12,12 @@
 mod distribution;
 mod logprobs;
 mod penalties;
-mod philox;
 mod state;
+mod uniform;
 
 pub use logprobs::score;
-pub use philox::uniform;
 pub use state::{Sampled, SamplerScratch, SamplerState};
+pub use uniform::uniform;
 
 use std::fmt;
 

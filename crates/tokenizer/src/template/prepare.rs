@@ -12,24 +12,27 @@ pub(super) struct Accepts {
     strings: bool,
     /// Arguments of a past tool call as an object.
     argument_objects: bool,
+    /// Null as the content of an answer that consists of calls alone. Not all do, and not all take an empty string for it.
+    null_content: bool,
 }
 
 const PROBE: &str = "ashlar probe";
 
 impl Accepts {
     pub(super) fn probe(template: &ChatTemplate) -> Accepts {
-        let shows = |messages: Value| {
-            let input = RenderInput {
-                messages: &messages,
+        let render = |messages: &Value| {
+            template.render_as_is(&RenderInput {
+                messages,
                 tools: None,
                 add_generation_prompt: false,
                 kwargs: &Map::new(),
                 now: TemplateTime::default(),
-            };
+            })
+        };
+        let shows = |messages: Value| {
             // A template that prints the list itself shows the word `type` too, and one that joins markup to text
             // breaks its quotes.
-            template
-                .render_as_is(&input)
+            render(&messages)
                 .is_ok_and(|text| text.contains(PROBE) && !text.contains("'type'") && !text.contains("&#34;"))
         };
         let user = |content: Value| json!({"role": "user", "content": content});
@@ -38,6 +41,10 @@ impl Accepts {
             "type": "function",
             "function": {"name": "f", "arguments": {"a": PROBE}},
         });
+        let null_answer = json!([
+            user(json!("q")),
+            {"role": "assistant", "content": null, "tool_calls": [call]},
+        ]);
         Accepts {
             parts: shows(json!([user(json!([{"type": "text", "text": PROBE}]))])),
             strings: shows(json!([user(json!(PROBE))])),
@@ -45,10 +52,8 @@ impl Accepts {
                 user(json!("q")),
                 {"role": "assistant", "content": "", "tool_calls": [call]},
                 {"role": "tool", "tool_call_id": "call00001", "name": "f", "content": "r"},
-            ])) || shows(json!([
-                user(json!("q")),
-                {"role": "assistant", "content": null, "tool_calls": [call]},
-            ])),
+            ])) || shows(null_answer.clone()),
+            null_content: render(&null_answer).is_ok(),
         }
     }
 }
@@ -74,6 +79,10 @@ pub(super) fn prepare(messages: &Value, accepts: Accepts) -> Result<Value, Templ
             Some(Value::String(text)) if accepts.parts && !accepts.strings => {
                 let content = json!([{"type": "text", "text": text}]);
                 message.insert("content".into(), content);
+            }
+            Some(Value::Null) if !accepts.null_content && message.contains_key("tool_calls") => {
+                let empty = if accepts.parts && !accepts.strings { json!([]) } else { json!("") };
+                message.insert("content".into(), empty);
             }
             _ => {}
         }
