@@ -43,6 +43,7 @@ fn the_vocabulary_imports_nothing_of_ours_and_pure_crates_only_it() {
     for name in ["ashlar-shard-plan", "ashlar-kernels", "ashlar-protocol"] {
         assert_eq!(ours(&all[name]), BTreeSet::from(["ashlar-vocabulary"]), "{name}");
     }
+    assert_eq!(ours(&all["ashlar-dataset"]), BTreeSet::from(["ashlar-tokenizer", "ashlar-vocabulary"]));
 }
 
 #[test]
@@ -120,6 +121,7 @@ fn pure_cores_have_no_runtime_clock_randomness_or_io() {
         "gateway/src/transcript.rs",
         "shard-node/src/sequencer.rs",
         "crates/shard-plan/src",
+        "crates/dataset/src",
     ];
     let banned = [
         "tokio",

@@ -21,7 +21,7 @@ use serde_json::{Map, Value, json};
 use std::ops::Range;
 
 /// What all renderings of one example may take together, in bytes of text.
-const RENDERED_BYTES_MAX: usize = 256 << 20;
+const RENDERED_BYTES_MAX: usize = 64 << 20;
 
 /// A noncharacter, which no text has in earnest: stands for an answer in a rendering that only looks for its header.
 const PROBE: &str = "\u{fdd5}";

@@ -12,7 +12,7 @@
 //!
 //! **Invariants:** pure: no network, no file system, no clock, no threads, nothing iterated in a random order. A file is read
 //! and written as a stream, so its size takes no memory. Whatever a file holds, it is answered with a message, never with a
-//! panic; a message names lines and fields and shows none of their text. A plan depends on samples, settings and seed alone, not on
+//! panic; a message names lines and fields and shows none of their text (unless the model's template does, in refusing it). A plan depends on samples, settings and seed alone, not on
 //! the machines that carry it out.
 
 #![forbid(unsafe_code)]

@@ -26,6 +26,12 @@ pub enum LineProblem {
         /// 1-based column.
         column: usize,
     },
+    /// More JSON values than an example needs.
+    #[error("the line has more than {values_max} values: split the example")]
+    TooManyValues {
+        /// The bound.
+        values_max: usize,
+    },
     /// JSON, but no object.
     #[error("the line is {found}: each line must be one JSON object")]
     NotAnObject {

@@ -79,7 +79,7 @@ fn the_masks_of_qwen_2_5() {
         [
             "<|im_start|>|system|\n|You| are| Q|wen|,| created| by| Alibaba| Cloud|.| You| are| a| helpful| assistant|.|<|im_end|>|\n|\
           <|im_start|>|user|\n|Good| day|<|im_end|>|\n|<|im_start|>|assistant|\n|[Hello][ there][<|im_end|>]\n|\
-          <|im_start|>|user|\n|Bye|<|im_end|>|\n|<|im_start|>|assistant|\n|[See][ you][<|im_end|>]"
+          <|im_start|>|user|\n|By|e|<|im_end|>|\n|<|im_start|>|assistant|\n|[See][ you][<|im_end|>]"
         ]
     );
 }
@@ -93,7 +93,7 @@ fn the_masks_of_qwen_3() {
             "<|im_start|>|user|\n|Good| day|<|im_end|>|\n|<|im_start|>|assistant|\n|\
              [<think>][\n\n][</think>][\n\n][Hello][ there][<|im_end|>]",
             "<|im_start|>|user|\n|Good| day|<|im_end|>|\n|<|im_start|>|assistant|\n|Hello| there|<|im_end|>|\n|\
-             <|im_start|>|user|\n|Bye|<|im_end|>|\n|<|im_start|>|assistant|\n|\
+             <|im_start|>|user|\n|By|e|<|im_end|>|\n|<|im_start|>|assistant|\n|\
              [<think>][\n\n][</think>][\n\n][See][ you][<|im_end|>]",
         ]
     );
@@ -104,7 +104,7 @@ fn the_masks_of_mistral_v3() {
     let Some(tokenizer) = load("tokenizers/mistral-v3") else { return };
     assert_eq!(
         pieces(&tokenizer, &two_turns()),
-        ["<s>|[INST]| Good| day|[/INST]|[ Hello][ there][</s>][INST]| B|ye|[/INST]|[ See][ you][</s>]"]
+        ["<s>|[INST]| Good| day|[/INST]|[ Hello][ there][</s>][INST]| By|e|[/INST]|[ See][ you][</s>]"]
     );
 }
 
@@ -214,13 +214,14 @@ fn whole_training_files_have_the_totals_that_were_counted() {
         let stories = report(&tokenizer, data.join("tinystories-chat-train600.jsonl"), 512);
         stories.verdict().unwrap();
         assert_eq!((stories.examples, stories.samples, stories.truncated.examples), (600, 600, 0));
-        assert!(stories.longest.unwrap().tokens <= 440);
-        assert_eq!((stories.tokens, stories.target_tokens), (0, 0));
+        assert_eq!(stories.longest.unwrap().tokens, 441);
+        // Counted with Hugging Face's library from the template's words.
+        assert_eq!((stories.tokens, stories.target_tokens), (209_134, 196_774));
     }
     if let Some(tokenizer) = load("tokenizers/qwen3") {
         let sums = report(&tokenizer, data.join("gsm8k-chat-train500.jsonl"), 4096);
         sums.verdict().unwrap();
         assert_eq!((sums.examples, sums.split_examples, sums.unterminated_turns), (500, 0, 0));
-        assert_eq!((sums.tokens, sums.target_tokens), (0, 0));
+        assert_eq!((sums.tokens, sums.target_tokens), (93_426, 49_894));
     }
 }

@@ -73,6 +73,59 @@ fn mistral_v3_renders_and_encodes_as_mistrals_own_code() {
     }
 }
 
+/// The same ids with and without places, and every token stands where its bytes are.
+fn check_starts(tokenizer: &Tokenizer, text: &str) {
+    for add_special in [false, true] {
+        let encoded = tokenizer.encode_with_starts(text, add_special).unwrap();
+        assert_eq!(encoded.ids, tokenizer.encode(text, add_special).unwrap(), "{text:?}");
+        assert_eq!(encoded.ids.len(), encoded.starts.len());
+        assert!(encoded.starts.is_sorted() && encoded.starts.iter().all(|&at| at <= text.len()), "{text:?}");
+    }
+    let encoded = tokenizer.encode_with_starts(text, false).unwrap();
+    for (&id, &start) in encoded.ids.iter().zip(&encoded.starts) {
+        // A part of a character has no text of its own; a sentencepiece token may begin with a space that the text lacks.
+        let Ok(piece) = std::str::from_utf8(tokenizer.token_bytes(id)) else { continue };
+        let rest = text.get(start..).unwrap_or_else(|| panic!("{text:?}: {piece:?} at {start}"));
+        let stands = rest.starts_with(piece) || rest.starts_with(piece.trim_start_matches(' '));
+        assert!(stands, "{text:?}: {piece:?} at {start}");
+    }
+}
+
+#[test]
+fn tokens_begin_where_their_bytes_stand() {
+    let texts = ["Hello  world", " leading", "naïve 東京 🦙🦙 é", "a\n\n b\t", "", "x"];
+    let chats = [
+        ("tokenizers/qwen3", "<|im_start|>user\nHé  llo<|im_end|>\n<|im_start|>assistant\n🦙 ok<|im_end|>"),
+        ("tokenizers/mistral-v3", "<s>[INST] Hé  llo[/INST] 🦙 ok</s>[INST] x[/INST]"),
+        ("models/stories260K", "<s>Once upon 🦙 a time there</s>"),
+        ("models/stories260K-gguf/stories260K-f32.gguf", "<s>Once upon 🦙 a time there</s>"),
+    ];
+    for (path, chat) in chats {
+        let Some(path) = shared(path) else { return };
+        let tokenizer = Tokenizer::open(&path).unwrap();
+        for text in texts.into_iter().chain([chat]) {
+            check_starts(&tokenizer, text);
+        }
+        let encoded = tokenizer.encode_with_starts("", true).unwrap();
+        assert!(encoded.starts.iter().all(|&start| start == 0));
+    }
+}
+
+#[test]
+fn a_text_is_closed_with_the_tokenizers_own_token() {
+    for (path, end) in [
+        ("tokenizers/qwen3", "<|im_end|>"),
+        ("tokenizers/mistral-v3", "</s>"),
+        // Its first end is the token that begins a story.
+        ("models/stories260K", "</s>"),
+        ("models/stories260K-gguf/stories260K-f32.gguf", "</s>"),
+    ] {
+        let Some(path) = shared(path) else { return };
+        let tokenizer = Tokenizer::open(&path).unwrap();
+        assert_eq!(tokenizer.token_text(tokenizer.end_token_id().unwrap()), end, "{}", path.display());
+    }
+}
+
 #[test]
 fn every_template_renders_its_golden_conversations() {
     let Some(dir) = shared("chat-templates") else { return };

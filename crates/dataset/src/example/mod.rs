@@ -12,6 +12,9 @@ use conversation::{preference_input, preference_output};
 use serde_json::{Map, Value};
 use std::fmt;
 
+/// A value takes up to a hundred bytes where its text takes two, so their number is bounded, too.
+const VALUES_MAX: usize = 250_000;
+
 /// One training example.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Example {
@@ -96,6 +99,9 @@ impl Example {
     pub fn parse(line: &[u8]) -> Result<Example, LineProblem> {
         let text =
             std::str::from_utf8(line).map_err(|error| LineProblem::NotUtf8 { at: error.valid_up_to() })?;
+        if values(line) > VALUES_MAX {
+            return Err(LineProblem::TooManyValues { values_max: VALUES_MAX });
+        }
         let value: Value = serde_json::from_str(text).map_err(|error| LineProblem::NotJson {
             what: if error.is_eof() { "it ends too early" } else { "a syntax error" },
             column: error.column(),
@@ -144,6 +150,21 @@ impl Example {
             Example::Preference { .. } => Format::Preference,
         }
     }
+}
+
+/// An upper bound on the values of a JSON text: what stands outside strings and begins, or parts, elements.
+fn values(json: &[u8]) -> usize {
+    let (mut in_string, mut escaped, mut count) = (false, false, 0);
+    for &byte in json {
+        match byte {
+            _ if escaped => escaped = false,
+            b'\\' if in_string => escaped = true,
+            b'"' => in_string = !in_string,
+            b'[' | b'{' | b',' if !in_string => count += 1,
+            _ => {}
+        }
+    }
+    count
 }
 
 fn string(fields: &mut Map<String, Value>, name: &str) -> Result<String, LineProblem> {

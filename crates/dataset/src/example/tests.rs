@@ -73,7 +73,14 @@ fn a_line_that_is_no_object_says_where() {
     assert!(parse(b"{}").contains("none of"));
     // As deep as the stack would not bear.
     let deep = [b"{\"text\":".to_vec(), vec![b'['; 1_000_000]].concat();
+    assert!(parse(&deep).contains("more than 250000 values"));
+    let deep = [b"{\"text\":".to_vec(), vec![b'['; 100_000]].concat();
     assert!(parse(&deep).contains("not valid JSON"));
+    let wide = format!("{{\"text\": \"t\", \"x\": [0{}]}}", ",0".repeat(250_000));
+    assert!(parse(wide.as_bytes()).contains("more than 250000 values"));
+    // What stands in a string does not count.
+    let text = json!({"text": "[{,\\\"".repeat(100_000)});
+    assert!(Example::parse(text.to_string().as_bytes()).is_ok());
 }
 
 #[test]

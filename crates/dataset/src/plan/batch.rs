@@ -7,7 +7,7 @@ use std::ops::Range;
 
 /// The samples of one step, in order, as eight consecutive runs.
 ///
-/// A gradient is summed over a run in the order of its samples, and over runs in a fixed tree (see NUMERICS.md), so the runs are
+/// A gradient is summed over a run in the order of its samples, and over runs in the fixed tree of eight parts, so the runs are
 /// part of what a step computes. They hold about equally many rows: a run ends where the middle of the next sample lies beyond its
 /// eighth of the rows. Runs may be empty.
 #[derive(Debug, Clone, PartialEq, Eq)]
