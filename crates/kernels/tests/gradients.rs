@@ -1,5 +1,7 @@
 //! Gradients: the same bits on every instruction set, for any threads, cut and batch, and those of double precision.
 
+#![allow(clippy::unwrap_used)]
+
 mod common;
 
 use ashlar_kernels::{

@@ -3,7 +3,7 @@
 mod common;
 
 use ashlar_kernels::{Isa, Kernels, Llama3Scaling, inv_freq, scale_inv_freq_linear, scale_inv_freq_llama3};
-use common::{all_kernels, bits, everywhere, numbers};
+use common::{bits, everywhere, numbers};
 use proptest::prelude::*;
 
 proptest! {

@@ -12,6 +12,7 @@ pub fn evened(devices: &[DeviceReport]) -> Vec<DeviceReport> {
     let mut even = devices.to_vec();
     even_out(&mut even, |device| &mut device.bandwidth_bytes_per_s);
     even_out(&mut even, |device| &mut device.flops_per_s);
+    even_out(&mut even, |device| &mut device.quantized_flops_per_s);
     even
 }
 
@@ -46,6 +47,7 @@ mod tests {
             memory: Bytes(1),
             bandwidth_bytes_per_s,
             flops_per_s: 5.0,
+            quantized_flops_per_s: bandwidth_bytes_per_s,
             threads: 1,
             layers: None,
         };
@@ -54,6 +56,8 @@ mod tests {
         let even = evened(&devices);
         let speeds: Vec<f64> = even.iter().map(|device| device.bandwidth_bytes_per_s).collect();
         assert_eq!(speeds, [100.0, 48.0, 100.0, 100.0, 48.0, 10.0]);
+        let quantized: Vec<f64> = even.iter().map(|device| device.quantized_flops_per_s).collect();
+        assert_eq!(quantized, speeds);
         assert!(even.iter().all(|device| device.flops_per_s == 5.0));
     }
 }

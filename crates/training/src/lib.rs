@@ -16,5 +16,5 @@ pub mod state;
 
 pub use init::initial_adapter;
 pub use norm::{NormTerms, gradient_norm};
-pub use runs::{RunTree, Runs};
+pub use runs::RunTree;
 pub use state::{AdapterState, Hyperparameters};

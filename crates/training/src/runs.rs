@@ -1,34 +1,13 @@
 //! Gradients of a global batch.
 //!
-//! A batch is eight consecutive runs of samples. Within a run a gradient is one chain over samples, then positions, however
+//! A batch is eight consecutive runs of samples, as the job's plan cuts it. Within a run a gradient is one chain over samples, then positions, however
 //! they are cut in micro-batches; runs add up in the tree `((r0+r1)+(r2+r3))+((r4+r5)+(r6+r7))`. A replica computes whole
 //! runs, so that what replicas exchange are the upper levels of that tree.
 
 use ashlar_kernels::Kernels;
 use ashlar_model::RankSlice;
 use ashlar_model::adapter::{AdapterWeights, LoraSpec};
-use ashlar_vocabulary::{ModelShape, PARTS};
-use std::ops::Range;
-
-/// Runs of a batch.
-pub const RUNS: usize = PARTS;
-
-/// The runs of replica `replica` of `replicas` (1, 2, 4 or 8).
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Runs(pub Range<usize>);
-
-impl Runs {
-    /// Those of a replica.
-    pub fn of_replica(replica: usize, replicas: usize) -> Runs {
-        let each = RUNS / replicas;
-        Runs(replica * each..(replica + 1) * each)
-    }
-
-    /// The samples of run `run` in a batch of `samples`.
-    pub fn samples(run: usize, samples: usize) -> Range<usize> {
-        run * samples / RUNS..(run + 1) * samples / RUNS
-    }
-}
+use ashlar_vocabulary::ModelShape;
 
 /// A replica's gradients, run by run.
 #[derive(Debug)]

@@ -12,6 +12,8 @@ pub enum Purpose {
     Order = 1,
     /// The choice of samples for validation.
     Split = 2,
+    /// What an adapter starts from.
+    Initial = 3,
 }
 
 /// Ten rounds of Philox over a counter, with a key of 64 bits (low word first).

@@ -9,8 +9,8 @@ use ashlar_model::adapter::{AdapterWeights, LoraSpec};
 use ashlar_model::peft::PeftAdapter;
 use ashlar_model::stage::{BatchLoss, MicroBatch, StageTape, StageTrainer, TargetRow};
 use ashlar_model::{ModelConfig, RankSlice, StageInput, StageModel};
-use ashlar_training::{AdapterState, Hyperparameters, NormTerms, RunTree, Runs, gradient_norm};
-use ashlar_vocabulary::{HeadSlice, LayerRange, Precision, TokenId};
+use ashlar_training::{AdapterState, Hyperparameters, NormTerms, RunTree, gradient_norm};
+use ashlar_vocabulary::{HeadSlice, LayerRange, PARTS, Precision, TokenId};
 use serving::{ThreadGroup, bits};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
@@ -161,8 +161,9 @@ impl Job {
     fn run_replica(&mut self, index: usize, samples: &[Sample], loss: &mut BatchLoss) {
         let targets: usize = samples.iter().map(|sample| sample.targets.iter().filter(|&&t| t).count()).sum();
         let factor = 1.0 / targets as f32;
-        for run in Runs::of_replica(index, self.cut.replicas).0 {
-            let run = &samples[Runs::samples(run, samples.len())];
+        let each = PARTS / self.cut.replicas;
+        for run in index * each..(index + 1) * each {
+            let run = &samples[run * samples.len() / PARTS..(run + 1) * samples.len() / PARTS];
             for batch in run.chunks(self.cut.samples) {
                 *loss = loss.and(micro_batch(&mut self.replicas[index], batch, factor, self.cut.keep));
             }
