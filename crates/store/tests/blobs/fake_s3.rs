@@ -38,6 +38,8 @@ pub(crate) enum Fault {
     Flip,
     /// No answer comes.
     Hang,
+    /// It is done, and answered a moment later.
+    Slow,
 }
 
 /// Faults for requests whose method and address contain this, as often as told.
@@ -108,6 +110,11 @@ impl FakeS3 {
     pub(crate) fn all_failed(&self) -> bool {
         let rules = std::mem::take(&mut self.lock().rules);
         rules.iter().all(|rule| rule.times == 0)
+    }
+
+    /// Whether every fault has happened as often as told, so far.
+    pub(crate) fn has_failed(&self) -> bool {
+        self.lock().rules.iter().all(|rule| rule.times == 0)
     }
 
     /// The requests since the last call.
@@ -208,6 +215,9 @@ async fn answer(State(fake): State<FakeS3>, request: Request<Body>) -> Answer {
     answer.headers_mut().insert("date", httpdate(now).parse().unwrap());
     let (head, whole) = answer.into_parts();
     let whole = to_bytes(whole, 64 << 20).await.unwrap();
+    if matches!(fault, Some(Fault::Slow)) {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
     match fault {
         Some(Fault::LoseAnswer) => cut("", None),
         Some(Fault::CutBody(after) | Fault::StallBody(after)) => {

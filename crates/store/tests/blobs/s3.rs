@@ -86,6 +86,34 @@ async fn a_service_that_is_busy_for_a_moment_is_asked_again() {
     }
 }
 
+/// The service has begun it, and the answer is on its way.
+#[tokio::test]
+async fn a_put_that_is_dropped_while_its_upload_begins_leaves_none() {
+    let (fake, blobs) = started().await;
+    let stored = bytes(2, LARGE);
+    for part in ["incoming/", "sha256/"] {
+        fake.fail(Method::POST, part, Fault::Slow, 1);
+        let begun = async {
+            while !(fake.uploads() == 1 && fake.has_failed()) {
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::select! {
+            put = put_in_pieces(&blobs, &stored, &[90_000]) => panic!("too fast: {put:?}"),
+            () = begun => {}
+        }
+        let gone = async {
+            while fake.uploads() > 0 {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(20), gone).await.expect(part);
+        // The table of pieces, which goes first, is left to a sweep.
+        blobs.sweep(&Roots::default(), Duration::ZERO).await.unwrap();
+        suite::settle(&blobs, &fake, 0).await;
+    }
+}
+
 #[tokio::test]
 async fn a_success_that_holds_an_error_is_none() {
     let (fake, blobs) = started().await;

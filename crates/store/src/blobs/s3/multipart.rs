@@ -8,6 +8,7 @@ use bytes::Bytes;
 use hyper::{Method, StatusCode};
 use std::fmt::Write;
 use std::sync::Arc;
+use tokio::sync::oneshot;
 use tokio::task::JoinSet;
 
 /// Where objects lie whose names are not known yet.
@@ -27,11 +28,28 @@ struct Upload {
 }
 
 impl Upload {
+    /// Asks for an upload. In a task of its own: a caller that gives up while the answer is on its way leaves nothing.
     async fn begin(client: Arc<Client>, path: String) -> Result<Upload, BlobError> {
-        let reply = client.call_existing(&Request::new(Method::POST, &path).query("uploads", "")).await?;
+        let (answer, begun) = oneshot::channel();
+        tokio::spawn(async move {
+            let begun = match Upload::request_id(&client, &path).await {
+                Ok(id) => {
+                    Ok(Upload { client, path, id, parts: JoinSet::new(), done: Vec::new(), next: 1, bytes: 0 })
+                }
+                Err(error) => Err(error),
+            };
+            if let Err(Ok(unwanted)) = answer.send(begun) {
+                let aborted = abort(&unwanted.client, &unwanted.path, &unwanted.id).await;
+                let _ = aborted.map_err(|error| tracing::debug!(%error, "an upload stays"));
+            }
+        });
+        begun.await.map_err(|_| BlobError::Unavailable("shutting down".into()))?
+    }
+
+    async fn request_id(client: &Client, path: &str) -> Result<String, BlobError> {
+        let reply = client.call_existing(&Request::new(Method::POST, path).query("uploads", "")).await?;
         let id = xml::text(reply.text()?, "UploadId").filter(|id| !id.is_empty());
-        let id = id.ok_or_else(|| not_understood("the beginning of an upload"))?;
-        Ok(Upload { client, path, id, parts: JoinSet::new(), done: Vec::new(), next: 1, bytes: 0 })
+        id.ok_or_else(|| not_understood("the beginning of an upload"))
     }
 
     /// Sends a part, as soon as there are few on their way. `tag` finds the part's tag in the answer.
