@@ -33,9 +33,15 @@ impl Upload {
         let (answer, begun) = oneshot::channel();
         tokio::spawn(async move {
             let begun = match Upload::request_id(&client, &path).await {
-                Ok(id) => {
-                    Ok(Upload { client, path, id, parts: JoinSet::new(), done: Vec::new(), next: 1, bytes: 0 })
-                }
+                Ok(id) => Ok(Upload {
+                    client,
+                    path,
+                    id,
+                    parts: JoinSet::new(),
+                    done: Vec::new(),
+                    next: 1,
+                    bytes: 0,
+                }),
                 Err(error) => Err(error),
             };
             if let Err(Ok(unwanted)) = answer.send(begun) {
