@@ -248,6 +248,7 @@ impl GenerationSpec {
         deadline_ms: u64,
     ) -> Submit {
         Submit {
+            adapter: None,
             id,
             model_digest: cluster.model_digest,
             prompt: prompt.tokens.to_vec(),

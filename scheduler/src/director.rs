@@ -89,6 +89,7 @@ impl Director {
             Input::Gateway(_, ToScheduler::Refused { term }) => {
                 self.cluster_event(now, cluster::Event::GatewayRefused { term });
             }
+            Input::Gateway(_, ToScheduler::Admin { .. } | ToScheduler::Prepared { .. }) => {}
             Input::GatewayClosed(gateway) => {
                 self.engine_event(now, engine::Event::GatewayGone { gateway });
             }
@@ -136,6 +137,9 @@ impl Director {
                 Event::Ready { connection, revision, reserved, resident }
             }
             FromNode::Failed { revision, message } => Event::Failed { connection, revision, message },
+            FromNode::AdapterLoaded { .. } | FromNode::Training { .. } => {
+                Event::Heard { connection, timing: None }
+            }
             FromNode::Beat => Event::Heard { connection, timing: None },
             FromNode::StepResult(result) => {
                 let timing = Some(result.timing);

@@ -215,6 +215,7 @@ impl Gateway {
     async fn submit(&mut self, number: u128, tokens: u32) -> ChoiceId {
         let id = ChoiceId { request: RequestId(number), choice: 0 };
         let submit = Submit {
+            adapter: None,
             id,
             model_digest: DIGEST,
             prompt: prompt(),

@@ -242,6 +242,7 @@ mod tests {
 
     fn first_plan() -> StepPlan {
         let new = NewSequence {
+            adapter: None,
             id: SequenceId(7),
             prompt: vec![5, 6, 7],
             generated: vec![],

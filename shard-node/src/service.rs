@@ -267,7 +267,11 @@ impl Session<'_> {
                 Command::Release
             }
             ToNode::Step(plan) => Command::Step(plan),
-            ToNode::Rejected(_) => return true,
+            ToNode::LoadAdapter { .. }
+            | ToNode::UnloadAdapter { .. }
+            | ToNode::OpenSession(_)
+            | ToNode::Training { .. }
+            | ToNode::Rejected(_) => return true,
         };
         self.commands.try_send(command).is_ok()
     }

@@ -7,7 +7,7 @@
 
 use crate::frame::FrameError;
 use crate::membership::BEAT_INTERVAL_MS;
-use ashlar_vocabulary::{FloatType, LeaseTerm, ReplicaRevision, StepId};
+use ashlar_vocabulary::{FloatType, LeaseTerm, ReplicaRevision, SessionId, StepId};
 use serde::{Deserialize, Serialize};
 use std::io::{self, Read, Write};
 use std::net::TcpStream;
@@ -34,10 +34,34 @@ pub enum LinkPurpose {
         /// The connecting rank.
         rank: u32,
     },
+    /// Something of a fine-tuning session.
+    Training {
+        /// Which session.
+        session: SessionId,
+        /// What.
+        link: TrainingLink,
+    },
     /// Rows for the head and back their logits: from a rank of an earlier stage to the rank that samples.
     Head {
         /// The connecting rank's slice.
         index: u32,
+    },
+}
+
+/// What a data connection of a fine-tuning session carries.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum TrainingLink {
+    /// Activations from the same rank of the previous stage, and their gradients back.
+    Stage,
+    /// Partial sums from this higher rank of the same group.
+    Group {
+        /// The connecting rank.
+        rank: u32,
+    },
+    /// Gradients from the same rank of this higher replica.
+    Replica {
+        /// The connecting rank's replica.
+        replica: u32,
     },
 }
 

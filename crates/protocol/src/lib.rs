@@ -1,5 +1,7 @@
 //! Every message between roles, both planes, and how it is framed.
 //!
+//! * [`admin`]: gateway ↔ scheduler (files, fine-tuning jobs, adapters).
+//! * [`training`]: scheduler ↔ ranks (fine-tuning: sessions, steps, votes).
 //! * [`serving`]: gateway ↔ scheduler (submissions, token events, a watched snapshot of the cluster).
 //! * [`membership`]: node ↔ scheduler, control plane (join, assignment, readiness).
 //! * [`step`]: scheduler → ranks → scheduler, every step (plans and results).
@@ -12,12 +14,14 @@
 //! Messages are postcard-encoded behind a version that both sides check first ([`WIRE_VERSION`]).
 #![forbid(unsafe_code)]
 
+pub mod admin;
 pub mod data;
 pub mod frame;
 pub mod group;
 pub mod membership;
 pub mod serving;
 pub mod step;
+pub mod training;
 
 /// Version of all messages here. Two processes that differ refuse each other, naming both versions.
-pub const WIRE_VERSION: u32 = 5;
+pub const WIRE_VERSION: u32 = 6;

@@ -4,9 +4,10 @@
 //! connection *is* the membership: when it ends, the node has left.
 
 use crate::step::{StepPlan, StepResult, StepTiming};
+use crate::training::{OpenSession, TrainingReport, TrainingWork};
 use ashlar_vocabulary::{
-    Bytes, HeadSlice, LayerRange, LeaseTerm, ModelDigest, NodeId, Precision, ReplicaId, ReplicaRevision,
-    StageIndex, StepId, TensorRank,
+    AdapterId, Bytes, HeadSlice, LayerRange, LeaseTerm, ModelDigest, NodeId, Precision, ReplicaId,
+    ReplicaRevision, SessionId, StageIndex, StepId, TensorRank,
 };
 use serde::{Deserialize, Serialize};
 
@@ -57,6 +58,22 @@ pub enum FromNode {
         step: StepId,
         /// How this rank spent it.
         timing: StepTiming,
+    },
+    /// An adapter was loaded and can be used, or cannot.
+    AdapterLoaded {
+        /// The assignment's revision.
+        revision: ReplicaRevision,
+        /// The adapter.
+        adapter: AdapterId,
+        /// The memory that this rank's share takes, or why there is none.
+        outcome: Result<Bytes, String>,
+    },
+    /// About a session of a fine-tuning job.
+    Training {
+        /// The session.
+        session: SessionId,
+        /// What there is to say.
+        report: Box<TrainingReport>,
     },
     /// Sent by the compute loop itself, between layers, at most every [`BEAT_INTERVAL_MS`]: silence means a hang.
     Beat,
@@ -119,6 +136,27 @@ pub enum ToNode {
     },
     /// Execute a step.
     Step(Box<StepPlan>),
+    /// Load this rank's share of an adapter, beside the steps; answered by [`FromNode::AdapterLoaded`].
+    LoadAdapter {
+        /// The assignment's revision.
+        revision: ReplicaRevision,
+        /// Which.
+        adapter: AdapterId,
+    },
+    /// Forget an adapter; no sequence of this or a later step uses it.
+    UnloadAdapter {
+        /// Which.
+        adapter: AdapterId,
+    },
+    /// Take part in a session of a fine-tuning job.
+    OpenSession(Box<OpenSession>),
+    /// What a session does next.
+    Training {
+        /// The session; ranks that do not know it ignore this.
+        session: SessionId,
+        /// What to do.
+        work: TrainingWork,
+    },
     /// This node cannot join; the reason is for the operator. The connection is closed afterwards.
     Rejected(String),
 }

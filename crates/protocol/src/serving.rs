@@ -2,9 +2,10 @@
 //!
 //! One TCP connection per gateway. When it ends, the scheduler cancels that gateway's requests.
 
+use crate::admin::{AdapterView, AdminReply, AdminRequest, FileRecord, JobError, JobRequest, PreparedJob};
 use ashlar_vocabulary::{
-    Bytes, LayerRange, LeaseTerm, ModelDigest, NodeId, ReplicaId, ReplicaRevision, RequestId, SamplingParams,
-    StageIndex, TensorRank, TokenId, TokenLogprobs,
+    AdapterId, Bytes, JobId, LayerRange, LeaseTerm, ModelDigest, NodeId, ReplicaId, ReplicaRevision,
+    RequestId, SamplingParams, StageIndex, TensorRank, TokenId, TokenLogprobs,
 };
 use serde::{Deserialize, Serialize};
 
@@ -24,6 +25,20 @@ pub enum ToScheduler {
     Submit(Box<Submit>),
     /// Stop: the client has gone, or a stop string has matched. Unknown ids are ignored. No event follows.
     Cancel(ChoiceId),
+    /// Administration.
+    Admin {
+        /// Names the call on this connection.
+        call: u64,
+        /// What is wanted.
+        request: Box<AdminRequest>,
+    },
+    /// The files of a job that this gateway was asked to validate are samples now, or cannot be used.
+    Prepared {
+        /// The job.
+        job: JobId,
+        /// How it trains, or why it cannot.
+        outcome: Box<Result<PreparedJob, JobError>>,
+    },
     /// The gateway has heard of this higher term, and closes. A scheduler that leads on with a lower one has been
     /// granted it by a store that has forgotten the higher.
     Refused {
@@ -39,6 +54,8 @@ pub struct Submit {
     pub id: ChoiceId,
     /// The model it is for; a scheduler of another digest refuses.
     pub model_digest: ModelDigest,
+    /// The adapter that changes the model.
+    pub adapter: Option<AdapterId>,
     /// Prompt tokens, at least one.
     pub prompt: Vec<TokenId>,
     /// Tokens already delivered to the client: forced, never re-sampled.
@@ -64,6 +81,15 @@ pub struct Submit {
 pub enum FromScheduler {
     /// The cluster as it is now: first message, and again on each change (at most a few times per second).
     Cluster(Box<ClusterSnapshot>),
+    /// The answer to a call.
+    Admin {
+        /// Which.
+        call: u64,
+        /// What came of it.
+        reply: Box<AdminReply>,
+    },
+    /// Validate a job's files and answer [`ToScheduler::Prepared`]. Repeated to another gateway where this one goes away.
+    Prepare(Box<PrepareJob>),
     /// The next token of a choice.
     Token(TokenEvent),
     /// Log-probabilities of prompt tokens, in ascending position order, before the first token.
@@ -91,6 +117,17 @@ pub enum FromScheduler {
         /// Why.
         error: RequestFailure,
     },
+}
+
+/// A job's files, to be validated.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct PrepareJob {
+    /// What was asked for.
+    pub request: JobRequest,
+    /// The training file.
+    pub training_file: FileRecord,
+    /// The validation file.
+    pub validation_file: Option<FileRecord>,
 }
 
 /// A token of a choice.
@@ -181,6 +218,8 @@ pub struct ClusterSnapshot {
     pub nodes: Vec<NodeView>,
     /// Replicas, whole or in the making.
     pub replicas: Vec<ReplicaView>,
+    /// Adapters that are served, by name.
+    pub adapters: Vec<AdapterView>,
     /// Why nothing can be served, if so (for example: the model does not fit, with the ledger's missing bytes).
     pub problem: Option<String>,
     /// Numbers for metrics.

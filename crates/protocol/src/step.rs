@@ -6,7 +6,8 @@
 
 use crate::serving::FailureKind;
 use ashlar_vocabulary::{
-    BlockId, LeaseTerm, ReplicaRevision, SamplingParams, SequenceId, StepId, TokenId, TokenLogprobs,
+    AdapterId, BlockId, LeaseTerm, ReplicaRevision, SamplingParams, SequenceId, StepId, TokenId,
+    TokenLogprobs,
 };
 use serde::{Deserialize, Serialize};
 
@@ -36,6 +37,8 @@ pub struct NewSequence {
     pub prompt: Vec<TokenId>,
     /// Tokens generated before (a replay): forced, never re-sampled.
     pub generated: Vec<TokenId>,
+    /// The adapter that changes the model; every rank has loaded it.
+    pub adapter: Option<AdapterId>,
     /// How to sample its continuation.
     pub sampling: SamplingParams,
     /// W3C trace context of the request, if it is traced.

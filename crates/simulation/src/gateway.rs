@@ -210,6 +210,7 @@ impl Gateway {
             min_tokens: 0,
         };
         let submit = Submit {
+            adapter: None,
             id,
             model_digest: DIGEST,
             prompt: request.prompt.clone(),
@@ -251,6 +252,7 @@ impl Gateway {
                 self.highest_term = snapshot.term;
                 return Ok(());
             }
+            FromScheduler::Admin { .. } | FromScheduler::Prepare(_) => return Ok(()),
             FromScheduler::Token(token) => (token.id, TranscriptEvent::Token(token)),
             FromScheduler::PromptLogprobs { id, position, logprobs } => {
                 (id, TranscriptEvent::PromptLogprobs { position, logprobs })

@@ -150,6 +150,7 @@ impl Node {
                     Some(place) => {
                         match purpose {
                             LinkPurpose::Head { .. } => place.sampler = Some(connection),
+                            LinkPurpose::Training { .. } => {}
                             LinkPurpose::Activations | LinkPurpose::Group { .. } => {
                                 place.next = Some(connection)
                             }
@@ -292,7 +293,11 @@ impl Node {
                     place.plans.push_back(*plan);
                 }
             }
-            ToNode::Rejected(_) => {}
+            ToNode::LoadAdapter { .. }
+            | ToNode::UnloadAdapter { .. }
+            | ToNode::OpenSession(_)
+            | ToNode::Training { .. }
+            | ToNode::Rejected(_) => {}
         }
     }
 
@@ -371,6 +376,7 @@ impl Node {
             }
             match hello.purpose {
                 LinkPurpose::Head { index } => drop(place.head_ranks.insert(index, *connection)),
+                LinkPurpose::Training { .. } => {}
                 LinkPurpose::Activations | LinkPurpose::Group { .. } => place.previous = Some(*connection),
             }
             false

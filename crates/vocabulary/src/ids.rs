@@ -1,5 +1,6 @@
 //! Identifiers. Each is a newtype, so that a stage is never mistaken for a rank.
 
+use crate::blob::BlobId;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
@@ -32,6 +33,10 @@ number_id!(
 number_id!(
     /// One continuation (one choice of one request) inside the scheduler and the ranks.
     SequenceId(u64)
+);
+number_id!(
+    /// A fine-tuning job's stay on a set of ranks; unique over all terms, as revisions are.
+    SessionId(u64)
 );
 number_id!(
     /// A full set of stages.
@@ -68,6 +73,36 @@ impl fmt::Display for NodeId {
 pub struct RequestId(pub u128);
 
 impl fmt::Display for RequestId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:032x}", self.0)
+    }
+}
+
+/// Names an adapter's bits: the blob of a manifest with its PEFT files.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct AdapterId(pub BlobId);
+
+impl fmt::Display for AdapterId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// Names a fine-tuning job; unguessable, chosen by the gateway.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct JobId(pub u128);
+
+impl fmt::Display for JobId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:032x}", self.0)
+    }
+}
+
+/// Names an uploaded file; unguessable, chosen by the gateway.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct FileId(pub u128);
+
+impl fmt::Display for FileId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:032x}", self.0)
     }

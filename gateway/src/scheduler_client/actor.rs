@@ -190,6 +190,7 @@ impl Actor {
     fn message(&mut self, message: FromScheduler, connection: &mut Connection) -> Result<(), LinkError> {
         let (id, event) = match message {
             FromScheduler::Cluster(snapshot) => return self.cluster(*snapshot),
+            FromScheduler::Admin { .. } | FromScheduler::Prepare(_) => return Ok(()),
             FromScheduler::Token(token) => (token.id, TranscriptEvent::Token(token)),
             FromScheduler::PromptLogprobs { id, position, logprobs } => {
                 (id, TranscriptEvent::PromptLogprobs { position, logprobs })

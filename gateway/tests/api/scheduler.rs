@@ -163,6 +163,7 @@ async fn serve(mut socket: TcpStream, state: Arc<State>) {
                     let submit_id = state.seen.lock().unwrap().submits.last().unwrap().id;
                     running.push((submit_id, plays.spawn(play)));
                 }
+                ToScheduler::Admin { .. } | ToScheduler::Prepared { .. } => {}
                 ToScheduler::Refused { term } => state.seen.lock().unwrap().refusals.push(term),
                 ToScheduler::Cancel(id) => {
                     running.iter().filter(|(running, _)| *running == id).for_each(|(_, play)| play.abort());
@@ -269,6 +270,7 @@ async fn play(
 
 fn cluster() -> ClusterSnapshot {
     ClusterSnapshot {
+        adapters: Vec::new(),
         term: LeaseTerm(3),
         model: "models/tiny".into(),
         model_digest: ModelDigest([0xab; 32]),

@@ -35,6 +35,7 @@ impl Cluster {
             }
         });
         ClusterSnapshot {
+            adapters: Vec::new(),
             term: self.config.term,
             model: self.config.model.clone(),
             model_digest: self.config.model_digest,

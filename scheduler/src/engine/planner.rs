@@ -295,6 +295,7 @@ impl Planner<'_> {
             Some(told) => sequence.tokens_from(told),
             None => {
                 draft.new_sequences.push(NewSequence {
+                    adapter: None,
                     id,
                     prompt: sequence.submit.prompt.clone(),
                     generated: sequence.generated.clone(),

@@ -179,7 +179,9 @@ impl Leader {
                 match &mut message {
                     ToScheduler::Submit(submit) => self.spans.open(gateway, submit),
                     ToScheduler::Cancel(id) => self.spans.cancelled(*id),
-                    ToScheduler::Refused { .. } => {}
+                    ToScheduler::Admin { .. }
+                    | ToScheduler::Prepared { .. }
+                    | ToScheduler::Refused { .. } => {}
                 }
                 self.apply(Input::Gateway(gateway, message));
             }

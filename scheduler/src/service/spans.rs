@@ -51,7 +51,11 @@ impl Spans {
                     span.record("failure", tracing::field::debug(error.kind));
                 }
             }
-            FromScheduler::Cluster(_) | FromScheduler::Token(_) | FromScheduler::PromptLogprobs { .. } => {}
+            FromScheduler::Cluster(_)
+            | FromScheduler::Admin { .. }
+            | FromScheduler::Prepare(_)
+            | FromScheduler::Token(_)
+            | FromScheduler::PromptLogprobs { .. } => {}
         }
     }
 

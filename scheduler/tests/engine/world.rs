@@ -75,6 +75,7 @@ pub(crate) fn prompt(len: usize, salt: u32) -> Vec<TokenId> {
 
 pub(crate) fn submit(number: u128, prompt: Vec<TokenId>, max_new_tokens: u32) -> Submit {
     Submit {
+        adapter: None,
         id: choice(number),
         model_digest: DIGEST,
         prompt,

@@ -1,0 +1,382 @@
+//! Administration between gateway and scheduler: files, fine-tuning jobs, adapters. Calls with one answer each, on the
+//! connection that serves; records are what the scheduler keeps in the store.
+//!
+//! Times are seconds since 1970. Lists are newest first. Ids are made by the gateway, so that a call may be sent twice.
+
+use crate::training::{StepMetrics, TrainingSettings};
+use ashlar_vocabulary::{AdapterId, BlobId, FileId, JobId, ModelDigest};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+
+/// A call of a gateway; answered once, by [`AdminReply`], unless the connection ends before.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub enum AdminRequest {
+    /// Remember an uploaded file.
+    PutFile(FileRecord),
+    /// Read a file's record.
+    GetFile(FileId),
+    /// Files.
+    ListFiles(Page<FileId>),
+    /// Forget a file. Jobs that have been validated go on: they have samples of their own.
+    DeleteFile(FileId),
+    /// Begin a job.
+    CreateJob(Box<JobRequest>),
+    /// Read a job.
+    GetJob(JobId),
+    /// Jobs.
+    ListJobs(Page<JobId>),
+    /// Steer a job.
+    ControlJob(JobId, JobAction),
+    /// A job's events.
+    ListEvents(JobId, Page<u64>),
+    /// A job's checkpoints.
+    ListCheckpoints(JobId, Page<u64>),
+    /// Serve an adapter under a name: as its first generation, or as a new one.
+    LoadAdapter(LoadAdapter),
+    /// Serve it no longer. Requests in flight keep it.
+    UnloadAdapter {
+        /// The name.
+        name: String,
+        /// Refused where another generation is served.
+        expected_generation: Option<u64>,
+    },
+    /// Serve an earlier generation again, as a new one.
+    RollBackAdapter {
+        /// The name.
+        name: String,
+        /// The generation whose adapter it is.
+        to_generation: u64,
+        /// Refused where another generation is served.
+        expected_generation: Option<u64>,
+    },
+}
+
+/// A part of a list.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Page<Id> {
+    /// What follows this entry.
+    pub after: Option<Id>,
+    /// At most so many.
+    pub limit: u32,
+}
+
+/// The answer to an [`AdminRequest`].
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub enum AdminReply {
+    /// Done.
+    Done,
+    /// A file.
+    File(FileRecord),
+    /// Files, and whether there are more.
+    Files(Vec<FileRecord>, bool),
+    /// A job.
+    Job(Box<JobRecord>),
+    /// Jobs, and whether there are more.
+    Jobs(Vec<JobRecord>, bool),
+    /// Events, and whether there are more.
+    Events(Vec<JobEvent>, bool),
+    /// Checkpoints, and whether there are more.
+    Checkpoints(Vec<Checkpoint>, bool),
+    /// The adapter as it is served now.
+    Adapter(AdapterView),
+    /// Refused.
+    Refused(AdminFailure),
+}
+
+/// Why a call was refused.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AdminFailure {
+    /// Class, which decides the HTTP status.
+    pub kind: AdminFailureKind,
+    /// For the caller.
+    pub message: String,
+}
+
+/// Classes of refusals.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum AdminFailureKind {
+    /// The call makes no sense (400).
+    Invalid,
+    /// There is no such thing (404).
+    NotFound,
+    /// What is there is not what the caller expects (409).
+    Conflict,
+    /// There is no room (429).
+    Full,
+    /// The store or the cluster does not answer (503).
+    Unavailable,
+    /// A fault of ours (500).
+    Internal,
+}
+
+/// An uploaded file.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileRecord {
+    /// Its name in the API.
+    pub id: FileId,
+    /// As the client called it.
+    pub name: String,
+    /// What it is for, as the client said.
+    pub purpose: String,
+    /// Its length in bytes.
+    pub bytes: u64,
+    /// When it came.
+    pub created_at: u64,
+    /// Where its bytes are.
+    pub blob: BlobId,
+}
+
+/// What a client asks for. `None` is for us to choose.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct JobRequest {
+    /// The job's name.
+    pub id: JobId,
+    /// When it was asked for.
+    pub created_at: u64,
+    /// The base model, as the client calls it.
+    pub model: String,
+    /// Its digest.
+    pub model_digest: ModelDigest,
+    /// What to train on.
+    pub training_file: FileId,
+    /// What to measure.
+    pub validation_file: Option<FileId>,
+    /// Part of the fine-tuned model's name.
+    pub suffix: Option<String>,
+    /// The client's own notes.
+    pub metadata: BTreeMap<String, String>,
+    /// Hyperparameters and additive fields, checked, as JSON: the gateway that validates the file settles them.
+    pub settings: String,
+}
+
+/// What can be done to a job.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum JobAction {
+    /// End it; what it has learnt stays in its checkpoints.
+    Cancel,
+    /// Stop after the current step until it is resumed.
+    Pause,
+    /// Go on.
+    Resume,
+}
+
+/// Where a job is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum JobStatus {
+    /// A gateway checks and tokenises its files.
+    Validating,
+    /// Waiting for ranks.
+    Queued,
+    /// Training, or recovering to go on.
+    Running,
+    /// Stopped by its owner.
+    Paused,
+    /// Its model is served.
+    Succeeded,
+    /// It cannot go on.
+    Failed,
+    /// Ended by its owner.
+    Cancelled,
+}
+
+impl JobStatus {
+    /// Whether nothing more will happen.
+    pub fn is_final(self) -> bool {
+        matches!(self, JobStatus::Succeeded | JobStatus::Failed | JobStatus::Cancelled)
+    }
+}
+
+/// Why a job failed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct JobError {
+    /// For programs, for example `invalid_n_examples`.
+    pub code: String,
+    /// For people.
+    pub message: String,
+    /// Which field of the request is at fault.
+    pub param: Option<String>,
+}
+
+/// A job, as far as it is. Everything needed to go on with it anywhere.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct JobRecord {
+    /// What was asked for.
+    pub request: JobRequest,
+    /// Where it is.
+    pub status: JobStatus,
+    /// How it trains, once its files are validated.
+    pub settings: Option<TrainingSettings>,
+    /// What the files held.
+    pub data: Option<DataReport>,
+    /// Steps committed.
+    pub steps: u64,
+    /// Shares of the state after them; empty before the first.
+    pub shards: Vec<BlobId>,
+    /// What the last step showed.
+    pub last: Option<StepMetrics>,
+    /// Targets trained so far.
+    pub trained_tokens: u64,
+    /// Seconds until the end, as it goes now.
+    pub remaining_s: Option<u64>,
+    /// The fine-tuned model's name, once it is served.
+    pub fine_tuned_model: Option<String>,
+    /// The finished adapter.
+    pub adapter: Option<AdapterId>,
+    /// The table of steps, once the job has ended.
+    pub result_files: Vec<FileId>,
+    /// Why it failed.
+    pub error: Option<JobError>,
+    /// When it ended.
+    pub finished_at: Option<u64>,
+    /// Number of events so far.
+    pub events: u64,
+    /// What could be looked at again.
+    pub checkpoints: Vec<Checkpoint>,
+}
+
+/// What a job's files held.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DataReport {
+    /// Good examples of the training file.
+    pub examples: u64,
+    /// What they became.
+    pub samples: u64,
+    /// Tokens of an epoch.
+    pub tokens: u64,
+    /// Targets among them.
+    pub target_tokens: u64,
+    /// Examples that were cut off.
+    pub truncated_examples: u64,
+    /// Tokens that were cut off.
+    pub truncated_tokens: u64,
+    /// What an owner should know although it is no error.
+    pub warnings: Vec<String>,
+}
+
+/// A state of the adapter that can be served.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Checkpoint {
+    /// Counts a job's checkpoints, from 0.
+    pub number: u64,
+    /// When it was made.
+    pub created_at: u64,
+    /// Steps committed.
+    pub step: u64,
+    /// The adapter.
+    pub adapter: AdapterId,
+    /// The name under which it is served.
+    pub model: String,
+    /// The last step's.
+    pub metrics: StepMetrics,
+    /// Loss and accuracy of the validation data, where there are any.
+    pub validation: Option<(f64, f64)>,
+}
+
+/// Something that happened to a job.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct JobEvent {
+    /// Counts a job's events, from 0.
+    pub number: u64,
+    /// When.
+    pub created_at: u64,
+    /// What.
+    pub what: JobEventKind,
+}
+
+/// What can happen to a job.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub enum JobEventKind {
+    /// It was asked for.
+    Created,
+    /// Its training file is being checked.
+    Validating,
+    /// Its files are good.
+    Queued(DataReport),
+    /// Ranks train it.
+    Started,
+    /// A step was committed.
+    Step {
+        /// Counted from 1.
+        step: u64,
+        /// Of how many.
+        steps: u64,
+        /// What it showed.
+        metrics: StepMetrics,
+    },
+    /// The validation data was measured.
+    Evaluated {
+        /// Steps committed.
+        step: u64,
+        /// Mean loss.
+        loss: f64,
+        /// Share of targets that were the most probable token.
+        accuracy: f64,
+    },
+    /// A checkpoint can be used.
+    Checkpoint {
+        /// Steps committed.
+        step: u64,
+        /// Its name as a model.
+        model: String,
+    },
+    /// Ranks were lost or their session ended; it goes on from its committed step.
+    Interrupted(String),
+    /// By its owner.
+    Paused,
+    /// By its owner.
+    Resumed,
+    /// It ends before its last step, as the validation loss no longer falls.
+    StoppedEarly {
+        /// Steps committed.
+        step: u64,
+    },
+    /// Its model is served under this name.
+    ModelCreated(String),
+    /// It has ended well.
+    Succeeded,
+    /// By its owner.
+    Cancelled,
+    /// It has failed.
+    Failed(JobError),
+}
+
+/// An adapter to be served.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LoadAdapter {
+    /// Its name as a model.
+    pub name: String,
+    /// Its files.
+    pub adapter: AdapterId,
+    /// Where it came from, for the model list: a path, or a job.
+    pub root: String,
+    /// When.
+    pub created_at: u64,
+    /// Whether a new generation may replace one that is served.
+    pub replace: bool,
+    /// Refused where another generation is served.
+    pub expected_generation: Option<u64>,
+}
+
+/// An adapter that is served.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AdapterView {
+    /// Its name as a model.
+    pub name: String,
+    /// Counts what was served under this name, from 1.
+    pub generation: u64,
+    /// Its files.
+    pub adapter: AdapterId,
+    /// Where it came from.
+    pub root: String,
+    /// When it was loaded.
+    pub created_at: u64,
+}
+
+/// What a gateway that validated a job's files answers.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct PreparedJob {
+    /// How it trains.
+    pub settings: TrainingSettings,
+    /// What the files held.
+    pub data: DataReport,
+}

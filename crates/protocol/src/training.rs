@@ -1,0 +1,272 @@
+//! Fine-tuning between scheduler and ranks: sessions, steps, votes.
+//!
+//! A job trains in a *session*: every rank of the replicas that take part opens it, with links of its own. Then each
+//! piece of work is broadcast. A step commits when every rank has *prepared* it: the next state of a rank's share is durable,
+//! as a blob, before it says so, and the former one is kept until the next piece of work comes. So whatever dies, one step
+//! at most is computed again.
+//!
+//! Ranks derive a step's batches from the dataset and the settings; a message only names the step.
+
+use ashlar_vocabulary::{
+    AdapterId, BlobId, Bytes, JobId, ReplicaRevision, SessionId, StageIndex, TensorRank,
+};
+use serde::{Deserialize, Serialize};
+
+/// How a job trains, settled: nothing is left to be chosen.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct TrainingSettings {
+    /// The samples, as the dataset crate stores them.
+    pub dataset: BlobId,
+    /// What is measured and never trained.
+    pub validation: ValidationData,
+    /// What is learnt.
+    pub method: TrainingMethod,
+    /// The adapter that is trained.
+    pub lora: LoraSettings,
+    /// How often every sample is trained.
+    pub epochs: u32,
+    /// Samples of a global batch.
+    pub batch_size: u32,
+    /// Of the order, the split, the adapter's start and dropout.
+    pub seed: u64,
+    /// Most rows of a micro-batch. It changes no bit.
+    pub micro_batch_rows: u32,
+    /// Whether blocks keep their activations for the backward pass instead of computing them again. It changes no bit.
+    pub keep_activations: bool,
+    /// Highest learning rate.
+    pub learning_rate: f64,
+    /// Its course.
+    pub schedule: LearningRateSchedule,
+    /// AdamW's β₁, β₂ and ε.
+    pub adam: (f32, f32, f32),
+    /// Decoupled weight decay.
+    pub weight_decay: f32,
+    /// Largest norm of a gradient; a larger one is scaled down to it.
+    pub norm_max: Option<f64>,
+    /// Steps of the whole job, as the plan has them.
+    pub steps: u64,
+    /// Steps of an epoch.
+    pub steps_per_epoch: u64,
+    /// Steps between two measurements of the validation data, where there are any.
+    pub evaluate_every: u64,
+    /// Ends the job early where the validation loss has not fallen for so many measurements.
+    pub patience: Option<u32>,
+}
+
+/// What is measured.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ValidationData {
+    /// Nothing.
+    None,
+    /// So many examples of the training file, chosen by the seed, which are not trained.
+    Split {
+        /// How many.
+        examples: u32,
+    },
+    /// A dataset of its own.
+    File(BlobId),
+}
+
+/// What is learnt.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub enum TrainingMethod {
+    /// The targets of every sample.
+    Supervised,
+    /// To prefer one answer to another, with the model without adapter as the reference.
+    Dpo {
+        /// How closely the model stays at the reference.
+        beta: f64,
+    },
+}
+
+/// A low-rank adapter on linear layers.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct LoraSettings {
+    /// Rows of A.
+    pub rank: u32,
+    /// α.
+    pub alpha: f64,
+    /// Whether the factor is α/√rank instead of α/rank.
+    pub rank_stabilized: bool,
+    /// Share of an adapter's inputs that are left out while it trains.
+    pub dropout: f32,
+    /// Modules, as Hugging Face names them (`q_proj`, …).
+    pub targets: Vec<String>,
+}
+
+/// The course of the learning rate, in steps.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct LearningRateSchedule {
+    /// Steps in which it rises from 0.
+    pub warmup_steps: u64,
+    /// What follows.
+    pub decay: LearningRateDecay,
+}
+
+/// What follows the warm-up.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub enum LearningRateDecay {
+    /// It stays.
+    Constant,
+    /// A straight line down to this share.
+    Linear {
+        /// 0…1.
+        floor: f64,
+    },
+    /// Half a cosine down to this share.
+    Cosine {
+        /// 0…1.
+        floor: f64,
+    },
+    /// It stays, and falls in the last steps, in a straight line.
+    Late {
+        /// How many steps.
+        steps: u64,
+        /// 0…1.
+        floor: f64,
+    },
+}
+
+/// From the scheduler to a rank: take part in a session. Answered by [`TrainingReport::Opened`] or
+/// [`TrainingReport::Failed`].
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct OpenSession {
+    /// The session; a job that is opened again has a new one.
+    pub session: SessionId,
+    /// The job.
+    pub job: JobId,
+    /// The layout of the rank's replica; a rank that has left it refuses.
+    pub revision: ReplicaRevision,
+    /// What to train.
+    pub settings: TrainingSettings,
+    /// Where it starts.
+    pub start: SessionStart,
+    /// Which of the replicas that take part this rank belongs to.
+    pub replica: u32,
+    /// How many take part: 1, 2, 4 or 8.
+    pub replicas: u32,
+    /// Data addresses of this stage's ranks, by rank (this rank's own included).
+    pub group: Vec<String>,
+    /// Data address of the same rank in the next stage; `None` on the last.
+    pub next: Option<String>,
+    /// Data addresses of the same stage and rank in every replica, by replica (this rank's own included).
+    pub peers: Vec<String>,
+}
+
+/// Where a session starts.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum SessionStart {
+    /// With what the seed gives.
+    New,
+    /// After the last committed step.
+    Resume {
+        /// Steps committed.
+        steps: u64,
+        /// The shares of every rank that held one then, whatever the layout was.
+        shards: Vec<BlobId>,
+    },
+}
+
+/// From the scheduler to every rank of a session: what to do next. It also says that everything before is committed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum TrainingWork {
+    /// Compute a step, prepare it, and answer [`TrainingReport::Prepared`].
+    Step {
+        /// Counted from 0 over the whole job: the number of committed steps.
+        step: u64,
+    },
+    /// Measure the validation data with the state after the committed steps; the root answers [`TrainingReport::Evaluated`].
+    Evaluate,
+    /// Put these shares of all ranks together as PEFT files; the root answers [`TrainingReport::Exported`].
+    Export {
+        /// Blobs of the shares.
+        shards: Vec<BlobId>,
+    },
+    /// End the session and free what it holds.
+    Close,
+}
+
+/// From a rank to the scheduler. The *root* is rank 0 of stage 0 of replica 0.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub enum TrainingReport {
+    /// The session's links stand and its state is in memory.
+    Opened {
+        /// What it has reserved.
+        reserved: Bytes,
+    },
+    /// A step is computed and this rank's next state durable.
+    Prepared {
+        /// The step.
+        step: u64,
+        /// The rank's share of the state after it; of equal shares on several replicas, replica 0 names its own.
+        shard: Option<BlobId>,
+        /// From the root: what the step showed.
+        metrics: Option<StepMetrics>,
+        /// How this rank spent it.
+        timing: TrainingTiming,
+    },
+    /// The validation data was measured.
+    Evaluated {
+        /// Mean loss of its targets, in nats.
+        loss: f64,
+        /// Share of its targets that were the most probable token.
+        accuracy: f64,
+    },
+    /// The adapter is stored.
+    Exported {
+        /// A manifest with `adapter_config.json` and `adapter_model.safetensors`.
+        adapter: AdapterId,
+        /// Whether every number of it is finite, and some pair changes something.
+        usable: Result<(), String>,
+    },
+    /// This rank cannot go on; its session is closed.
+    Failed {
+        /// What to tell.
+        message: String,
+        /// Whether another attempt may succeed (a lost link), or never will (a module that does not exist).
+        retry: bool,
+    },
+}
+
+/// What a step showed.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct StepMetrics {
+    /// Mean loss of the batch's targets, in nats, before the step.
+    pub loss: f64,
+    /// Share of the targets that were the most probable token.
+    pub accuracy: f64,
+    /// The learning rate of the step.
+    pub learning_rate: f64,
+    /// The gradient's norm before clipping.
+    pub gradient_norm: f64,
+    /// Targets of the batch.
+    pub targets: u64,
+    /// Tokens computed for it.
+    pub tokens: u64,
+    /// The loss or the gradient was no number, so the weights stayed as they were.
+    pub skipped: bool,
+}
+
+/// How a rank spent a step, in microseconds.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TrainingTiming {
+    /// Computing, interruptions by serving included.
+    pub compute_us: u64,
+    /// Waiting for another stage.
+    pub wait_us: u64,
+    /// Exchanging within the tensor-parallel group and between replicas.
+    pub exchange_us: u64,
+    /// Making the next state durable.
+    pub durable_us: u64,
+}
+
+/// Names a rank of a session.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct SessionRank {
+    /// Which replica of the session.
+    pub replica: u32,
+    /// Which stage.
+    pub stage: StageIndex,
+    /// Which rank of it.
+    pub rank: TensorRank,
+}
