@@ -181,7 +181,9 @@ impl World {
             FromScheduler::PromptLogprobs { id, .. }
             | FromScheduler::Finished { id, .. }
             | FromScheduler::Failed { id, .. } => *id,
-            FromScheduler::Cluster(_) => panic!("the engine sends no snapshots"),
+            FromScheduler::Cluster(_) | FromScheduler::Admin { .. } | FromScheduler::Prepare(_) => {
+                panic!("the engine speaks of choices alone")
+            }
         };
         let heard = self.heard.entry(id).or_default();
         assert_eq!(heard.end, None, "nothing follows an end");
@@ -200,7 +202,7 @@ impl World {
                 heard.end = Some(End::Finished(reason, receipt))
             }
             FromScheduler::Failed { error, .. } => heard.end = Some(End::Failed(error)),
-            FromScheduler::Cluster(_) => {}
+            FromScheduler::Cluster(_) | FromScheduler::Admin { .. } | FromScheduler::Prepare(_) => {}
         }
     }
 
