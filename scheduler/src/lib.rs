@@ -10,6 +10,7 @@
 pub mod cluster;
 pub mod director;
 pub mod engine;
+pub mod jobs;
 pub mod service;
 pub mod time;
 

@@ -117,6 +117,8 @@ fn pure_cores_have_no_runtime_clock_randomness_or_io() {
     let cores = [
         "scheduler/src/engine",
         "scheduler/src/cluster",
+        "scheduler/src/jobs",
+        "scheduler/src/director.rs",
         "gateway/src/transcript",
         "gateway/src/transcript.rs",
         "shard-node/src/sequencer.rs",

@@ -2,8 +2,8 @@
 //!
 //! A job trains in a *session*: every rank of the replicas that take part opens it, with links of its own. Then each
 //! piece of work is broadcast. A step commits when every rank has *prepared* it: the next state of a rank's share is durable,
-//! as a blob, before it says so, and the former one is kept until the next piece of work comes. So whatever dies, one step
-//! at most is computed again.
+//! as a blob, before it says so. Ranks delete no blob: the scheduler deletes those of a former state once its record of a later one is
+//! durable. So whatever dies, one committed step at most is computed again, and the one that was being computed.
 //!
 //! Ranks derive a step's batches from the dataset and the settings; a message only names the step.
 

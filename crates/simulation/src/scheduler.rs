@@ -5,6 +5,7 @@ use ashlar_protocol::serving::FromScheduler;
 use ashlar_scheduler::cluster::{ClusterConfig, NodeConnection, TICK_MS};
 use ashlar_scheduler::director::{Director, Input as DirectorInput, Output};
 use ashlar_scheduler::engine::{EngineConfig, GatewayId};
+use ashlar_scheduler::jobs::JobsConfig;
 use ashlar_scheduler::time::Millis;
 use ashlar_vocabulary::LeaseTerm;
 use std::collections::BTreeMap;
@@ -22,7 +23,14 @@ pub(crate) struct Scheduler {
 
 impl Scheduler {
     pub(crate) fn new(cluster: ClusterConfig, engine: EngineConfig) -> Scheduler {
-        let director = Director::new(cluster, engine);
+        // Nobody asks for a job yet.
+        let jobs = JobsConfig {
+            term: cluster.term,
+            model_digest: cluster.model_digest,
+            max_jobs_running: 1,
+            blobs: false,
+        };
+        let director = Director::new(cluster, engine, jobs);
         Scheduler { director, purposes: BTreeMap::new(), fenced_by: None, ups: 0, downs: 0 }
     }
 
@@ -66,6 +74,7 @@ impl Scheduler {
         };
         self.director.handle(now, input, &mut outputs);
         self.director.engine().check().map_err(|why| format!("the engine is inconsistent: {why}"))?;
+        self.director.jobs().check().map_err(|why| format!("the jobs are inconsistent: {why}"))?;
         outputs.into_iter().for_each(|output| self.perform(output, actions));
         Ok(())
     }
@@ -87,7 +96,7 @@ impl Scheduler {
             }
             Output::Up(_) => self.ups += 1,
             Output::Down(..) => self.downs += 1,
-            Output::Problem(_) => {}
+            Output::Problem(_) | Output::Jobs(_) => {}
             Output::Fenced(by) => {
                 self.fenced_by = self.fenced_by.max(Some(by));
                 actions.push(Action::Restart);

@@ -24,4 +24,4 @@ pub use embedded::{EmbeddedStore, LeaseClock};
 pub use error::StoreError;
 pub use open::open;
 pub use remote::{RedisOptions, RedisStore};
-pub use typed::{ApiKeyRecord, Collection, api_keys, layouts};
+pub use typed::{ApiKeyRecord, Collection, api_keys, files, job_events, jobs, layouts};

@@ -6,6 +6,9 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use std::marker::PhantomData;
 
+/// Digits by which a list is divided at most.
+const PART_DIGITS_MAX: usize = 8;
+
 /// Values of type `T` under one prefix.
 pub struct Collection<'a, T> {
     store: &'a dyn Store,
@@ -21,6 +24,21 @@ pub fn layouts<T: Serialize + DeserializeOwned>(store: &dyn Store) -> Collection
 /// API keys, by the hash of the key: the store never sees the key itself.
 pub fn api_keys(store: &dyn Store) -> Collection<'_, ApiKeyRecord> {
     Collection::new(store, "api-key/")
+}
+
+/// Records of uploaded files, by their ids in hexadecimal digits.
+pub fn files<T: Serialize + DeserializeOwned>(store: &dyn Store) -> Collection<'_, T> {
+    Collection::new(store, "file/")
+}
+
+/// Fine-tuning jobs, by their ids in hexadecimal digits.
+pub fn jobs<T: Serialize + DeserializeOwned>(store: &dyn Store) -> Collection<'_, T> {
+    Collection::new(store, "job/")
+}
+
+/// Chunks of the events of fine-tuning jobs, as `JOB/CHUNK`.
+pub fn job_events<T: Serialize + DeserializeOwned>(store: &dyn Store) -> Collection<'_, T> {
+    Collection::new(store, "event/")
 }
 
 /// What is known of an API key.
@@ -88,7 +106,30 @@ impl<'a, T: Serialize + DeserializeOwned> Collection<'a, T> {
     /// # Errors
     /// [`StoreError::Corrupt`] if one is not a `T`; those of [`Store::list`].
     pub async fn list(&self) -> Result<Vec<(String, Version, T)>, StoreError> {
-        let entries = self.store.list(self.prefix).await?;
+        self.list_from("").await
+    }
+
+    /// As [`list`](Collection::list), of a collection whose names are hexadecimal digits, however many there are: where one
+    /// list would be too large, it is asked for in parts, which are not of one moment.
+    ///
+    /// # Errors
+    /// As [`list`](Collection::list), [`StoreError::TooLarge`] excepted.
+    pub async fn list_parts(&self) -> Result<Vec<(String, Version, T)>, StoreError> {
+        let mut found = Vec::new();
+        let mut parts = vec![String::new()];
+        while let Some(part) = parts.pop() {
+            match self.list_from(&part).await {
+                Err(StoreError::TooLarge { .. }) if part.len() < PART_DIGITS_MAX => {
+                    parts.extend("fedcba9876543210".chars().map(|digit| format!("{part}{digit}")));
+                }
+                listed => found.append(&mut listed?),
+            }
+        }
+        Ok(found)
+    }
+
+    async fn list_from(&self, names: &str) -> Result<Vec<(String, Version, T)>, StoreError> {
+        let entries = self.store.list(&self.key(names)).await?;
         let decode = |(key, entry): (String, crate::api::Entry)| {
             let value = Self::decode(&key, &entry.bytes)?;
             Ok((key[self.prefix.len()..].to_owned(), entry.version, value))

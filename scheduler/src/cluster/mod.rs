@@ -16,6 +16,7 @@ mod snapshot;
 
 pub use events::{ClusterConfig, Effect, Event, NodeConnection};
 
+use crate::jobs::{TrainingRank, TrainingReplica};
 use crate::time::Millis;
 use ashlar_protocol::membership::Join;
 use ashlar_protocol::step::StepTiming;
@@ -110,6 +111,23 @@ impl Cluster {
         let seats = self.replicas.get(&replica).map(|replica| replica.seats.as_slice()).unwrap_or_default();
         let nodes = seats.iter().filter(|seat| seat.taken).filter_map(|seat| self.nodes.get(&seat.node));
         nodes.map(|node| node.connection).collect()
+    }
+
+    /// A replica as jobs train on it: its ranks with their addresses and layers.
+    pub fn training_replica(&self, id: ReplicaId) -> Option<TrainingReplica> {
+        let replica = self.replicas.get(&id)?;
+        let rank = |seat: &place::Seat| {
+            let node = self.nodes.get(&seat.node).filter(|_| seat.taken)?;
+            Some(TrainingRank {
+                connection: node.connection,
+                address: node.join.data_address.clone(),
+                stage: seat.place.stage,
+                rank: seat.place.rank,
+                layers: seat.place.layers,
+            })
+        };
+        let ranks: Option<Vec<TrainingRank>> = replica.seats.iter().map(rank).collect();
+        Some(TrainingReplica { replica: id, revision: replica.revision, ranks: ranks? })
     }
 
     /// Where the node of a connection stands: its replica and stage.

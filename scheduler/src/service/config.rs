@@ -44,6 +44,13 @@ pub struct SchedulerConfig {
     /// Cluster state: `redb:PATH`, or `redis://HOST:PORT/DATABASE` where standbys shall be possible.
     #[serde(default = "default_store")]
     pub store: String,
+    /// Where uploaded files, adapters and the states of fine-tuning jobs are kept: a directory, or `s3://BUCKET/PREFIX`; the
+    /// same place for gateways, scheduler and nodes. Without it files and jobs are refused.
+    #[serde(default)]
+    pub blobs: Option<String>,
+    /// Most fine-tuning jobs that train at once; the others wait.
+    #[serde(default = "default_max_jobs_running")]
+    pub max_jobs_running: usize,
     /// Longest sequence, prompt and answer together; default: what the model allows. Whoever opens the model applies it
     /// to the [`ModelCard`].
     #[serde(default)]
@@ -130,6 +137,8 @@ impl SchedulerConfig {
             listen_nodes: default_listen_nodes(),
             listen_gateways: default_listen_gateways(),
             store: default_store(),
+            blobs: None,
+            max_jobs_running: default_max_jobs_running(),
             max_context_tokens: None,
             stages: None,
             tensor_parallel_size: None,
@@ -163,6 +172,7 @@ impl SchedulerConfig {
             ),
             (self.step_target_ms >= 1, "step_target_ms must be at least 1"),
             (self.queue_max >= 1, "queue_max must be at least 1"),
+            (self.max_jobs_running >= 1, "max_jobs_running must be at least 1"),
             (self.deadline_ms >= 1, "deadline_ms must be at least 1"),
             (
                 self.kv_memory_share > 0.0 && self.kv_memory_share <= 1.0,
@@ -193,6 +203,10 @@ fn default_listen_gateways() -> String {
 
 fn default_store() -> String {
     "redb:.ashlar/scheduler.redb".to_owned()
+}
+
+fn default_max_jobs_running() -> usize {
+    2
 }
 
 fn default_settle_ms() -> u64 {

@@ -1,10 +1,13 @@
 //! The owner of all state while this process leads: select, let the director handle, perform what it wants done.
 
+use super::archive::{Answer, Archive};
 use super::connection::{Arrival, Frame, GatewayArrival, NodeArrival, Peer};
+use super::keeper::Keeper;
 use super::spans::Spans;
 use crate::cluster::{ClusterConfig, NodeConnection, TICK_MS};
 use crate::director::{Director, Input, Output};
 use crate::engine::{EngineConfig, GatewayId};
+use crate::jobs::{self, JobsConfig};
 use crate::time::Millis;
 use ashlar_protocol::frame;
 use ashlar_protocol::membership::{FromNode, ToNode};
@@ -12,7 +15,7 @@ use ashlar_protocol::serving::{ClusterSnapshot, FromScheduler, ToScheduler};
 use ashlar_service_kit::{Clock, SystemClock};
 use ashlar_vocabulary::LeaseTerm;
 use std::collections::BTreeMap;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::sync::mpsc;
 
 /// Messages handled together before the next steps are planned.
@@ -35,6 +38,13 @@ pub(super) enum Ended {
 pub(super) struct Sources {
     pub(super) nodes: mpsc::Receiver<NodeArrival>,
     pub(super) gateways: mpsc::Receiver<GatewayArrival>,
+    pub(super) answers: mpsc::Receiver<Answer>,
+}
+
+/// Who does what takes time.
+pub(super) struct Performers {
+    pub(super) archive: Archive,
+    pub(super) keeper: Keeper,
 }
 
 /// The director and its connections.
@@ -46,21 +56,33 @@ pub(super) struct Leader {
     outputs: Vec<Output>,
     spans: Spans,
     fenced: Option<LeaseTerm>,
+    performers: Performers,
+    /// Another scheduler has written what is ours, or the archive cannot follow.
+    superseded: bool,
+    unix_s: u64,
     last_snapshot: Option<ClusterSnapshot>,
     last_snapshot_at: Millis,
     snapshot_due: bool,
 }
 
 impl Leader {
-    pub(super) fn new(cluster: ClusterConfig, engine: EngineConfig) -> Leader {
+    pub(super) fn new(
+        cluster: ClusterConfig,
+        engine: EngineConfig,
+        jobs: JobsConfig,
+        performers: Performers,
+    ) -> Leader {
         Leader {
             clock: SystemClock::new(),
-            director: Director::new(cluster, engine),
+            director: Director::new(cluster, engine, jobs),
             nodes: BTreeMap::new(),
             gateways: BTreeMap::new(),
             outputs: Vec::new(),
             spans: Spans::default(),
             fenced: None,
+            performers,
+            superseded: false,
+            unix_s: 0,
             last_snapshot: None,
             last_snapshot_at: Millis(0),
             snapshot_due: false,
@@ -86,6 +108,7 @@ impl Leader {
                 _ = ticks.tick() => self.tick(),
                 Some(arrival) = sources.nodes.recv() => self.node(arrival),
                 Some(arrival) = sources.gateways.recv() => self.gateway(arrival),
+                Some(answer) = sources.answers.recv() => self.answer(answer),
                 () = &mut lease_lost => {
                     // A shutdown that has begun is not begun again under another term.
                     let ended = if drain_until.is_some() { Ended::Drained } else { Ended::LeaseLost };
@@ -106,6 +129,10 @@ impl Leader {
                 }
             }
             self.perform();
+            if self.superseded {
+                let ended = if drain_until.is_some() { Ended::Drained } else { Ended::LeaseLost };
+                return self.end(ended).await;
+            }
             if let Some(term) = self.fenced.filter(|_| drain_until.is_none()) {
                 return self.end(Ended::Fenced(term)).await;
             }
@@ -123,6 +150,7 @@ impl Leader {
         };
         self.apply(Input::Abort(format!("{reason}: try again shortly")));
         self.perform();
+        self.performers.archive.finish().await;
         let peers = self.nodes.into_values().chain(self.gateways.into_values());
         for peer in peers {
             peer.close().await;
@@ -138,7 +166,19 @@ impl Leader {
         self.director.apply(self.now(), input, &mut self.outputs);
     }
 
+    fn answer(&mut self, answer: Answer) {
+        match answer {
+            Answer::Event(event) => self.apply(Input::Jobs(event)),
+            Answer::Superseded => self.superseded = true,
+        }
+    }
+
     fn tick(&mut self) {
+        let unix_s = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+        if unix_s != self.unix_s {
+            self.unix_s = unix_s;
+            self.apply(Input::WallClock(unix_s));
+        }
         self.apply(Input::Tick);
         if self.now().since(self.last_snapshot_at) >= SNAPSHOT_INTERVAL_MS {
             self.snapshot_due = true;
@@ -169,6 +209,7 @@ impl Leader {
                 let snapshot = self.director.snapshot();
                 peer.send(encode(&FromScheduler::Cluster(Box::new(snapshot))));
                 self.gateways.insert(gateway, peer);
+                self.apply(Input::GatewayOpened(gateway));
                 tracing::info!(%gateway, "gateway connected");
             }
             Arrival::Closed(gateway, reason) => {
@@ -222,6 +263,7 @@ impl Leader {
                 self.nodes.remove(&connection);
             }
             Output::ToGateway(gateway, message) => self.tell_gateway(gateway, &message),
+            Output::Jobs(effect) => self.perform_for_jobs(*effect),
             Output::Up(up) => {
                 tracing::info!(replica = %up.replica, revision = %up.revision, "replica is up");
                 self.snapshot_due = true;
@@ -237,6 +279,36 @@ impl Leader {
                 self.snapshot_due = true;
             }
             Output::Fenced(by) => self.fenced = Some(by),
+        }
+    }
+
+    fn perform_for_jobs(&mut self, effect: jobs::Effect) {
+        use jobs::Effect as E;
+        match effect {
+            E::Warn(what) => tracing::warn!("{what}"),
+            E::Note(what) => tracing::info!("{what}"),
+            E::DeleteBlobs(_) | E::Sweep(_) => {
+                // What is not deleted now is swept later.
+                let _ = self.performers.keeper.give(effect);
+            }
+            E::WriteResults { job, .. } => {
+                if !self.performers.keeper.give(effect) {
+                    let outcome = Err("too much else is being written".to_owned());
+                    self.apply(Input::Jobs(Box::new(jobs::Event::ResultsWritten { job, outcome })));
+                }
+            }
+            E::SaveFile(_)
+            | E::ForgetFile(_)
+            | E::SaveJob { .. }
+            | E::ForgetJob { .. }
+            | E::ReadEvents { .. } => {
+                if !self.performers.archive.give(effect) {
+                    tracing::error!("the archive does not follow: leading anew from what is stored");
+                    self.superseded = true;
+                }
+            }
+            // The director has dealt with these.
+            E::Reply { .. } | E::Prepare { .. } | E::ToNodes(..) | E::Publish(_) | E::Withdraw(_) => {}
         }
     }
 

@@ -1,17 +1,20 @@
 //! The shell around the cores: sockets, lease, clock. It decides nothing.
 //!
 //! Layout: [`config`](SchedulerConfig) (what it is told), `leader` (the one task that owns both cores: select, handle,
-//! perform), `connection` (a reader and a writer task per socket), `lease` (under which term it leads), `spans` (traces).
+//! perform), `connection` (a reader and a writer task per socket), `lease` (under which term it leads), `archive` (records in the
+//! store, in order) with `keeper` (blobs), `spans` (traces).
 //!
 //! Nodes and gateways connect to addresses of their own ([`SchedulerConfig::listen_nodes`],
 //! [`SchedulerConfig::listen_gateways`]): what may speak to which is then a matter of the network, too. A gateway's first
 //! message from here is the cluster's snapshot; a node's first message to here is its `Join`.
 //!
-//! **Invariants:** one task owns both cores; there is no lock. Every queue is bounded: a peer that does not read is
+//! **Invariants:** one task owns all cores; there is no lock. Every queue is bounded: a peer that does not read is
 //! disconnected, a peer that sends faster than it is served waits. Whatever a peer sends, only its own connection ends.
 
+mod archive;
 mod config;
 mod connection;
+mod keeper;
 mod leader;
 mod lease;
 mod spans;
@@ -20,10 +23,12 @@ pub use config::{ModelCard, SchedulerConfig};
 
 use crate::cluster::{ClusterConfig, NodeConnection};
 use crate::engine::{EngineConfig, GatewayId};
+use crate::jobs::JobsConfig;
+use ashlar_store::blobs::{self, BlobError, BlobOptions, Blobs};
 use ashlar_store::{Lease, Store, StoreError};
 use ashlar_vocabulary::LeaseTerm;
 use connection::{INBOX_MESSAGES_MAX, Numbers, accept};
-use leader::{Ended, Leader, Sources};
+use leader::{Ended, Leader, Performers, Sources};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -57,6 +62,9 @@ pub enum SchedulerError {
     /// The store cannot be used.
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// The place for blobs cannot be used.
+    #[error(transparent)]
+    Blobs(#[from] BlobError),
 }
 
 /// Runs a scheduler until `shutdown` completes and what runs has finished, or its grace period is over.
@@ -76,6 +84,7 @@ pub struct Scheduler {
     config: SchedulerConfig,
     model: ModelCard,
     store: Arc<dyn Store>,
+    blobs: Option<Blobs>,
     nodes: Arc<TcpListener>,
     gateways: Arc<TcpListener>,
 }
@@ -96,7 +105,11 @@ impl Scheduler {
         let nodes = listen(&config.listen_nodes, "listen_nodes").await?;
         let gateways = listen(&config.listen_gateways, "listen_gateways").await?;
         let store = ashlar_store::open(&config.store).await?;
-        Ok(Scheduler { config, model, store, nodes, gateways })
+        let blobs = match &config.blobs {
+            Some(address) => Some(blobs::open(address, &BlobOptions::default()).await?),
+            None => None,
+        };
+        Ok(Scheduler { config, model, store, blobs, nodes, gateways })
     }
 
     /// Where nodes connect.
@@ -159,9 +172,18 @@ impl Scheduler {
         let lease_lost = async move {
             let _ = keeper.await;
         };
-        let leader = Leader::new(self.cluster_config(lease), self.engine_config());
+        let (answer, answers) = mpsc::channel(archive::ANSWERS_MAX);
+        let archive = archive::Archive::start(self.store.clone(), lease.term, answer.clone());
+        let keeper = keeper::Keeper::start(self.store.clone(), self.blobs.clone(), answer);
+        let performers = Performers { archive, keeper };
+        let leader = Leader::new(
+            self.cluster_config(lease),
+            self.engine_config(),
+            self.jobs_config(lease),
+            performers,
+        );
         let grace = Duration::from_millis(self.config.drain_grace_ms);
-        let ended = leader.lead(Sources { nodes, gateways }, lease_lost, shutdown, grace).await;
+        let ended = leader.lead(Sources { nodes, gateways, answers }, lease_lost, shutdown, grace).await;
         stop_keeping.abort();
         ended
     }
@@ -195,6 +217,15 @@ impl Scheduler {
             silence_ms_max: config.silence_ms_max,
             replan_after_ms: config.replan_after_ms,
             links: config.links.clone(),
+        }
+    }
+
+    fn jobs_config(&self, lease: &Lease) -> JobsConfig {
+        JobsConfig {
+            term: lease.term,
+            model_digest: self.model.digest,
+            max_jobs_running: self.config.max_jobs_running,
+            blobs: self.blobs.is_some(),
         }
     }
 

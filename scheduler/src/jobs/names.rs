@@ -1,0 +1,34 @@
+//! What a job's models and files are called.
+
+use ashlar_protocol::admin::JobRequest;
+use ashlar_vocabulary::{FileId, JobId};
+
+/// The organisation in a fine-tuned model's name.
+const ORGANISATION: &str = "ashlar";
+
+/// The fine-tuned model's name: `ft:BASE:ashlar:SUFFIX:ID`.
+pub(super) fn model(request: &JobRequest) -> String {
+    let base = request.model.trim_end_matches('/').rsplit('/').next().unwrap_or_default();
+    let suffix = request.suffix.as_deref().unwrap_or_default();
+    let id = request.id.to_string();
+    format!("ft:{base}:{ORGANISATION}:{suffix}:{}", id.get(..8).unwrap_or(&id))
+}
+
+/// The name of its state after a step.
+pub(super) fn checkpoint(request: &JobRequest, step: u64) -> String {
+    format!("{}:ckpt-step-{step}", model(request))
+}
+
+/// Where an adapter came from, for the model list.
+pub(super) fn root(job: JobId) -> String {
+    format!("job {job}")
+}
+
+/// The file of a job's results. It follows from the job's name, so that it is made once, whoever makes it.
+pub fn results_file(job: JobId) -> FileId {
+    let mut hash = blake3::Hasher::new_derive_key("ashlar fine-tuning results");
+    hash.update(&job.0.to_le_bytes());
+    let mut id = [0; 16];
+    hash.finalize_xof().fill(&mut id);
+    FileId(u128::from_le_bytes(id))
+}

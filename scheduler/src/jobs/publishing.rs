@@ -1,0 +1,119 @@
+//! Checkpoints, and the finished model: adapters under names.
+//!
+//! Here jobs meet the adapters that are served: [`Effect::Publish`] and [`Effect::Withdraw`] are for whoever serves them.
+
+use super::events::Effect;
+use super::job::{self, Phase};
+use super::lifecycle::error;
+use super::{Jobs, names};
+use ashlar_protocol::admin::{
+    AdminFailure, AdminFailureKind, Checkpoint, JobEventKind, JobStatus, LoadAdapter,
+};
+use ashlar_vocabulary::{AdapterId, JobId};
+
+/// Checkpoints that a job keeps.
+const CHECKPOINTS_MAX: usize = 3;
+/// How often it is tried to have a finished model served.
+const ATTEMPTS_MAX: u32 = 10;
+/// The pause before the second attempt; it doubles with each.
+const RETRY_MS: u64 = 1_000;
+/// The longest such pause.
+const RETRY_MS_MAX: u64 = 60_000;
+
+impl Jobs {
+    /// An adapter was made of the committed state: a checkpoint, served under a name of its own.
+    pub(super) fn checkpoint(&mut self, id: JobId, adapter: AdapterId) {
+        let unix_s = self.unix_s;
+        let Some(job) = self.jobs.get_mut(id) else { return };
+        let step = job.record.steps;
+        let Some(metrics) = job.record.last else { return };
+        let model = names::checkpoint(&job.record.request, step);
+        let validation = job.progress.evaluated.filter(|(measured, ..)| *measured == step);
+        job.record.checkpoints.push(Checkpoint {
+            number: job.progress.checkpoints,
+            created_at: unix_s,
+            step,
+            adapter,
+            model: model.clone(),
+            metrics,
+            validation: validation.map(|(_, loss, accuracy)| (loss, accuracy)),
+        });
+        job.progress.checkpoints += 1;
+        job.failures = 0;
+        let outdated = job.record.checkpoints.len().saturating_sub(CHECKPOINTS_MAX);
+        let outdated: Vec<Checkpoint> = job.record.checkpoints.drain(..outdated).collect();
+        job.happened(unix_s, JobEventKind::Checkpoint { step, model: model.clone() });
+        self.effects.extend(outdated.into_iter().map(|checkpoint| Effect::Withdraw(checkpoint.model)));
+        self.effects.push(Effect::Publish(load(model, adapter, id, unix_s)));
+    }
+
+    /// A job is trained: its session is closed and its model is served.
+    pub(super) fn publish(&mut self, id: JobId) {
+        self.close_session(id);
+        let now = self.now;
+        let Some(job) = self.jobs.get_mut(id) else { return };
+        job.phase = Phase::Publishing { asked: false, due: now, attempts: 0 };
+        job.record.remaining_s = Some(0);
+        job.saving.dirty = true;
+        self.ask_to_publish(id);
+    }
+
+    pub(super) fn ask_to_publish(&mut self, id: JobId) {
+        let unix_s = self.unix_s;
+        let Some(job) = self.jobs.get_mut(id) else { return };
+        let Some(adapter) = job.record.checkpoints.last().map(|last| last.adapter) else { return };
+        let Phase::Publishing { asked, .. } = &mut job.phase else { return };
+        *asked = true;
+        let name = names::model(&job.record.request);
+        self.effects.push(Effect::Publish(load(name, adapter, id, unix_s)));
+    }
+
+    /// The job whose model is about to be served under this name.
+    fn publishing(&self, name: &str) -> Option<JobId> {
+        let jobs = self.active.iter().filter_map(|id| self.jobs.get(*id));
+        let mut waiting = jobs.filter(|job| matches!(job.phase, Phase::Publishing { .. }));
+        waiting.find(|job| names::model(&job.record.request) == name).map(|job| job.record.request.id)
+    }
+
+    pub(super) fn published(&mut self, name: &str) {
+        let unix_s = self.unix_s;
+        let Some(id) = self.publishing(name) else { return };
+        let Some(job) = self.jobs.get_mut(id) else { return };
+        job.record.fine_tuned_model = Some(name.to_owned());
+        job.record.adapter = job.record.checkpoints.last().map(|last| last.adapter);
+        job.happened(unix_s, JobEventKind::ModelCreated(name.to_owned()));
+        self.effects.push(Effect::Note(format!("job {id} has ended: {name} is served")));
+        self.end(id, JobStatus::Succeeded, JobEventKind::Succeeded);
+    }
+
+    pub(super) fn not_published(&mut self, name: &str, failure: &AdminFailure) {
+        let now = self.now;
+        let why = job::short(failure.message.clone());
+        let Some(id) = self.publishing(name) else {
+            return self.effects.push(Effect::Warn(format!("checkpoint {name} is not served: {why}")));
+        };
+        let Some(job) = self.jobs.get_mut(id) else { return };
+        let Phase::Publishing { asked, due, attempts } = &mut job.phase else { return };
+        *attempts += 1;
+        let again = matches!(failure.kind, AdminFailureKind::Unavailable | AdminFailureKind::Full);
+        if again && *attempts < ATTEMPTS_MAX {
+            *asked = false;
+            *due = now.plus((RETRY_MS << (*attempts - 1).min(16)).min(RETRY_MS_MAX));
+            return;
+        }
+        let text = format!("the model is trained, but cannot be served: {why}");
+        self.fail(id, error("model_not_served", text));
+    }
+}
+
+/// What is to be served. Repeating it changes nothing but a generation: a new scheduler does not know what was asked for.
+fn load(name: String, adapter: AdapterId, job: JobId, created_at: u64) -> LoadAdapter {
+    LoadAdapter {
+        name,
+        adapter,
+        root: names::root(job),
+        created_at,
+        replace: true,
+        expected_generation: None,
+    }
+}

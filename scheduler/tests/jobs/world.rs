@@ -1,0 +1,643 @@
+//! Everything around the jobs core, and what must hold whatever happens.
+
+use ashlar_protocol::admin::{
+    AdminReply, AdminRequest, DataReport, FileRecord, JobAction, JobEvent, JobEventKind, JobRecord,
+    JobRequest, JobStatus, LoadAdapter, Page, PreparedJob,
+};
+use ashlar_protocol::membership::ToNode;
+use ashlar_protocol::training::{
+    LearningRateDecay, LearningRateSchedule, LoraSettings, SessionStart, StepMetrics, TrainingMethod,
+    TrainingReport, TrainingSettings, TrainingTiming, TrainingWork, ValidationData,
+};
+use ashlar_scheduler::cluster::NodeConnection;
+use ashlar_scheduler::engine::GatewayId;
+use ashlar_scheduler::jobs::{
+    Effect, Event, Jobs, JobsConfig, Loaded, SaveId, StoredJob, TrainingRank, TrainingReplica,
+};
+use ashlar_scheduler::time::Millis;
+use ashlar_vocabulary::{
+    AdapterId, BlobId, Bytes, FileId, JobId, LayerRange, LeaseTerm, ModelDigest, ReplicaId, ReplicaRevision,
+    SessionId, StageIndex, TensorRank,
+};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+
+pub(crate) const DIGEST: ModelDigest = ModelDigest([7; 32]);
+pub(crate) const STAGES: u32 = 2;
+
+/// What outlives a scheduler.
+#[derive(Default)]
+pub(crate) struct Stored {
+    pub(crate) files: BTreeMap<FileId, FileRecord>,
+    pub(crate) jobs: BTreeMap<JobId, StoredJob>,
+    pub(crate) events: BTreeMap<(JobId, u64), Vec<JobEvent>>,
+    pub(crate) blobs: BTreeSet<BlobId>,
+    pub(crate) down: bool,
+    wishes: VecDeque<Effect>,
+}
+
+/// A rank's part of a session.
+#[derive(Clone)]
+struct Part {
+    job: JobId,
+    stage: u32,
+    names_shares: bool,
+    root: bool,
+    /// Steps of its committed state, and whether the next one is prepared.
+    steps: u64,
+    prepared: bool,
+}
+
+#[derive(Default)]
+struct Rank {
+    parts: BTreeMap<SessionId, Part>,
+    /// What it has said and the scheduler has not heard yet.
+    said: VecDeque<(SessionId, TrainingReport)>,
+}
+
+pub(crate) struct World {
+    pub(crate) jobs: Jobs,
+    pub(crate) now: Millis,
+    pub(crate) term: u64,
+    pub(crate) max_jobs_running: usize,
+    pub(crate) stored: Stored,
+    ranks: BTreeMap<NodeConnection, Rank>,
+    pub(crate) up: BTreeMap<ReplicaId, TrainingReplica>,
+    connections: u64,
+    pub(crate) gateways: BTreeSet<GatewayId>,
+    calls: u64,
+    pub(crate) replies: BTreeMap<u64, AdminReply>,
+    pub(crate) preparing: VecDeque<(GatewayId, JobId)>,
+    pub(crate) publishing: VecDeque<LoadAdapter>,
+    pub(crate) published: Vec<String>,
+    pub(crate) withdrawn: Vec<String>,
+    pub(crate) deleted: Vec<BlobId>,
+    /// How files are validated.
+    pub(crate) settings: TrainingSettings,
+    /// The validation losses that the root reports, by step; 1 where there is none.
+    pub(crate) losses: BTreeMap<u64, f64>,
+    pub(crate) skipped: bool,
+    pub(crate) usable: Result<(), String>,
+    /// Who takes part in each session, and who has voted for which step of it.
+    members: BTreeMap<SessionId, (JobId, BTreeSet<NodeConnection>)>,
+    votes: BTreeMap<(SessionId, u64), BTreeSet<NodeConnection>>,
+    /// The highest step that was ever committed.
+    committed: BTreeMap<JobId, u64>,
+}
+
+pub(crate) fn settings() -> TrainingSettings {
+    TrainingSettings {
+        dataset: BlobId([9; 32]),
+        validation: ValidationData::Split { examples: 1 },
+        method: TrainingMethod::Supervised,
+        lora: LoraSettings {
+            rank: 8,
+            alpha: 16.0,
+            rank_stabilized: false,
+            dropout: 0.0,
+            targets: vec!["q_proj".into()],
+        },
+        epochs: 2,
+        batch_size: 8,
+        seed: 1,
+        micro_batch_rows: 64,
+        keep_activations: true,
+        learning_rate: 1e-4,
+        schedule: LearningRateSchedule { warmup_steps: 1, decay: LearningRateDecay::Constant },
+        adam: (0.9, 0.999, 1e-8),
+        weight_decay: 0.0,
+        norm_max: Some(1.0),
+        steps: 6,
+        steps_per_epoch: 3,
+        evaluate_every: 2,
+        patience: None,
+    }
+}
+
+pub(crate) fn file(id: u128) -> FileRecord {
+    FileRecord {
+        id: FileId(id),
+        name: format!("{id}.jsonl"),
+        purpose: "fine-tune".into(),
+        bytes: 100,
+        created_at: 1_000 + id as u64,
+        blob: BlobId([id as u8; 32]),
+    }
+}
+
+pub(crate) fn request(id: u128) -> JobRequest {
+    JobRequest {
+        id: JobId(id << 96),
+        created_at: 2_000 + id as u64,
+        model: "/models/demo".into(),
+        model_digest: DIGEST,
+        training_file: FileId(1),
+        validation_file: None,
+        suffix: Some("mine".into()),
+        metadata: BTreeMap::new(),
+        settings: "{}".into(),
+    }
+}
+
+/// The share that a stage has of a job's state: the same bytes whoever computes it.
+fn share(job: JobId, steps: u64, stage: u32) -> BlobId {
+    let mut id = [0; 32];
+    id[..16].copy_from_slice(&job.0.to_le_bytes());
+    id[16..24].copy_from_slice(&steps.to_le_bytes());
+    id[24..28].copy_from_slice(&stage.to_le_bytes());
+    id[28] = 1;
+    BlobId(id)
+}
+
+fn config(term: u64, max_jobs_running: usize) -> JobsConfig {
+    JobsConfig { term: LeaseTerm(term), model_digest: DIGEST, max_jobs_running, blobs: true }
+}
+
+impl World {
+    /// A scheduler whose store is empty but for one file, a gateway, and `replicas` replicas.
+    pub(crate) fn new(replicas: u32) -> World {
+        let mut world = World {
+            jobs: Jobs::new(config(1, 2)),
+            now: Millis(0),
+            term: 1,
+            max_jobs_running: 2,
+            stored: Stored::default(),
+            ranks: BTreeMap::new(),
+            up: BTreeMap::new(),
+            connections: 0,
+            gateways: BTreeSet::new(),
+            calls: 0,
+            replies: BTreeMap::new(),
+            preparing: VecDeque::new(),
+            publishing: VecDeque::new(),
+            published: Vec::new(),
+            withdrawn: Vec::new(),
+            deleted: Vec::new(),
+            settings: settings(),
+            losses: BTreeMap::new(),
+            skipped: false,
+            usable: Ok(()),
+            members: BTreeMap::new(),
+            votes: BTreeMap::new(),
+            committed: BTreeMap::new(),
+        };
+        world.stored.files.insert(FileId(1), file(1));
+        world.event(Event::WallClock(5_000));
+        world.load();
+        world.gateway_up(1);
+        (0..replicas).for_each(|replica| world.replica_up(replica));
+        world
+    }
+
+    pub(crate) fn event(&mut self, event: Event) {
+        let mut effects = Vec::new();
+        self.jobs.handle(self.now, event, &mut effects);
+        self.jobs.check().unwrap();
+        self.note_commits();
+        effects.into_iter().for_each(|effect| self.perform(effect));
+    }
+
+    /// No step is committed without every vote, none twice, and none is taken back.
+    fn note_commits(&mut self) {
+        let sessions: Vec<(SessionId, JobId)> =
+            self.members.iter().map(|(session, (job, _))| (*session, *job)).collect();
+        for id in sessions.iter().map(|(_, job)| *job).collect::<BTreeSet<_>>() {
+            let Some(record) = self.jobs.job(id) else { continue };
+            let before = self.committed.entry(id).or_default();
+            assert!(record.steps + 1 >= *before, "job {id} fell from step {before} to {}", record.steps);
+            if record.steps <= *before {
+                continue;
+            }
+            assert_eq!(record.steps, *before + 1, "a step was committed out of turn");
+            let all = sessions
+                .iter()
+                .filter(|(_, job)| *job == id)
+                .any(|(session, _)| self.votes.get(&(*session, *before)) == Some(&self.members[session].1));
+            assert!(all, "step {before} of job {id} was committed without every vote");
+            *before = record.steps;
+        }
+    }
+
+    fn perform(&mut self, effect: Effect) {
+        match effect {
+            Effect::Reply { call, reply, .. } => {
+                assert!(self.replies.insert(call, *reply).is_none(), "call {call} is answered twice");
+            }
+            Effect::Prepare { gateway, job } => self.preparing.push_back((gateway, job.request.id)),
+            Effect::ToNodes(connections, message) => {
+                connections.into_iter().for_each(|rank| self.tell(rank, &message));
+            }
+            Effect::DeleteBlobs(gone) => {
+                for blob in gone {
+                    self.stored.blobs.remove(&blob);
+                    self.deleted.push(blob);
+                }
+                self.check_blobs();
+            }
+            Effect::Publish(load) => self.publishing.push_back(load),
+            Effect::Withdraw(name) => self.withdrawn.push(name),
+            Effect::Sweep(references) => {
+                let shares = self.stored.jobs.values().filter(|job| !job.record.status.is_final());
+                let shares = shares.flat_map(|job| job.record.shards.iter());
+                shares.for_each(|share| assert!(references.blobs.contains(share)));
+            }
+            Effect::Warn(_) | Effect::Note(_) => {}
+            wish => self.stored.wishes.push_back(wish),
+        }
+    }
+
+    /// What a durable record refers to is there.
+    fn check_blobs(&self) {
+        for job in self.stored.jobs.values().filter(|job| !job.record.status.is_final()) {
+            for shard in &job.record.shards {
+                assert!(
+                    self.stored.blobs.contains(shard),
+                    "{shard} of job {} is gone",
+                    job.record.request.id
+                );
+            }
+        }
+    }
+
+    /// Lets the store do one thing; whether there was one.
+    pub(crate) fn store_works(&mut self) -> bool {
+        if self.stored.down {
+            return false;
+        }
+        let Some(wish) = self.stored.wishes.pop_front() else { return false };
+        let event = match wish {
+            Effect::SaveFile(file) => {
+                let id = file.id;
+                self.stored.files.insert(id, file);
+                Event::Saved(SaveId::File(id))
+            }
+            Effect::ForgetFile(id) => {
+                self.stored.files.remove(&id);
+                Event::Saved(SaveId::File(id))
+            }
+            Effect::SaveJob { job, chunks } => {
+                let id = job.record.request.id;
+                for (chunk, events) in chunks {
+                    let numbers = events.iter().map(|event| event.number);
+                    assert!(numbers.eq((chunk * 128..).take(events.len())), "a chunk has a gap");
+                    self.stored.events.insert((id, chunk), events);
+                }
+                if let Some(former) = self.stored.jobs.get(&id) {
+                    assert!(former.record.steps <= job.record.steps, "a record went back");
+                    assert!(!former.record.status.is_final() || job.record.status.is_final());
+                }
+                self.stored.jobs.insert(id, *job);
+                self.check_blobs();
+                Event::Saved(SaveId::Job(id))
+            }
+            Effect::ReadEvents { read, job, from, to } => {
+                let chunks = (from..to).filter_map(|chunk| self.stored.events.get(&(job, chunk)));
+                Event::EventsRead { read, events: Some(chunks.flatten().cloned().collect()) }
+            }
+            Effect::WriteResults { job, .. } => {
+                Event::ResultsWritten { job, outcome: Ok((BlobId([3; 32]), 10)) }
+            }
+            other => panic!("{other:?}"),
+        };
+        self.event(event);
+        true
+    }
+
+    pub(crate) fn store_goes(&mut self) {
+        if !self.stored.down {
+            self.stored.down = true;
+            self.event(Event::StoreDown("gone".into()));
+        }
+    }
+
+    pub(crate) fn store_comes(&mut self) {
+        if self.stored.down {
+            self.stored.down = false;
+            self.event(Event::StoreUp);
+        }
+    }
+
+    fn load(&mut self) {
+        for job in self.stored.jobs.values_mut() {
+            job.term = LeaseTerm(self.term);
+        }
+        let tail = |id: JobId| -> Vec<JobEvent> {
+            let chunks = self.stored.events.range((id, 0)..=(id, u64::MAX));
+            let chunks: Vec<_> = chunks.map(|(_, events)| events).collect();
+            chunks.iter().skip(chunks.len().saturating_sub(2)).flat_map(|events| (*events).clone()).collect()
+        };
+        let jobs = self.stored.jobs.iter().map(|(id, job)| (job.clone(), tail(*id))).collect();
+        let files = self.stored.files.values().cloned().collect();
+        self.event(Event::Loaded(Box::new(Loaded { files, jobs })));
+    }
+
+    /// The scheduler dies; another one takes over from what is stored. Ranks and gateways connect anew.
+    pub(crate) fn scheduler_dies(&mut self) {
+        self.term += 1;
+        self.stored.wishes.clear();
+        self.stored.down = false;
+        self.jobs = Jobs::new(config(self.term, self.max_jobs_running));
+        self.preparing.clear();
+        self.publishing.clear();
+        self.replies.clear();
+        self.event(Event::WallClock(5_000 + self.now.0 / 1000));
+        self.load();
+        for id in self.stored.jobs.keys() {
+            let (now, before) = (self.jobs.job(*id).unwrap().steps, self.committed.get(id).copied());
+            assert!(now + 1 >= before.unwrap_or(0), "more than one step is lost");
+            if let Some(committed) = self.committed.get_mut(id) {
+                *committed = now;
+            }
+        }
+        let gateways: Vec<u64> = self.gateways.iter().map(|gateway| gateway.0).collect();
+        self.gateways.clear();
+        gateways.into_iter().for_each(|gateway| self.gateway_up(gateway + 100));
+        let replicas: Vec<u32> = self.up.keys().map(|replica| replica.0).collect();
+        self.ranks.clear();
+        self.up.clear();
+        replicas.into_iter().for_each(|replica| self.replica_up(replica));
+    }
+
+    pub(crate) fn gateway_up(&mut self, gateway: u64) {
+        self.gateways.insert(GatewayId(gateway));
+        self.event(Event::GatewayUp(GatewayId(gateway)));
+    }
+
+    pub(crate) fn gateway_dies(&mut self, gateway: GatewayId) {
+        self.gateways.remove(&gateway);
+        self.preparing.retain(|(with, _)| *with != gateway);
+        self.event(Event::GatewayGone(gateway));
+    }
+
+    /// A replica comes up, on nodes that have connected anew.
+    pub(crate) fn replica_up(&mut self, replica: u32) {
+        let mut ranks = Vec::new();
+        for stage in 0..STAGES {
+            self.connections += 1;
+            let connection = NodeConnection(self.connections);
+            self.ranks.insert(connection, Rank::default());
+            let start = stage as usize * 4;
+            ranks.push(TrainingRank {
+                connection,
+                address: format!("{replica}-{stage}"),
+                stage: StageIndex(stage),
+                rank: TensorRank(0),
+                layers: LayerRange { start, end: start + 4 },
+            });
+        }
+        let revision = ReplicaRevision(self.connections);
+        let up = TrainingReplica { replica: ReplicaId(replica), revision, ranks };
+        self.up.insert(up.replica, up.clone());
+        self.event(Event::ReplicaUp(up));
+    }
+
+    /// A rank of a replica dies, and with it what it has said but nobody has heard.
+    pub(crate) fn replica_dies(&mut self, replica: u32) {
+        let Some(down) = self.up.remove(&ReplicaId(replica)) else { return };
+        for rank in &down.ranks {
+            self.ranks.remove(&rank.connection);
+        }
+        self.event(Event::ReplicaDown { replica: down.replica, reason: "node a was lost: killed".into() });
+    }
+
+    fn tell(&mut self, connection: NodeConnection, message: &ToNode) {
+        let Some(rank) = self.ranks.get_mut(&connection) else { return };
+        match message {
+            ToNode::OpenSession(open) => {
+                let steps = match &open.start {
+                    SessionStart::New => 0,
+                    SessionStart::Resume { steps, shards } => {
+                        let all: BTreeSet<BlobId> =
+                            (0..STAGES).map(|stage| share(open.job, *steps, stage)).collect();
+                        assert_eq!(shards.iter().copied().collect::<BTreeSet<_>>(), all);
+                        assert!(all.is_subset(&self.stored.blobs), "a share to resume from is gone");
+                        *steps
+                    }
+                };
+                assert!([1, 2, 4, 8].contains(&open.replicas) && open.peers.len() == open.replicas as usize);
+                let stage = if open.next.is_some() { 0 } else { STAGES - 1 };
+                let names_shares = open.replica == 0;
+                let root = names_shares && stage == 0;
+                rank.parts.insert(
+                    open.session,
+                    Part { job: open.job, stage, names_shares, root, steps, prepared: false },
+                );
+                rank.said.push_back((open.session, TrainingReport::Opened { reserved: Bytes(1) }));
+                let members = self.members.entry(open.session);
+                members.or_insert((open.job, BTreeSet::new())).1.insert(connection);
+            }
+            ToNode::Training { session, work } => {
+                let Some(part) = rank.parts.get_mut(session) else { return };
+                // Work says that everything before is committed.
+                part.steps += u64::from(std::mem::take(&mut part.prepared));
+                let report = match work {
+                    TrainingWork::Step { step } => {
+                        assert_eq!(*step, part.steps, "a step is asked for out of turn");
+                        part.prepared = true;
+                        let shard = share(part.job, step + 1, part.stage);
+                        if part.names_shares {
+                            self.stored.blobs.insert(shard);
+                        }
+                        let metrics = StepMetrics {
+                            loss: if self.skipped { f64::NAN } else { 2.0 },
+                            accuracy: 0.5,
+                            learning_rate: 1e-4,
+                            gradient_norm: 1.0,
+                            targets: 10,
+                            tokens: 20,
+                            skipped: self.skipped,
+                        };
+                        TrainingReport::Prepared {
+                            step: *step,
+                            shard: part.names_shares.then_some(shard),
+                            metrics: part.root.then_some(metrics),
+                            timing: TrainingTiming::default(),
+                        }
+                    }
+                    TrainingWork::Evaluate if part.root => {
+                        let loss = self.losses.get(&part.steps).copied().unwrap_or(1.0);
+                        TrainingReport::Evaluated { loss, accuracy: 0.25 }
+                    }
+                    TrainingWork::Export { shards } if part.root => {
+                        assert_eq!(shards.len(), STAGES as usize);
+                        let adapter = AdapterId(share(part.job, part.steps, 99));
+                        TrainingReport::Exported { adapter, usable: self.usable.clone() }
+                    }
+                    TrainingWork::Evaluate | TrainingWork::Export { .. } => return,
+                    TrainingWork::Close => {
+                        rank.parts.remove(session);
+                        return;
+                    }
+                };
+                rank.said.push_back((*session, report));
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// Ranks of whom something is to be heard.
+    pub(crate) fn talkative(&self) -> Vec<NodeConnection> {
+        self.ranks.iter().filter(|(_, rank)| !rank.said.is_empty()).map(|(rank, _)| *rank).collect()
+    }
+
+    /// Hears one thing that a rank has said.
+    pub(crate) fn hear(&mut self, connection: NodeConnection) {
+        let Some((session, report)) = self.ranks.get_mut(&connection).and_then(|rank| rank.said.pop_front())
+        else {
+            return;
+        };
+        if let TrainingReport::Prepared { step, .. } = &report {
+            self.votes.entry((session, *step)).or_default().insert(connection);
+        }
+        self.event(Event::Report { connection, session, report: Box::new(report) });
+    }
+
+    /// A rank of a job's session says this instead of what it would have said.
+    pub(crate) fn say(&mut self, id: JobId, report: TrainingReport) {
+        let of = |rank: &&mut Rank| rank.parts.values().any(|part| part.job == id);
+        let rank = self.ranks.values_mut().find(of).unwrap();
+        let session = *rank.parts.iter().find(|(_, part)| part.job == id).unwrap().0;
+        rank.said.clear();
+        rank.said.push_back((session, report));
+    }
+
+    pub(crate) fn prepare_one(&mut self) -> bool {
+        let Some((gateway, job)) = self.preparing.pop_front() else { return false };
+        let data = DataReport {
+            examples: 10,
+            samples: 10,
+            tokens: 100,
+            target_tokens: 50,
+            truncated_examples: 0,
+            truncated_tokens: 0,
+            warnings: Vec::new(),
+        };
+        // Seeds differ, so that shares of different jobs do.
+        let settings = TrainingSettings { seed: (job.0 >> 96) as u64, ..self.settings.clone() };
+        let outcome = Box::new(Ok(PreparedJob { settings, data }));
+        self.event(Event::Prepared { gateway, job, outcome });
+        true
+    }
+
+    pub(crate) fn publish_one(&mut self) -> bool {
+        let Some(load) = self.publishing.pop_front() else { return false };
+        self.published.push(load.name.clone());
+        self.event(Event::Published { name: load.name });
+        true
+    }
+
+    pub(crate) fn pass(&mut self, ms: u64) {
+        self.now = self.now.plus(ms);
+        self.event(Event::Tick);
+    }
+
+    /// Does everything that waits, ranks first; whether there was anything.
+    pub(crate) fn step(&mut self) -> bool {
+        match self.talkative().first() {
+            Some(rank) => self.hear(*rank),
+            None => return self.store_works() || self.prepare_one() || self.publish_one(),
+        }
+        true
+    }
+
+    pub(crate) fn settle(&mut self) {
+        let mut steps = 0;
+        while self.step() {
+            steps += 1;
+            assert!(steps < 100_000, "it never ends");
+        }
+    }
+
+    /// Settles until a job's record is as wanted.
+    pub(crate) fn until(&mut self, id: JobId, wanted: impl Fn(&JobRecord) -> bool) {
+        for _ in 0..10_000 {
+            if wanted(self.jobs.job(id).unwrap()) {
+                return;
+            }
+            if !self.step() {
+                self.pass(1_000);
+            }
+        }
+        panic!("{:?}", self.jobs.job(id));
+    }
+
+    pub(crate) fn call(&mut self, request: AdminRequest) -> u64 {
+        self.calls += 1;
+        let gateway = self.gateways.first().copied().unwrap_or(GatewayId(0));
+        self.event(Event::Admin { gateway, call: self.calls, request: Box::new(request) });
+        self.calls
+    }
+
+    /// Calls, and lets the store work until there is an answer.
+    pub(crate) fn ask(&mut self, request: AdminRequest) -> AdminReply {
+        let call = self.call(request);
+        while !self.replies.contains_key(&call) {
+            assert!(self.store_works(), "no answer");
+        }
+        self.replies.remove(&call).unwrap()
+    }
+
+    pub(crate) fn create(&mut self, id: u128) -> JobId {
+        let request = request(id);
+        let job = request.id;
+        let reply = self.ask(AdminRequest::CreateJob(Box::new(request)));
+        assert!(matches!(reply, AdminReply::Job(_)), "{reply:?}");
+        job
+    }
+
+    pub(crate) fn control(&mut self, id: JobId, action: JobAction) -> AdminReply {
+        self.ask(AdminRequest::ControlJob(id, action))
+    }
+
+    pub(crate) fn record(&self, id: JobId) -> &JobRecord {
+        self.jobs.job(id).unwrap()
+    }
+
+    pub(crate) fn status(&self, id: JobId) -> JobStatus {
+        self.record(id).status
+    }
+
+    /// All events, oldest first, through the call that lists them.
+    pub(crate) fn events(&mut self, id: JobId) -> Vec<JobEvent> {
+        let (mut events, mut after) = (Vec::new(), None);
+        loop {
+            let page = Page { after, limit: 50 };
+            let AdminReply::Events(listed, more) = self.ask(AdminRequest::ListEvents(id, page)) else {
+                panic!("no events");
+            };
+            after = listed.last().map(|last| last.number);
+            events.extend(listed);
+            if !more {
+                break;
+            }
+        }
+        events.reverse();
+        assert!(events.iter().map(|event| event.number).eq(0..events.len() as u64));
+        events
+    }
+
+    /// What happened, in short.
+    pub(crate) fn story(&mut self, id: JobId) -> Vec<String> {
+        let short = |event: &JobEvent| match &event.what {
+            JobEventKind::Created => "created".into(),
+            JobEventKind::Validating => "validating".into(),
+            JobEventKind::Queued(_) => "queued".into(),
+            JobEventKind::Started => "started".into(),
+            JobEventKind::Step { step, .. } => format!("step {step}"),
+            JobEventKind::Evaluated { step, .. } => format!("evaluated {step}"),
+            JobEventKind::Checkpoint { step, .. } => format!("checkpoint {step}"),
+            JobEventKind::Interrupted(_) => "interrupted".into(),
+            JobEventKind::Paused => "paused".into(),
+            JobEventKind::Resumed => "resumed".into(),
+            JobEventKind::StoppedEarly { step } => format!("stopped {step}"),
+            JobEventKind::ModelCreated(_) => "model".into(),
+            JobEventKind::Succeeded => "succeeded".into(),
+            JobEventKind::Cancelled => "cancelled".into(),
+            JobEventKind::Failed(error) => format!("failed {}", error.code),
+        };
+        self.events(id).iter().map(short).collect()
+    }
+
+    pub(crate) fn story_has(&mut self, id: JobId, what: &str) -> bool {
+        self.story(id).iter().any(|one| one == what)
+    }
+}
