@@ -3,9 +3,9 @@
 //! An actor owns the connection and the table of choices in flight; everybody else holds a [`SchedulerClient`] and gets
 //! a [`RequestEvents`] per request. Dropping that cancels what is still running, at once.
 //!
-//! Bounds: choices in flight by permits (none left: refused as overloaded), a request's unread events by its channel
-//! (full: its choices are dropped and cancelled), messages to a scheduler that does not read by the outbox (full: the
-//! connection is dropped).
+//! Bounds: choices and administrative calls in flight by permits (none left: refused as overloaded), a request's unread
+//! events by its channel (full: its choices are dropped and cancelled), messages to a scheduler that does not read by the
+//! outbox (full: the connection is dropped).
 
 mod actor;
 mod link;
@@ -13,10 +13,16 @@ mod link;
 pub use link::Link;
 
 use crate::transcript::TranscriptEvent;
+use ashlar_protocol::admin::{AdminFailure, AdminReply, AdminRequest};
 use ashlar_protocol::serving::{ChoiceId, FailureKind, RequestFailure, Submit};
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
+
+/// Administrative calls in flight: they are rare, and each is short.
+const CALLS_MAX: usize = 64;
+/// Longest wait for the answer to a call.
+const CALL_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// A handle on the connection actor; cheap to clone.
 #[derive(Debug, Clone)]
@@ -24,16 +30,36 @@ pub struct SchedulerClient {
     commands: mpsc::UnboundedSender<Command>,
     link: watch::Receiver<Link>,
     permits: Arc<Semaphore>,
+    calls: Arc<Semaphore>,
+}
+
+/// Why a call has no answer.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum CallError {
+    /// The scheduler has refused it.
+    #[error("{}", .0.message)]
+    Refused(AdminFailure),
+    /// As many calls as may be are in flight.
+    #[error("too many administrative calls are in flight: retry in a moment")]
+    Busy,
+    /// There is no scheduler, or it was lost; whether it has heard of the call is unknown.
+    #[error("{0}")]
+    Unavailable(String),
+    /// It has not answered; it may do yet what it was asked for.
+    #[error("the scheduler has not answered within {} s: look at what has become of it, then retry", .0.as_secs())]
+    TimedOut(Duration),
 }
 
 /// What handles ask of the actor. Unbounded in type, bounded in fact: a submission holds a permit until it has left
-/// the actor's table, and a cancellation follows a submission.
+/// the actor's table, and a cancellation follows a submission; a call holds a permit until it is answered or given up.
 #[derive(Debug)]
 enum Command {
     Submit { submit: Box<Submit>, events: EventSender, permit: OwnedSemaphorePermit },
     Cancel(ChoiceId),
+    Call { request: Box<AdminRequest>, answer: CallAnswer },
 }
 
+type CallAnswer = oneshot::Sender<Result<AdminReply, CallError>>;
 type EventSender = mpsc::Sender<(ChoiceId, TranscriptEvent)>;
 
 /// How the actor behaves.
@@ -62,7 +88,31 @@ impl SchedulerClient {
         let (publish, link) = watch::channel(Link::connecting(&settings.address));
         let permits = Arc::new(Semaphore::new(settings.choices_in_flight_max));
         tokio::spawn(actor::Actor::new(settings, inbox, publish).run());
-        SchedulerClient { commands, link, permits }
+        SchedulerClient { commands, link, permits, calls: Arc::new(Semaphore::new(CALLS_MAX)) }
+    }
+
+    /// Asks the scheduler for something of administration. A call that has no answer may have been done: ids and expected
+    /// generations make it safe to repeat.
+    pub async fn call(&self, request: AdminRequest) -> Result<AdminReply, CallError> {
+        self.call_within(request, CALL_TIMEOUT).await
+    }
+
+    /// [`call`](Self::call), of something that takes longer.
+    pub async fn call_within(
+        &self,
+        request: AdminRequest,
+        timeout: Duration,
+    ) -> Result<AdminReply, CallError> {
+        let _permit = self.calls.try_acquire().map_err(|_| CallError::Busy)?;
+        let (answer, answered) = oneshot::channel();
+        // A send fails only when the actor is gone; the dropped sender then says so.
+        let _ = self.commands.send(Command::Call { request: Box::new(request), answer });
+        match tokio::time::timeout(timeout, answered).await {
+            Ok(Ok(Ok(AdminReply::Refused(failure)))) => Err(CallError::Refused(failure)),
+            Ok(Ok(answer)) => answer,
+            Ok(Err(_)) => Err(CallError::Unavailable("the gateway is shutting down".to_owned())),
+            Err(_) => Err(CallError::TimedOut(timeout)),
+        }
     }
 
     /// The connection and the cluster, as last seen.

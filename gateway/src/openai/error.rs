@@ -1,5 +1,7 @@
 //! The error envelope, and the one place where failures become HTTP statuses.
 
+use crate::scheduler_client::CallError;
+use ashlar_protocol::admin::{AdminFailure, AdminFailureKind};
 use ashlar_protocol::serving::{FailureKind, RequestFailure};
 use axum::Json;
 use axum::http::{HeaderValue, StatusCode, header};
@@ -64,6 +66,11 @@ impl ApiError {
         ApiError::new(StatusCode::REQUEST_TIMEOUT, "invalid_request_error", message)
     }
 
+    /// 409: what is there is not what the caller expects.
+    pub fn conflict(message: impl Into<String>) -> ApiError {
+        ApiError::new(StatusCode::CONFLICT, "conflict_error", message)
+    }
+
     /// 413: the body is larger than `max` bytes.
     pub fn body_too_large(max: usize) -> ApiError {
         let message = format!("the request body exceeds {max} bytes: send less at once");
@@ -112,6 +119,39 @@ impl From<RequestFailure> for ApiError {
                 ApiError::new(StatusCode::GATEWAY_TIMEOUT, "timeout_error", message)
             }
             FailureKind::Internal => ApiError::internal(message),
+        }
+    }
+}
+
+impl From<AdminFailure> for ApiError {
+    fn from(failure: AdminFailure) -> ApiError {
+        let message = failure.message;
+        match failure.kind {
+            AdminFailureKind::Invalid => ApiError::invalid(message),
+            AdminFailureKind::NotFound => ApiError::not_found(message, "not_found"),
+            AdminFailureKind::Conflict => ApiError::conflict(message),
+            AdminFailureKind::Full => ApiError {
+                code: Some("rate_limit_exceeded"),
+                retry_after_s: Some(1),
+                ..ApiError::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", message)
+            },
+            AdminFailureKind::Unavailable => ApiError::unavailable(message),
+            AdminFailureKind::Internal => ApiError::internal(message),
+        }
+    }
+}
+
+impl From<CallError> for ApiError {
+    fn from(error: CallError) -> ApiError {
+        match error {
+            CallError::Refused(failure) => failure.into(),
+            CallError::Busy => {
+                AdminFailure { kind: AdminFailureKind::Full, message: error.to_string() }.into()
+            }
+            CallError::Unavailable(_) => ApiError::unavailable(error.to_string()),
+            CallError::TimedOut(_) => {
+                ApiError::new(StatusCode::GATEWAY_TIMEOUT, "timeout_error", error.to_string())
+            }
         }
     }
 }

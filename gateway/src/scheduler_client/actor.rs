@@ -1,6 +1,6 @@
 //! The actor: connect, relay, and when the connection ends fail what was in flight and connect again.
 
-use super::{Command, EventSender, Link, SchedulerClientSettings};
+use super::{CallAnswer, CallError, Command, EventSender, Link, SchedulerClientSettings};
 use crate::transcript::TranscriptEvent;
 use ashlar_protocol::frame::{self, FrameError};
 use ashlar_protocol::serving::{
@@ -28,6 +28,8 @@ pub(super) struct Actor {
     commands: mpsc::UnboundedReceiver<Command>,
     publish: watch::Sender<Link>,
     in_flight: HashMap<ChoiceId, InFlight>,
+    calls: HashMap<u64, CallAnswer>,
+    last_call: u64,
     highest_term: LeaseTerm,
 }
 
@@ -70,7 +72,15 @@ impl Actor {
         commands: mpsc::UnboundedReceiver<Command>,
         publish: watch::Sender<Link>,
     ) -> Actor {
-        Actor { settings, commands, publish, in_flight: HashMap::new(), highest_term: LeaseTerm(0) }
+        Actor {
+            settings,
+            commands,
+            publish,
+            in_flight: HashMap::new(),
+            calls: HashMap::new(),
+            last_call: 0,
+            highest_term: LeaseTerm(0),
+        }
     }
 
     /// Runs until every handle is gone.
@@ -136,6 +146,10 @@ impl Actor {
                         let problem = self.publish.borrow().problem.clone();
                         let _ = events.try_send((submit.id, TranscriptEvent::Failed(unavailable(problem))));
                     }
+                    Some(Command::Call { answer, .. }) => {
+                        let problem = self.publish.borrow().problem.clone();
+                        let _ = answer.send(Err(CallError::Unavailable(problem)));
+                    }
                 },
             }
         }
@@ -184,13 +198,26 @@ impl Actor {
                 Some(_) => connection.post(ToScheduler::Cancel(id)),
                 None => Ok(()),
             },
+            Command::Call { request, answer } => {
+                // Those that nobody waits for any more go with the next one.
+                self.calls.retain(|_, waiting| !waiting.is_closed());
+                self.last_call += 1;
+                self.calls.insert(self.last_call, answer);
+                connection.post(ToScheduler::Admin { call: self.last_call, request })
+            }
         }
     }
 
     fn message(&mut self, message: FromScheduler, connection: &mut Connection) -> Result<(), LinkError> {
         let (id, event) = match message {
             FromScheduler::Cluster(snapshot) => return self.cluster(*snapshot),
-            FromScheduler::Admin { .. } | FromScheduler::Prepare(_) => return Ok(()),
+            FromScheduler::Admin { call, reply } => {
+                if let Some(answer) = self.calls.remove(&call) {
+                    let _ = answer.send(Ok(*reply));
+                }
+                return Ok(());
+            }
+            FromScheduler::Prepare(_) => return Ok(()),
             FromScheduler::Token(token) => (token.id, TranscriptEvent::Token(token)),
             FromScheduler::PromptLogprobs { id, position, logprobs } => {
                 (id, TranscriptEvent::PromptLogprobs { position, logprobs })
@@ -229,6 +256,9 @@ impl Actor {
             link.connected = false;
             link.problem = problem.to_owned();
         });
+        for (_, answer) in self.calls.drain() {
+            let _ = answer.send(Err(CallError::Unavailable(problem.to_owned())));
+        }
         for (id, in_flight) in self.in_flight.drain() {
             let failure = TranscriptEvent::Failed(unavailable(problem.to_owned()));
             // Full: the dropped sender tells the reader, once it has caught up.
