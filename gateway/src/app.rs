@@ -5,6 +5,7 @@ use crate::metrics::Metrics;
 use crate::openai::error::ApiError;
 use crate::scheduler_client::SchedulerClient;
 use crate::text::ModelText;
+use crate::tuning::Tuning;
 use ashlar_protocol::serving::ClusterSnapshot;
 use ashlar_vocabulary::NUMERIC_VERSION;
 use std::sync::Arc;
@@ -37,6 +38,8 @@ pub(crate) struct App {
     pub(crate) scheduler: SchedulerClient,
     pub(crate) metrics: Metrics,
     pub(crate) phase: watch::Receiver<Phase>,
+    /// `None` where no place for files is configured.
+    pub(crate) tuning: Option<Tuning>,
     /// Unix seconds of the start.
     pub(crate) created: u64,
     origin: Instant,
@@ -47,19 +50,21 @@ impl App {
     pub(crate) fn new(
         config: GatewayConfig,
         names: Vec<String>,
-        text: ModelText,
+        text: Arc<ModelText>,
         scheduler: SchedulerClient,
         metrics: Metrics,
         phase: watch::Receiver<Phase>,
+        tuning: Option<Tuning>,
     ) -> App {
         let workers = std::thread::available_parallelism().map_or(1, usize::from);
         App {
             config,
             names,
-            text: Arc::new(text),
+            text,
             scheduler,
             metrics,
             phase,
+            tuning,
             created: unix_seconds(),
             origin: Instant::now(),
             workers: Arc::new(Semaphore::new(workers)),
@@ -83,6 +88,14 @@ impl App {
                 Err(ApiError::unknown_model(model, &self.names))
             }
             _ => Ok(()),
+        }
+    }
+
+    /// Refuses a model that is not the one that weights are served of.
+    pub(crate) fn check_base_model(&self, model: &str) -> Result<(), ApiError> {
+        match self.names.iter().any(|name| name == model) {
+            true => Ok(()),
+            false => Err(ApiError::unknown_model(model, &self.names)),
         }
     }
 

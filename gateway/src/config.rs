@@ -19,7 +19,12 @@ pub struct GatewayConfig {
     /// Names under which the model is offered; the first is the one that answers carry. Default: the name of the
     /// model's directory.
     pub served_model_name: Vec<String>,
-    /// Largest request body in bytes. Default 8 MiB.
+    /// Where uploaded files, samples and adapters lie: a directory, or `s3://BUCKET/PREFIX`; the same for every role.
+    /// Without it, files and fine-tuning are refused.
+    pub blobs: Option<String>,
+    /// Largest uploaded file in bytes. Default 512 MiB.
+    pub file_bytes_max: u64,
+    /// Largest request body in bytes, uploads aside. Default 8 MiB.
     pub request_body_bytes_max: usize,
     /// Most choices (`n`) of one prompt. Default 128.
     pub n_max: u32,
@@ -67,6 +72,8 @@ impl Default for GatewayConfig {
             listen: SocketAddr::from(([127, 0, 0, 1], 8080)),
             scheduler: "127.0.0.1:7402".to_owned(),
             served_model_name: Vec::new(),
+            blobs: None,
+            file_bytes_max: 512 << 20,
             request_body_bytes_max: 8 << 20,
             n_max: 128,
             prompts_max: 128,

@@ -1,5 +1,6 @@
 //! Why a gateway does not start, or stops.
 
+use ashlar_store::blobs::BlobError;
 use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -33,6 +34,9 @@ pub enum GatewayError {
         /// What is wrong and what to do.
         reason: String,
     },
+    /// The place of files cannot be used.
+    #[error("cannot open `blobs`: {0}")]
+    Blobs(#[from] BlobError),
     /// The metrics recorder refused its buckets: a fault in this crate.
     #[error("cannot set up metrics: {0}")]
     Metrics(String),

@@ -3,7 +3,7 @@
 //! Layout, in the order of a request: [`server`](serve) (bind, accept, drain), `router` and `context` (paths, layers,
 //! ids, traces), [`openai`] (the schema: requests, answers, errors), `text` (tokenizer, templates, grammars),
 //! `generation` (a request in flight), [`transcript`] (one choice, pure), [`scheduler_client`] (the connection),
-//! `metrics` and `system` (what operators see).
+//! `tuning` (fine-tuning's files: uploads become blobs, a job's files samples), `metrics` and `system` (what operators see).
 //!
 //! **Invariants:** only this crate knows OpenAI's schema; it knows no tensor and no placement. [`transcript`] has no
 //! clock, no I/O and no async, so that the simulation runs exactly it. Bad input never becomes a 500, and never
@@ -24,6 +24,7 @@ mod server;
 mod system;
 mod text;
 pub mod transcript;
+mod tuning;
 
 pub use config::GatewayConfig;
 pub use error::GatewayError;

@@ -1,7 +1,7 @@
 //! OpenAI's HTTP schema: the only place that knows it.
 //!
 //! Layout: [`error`] (the envelope), `fields` (typed reading of a JSON object), `sampling` and `output` (fields that
-//! chat and completions share), `chat*` and `completions*` (requests, answers, streams), `models`, `tokenize`.
+//! chat and completions share), `chat*` and `completions*` (requests, answers, streams), `models`, `tokenize`, `tuning` (files and fine-tuning jobs).
 
 pub(crate) mod answer;
 pub(crate) mod chat;
@@ -22,4 +22,5 @@ pub(crate) mod sampling;
 pub(crate) mod sse;
 pub(crate) mod stream;
 pub(crate) mod tokenize;
+pub(crate) mod tuning;
 pub(crate) mod usage;

@@ -6,6 +6,7 @@ use crate::openai::chat::chat_completions;
 use crate::openai::completions::completions;
 use crate::openai::models::{list_models, show_model};
 use crate::openai::tokenize::{detokenize, tokenize};
+use crate::openai::tuning::{files, jobs};
 use crate::system;
 use axum::Router;
 use axum::extract::DefaultBodyLimit;
@@ -27,6 +28,17 @@ pub(crate) fn router(app: Arc<App>) -> Router {
         .route("/v1/completions", post(completions))
         .route("/v1/models", get(list_models))
         .route("/v1/models/{*id}", get(show_model))
+        .route("/v1/files", get(files::list_files).post(files::upload))
+        .route("/v1/files/{id}", get(files::show_file).delete(files::delete_file))
+        .route("/v1/files/{id}/content", get(files::file_content))
+        .route("/v1/fine_tuning/jobs", get(jobs::list_jobs).post(jobs::create_job))
+        .route("/v1/fine_tuning/jobs/{id}", get(jobs::show_job))
+        .route("/v1/fine_tuning/jobs/{id}/cancel", post(jobs::cancel_job))
+        .route("/v1/fine_tuning/jobs/{id}/pause", post(jobs::pause_job))
+        .route("/v1/fine_tuning/jobs/{id}/resume", post(jobs::resume_job))
+        .route("/v1/fine_tuning/jobs/{id}/events", get(jobs::list_events))
+        .route("/v1/fine_tuning/jobs/{id}/checkpoints", get(jobs::list_checkpoints))
+        .route("/v1/fine_tuning/jobs/{id}/adapter/{file}", get(jobs::adapter_file))
         .route("/tokenize", post(tokenize))
         .route("/detokenize", post(detokenize))
         .route("/health", get(system::health))

@@ -13,8 +13,9 @@ mod link;
 pub use link::Link;
 
 use crate::transcript::TranscriptEvent;
-use ashlar_protocol::admin::{AdminFailure, AdminReply, AdminRequest};
-use ashlar_protocol::serving::{ChoiceId, FailureKind, RequestFailure, Submit};
+use ashlar_protocol::admin::{AdminFailure, AdminReply, AdminRequest, JobError, PreparedJob};
+use ashlar_protocol::serving::{ChoiceId, FailureKind, PrepareJob, RequestFailure, Submit};
+use ashlar_vocabulary::JobId;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
@@ -51,12 +52,14 @@ pub enum CallError {
 }
 
 /// What handles ask of the actor. Unbounded in type, bounded in fact: a submission holds a permit until it has left
-/// the actor's table, and a cancellation follows a submission; a call holds a permit until it is answered or given up.
+/// the actor's table, and a cancellation follows a submission; a call holds a permit until it is answered or given up, and
+/// a job's outcome follows a [`PrepareJob`].
 #[derive(Debug)]
 enum Command {
     Submit { submit: Box<Submit>, events: EventSender, permit: OwnedSemaphorePermit },
     Cancel(ChoiceId),
     Call { request: Box<AdminRequest>, answer: CallAnswer },
+    Prepared { job: JobId, outcome: Box<Result<PreparedJob, JobError>> },
 }
 
 type CallAnswer = oneshot::Sender<Result<AdminReply, CallError>>;
@@ -71,6 +74,8 @@ pub struct SchedulerClientSettings {
     pub choices_in_flight_max: usize,
     /// Longest wait between two attempts to connect.
     pub reconnect_max: Duration,
+    /// Where jobs go whose files are to be validated; without it they are refused.
+    pub jobs: Option<mpsc::Sender<Box<PrepareJob>>>,
 }
 
 /// The events of one request's choices, in order per choice.
@@ -113,6 +118,11 @@ impl SchedulerClient {
             Ok(Err(_)) => Err(CallError::Unavailable("the gateway is shutting down".to_owned())),
             Err(_) => Err(CallError::TimedOut(timeout)),
         }
+    }
+
+    /// Tells what became of a job's files. Lost where there is no connection: the scheduler asks again over the next.
+    pub fn prepared(&self, job: JobId, outcome: Result<PreparedJob, JobError>) {
+        let _ = self.commands.send(Command::Prepared { job, outcome: Box::new(outcome) });
     }
 
     /// The connection and the cluster, as last seen.

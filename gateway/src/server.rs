@@ -10,8 +10,11 @@ use crate::metrics::Metrics;
 use crate::router::router;
 use crate::scheduler_client::{SchedulerClient, SchedulerClientSettings};
 use crate::text::ModelText;
+use crate::tuning::Tuning;
+use crate::tuning::validate::{JOBS_WAITING_MAX, Validator};
 use ashlar_protocol::serving::SchedulerCounters;
 use ashlar_service_kit::Shutdown;
+use ashlar_store::blobs::{self, BlobOptions};
 use connection::{ConnectionSettings, refuse, serve_connection};
 use std::io;
 use std::net::SocketAddr;
@@ -19,7 +22,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::TcpListener;
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::task::JoinSet;
 
 /// Time that streams get to send their last event when the grace period is over.
@@ -45,6 +48,8 @@ pub struct Gateway {
     listener: TcpListener,
     address: SocketAddr,
     phase: watch::Sender<Phase>,
+    /// What runs beside requests; it ends with the gateway.
+    background: JoinSet<()>,
 }
 
 impl Gateway {
@@ -60,17 +65,32 @@ impl Gateway {
             _ => GatewayError::Listen { address, source },
         })?;
         let address = listener.local_addr().map_err(|source| GatewayError::Listen { address, source })?;
-        let text = ModelText::load(model_dir)?;
+        let text = Arc::new(ModelText::load(model_dir)?);
+        let tuning = match &config.blobs {
+            Some(address) => Some(Tuning::new(blobs::open(address, &BlobOptions::default()).await?)),
+            None => None,
+        };
+        let (jobs, waiting) = mpsc::channel(JOBS_WAITING_MAX);
         let names = served_names(&config, model_dir);
         let metrics = Metrics::new(names.first().map_or("", String::as_str))?;
         let scheduler = SchedulerClient::start(SchedulerClientSettings {
             address: config.scheduler.clone(),
             choices_in_flight_max: config.choices_in_flight_max,
             reconnect_max: Duration::from_millis(config.reconnect_ms_max),
+            jobs: tuning.is_some().then_some(jobs),
         });
+        let validator = tuning.as_ref().map(|tuning| {
+            let (blobs, text, scheduler) = (tuning.blobs.clone(), text.clone(), scheduler.clone());
+            Validator { blobs, text, scheduler }.run(waiting)
+        });
+        let mut background = JoinSet::new();
+        if let Some(validating) = validator {
+            background.spawn(validating);
+        }
         let (phase, seen) = watch::channel(Phase::Serving);
-        let app = Arc::new(App::new(config, names, text, scheduler, metrics, seen));
-        Ok(Gateway { app, listener, address, phase })
+        let app = Arc::new(App::new(config, names, text, scheduler, metrics, seen, tuning));
+        background.spawn(count_steps(app.clone()));
+        Ok(Gateway { app, listener, address, phase, background })
     }
 
     /// Where it listens; tells the port that the system chose for port 0.
@@ -80,9 +100,8 @@ impl Gateway {
 
     /// Serves until `shutdown` is requested, then drains.
     pub async fn run(self, shutdown: Shutdown) {
-        let Gateway { app, listener, address, phase } = self;
+        let Gateway { app, listener, address, phase, mut background } = self;
         tracing::info!(%address, model = app.model_name(), "gateway listens");
-        let watcher = tokio::spawn(count_steps(app.clone()));
         let mut connections = JoinSet::new();
         let reason = {
             let accepting = accept(&app, &listener, &mut connections);
@@ -100,7 +119,7 @@ impl Gateway {
             all_end_within(&mut connections, LAST_WORDS).await;
         }
         connections.shutdown().await;
-        watcher.abort();
+        background.shutdown().await;
     }
 }
 

@@ -71,6 +71,25 @@ impl ApiError {
         ApiError::new(StatusCode::CONFLICT, "conflict_error", message)
     }
 
+    /// 429: too much at once.
+    pub fn too_many(message: impl Into<String>) -> ApiError {
+        ApiError {
+            code: Some("rate_limit_exceeded"),
+            retry_after_s: Some(1),
+            ..ApiError::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", message)
+        }
+    }
+
+    /// 501: this server is not set up for it.
+    pub fn not_implemented(message: impl Into<String>) -> ApiError {
+        ApiError::new(StatusCode::NOT_IMPLEMENTED, "not_implemented_error", message)
+    }
+
+    /// 507: no room is left.
+    pub fn insufficient_storage(message: impl Into<String>) -> ApiError {
+        ApiError::new(StatusCode::INSUFFICIENT_STORAGE, "server_error", message)
+    }
+
     /// 413: the body is larger than `max` bytes.
     pub fn body_too_large(max: usize) -> ApiError {
         let message = format!("the request body exceeds {max} bytes: send less at once");

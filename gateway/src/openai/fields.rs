@@ -65,6 +65,15 @@ impl Fields {
         self.map.shift_remove(name).filter(|value| !value.is_null())
     }
 
+    /// Takes the field if it is as `wanted`; whether it was.
+    pub(crate) fn take_if(&mut self, name: &str, wanted: impl Fn(&Value) -> bool) -> bool {
+        let found = self.map.get(name).is_some_and(wanted);
+        if found {
+            self.map.shift_remove(name);
+        }
+        found
+    }
+
     /// The full path of a field.
     pub(crate) fn path(&self, name: &str) -> String {
         format!("{}{name}", self.prefix)

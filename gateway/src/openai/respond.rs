@@ -54,6 +54,21 @@ async fn collect(mut body: Body, max: usize, announced: Option<u64>) -> Result<B
     if fits { Ok(bytes.freeze()) } else { Err(ApiError::body_too_large(max)) }
 }
 
+/// Reads what a client still sends, up to `max` bytes, so that it gets the answer.
+pub(crate) async fn discard(mut body: Body, max: usize, timeout: Duration) {
+    let reading = async {
+        let mut left = max;
+        while let Some(Ok(frame)) = body.frame().await {
+            let bytes = frame.data_ref().map_or(0, Bytes::len);
+            match left.checked_sub(bytes) {
+                Some(less) => left = less,
+                None => return,
+            }
+        }
+    };
+    let _ = tokio::time::timeout(timeout, reading).await;
+}
+
 /// How many tokens may be generated after a prompt of `prompt` tokens; `what` is what the prompt was given as.
 pub(crate) fn token_budget(
     context: u32,

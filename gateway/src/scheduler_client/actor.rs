@@ -2,9 +2,10 @@
 
 use super::{CallAnswer, CallError, Command, EventSender, Link, SchedulerClientSettings};
 use crate::transcript::TranscriptEvent;
+use ashlar_protocol::admin::JobError;
 use ashlar_protocol::frame::{self, FrameError};
 use ashlar_protocol::serving::{
-    ChoiceId, ClusterSnapshot, FailureKind, FromScheduler, RequestFailure, ToScheduler,
+    ChoiceId, ClusterSnapshot, FailureKind, FromScheduler, PrepareJob, RequestFailure, ToScheduler,
 };
 use ashlar_vocabulary::LeaseTerm;
 use std::collections::{HashMap, VecDeque};
@@ -141,7 +142,7 @@ impl Actor {
                 () = &mut until => return true,
                 command = self.commands.recv() => match command {
                     None => return false,
-                    Some(Command::Cancel(_)) => {}
+                    Some(Command::Cancel(_) | Command::Prepared { .. }) => {}
                     Some(Command::Submit { submit, events, .. }) => {
                         let problem = self.publish.borrow().problem.clone();
                         let _ = events.try_send((submit.id, TranscriptEvent::Failed(unavailable(problem))));
@@ -205,7 +206,22 @@ impl Actor {
                 self.calls.insert(self.last_call, answer);
                 connection.post(ToScheduler::Admin { call: self.last_call, request })
             }
+            Command::Prepared { job, outcome } => connection.post(ToScheduler::Prepared { job, outcome }),
         }
+    }
+
+    /// Hands a job on to whoever validates its files, or says why nobody does.
+    fn prepare(&mut self, job: Box<PrepareJob>, connection: &mut Connection) -> Result<(), LinkError> {
+        let id = job.request.id;
+        let message = match &self.settings.jobs {
+            None => "this gateway has no blob store: set `blobs` in the configuration of every role",
+            Some(jobs) => match jobs.try_send(job) {
+                Ok(()) => return Ok(()),
+                Err(_) => "too many jobs wait to be validated: create this one again later",
+            },
+        };
+        let error = JobError { code: "server_error".to_owned(), message: message.to_owned(), param: None };
+        connection.post(ToScheduler::Prepared { job: id, outcome: Box::new(Err(error)) })
     }
 
     fn message(&mut self, message: FromScheduler, connection: &mut Connection) -> Result<(), LinkError> {
@@ -217,7 +233,7 @@ impl Actor {
                 }
                 return Ok(());
             }
-            FromScheduler::Prepare(_) => return Ok(()),
+            FromScheduler::Prepare(job) => return self.prepare(job, connection),
             FromScheduler::Token(token) => (token.id, TranscriptEvent::Token(token)),
             FromScheduler::PromptLogprobs { id, position, logprobs } => {
                 (id, TranscriptEvent::PromptLogprobs { position, logprobs })

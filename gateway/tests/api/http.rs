@@ -55,12 +55,23 @@ impl Http {
         let socket = TcpStream::connect(self.address).await.unwrap();
         let (mut sender, connection) = http1::handshake(TokioIo::new(socket)).await.unwrap();
         tokio::spawn(connection);
-        let request = request
-            .header("host", "test")
-            .header("content-type", "application/json")
-            .body(Full::new(bytes_of(body)))
-            .unwrap();
+        let named = request.headers_ref().is_some_and(|headers| headers.contains_key("content-type"));
+        let request = if named { request } else { request.header("content-type", "application/json") };
+        let request = request.header("host", "test").body(Full::new(bytes_of(body))).unwrap();
         tokio::time::timeout(PATIENCE, sender.send_request(request)).await.unwrap().unwrap()
+    }
+
+    /// POST of a multipart form.
+    pub(crate) async fn form(&self, path: &str, parts: &[Part<'_>]) -> Answer {
+        let (content_type, body) = form(parts);
+        self.send(Request::post(path).header("content-type", content_type), body).await
+    }
+
+    /// Starts a stream of a GET.
+    pub(crate) async fn follow(&self, path: &str) -> EventStream {
+        let response = self.begin(Request::get(path), Vec::new()).await;
+        assert_eq!(response.status(), 200);
+        EventStream { body: response.into_body(), buffer: String::new() }
     }
 
     /// Starts a stream.
@@ -78,6 +89,23 @@ impl Http {
         let _ = tokio::time::timeout(PATIENCE, socket.read_to_end(&mut answer)).await.unwrap();
         String::from_utf8_lossy(&answer).into_owned()
     }
+}
+
+/// A part of a form: its name, the name of its file, its content.
+pub(crate) type Part<'a> = (&'a str, Option<&'a str>, &'a [u8]);
+
+/// A multipart body and its content type.
+pub(crate) fn form(parts: &[Part<'_>]) -> (String, Vec<u8>) {
+    let mut body = Vec::new();
+    for (name, file, content) in parts {
+        let file = file.map_or(String::new(), |file| format!("; filename=\"{file}\""));
+        let head = format!("--cut\r\ncontent-disposition: form-data; name=\"{name}\"{file}\r\n\r\n");
+        body.extend_from_slice(head.as_bytes());
+        body.extend_from_slice(content);
+        body.extend_from_slice(b"\r\n");
+    }
+    body.extend_from_slice(b"--cut--\r\n");
+    ("multipart/form-data; boundary=cut".to_owned(), body)
 }
 
 fn bytes_of(body: Vec<u8>) -> hyper::body::Bytes {

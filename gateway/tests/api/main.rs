@@ -1,13 +1,17 @@
 //! The gateway over HTTP, against a scheduler that answers as each test says, over the real protocol.
 #![allow(clippy::unwrap_used)]
 
+mod admin;
 mod chat;
 mod client;
 mod completions;
 mod errors;
 mod faults;
+mod files;
 mod http;
+mod jobs;
 mod scheduler;
 mod system;
 mod tools;
+mod validation;
 mod world;

@@ -1,6 +1,8 @@
 //! A scheduler that speaks the real protocol and answers from scripts.
 
+use crate::admin::Admin;
 use crate::world::EOS;
+use ashlar_protocol::admin::{AdminReply, AdminRequest};
 use ashlar_protocol::frame;
 use ashlar_protocol::serving::{
     ChoiceId, ClusterSnapshot, FailureKind, FinishReason, FromScheduler, NodeView, Receipt, ReplicaView,
@@ -8,8 +10,8 @@ use ashlar_protocol::serving::{
 };
 use ashlar_protocol::step::StepTiming;
 use ashlar_vocabulary::{
-    Bytes, LayerRange, LeaseTerm, ModelDigest, NodeId, ReplicaId, ReplicaRevision, StageIndex, TensorRank,
-    TokenId, TokenLogprob, TokenLogprobs,
+    Bytes, JobId, LayerRange, LeaseTerm, ModelDigest, NodeId, ReplicaId, ReplicaRevision, StageIndex,
+    TensorRank, TokenId, TokenLogprob, TokenLogprobs,
 };
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
@@ -75,6 +77,9 @@ pub(crate) struct FakeScheduler {
 struct State {
     scripts: Scripts,
     seen: Mutex<Seen>,
+    admin: Mutex<Admin>,
+    /// To every gateway.
+    gateways: Mutex<Vec<mpsc::Sender<Option<FromScheduler>>>>,
     changed: Notify,
     gate: watch::Sender<bool>,
     cluster: watch::Sender<ClusterSnapshot>,
@@ -87,6 +92,8 @@ impl FakeScheduler {
         let state = Arc::new(State {
             scripts: Arc::new(scripts),
             seen: Mutex::default(),
+            admin: Mutex::default(),
+            gateways: Mutex::default(),
             changed: Notify::new(),
             gate: watch::Sender::new(false),
             cluster: watch::Sender::new(cluster()),
@@ -110,6 +117,31 @@ impl FakeScheduler {
 
     pub(crate) fn submits(&self) -> Vec<Submit> {
         self.state.seen.lock().unwrap().submits.clone()
+    }
+
+    /// Looks at files and jobs, or changes them.
+    pub(crate) fn admin<T>(&self, with: impl FnOnce(&mut Admin) -> T) -> T {
+        with(&mut self.state.admin.lock().unwrap())
+    }
+
+    /// Waits until `condition` holds of files and jobs.
+    pub(crate) async fn until_admin(&self, condition: impl Fn(&Admin) -> bool) {
+        loop {
+            let changed = self.state.changed.notified();
+            if condition(&self.state.admin.lock().unwrap()) {
+                return;
+            }
+            changed.await;
+        }
+    }
+
+    /// Asks every gateway to validate a job's files.
+    pub(crate) async fn prepare(&self, job: JobId) {
+        let prepare = Box::new(self.admin(|admin| admin.prepare(job)));
+        let gateways = self.state.gateways.lock().unwrap().clone();
+        for gateway in gateways {
+            let _ = gateway.send(Some(FromScheduler::Prepare(prepare.clone()))).await;
+        }
     }
 
     /// Waits until `condition` holds of what was seen.
@@ -138,6 +170,7 @@ async fn serve(mut socket: TcpStream, state: Arc<State>) {
             }
         }
     });
+    state.gateways.lock().unwrap().push(sender.clone());
     let snapshots = sender.clone();
     let mut cluster = state.cluster.subscribe();
     let watcher = tokio::spawn(async move {
@@ -163,7 +196,20 @@ async fn serve(mut socket: TcpStream, state: Arc<State>) {
                     let submit_id = state.seen.lock().unwrap().submits.last().unwrap().id;
                     running.push((submit_id, plays.spawn(play)));
                 }
-                ToScheduler::Admin { .. } | ToScheduler::Prepared { .. } => {}
+                ToScheduler::Admin { call, request } => {
+                    let created = match &*request {
+                        AdminRequest::CreateJob(request) => Some(request.id),
+                        _ => None,
+                    };
+                    let reply = Box::new(state.admin.lock().unwrap().call(*request));
+                    let prepare = created.filter(|_| matches!(*reply, AdminReply::Job(_)));
+                    let _ = sender.send(Some(FromScheduler::Admin { call, reply })).await;
+                    if let Some(job) = prepare {
+                        let prepare = Box::new(state.admin.lock().unwrap().prepare(job));
+                        let _ = sender.send(Some(FromScheduler::Prepare(prepare))).await;
+                    }
+                }
+                ToScheduler::Prepared { job, outcome } => state.admin.lock().unwrap().prepared(job, *outcome),
                 ToScheduler::Refused { term } => state.seen.lock().unwrap().refusals.push(term),
                 ToScheduler::Cancel(id) => {
                     running.iter().filter(|(running, _)| *running == id).for_each(|(_, play)| play.abort());

@@ -5,6 +5,7 @@ use crate::scheduler::{FakeScheduler, Script};
 use ashlar_gateway::{Gateway, GatewayConfig};
 use ashlar_protocol::serving::Submit;
 use ashlar_service_kit::{Shutdown, ShutdownReason};
+use ashlar_store::blobs::{self, BlobOptions, Blobs};
 use serde_json::{Value, json};
 use std::path::Path;
 use tempfile::TempDir;
@@ -23,6 +24,7 @@ pub(crate) struct World {
     pub(crate) shutdown: Shutdown,
     pub(crate) running: JoinHandle<()>,
     _model: TempDir,
+    blobs: Option<TempDir>,
 }
 
 impl World {
@@ -39,6 +41,17 @@ impl World {
     ) -> World {
         let model = tempfile::tempdir().unwrap();
         write_model(model.path(), template);
+        let path = model.path().to_owned();
+        World::start(model, &path, configure, script).await
+    }
+
+    /// The same with the model at `path`.
+    async fn start(
+        model: TempDir,
+        path: &Path,
+        configure: impl FnOnce(&mut GatewayConfig),
+        script: impl Fn(&Submit) -> Script + Send + Sync + 'static,
+    ) -> World {
         let scheduler = FakeScheduler::start(script).await;
         let mut config = GatewayConfig {
             listen: "127.0.0.1:0".parse().unwrap(),
@@ -49,13 +62,50 @@ impl World {
             ..GatewayConfig::default()
         };
         configure(&mut config);
-        let gateway = Gateway::bind(config, model.path()).await.unwrap();
+        let gateway = Gateway::bind(config, path).await.unwrap();
         let http = Http { address: gateway.local_address() };
         let shutdown = Shutdown::manual();
         let running = tokio::spawn(gateway.run(shutdown.clone()));
-        let world = World { scheduler, http, shutdown, running, _model: model };
+        let world = World { scheduler, http, shutdown, running, _model: model, blobs: None };
         world.until_ready().await;
         world
+    }
+
+    /// One that has a place for files, and the demo model.
+    pub(crate) async fn tuning() -> World {
+        let (blobs, model) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let demo = Path::new(env!("CARGO_MANIFEST_DIR")).join("../crates/model/demo");
+        let place = blobs.path().to_string_lossy().into_owned();
+        let configure = |config: &mut GatewayConfig| {
+            config.blobs = Some(place);
+            config.file_bytes_max = 1 << 20;
+        };
+        let mut world = World::start(model, &demo, configure, |_| Vec::new()).await;
+        world.blobs = Some(blobs);
+        world
+    }
+
+    pub(crate) fn blobs_path(&self) -> &Path {
+        self.blobs.as_ref().unwrap().path()
+    }
+
+    /// Where its files lie.
+    pub(crate) async fn blobs(&self) -> Blobs {
+        let place = self.blobs_path().to_string_lossy().into_owned();
+        blobs::open(&place, &BlobOptions::default()).await.unwrap()
+    }
+
+    /// Uploads a training file and gives its id.
+    pub(crate) async fn upload(&self, content: &[u8]) -> String {
+        let parts = [("purpose", None, &b"fine-tune"[..]), ("file", Some("train.jsonl"), content)];
+        let answer = self.http.form("/v1/files", &parts).await;
+        assert_eq!(answer.status, 200, "{}", answer.text());
+        answer.json()["id"].as_str().unwrap().to_owned()
+    }
+
+    /// Creates a job.
+    pub(crate) async fn tune(&self, body: Value) -> Answer {
+        self.http.post("/v1/fine_tuning/jobs", body).await
     }
 
     pub(crate) async fn until_ready(&self) {
