@@ -27,6 +27,10 @@ pub struct NodeConfig {
     /// Directory or hub id of the model, if it differs from what the scheduler names.
     #[serde(default)]
     pub model: Option<String>,
+    /// Where files, adapters and the states of fine-tuning jobs are: a directory or `s3://…`, the same for every role; default:
+    /// nowhere, and there are none.
+    #[serde(default)]
+    pub blobs: Option<String>,
     /// Whether, or where, to keep a packed copy of the weights, so that the next start reads it; default: not.
     #[serde(default)]
     pub cache: Option<CacheConfig>,

@@ -88,6 +88,10 @@ pub(crate) struct UpArgs {
     /// Cluster state in Redis instead of the embedded store, for example redis://127.0.0.1:6379/0.
     #[arg(long, value_name = "URL")]
     store: Option<String>,
+    /// Where uploaded files, samples, checkpoints and adapters are kept: a directory, or s3://BUCKET/PREFIX; default: `blobs`
+    /// in the state directory.
+    #[arg(long, value_name = "ADDRESS")]
+    blobs: Option<String>,
     /// Send traces there (OTLP over HTTP), for example http://127.0.0.1:4318.
     #[arg(long, value_name = "URL")]
     otlp_endpoint: Option<String>,
@@ -184,7 +188,10 @@ impl Cluster {
         scheduler.replicas = args.replicas.or(args.nodes.is_none().then_some(1));
         scheduler.expected_nodes = Some(nodes);
         scheduler.otlp_endpoint = args.otlp_endpoint.clone();
+        let blobs = args.blobs.clone().unwrap_or_else(|| state.join("blobs").to_string_lossy().into_owned());
+        scheduler.blobs = Some(blobs.clone());
         let gateway = GatewayConfig {
+            blobs: scheduler.blobs.clone(),
             model: directory.to_string_lossy().into_owned(),
             listen: args.listen,
             scheduler: scheduler.listen_gateways.clone(),
@@ -212,6 +219,7 @@ impl Cluster {
                     advertise_host: None,
                     state: state.to_owned(),
                     model: None,
+                    blobs: Some(blobs.clone()),
                     cache: cache.clone().map(CacheConfig::from),
                     memory_bytes: Some(memory),
                     threads: Some(threads),
