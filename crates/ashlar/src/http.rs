@@ -1,15 +1,22 @@
-//! A plain HTTP/1.1 client for our own commands: JSON in, JSON or server-sent events out.
+//! A plain HTTP/1.1 client for our own commands: JSON or a file in, JSON or server-sent events out.
+
+mod upload;
 
 use anyhow::{Context, Result, bail};
 use bytes::Bytes;
+use http_body_util::combinators::UnsyncBoxBody;
 use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
 use hyper::{Method, Request, Response, Uri};
 use hyper_util::client::legacy::Client as HyperClient;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
+use indicatif::ProgressBar;
 use serde_json::Value;
+use std::fs::File;
+use std::io;
 use std::time::Instant;
+use upload::Form;
 
 /// The service answered with an error status.
 #[derive(Debug, thiserror::Error)]
@@ -21,10 +28,18 @@ pub(crate) struct StatusError {
     pub(crate) message: String,
 }
 
+/// Whether the service has refused, so that asking again is of no use.
+pub(crate) fn is_refusal(error: &anyhow::Error) -> bool {
+    let status = error.downcast_ref::<StatusError>().map(|error| error.status);
+    status.is_some_and(|status| status.is_client_error() && status != hyper::StatusCode::TOO_MANY_REQUESTS)
+}
+
+type RequestBody = UnsyncBoxBody<Bytes, io::Error>;
+
 /// A client of one service.
 #[derive(Debug, Clone)]
 pub(crate) struct Client {
-    inner: HyperClient<HttpConnector, Full<Bytes>>,
+    inner: HyperClient<HttpConnector, RequestBody>,
     base: String,
     key: Option<String>,
 }
@@ -56,7 +71,7 @@ impl Client {
             }
             None => Bytes::new(),
         };
-        let request = request.body(Full::new(bytes))?;
+        let request = request.body(Full::new(bytes).map_err(|never| match never {}).boxed_unsync())?;
         self.inner.request(request).await.with_context(|| format!("cannot reach {}", self.base))
     }
 
@@ -68,18 +83,62 @@ impl Client {
         Ok((status, serde_json::from_slice(&body).unwrap_or(Value::Null)))
     }
 
+    /// GET: the JSON; an error status becomes an error with the service's message.
+    pub(crate) async fn get_ok(&self, path: &str) -> Result<Value> {
+        json_of(ok(self.send(Method::GET, path, None).await?).await?).await
+    }
+
+    /// POST: the JSON; an error status becomes an error with the service's message.
+    pub(crate) async fn post(&self, path: &str, body: &Value) -> Result<Value> {
+        json_of(ok(self.send(Method::POST, path, Some(body)).await?).await?).await
+    }
+
+    /// POST of a form with short texts and one file, which is read as it is sent; `bar` shows how far it is.
+    pub(crate) async fn upload(
+        &self,
+        path: &str,
+        texts: &[(&str, &str)],
+        name: &str,
+        file: File,
+        bar: &ProgressBar,
+    ) -> Result<Value> {
+        let form = Form::new(texts, name, file, bar.clone())?;
+        let uri: Uri = format!("{}{path}", self.base).parse().context("bad address")?;
+        let mut request =
+            Request::builder().method(Method::POST).uri(uri).header("content-type", form.content_type());
+        if let Some(key) = &self.key {
+            request = request.header("authorization", format!("Bearer {key}"));
+        }
+        let sent = self.inner.request(request.body(form.boxed_unsync())?).await;
+        json_of(ok(sent.with_context(|| format!("cannot reach {}", self.base))?).await?).await
+    }
+
+    /// GET of server-sent events; an error status becomes an error with the service's message.
+    pub(crate) async fn follow(&self, path: &str) -> Result<EventStream> {
+        Ok(EventStream::of(ok(self.send(Method::GET, path, None).await?).await?))
+    }
+
     /// POST with `stream: true`; an error status becomes an error with the service's message.
     pub(crate) async fn stream(&self, path: &str, body: &Value) -> Result<EventStream> {
-        let response = self.send(Method::POST, path, Some(body)).await?;
-        let status = response.status();
-        if !status.is_success() {
-            let bytes = response.into_body().collect().await?.to_bytes();
-            let json: Value = serde_json::from_slice(&bytes).unwrap_or(Value::Null);
-            let message = json["error"]["message"].as_str().unwrap_or("no message").to_owned();
-            return Err(StatusError { status, message }.into());
-        }
-        Ok(EventStream { body: response.into_body(), buffer: Vec::new(), received: Instant::now() })
+        Ok(EventStream::of(ok(self.send(Method::POST, path, Some(body)).await?).await?))
     }
+}
+
+/// The response, if its status is a success.
+async fn ok(response: Response<Incoming>) -> Result<Response<Incoming>> {
+    let status = response.status();
+    if status.is_success() {
+        return Ok(response);
+    }
+    let bytes = response.into_body().collect().await?.to_bytes();
+    let json: Value = serde_json::from_slice(&bytes).unwrap_or(Value::Null);
+    let message = json["error"]["message"].as_str().unwrap_or("no message").to_owned();
+    Err(StatusError { status, message }.into())
+}
+
+async fn json_of(response: Response<Incoming>) -> Result<Value> {
+    let bytes = response.into_body().collect().await?.to_bytes();
+    serde_json::from_slice(&bytes).context("the answer is not JSON")
 }
 
 /// Server-sent events of one answer.
@@ -91,6 +150,10 @@ pub(crate) struct EventStream {
 }
 
 impl EventStream {
+    fn of(response: Response<Incoming>) -> EventStream {
+        EventStream { body: response.into_body(), buffer: Vec::new(), received: Instant::now() }
+    }
+
     /// When the bytes that completed the last event arrived, before it was parsed.
     pub(crate) fn received(&self) -> Instant {
         self.received

@@ -1,7 +1,7 @@
 //! The one binary: every role, and the commands that talk to them.
 //!
 //! Layout: [`up`] (a small real cluster as supervised children), [`roles`] (gateway, scheduler, node), client commands
-//! ([`chat`], [`bench`]), and what needs no cluster ([`plan`], [`quantize`], [`synth`]). [`demo`] holds the demo model,
+//! ([`chat`], [`tune`], [`bench`]), and what needs no cluster ([`plan`], [`quantize`], [`synth`]). [`demo`] holds the demo model,
 //! [`http`] a plain HTTP client, [`supervisor`] a child process kept alive.
 #![forbid(unsafe_code)]
 
@@ -17,6 +17,7 @@ mod quantize;
 mod roles;
 mod supervisor;
 mod synth;
+mod tune;
 mod up;
 
 use clap::{Parser, Subcommand};
@@ -32,6 +33,7 @@ use std::process::ExitCode;
   ashlar up                                   a gateway, a scheduler and two nodes with the demo model
   ashlar up --model ./llama-3.2-1b --tp 2     a model directory, cut over two tensor-parallel ranks
   ashlar chat                                 talk to it
+  ashlar tune train.jsonl                     teach it something
   ashlar plan --model ./llama-3.2-1b          what would go where, and how fast it would be"
 )]
 struct Cli {
@@ -51,6 +53,8 @@ enum Command {
     Node(roles::RoleArgs),
     /// Chat with a served model in the terminal.
     Chat(chat::ChatArgs),
+    /// Fine-tune a served model: upload examples, create the job, watch it.
+    Tune(tune::TuneArgs),
     /// Show which node would hold what, the memory ledger and the predicted speed, without starting anything.
     Plan(plan::PlanArgs),
     /// Measure: a model on this machine, layouts against each other, or a running service.
@@ -69,6 +73,7 @@ fn main() -> ExitCode {
         Command::Scheduler(args) => roles::scheduler(&args),
         Command::Node(args) => roles::node(&args),
         Command::Chat(args) => chat::run(args),
+        Command::Tune(args) => tune::run(args),
         Command::Plan(args) => plan::run(args),
         Command::Bench(args) => bench::run(args),
         Command::Quantize(args) => quantize::run(args),

@@ -1,5 +1,6 @@
 //! One role per process: load its configuration, start telemetry, serve until asked to end.
 
+use crate::tune;
 use anyhow::{Context, Result};
 use ashlar_gateway::GatewayConfig;
 use ashlar_model::{ModelConfig, digest, hub};
@@ -13,6 +14,9 @@ use std::path::PathBuf;
 
 /// Exit code of a process that will fail the same way when started again: a supervisor gives up.
 pub(crate) const EXIT_PERMANENT: u8 = 2;
+
+/// Exit code of `ashlar tune` for a job that was cancelled.
+const EXIT_CANCELLED: u8 = 3;
 
 /// Arguments of every role.
 #[derive(Debug, Args)]
@@ -31,6 +35,9 @@ pub(crate) struct Permanent(#[from] anyhow::Error);
 
 /// Which exit code an error ends the process with.
 pub(crate) fn exit_code(error: &anyhow::Error) -> u8 {
+    if error.is::<tune::Cancelled>() {
+        return EXIT_CANCELLED;
+    }
     if error.chain().any(|cause| cause.is::<Permanent>()) { EXIT_PERMANENT } else { 1 }
 }
 

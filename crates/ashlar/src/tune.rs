@@ -1,0 +1,362 @@
+//! `ashlar tune`: a fine-tuning job from the terminal: upload, create, follow.
+
+mod show;
+
+use crate::http::Client;
+use crate::roles;
+use anyhow::{Context, Result, bail};
+use ashlar_service_kit::Shutdown;
+use clap::{Args, ValueEnum};
+use indicatif::{ProgressBar, ProgressStyle};
+use serde_json::{Value, json};
+use show::Display;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// Before a job is followed again whose stream broke off.
+const PAUSE: Duration = Duration::from_secs(1);
+
+/// The job was cancelled: neither a success nor a failure.
+#[derive(Debug, thiserror::Error)]
+#[error("the job {0} was cancelled")]
+pub(crate) struct Cancelled(String);
+
+/// Arguments of `ashlar tune`.
+#[derive(Debug, Args)]
+#[command(after_help = "FILE has one example per line, as OpenAI's fine-tuning takes them:
+  {\"messages\": [{\"role\": \"user\", \"content\": \"…\"}, {\"role\": \"assistant\", \"content\": \"…\"}]}
+  {\"prompt\": \"…\", \"completion\": \"…\"}   or   {\"text\": \"…\"}
+  {\"input\": {\"messages\": […]}, \"preferred_output\": […], \"non_preferred_output\": […]}     with --method dpo
+At least 10 of them.
+
+Examples:
+  ashlar tune train.jsonl                           on the cluster that `ashlar up` started, and watch
+  ashlar tune train.jsonl --epochs 3 --suffix mine  the model is then called ft:MODEL:…:mine:…
+  ashlar tune train.jsonl --validation valid.jsonl --rank 8 --lr 1e-4
+  ashlar tune train.jsonl --detach                  prints the job's id and ends
+  ashlar tune --follow ftjob-…                      watches a job again
+  ashlar tune --list
+  ashlar tune --cancel ftjob-…
+While it watches, Ctrl-C detaches: the job goes on. Exit code: 0 succeeded (or detached), 1 failed, 3 cancelled.")]
+pub(crate) struct TuneArgs {
+    /// Examples to train on, one JSON object per line.
+    #[arg(value_name = "FILE", required_unless_present_any = ["list", "cancel", "follow"])]
+    file: Option<PathBuf>,
+    /// Address of the gateway.
+    #[arg(long, default_value = "http://127.0.0.1:8080")]
+    url: String,
+    /// Model to start from; default: the first that is served.
+    #[arg(long)]
+    model: Option<String>,
+    /// Part of the fine-tuned model's name.
+    #[arg(long)]
+    suffix: Option<String>,
+    /// How to learn from the examples.
+    #[arg(long, value_enum, default_value_t = Method::Supervised)]
+    method: Method,
+    /// How often every example is trained; default: by the size of the file.
+    #[arg(long, value_name = "N")]
+    epochs: Option<u32>,
+    /// Samples of a step; default: by the size of the file.
+    #[arg(long, value_name = "N")]
+    batch_size: Option<u32>,
+    /// Highest learning rate; default: 2e-4, for dpo 2e-5.
+    #[arg(long, value_name = "RATE")]
+    lr: Option<f64>,
+    /// Rank of the adapter; default: 16.
+    #[arg(long, value_name = "N")]
+    rank: Option<u32>,
+    /// Examples to measure on, never trained.
+    #[arg(long, value_name = "FILE")]
+    validation: Option<PathBuf>,
+    /// Of the order and of the adapter's start: the same seed, file and settings give the same bits.
+    #[arg(long)]
+    seed: Option<u32>,
+    /// Watch the job until it ends (the default).
+    #[arg(long, conflicts_with = "detach")]
+    watch: bool,
+    /// End once the job is created.
+    #[arg(long)]
+    detach: bool,
+    /// Events and jobs as JSON, one per line.
+    #[arg(long)]
+    json: bool,
+    /// List jobs, the newest first.
+    #[arg(long, conflicts_with_all = ["file", "cancel", "follow"])]
+    list: bool,
+    /// Cancel a job.
+    #[arg(long, value_name = "ID", conflicts_with_all = ["file", "follow"])]
+    cancel: Option<String>,
+    /// Watch a job that exists.
+    #[arg(long, value_name = "ID", conflicts_with = "file")]
+    follow: Option<String>,
+    /// API key, if the gateway wants one.
+    #[arg(long, env = "OPENAI_API_KEY", hide_env_values = true)]
+    key: Option<String>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Method {
+    /// To give the examples' answers.
+    Supervised,
+    /// To prefer one answer to another.
+    Dpo,
+}
+
+pub(crate) fn run(args: TuneArgs) -> Result<()> {
+    roles::runtime()?.block_on(async {
+        let client = Client::new(&args.url, args.key.clone())?;
+        if args.list {
+            return list(&client, &args).await;
+        }
+        if let Some(id) = &args.cancel {
+            return cancel(&client, &args, id).await;
+        }
+        let job = match (&args.follow, &args.file) {
+            (Some(id), _) => client.get_ok(&job_path(id)?).await?,
+            (None, Some(file)) => create(&client, &args, file).await?,
+            (None, None) => bail!("name a file to train on: see ashlar tune --help"),
+        };
+        if args.detach {
+            return detached(&args, &job);
+        }
+        watch(&client, &args, job).await
+    })
+}
+
+async fn list(client: &Client, args: &TuneArgs) -> Result<()> {
+    let mut after = String::new();
+    let mut any = false;
+    loop {
+        let page = client.get_ok(&format!("/v1/fine_tuning/jobs?limit=100{after}")).await?;
+        for job in page["data"].as_array().into_iter().flatten() {
+            any = true;
+            println!("{}", if args.json { job.to_string() } else { show::job_line(job) });
+        }
+        match page["last_id"].as_str() {
+            Some(last) if page["has_more"] == true => after = format!("&after={last}"),
+            _ => break,
+        }
+    }
+    if !any && !args.json {
+        println!("no jobs yet: ashlar tune FILE creates one");
+    }
+    Ok(())
+}
+
+async fn cancel(client: &Client, args: &TuneArgs, id: &str) -> Result<()> {
+    let job = client.post(&format!("{}/cancel", job_path(id)?), &json!({})).await?;
+    println!("{}", if args.json { job.to_string() } else { show::job_line(&job) });
+    Ok(())
+}
+
+async fn create(client: &Client, args: &TuneArgs, file: &Path) -> Result<Value> {
+    let model = match &args.model {
+        Some(model) => model.clone(),
+        None => first_model(client).await?,
+    };
+    let training_file = upload(client, args, file).await?;
+    let validation_file = match &args.validation {
+        Some(file) => Some(upload(client, args, file).await?),
+        None => None,
+    };
+    client.post("/v1/fine_tuning/jobs", &request(args, &model, &training_file, validation_file)).await
+}
+
+/// The body that creates the job. What was not chosen is left to the gateway.
+fn request(args: &TuneArgs, model: &str, training_file: &str, validation_file: Option<String>) -> Value {
+    let mut hyperparameters = json!({});
+    let numbers = [("n_epochs", args.epochs), ("batch_size", args.batch_size)];
+    for (name, number) in numbers {
+        if let Some(number) = number {
+            hyperparameters[name] = number.into();
+        }
+    }
+    let method = match args.method {
+        Method::Supervised => "supervised",
+        Method::Dpo => "dpo",
+    };
+    let mut body = json!({
+        "model": model,
+        "training_file": training_file,
+        "method": {"type": method, method: {"hyperparameters": hyperparameters}},
+    });
+    let mut put = |name: &str, value: Option<Value>| {
+        if let Some(value) = value {
+            body[name] = value;
+        }
+    };
+    put("validation_file", validation_file.map(Value::from));
+    put("suffix", args.suffix.clone().map(Value::from));
+    put("seed", args.seed.map(Value::from));
+    put("learning_rate", args.lr.map(Value::from));
+    put("lora", args.rank.map(|rank| json!({"r": rank})));
+    body
+}
+
+/// The first model that is no adapter.
+async fn first_model(client: &Client) -> Result<String> {
+    let models = client.get_ok("/v1/models").await?;
+    let mut cards = models["data"].as_array().into_iter().flatten();
+    match cards.find(|card| card["parent"].is_null()).and_then(|card| card["id"].as_str()) {
+        Some(id) => Ok(id.to_owned()),
+        None => bail!("the gateway lists no model: name one with --model"),
+    }
+}
+
+/// Uploads a file and gives its id.
+async fn upload(client: &Client, args: &TuneArgs, file: &Path) -> Result<String> {
+    let name = file.file_name().map_or_else(|| "file".into(), |name| name.to_string_lossy().into_owned());
+    let bar = if args.json { ProgressBar::hidden() } else { ProgressBar::new(0) };
+    bar.set_style(
+        ProgressStyle::with_template("{msg} {bar:40} {bytes}/{total_bytes} {bytes_per_sec}")
+            .context("progress bar")?,
+    );
+    bar.set_message(format!("uploading {name}"));
+    let opened = std::fs::File::open(file).with_context(|| format!("cannot read {}", file.display()))?;
+    let answer = client.upload("/v1/files", &[("purpose", "fine-tune")], &name, opened, &bar).await;
+    bar.finish_and_clear();
+    let answer = answer.with_context(|| format!("cannot upload {}", file.display()))?;
+    match answer["id"].as_str() {
+        Some(id) => Ok(id.to_owned()),
+        None => bail!("the gateway gave the file no id"),
+    }
+}
+
+/// Follows a job until it ends, or Ctrl-C.
+async fn watch(client: &Client, args: &TuneArgs, job: Value) -> Result<()> {
+    let shutdown = Shutdown::listen().context("cannot listen to signals")?;
+    let mut display = Display::new(args.json)?;
+    display.job(&job);
+    let following = follow(client, &job, &mut display);
+    let ended = tokio::select! {
+        ended = following => Some(ended?),
+        _ = shutdown.requested() => None,
+    };
+    display.close();
+    match ended {
+        Some(job) => outcome(args, &job),
+        None => detached(args, &job),
+    }
+}
+
+/// Shows events until the job has ended, and gives it.
+async fn follow(client: &Client, job: &Value, display: &mut Display) -> Result<Value> {
+    let path = job_path(job["id"].as_str().unwrap_or_default())?;
+    let mut after = String::new();
+    loop {
+        let broken = match client.follow(&format!("{path}/events?stream=true{after}")).await {
+            Ok(mut events) => loop {
+                match events.next().await {
+                    Ok(Some(event)) => {
+                        if let Some(id) = event["id"].as_str() {
+                            after = format!("&after={id}");
+                        }
+                        display.event(&event);
+                    }
+                    Ok(None) => break None,
+                    Err(error) => break Some(error),
+                }
+            },
+            Err(error) => Some(error),
+        };
+        // A gateway that restarts loses nothing: the events are the scheduler's.
+        match client.get_ok(&path).await {
+            Ok(job) if is_final(&job) => return Ok(job),
+            Ok(_) => {}
+            Err(error) if crate::http::is_refusal(&error) => return Err(error),
+            Err(error) => display.trouble(&broken.unwrap_or(error)),
+        }
+        tokio::time::sleep(PAUSE).await;
+    }
+}
+
+fn is_final(job: &Value) -> bool {
+    matches!(job["status"].as_str(), Some("succeeded" | "failed" | "cancelled"))
+}
+
+fn outcome(args: &TuneArgs, job: &Value) -> Result<()> {
+    let id = job["id"].as_str().unwrap_or_default();
+    if args.json {
+        println!("{job}");
+    }
+    match job["status"].as_str() {
+        Some("succeeded") => {
+            if let (false, Some(model)) = (args.json, job["fine_tuned_model"].as_str()) {
+                println!("{model}");
+                eprintln!("\nTalk to it:\n  ashlar chat --model {model}{}", url_option(args));
+            }
+            Ok(())
+        }
+        Some("cancelled") => Err(Cancelled(id.to_owned()).into()),
+        _ => bail!(
+            "the job {id} failed: {}",
+            job["error"]["message"].as_str().unwrap_or("no reason was given")
+        ),
+    }
+}
+
+fn detached(args: &TuneArgs, job: &Value) -> Result<()> {
+    let id = job["id"].as_str().unwrap_or_default();
+    if args.json {
+        println!("{job}");
+        return Ok(());
+    }
+    println!("{id}");
+    let url = url_option(args);
+    eprintln!("\nThe job goes on.\n  ashlar tune --follow {id}{url}\n  ashlar tune --cancel {id}{url}");
+    Ok(())
+}
+
+fn url_option(args: &TuneArgs) -> String {
+    if args.url == "http://127.0.0.1:8080" { String::new() } else { format!(" --url {}", args.url) }
+}
+
+/// Where a job is. What is no id must not become another path.
+fn job_path(id: &str) -> Result<String> {
+    if id.is_empty() || !id.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-') {
+        bail!("`{id}` is no job's id: ashlar tune --list shows them");
+    }
+    Ok(format!("/v1/fine_tuning/jobs/{id}"))
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use clap::Parser;
+
+    #[derive(Parser)]
+    struct Cli {
+        #[command(flatten)]
+        tune: TuneArgs,
+    }
+
+    fn parse(line: &str) -> Result<TuneArgs, clap::Error> {
+        Cli::try_parse_from(line.split_whitespace()).map(|cli| cli.tune)
+    }
+
+    #[test]
+    fn what_is_not_chosen_is_left_to_the_gateway() {
+        let body = request(&parse("tune f.jsonl").unwrap(), "m", "file-1", None);
+        let method = json!({"type": "supervised", "supervised": {"hyperparameters": {}}});
+        assert_eq!(body, json!({"model": "m", "training_file": "file-1", "method": method}));
+        let args = parse("tune f --method dpo --epochs 2 --rank 8 --lr 1e-4 --seed 7 --suffix s").unwrap();
+        let body = request(&args, "m", "file-1", Some("file-2".into()));
+        assert_eq!(body["method"]["dpo"]["hyperparameters"], json!({"n_epochs": 2}));
+        assert_eq!(
+            (&body["lora"]["r"], &body["learning_rate"], &body["seed"]),
+            (&json!(8), &json!(1e-4), &json!(7))
+        );
+        assert_eq!((&body["validation_file"], &body["suffix"]), (&json!("file-2"), &json!("s")));
+    }
+
+    #[test]
+    fn a_command_names_one_thing_to_do() {
+        assert!(parse("tune").is_err());
+        assert!(parse("tune f --list").is_err());
+        assert!(parse("tune f --watch --detach").is_err());
+        assert!(parse("tune --list").is_ok() && parse("tune --cancel ftjob-1").is_ok());
+        assert!(job_path("../../admin").is_err());
+    }
+}
