@@ -1,7 +1,7 @@
 //! Numeric kernels on the CPU: pure functions over `f32` slices, with one definition of every result's bits.
 //!
 //! Layout, in reading order: [`isa`](Isa) and `lanes` (sixteen lanes over three instruction sets), [`pool`](ThreadPool)
-//! (threads), [`cores`](available_cores) (where they run), `matmul` with [`PackedMatrix`] (products), `tree` (sums over parts and ranks), `norm`, `rope`,
+//! (threads), `background` (work that gives way), [`cores`](available_cores) (where they run), `matmul` with [`PackedMatrix`] (products), `tree` (sums over parts and ranks), `norm`, `rope`,
 //! `elementwise`, `elements` (narrower numbers), `attention` (paged, splits of 256 keys), `softmax` (log-sum-exp), [`sampling`], [`math`] (elementary
 //! functions) and [`measure`] (what this machine can do).
 //!
@@ -19,6 +19,7 @@
 mod adamw;
 mod aligned;
 mod attention;
+mod background;
 mod cores;
 mod elements;
 mod elementwise;
@@ -40,6 +41,7 @@ mod tree;
 pub use adamw::AdamW;
 pub use aligned::AlignedBuffer;
 pub use attention::{AttentionShape, BLOCK_TOKENS, KvBuffer, KvLayout, RowContext, SPLIT_KEYS};
+pub use background::{Raised, YieldFlag, lower_priority};
 pub use cores::{PinError, PinnedThread, available_cores, available_threads};
 pub use isa::{Isa, UnknownIsa};
 pub use kernels::Kernels;

@@ -4,9 +4,12 @@
 //! the same word. When the tasks have run out the caller closes the job and waits for those that joined: a worker that
 //! was asleep, or that another process kept from its core, never delays a job it took no task of.
 //!
+//! A pool may work in the background: then its tasks give way to whatever raises a flag.
+//!
 //! On request every thread has a core of its own. Workers stay on theirs for life; the caller only while it says so, since
 //! threads that it starts would otherwise be confined to its core, too.
 
+use crate::background::{YieldFlag, lower_priority};
 use crate::cores::{PinError, PinnedThread};
 use std::any::Any;
 use std::cell::{Cell, UnsafeCell};
@@ -39,6 +42,8 @@ pub struct ThreadPool {
     turn: Mutex<()>,
     /// The caller's core, where threads are pinned.
     callers_core: Option<usize>,
+    /// What tasks give way to, where the pool works in the background.
+    urgent: Option<YieldFlag>,
 }
 
 impl ThreadPool {
@@ -71,14 +76,38 @@ impl ThreadPool {
         Ok(pool)
     }
 
+    /// A pool of `threads` threads for work that gives way: its workers have the lowest priority, and nobody begins a task
+    /// while `urgent` is raised. The caller lowers its own priority, see [`lower_priority`].
+    ///
+    /// # Panics
+    /// If the operating system refuses a thread.
+    pub fn in_background(threads: usize, urgent: YieldFlag) -> ThreadPool {
+        let mut pool = ThreadPool::of_caller(None);
+        pool.urgent = Some(urgent);
+        (1..threads).for_each(|_| pool.start_worker());
+        pool
+    }
+
     fn of_caller(callers_core: Option<usize>) -> ThreadPool {
-        ThreadPool { shared: Arc::default(), workers: Vec::new(), turn: Mutex::default(), callers_core }
+        ThreadPool {
+            shared: Arc::default(),
+            workers: Vec::new(),
+            turn: Mutex::default(),
+            callers_core,
+            urgent: None,
+        }
     }
 
     fn start_worker(&mut self) {
         let shared = Arc::clone(&self.shared);
         let name = format!("kernels-{}", self.workers.len() + 1);
-        let worker = thread::Builder::new().name(name).spawn(move || shared.serve());
+        let in_background = self.urgent.is_some();
+        let worker = thread::Builder::new().name(name).spawn(move || {
+            if in_background {
+                lower_priority();
+            }
+            shared.serve();
+        });
         self.workers.push(worker.expect("the operating system must grant the pool its threads"));
     }
 
@@ -100,6 +129,16 @@ impl ThreadPool {
     /// A job started inside a task runs on that task's thread alone. If a task panics, tasks not yet begun are dropped
     /// and the panic continues in the caller; the pool stays usable.
     pub fn run(&self, tasks: usize, f: &(dyn Fn(usize) + Sync)) {
+        match &self.urgent {
+            None => self.run_all(tasks, f),
+            Some(urgent) => self.run_all(tasks, &|task| {
+                urgent.give_way();
+                f(task);
+            }),
+        }
+    }
+
+    fn run_all(&self, tasks: usize, f: &(dyn Fn(usize) + Sync)) {
         if tasks <= 1 || self.workers.is_empty() || INSIDE.get() {
             return (0..tasks).for_each(f);
         }
