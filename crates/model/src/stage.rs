@@ -16,7 +16,7 @@ use ashlar_kernels::{
     Kernels, KvLayout, Llama3Scaling, PackedMatrix, RowContext, inv_freq, scale_inv_freq_linear,
     scale_inv_freq_llama3,
 };
-use ashlar_vocabulary::{Bytes, ModelShape, Precision, TokenId, WeightType};
+use ashlar_vocabulary::{Bytes, HeadSlice, ModelShape, Precision, TokenId, WeightType};
 use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
@@ -62,6 +62,9 @@ pub enum ForwardError {
     /// An embedding that cannot be read.
     #[error("the embedding table is unusable: {0}")]
     Embedding(BlockError),
+    /// The caller wants no more of it.
+    #[error("it was stopped")]
+    Stopped,
 }
 
 /// What enters a stage.
@@ -284,6 +287,11 @@ impl StageModel {
 
     /// Buffers for steps of up to `rows` rows.
     pub fn workspace(&self, rows: usize) -> Workspace {
+        self.workspace_for(&self.kernels, rows)
+    }
+
+    /// [`StageModel::workspace`] for passes that compute with other kernels than the model's own.
+    fn workspace_for(&self, kernels: &Kernels, rows: usize) -> Workspace {
         let shape = &self.config.shape;
         let (hidden, size) = (shape.hidden_size, self.slice.tensor_parallel_size);
         let (q, kv) = (self.slice.queries(shape).len(), self.slice.keys(shape).len());
@@ -301,7 +309,7 @@ impl StageModel {
         let head_words = self.head.as_ref().map_or(0, |head| head.scratch_words(LOGIT_ROWS_MAX));
         let product_words =
             self.blocks.iter().map(|block| block.scratch_words(rows)).fold(head_words, usize::max);
-        self.kernels.reserve(product_words);
+        kernels.reserve(product_words);
         Workspace {
             product_words,
             x: vec![0.0; rows * hidden],
@@ -348,11 +356,11 @@ impl StageModel {
         work: &mut Workspace,
         beat: &mut dyn FnMut(),
     ) -> Result<(), ForwardError> {
-        self.enter(rows, input, group, work)?;
+        self.enter(&self.kernels, rows, input, group, work)?;
         for (layer, block) in self.blocks.iter().enumerate() {
             let step = AdapterStep { layer, adapted };
             block.forward(&self.kernels, rows, cache.layer_mut(layer), group, &step, None, work)?;
-            self.leave(layer, rows.len(), work);
+            self.leave(&self.kernels, layer, rows.len(), work);
             beat();
         }
         Ok(())
@@ -360,16 +368,17 @@ impl StageModel {
 
     /// Rounds the residual stream behind the stage's block `index`, unless that is the model's last: where stages could be cut,
     /// whether they are or not.
-    fn leave(&self, index: usize, rows: usize, work: &mut Workspace) {
+    fn leave(&self, kernels: &Kernels, index: usize, rows: usize, work: &mut Workspace) {
         let shape = &self.config.shape;
         if self.slice.layers.start + index + 1 < shape.num_layers {
-            self.kernels.round_to(shape.activations, &mut work.x[..rows * shape.hidden_size]);
+            kernels.round_to(shape.activations, &mut work.x[..rows * shape.hidden_size]);
         }
     }
 
     /// Takes a stage's input, and the angles of its positions.
     fn enter(
         &self,
+        kernels: &Kernels,
         rows: &[RowContext<'_>],
         input: StageInput<'_>,
         group: &mut dyn Collective,
@@ -380,17 +389,17 @@ impl StageModel {
             StageInput::Activations(values) => work.x[..count * hidden].copy_from_slice(values),
             StageInput::Tokens(tokens) => self.embed(tokens, group, work)?,
         }
-        self.angles(rows, work);
+        self.angles(kernels, rows, work);
         Ok(())
     }
 
     /// The angles of the rows' positions.
-    fn angles(&self, rows: &[RowContext<'_>], work: &mut Workspace) {
+    fn angles(&self, kernels: &Kernels, rows: &[RowContext<'_>], work: &mut Workspace) {
         work.positions.clear();
         work.positions.extend(rows.iter().map(|row| row.position));
         let size = rows.len() * self.config.shape.head_dim / 2;
         let (cos, sin) = (&mut work.cos[..size], &mut work.sin[..size]);
-        self.kernels.rope_angles(&work.positions, &self.inv_freq, 1.0, cos, sin);
+        kernels.rope_angles(&work.positions, &self.inv_freq, 1.0, cos, sin);
     }
 
     /// Logits of up to [`LOGIT_ROWS_MAX`] of the rows last computed: `rows.len() × vocabulary` values on rank 0 of the
@@ -446,6 +455,29 @@ impl StageModel {
             others.collect(index, LogitColumns::new(logits, vocab, range.clone()))?;
         }
         Ok(Some(logits))
+    }
+
+    /// Reads the rows of the head that this rank would hold if its stage had the whole head, from the model in `directory`:
+    /// what training needs where serving spreads the head over the stages.
+    pub fn load_stage_head(
+        &self,
+        directory: &Path,
+        kernels: &Kernels,
+    ) -> Result<(HeadSlice, PackedMatrix), LoadError> {
+        let shape = &self.config.shape;
+        let (vocab, hidden) = (shape.vocab_size, shape.hidden_size);
+        let files = WeightFiles::open(directory)?;
+        let cut = HeadSlice { index: self.slice.tensor_rank, of: self.slice.tensor_parallel_size };
+        let name = if shape.tied_head { "model.embed_tokens.weight" } else { "lm_head.weight" };
+        let source = MatrixSource {
+            name: name.to_owned(),
+            shape: [vocab, hidden],
+            rows: cut.rows(shape),
+            columns: 0..hidden,
+            kind: shape.weights.head,
+        };
+        let source = FileSource { files: &files, kernels }.matrix(HEAD, &[source], &[0..hidden])?;
+        Ok((cut, source))
     }
 
     /// Logits of this rank's slice of the head, row by row, for `rows` (normed, at most [`LOGIT_ROWS_MAX`]): what an earlier

@@ -29,7 +29,7 @@ fn main() {
     let spec = LoraSpec { rank, alpha: 32.0, rank_stabilized: false, targets: Target::ALL.to_vec() };
     let mut state = AdapterState::new(initial_adapter(&spec, &shape, &slice, 1), &shape, &slice, &kernels);
     let mut tree = RunTree::new(&spec, &shape, &slice);
-    let mut trainer = StageTrainer::new(Arc::new(model), tokens);
+    let mut trainer = StageTrainer::new(Arc::new(model), kernels.clone(), tokens);
     let batch = MicroBatch::new(&[tokens]);
     let ids: Vec<u32> = (0..tokens).map(|i| ((i * 7919 + 13) % shape.vocab_size) as u32).collect();
     let targets: Vec<TargetRow> =
@@ -44,7 +44,7 @@ fn main() {
             let start = Instant::now();
             let input = StageInput::Tokens(&ids);
             let tape =
-                trainer.forward(&batch, input, Some(&adapter), keep, &mut SingleRank, &mut || {}).unwrap();
+                trainer.forward(&batch, input, Some(&adapter), keep, &mut SingleRank, &mut || Ok(())).unwrap();
             let (forward, bytes) = (start.elapsed(), tape.bytes());
             let (loss, gradient) =
                 trainer.loss(&targets, 1.0 / tokens as f32, tokens, &mut SingleRank).unwrap();
@@ -52,7 +52,7 @@ fn main() {
             let with_loss = start.elapsed();
             let (adapter, sink) = (Some(&*adapter), tree.current());
             trainer
-                .backward(&batch, tape, adapter, &mut gradient, sink, &mut SingleRank, &mut || {})
+                .backward(&batch, tape, adapter, &mut gradient, sink, &mut SingleRank, &mut || Ok(()))
                 .unwrap();
             let all = start.elapsed();
             // The second forward pass does as many operations again, but for the head.

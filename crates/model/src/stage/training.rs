@@ -9,8 +9,8 @@ use crate::block::{Backward, BackwardWork, BlockTape, Sequences};
 use crate::collective::Collective;
 use crate::kv::KvCache;
 use crate::stage::LOGIT_ROWS_MAX;
-use ashlar_kernels::{BLOCK_TOKENS, KvLayout, LogSumExp, RowContext, StridedRows};
-use ashlar_vocabulary::{BlockId, PARTS, TokenId};
+use ashlar_kernels::{BLOCK_TOKENS, Kernels, KvLayout, LogSumExp, PackedMatrix, RowContext, StridedRows};
+use ashlar_vocabulary::{BlockId, HeadSlice, PARTS, TokenId};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -139,6 +139,10 @@ impl StageTape {
 #[derive(Debug)]
 pub struct StageTrainer {
     model: Arc<StageModel>,
+    /// What it computes with: training must not take turns with serving.
+    kernels: Arc<Kernels>,
+    /// The stage's rows of the head, where serving has spread them over other stages.
+    head: Option<(HeadSlice, PackedMatrix)>,
     /// One layer's keys and values at a time: a backward pass has those of its tape.
     cache: KvCache,
     work: Workspace,
@@ -151,16 +155,18 @@ pub struct StageTrainer {
 }
 
 impl StageTrainer {
-    /// Buffers for micro-batches of at most `rows_max` tokens.
-    pub fn new(model: Arc<StageModel>, rows_max: usize) -> StageTrainer {
+    /// Buffers for micro-batches of at most `rows_max` tokens, and the kernels to compute with.
+    pub fn new(model: Arc<StageModel>, kernels: Arc<Kernels>, rows_max: usize) -> StageTrainer {
         let shape = &model.config.shape;
         let layout =
             KvLayout { kv_heads: model.slice.keys(shape).len() / shape.head_dim, head_dim: shape.head_dim };
         // Every sequence may leave all but one slot of its last block empty.
         let cache = KvCache::new(layout, shape.kv_cache, 1, rows_max);
-        let work = model.workspace(rows_max);
+        let work = model.workspace_for(&kernels, rows_max);
         StageTrainer {
             model,
+            kernels,
+            head: None,
             cache,
             work,
             backward: BackwardWork::default(),
@@ -170,6 +176,12 @@ impl StageTrainer {
             exchanged: Vec::new(),
             gathered: Vec::new(),
         }
+    }
+
+    /// Computes losses with these rows of the head instead of the model's, see [`StageModel::load_stage_head`].
+    pub fn with_head(mut self, head: (HeadSlice, PackedMatrix)) -> StageTrainer {
+        self.head = Some(head);
+        self
     }
 
     /// The stage's weights.
@@ -183,7 +195,7 @@ impl StageTrainer {
     }
 
     /// Runs the stage over a micro-batch. With `keep` its blocks keep what their backward pass needs, otherwise only their
-    /// inputs. `beat` is called between layers.
+    /// inputs. `beat` is called between layers; its error ends the pass.
     ///
     /// # Panics
     /// If the batch has more rows than this was made for.
@@ -194,13 +206,13 @@ impl StageTrainer {
         adapter: Option<&Adapter>,
         keep: bool,
         group: &mut dyn Collective,
-        beat: &mut dyn FnMut(),
+        beat: &mut dyn FnMut() -> Result<(), ForwardError>,
     ) -> Result<StageTape, ForwardError> {
         assert!(batch.rows() <= self.rows_max && batch.blocks() <= self.cache.blocks());
-        let StageTrainer { model, cache, work, .. } = self;
+        let StageTrainer { model, kernels, cache, work, .. } = self;
         let contexts = batch.contexts();
         let size = contexts.len() * model.config.shape.hidden_size;
-        model.enter(&contexts, input, group, work)?;
+        model.enter(kernels, &contexts, input, group, work)?;
         let mut layers = Vec::with_capacity(model.blocks.len());
         let adapted = adapted(batch, adapter);
         for (layer, block) in model.blocks.iter().enumerate() {
@@ -210,11 +222,11 @@ impl StageTrainer {
             }
             let step = AdapterStep { layer, adapted: &adapted };
             let own = keep.then_some(&mut tape);
-            block.forward(&model.kernels, &contexts, cache.layer_mut(0), group, &step, own, work)?;
+            block.forward(kernels, &contexts, cache.layer_mut(0), group, &step, own, work)?;
             // The gradient passes this rounding as it is.
-            model.leave(layer, contexts.len(), work);
+            model.leave(kernels, layer, contexts.len(), work);
             layers.push(tape);
-            beat();
+            beat()?;
         }
         Ok(StageTape { layers, kept: keep })
     }
@@ -233,13 +245,15 @@ impl StageTrainer {
         rows: usize,
         group: &mut dyn Collective,
     ) -> Result<(BatchLoss, &mut [f32]), ForwardError> {
-        let StageTrainer { model, work, gradients, exchanged, gathered, .. } = self;
-        let (shape, kernels) = (&model.config.shape, &*model.kernels);
+        let StageTrainer { model, kernels, head, work, gradients, exchanged, gathered, .. } = self;
+        let (shape, kernels) = (&model.config.shape, &**kernels);
         let hidden = shape.hidden_size;
-        let (Some(head), Some(norm), Some(cut)) = (&model.head, &model.head_norm, model.slice.head) else {
+        let own = model.slice.head.zip(model.head.as_ref());
+        let head = head.as_ref().map(|(cut, head)| (*cut, head)).or(own);
+        let (Some((cut, head)), Some(norm)) = (head, &model.head_norm) else {
             panic!("the loss is computed where the head is");
         };
-        assert_eq!(cut.of, group.size(), "a head that is spread over stages cannot train");
+        assert_eq!(cut.of, group.size(), "a head that serving spreads over stages is loaded for training");
         let own = cut.rows(shape);
         let per_rank = PARTS / cut.of;
         let parts = shape.vocab_cut().rank_parts(cut.index, cut.of);
@@ -333,11 +347,11 @@ impl StageTrainer {
         gradient: &mut [f32],
         sink: &mut AdapterWeights,
         group: &mut dyn Collective,
-        beat: &mut dyn FnMut(),
+        beat: &mut dyn FnMut() -> Result<(), ForwardError>,
     ) -> Result<(), ForwardError> {
-        let StageTrainer { model, cache, work, backward, back_sin, .. } = self;
+        let StageTrainer { model, kernels, cache, work, backward, back_sin, .. } = self;
         let contexts = batch.contexts();
-        model.angles(&contexts, work);
+        model.angles(kernels, &contexts, work);
         let half = contexts.len() * model.config.shape.head_dim / 2;
         let cos = work.cos[..half].to_vec();
         let back_sin = grown(back_sin, half);
@@ -349,17 +363,17 @@ impl StageTrainer {
                 work.x[..tape_of_layer.input.len()].copy_from_slice(&tape_of_layer.input);
                 let step = AdapterStep { layer, adapted: &adapted };
                 let own = Some(&mut tape_of_layer);
-                block.forward(&model.kernels, &contexts, cache.layer_mut(0), group, &step, own, work)?;
+                block.forward(kernels, &contexts, cache.layer_mut(0), group, &step, own, work)?;
             }
             let with = Backward {
-                kernels: &model.kernels,
+                kernels,
                 sequences: Sequences { ranges: &batch.sequences, cos: &cos, back_sin },
                 layer,
                 adapter,
                 tape: &tape_of_layer,
             };
             block.backward(&with, gradient, &mut sink.layers[layer], group, backward)?;
-            beat();
+            beat()?;
         }
         Ok(())
     }

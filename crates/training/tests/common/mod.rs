@@ -98,12 +98,13 @@ impl Job {
             };
             // Ranks of a group compute at the same time.
             let own = Arc::new(Kernels::new(cut.isa, cut.threads));
-            let model = StageModel::load(directory, precision, slice.clone(), own, &mut |_, _| {}).unwrap();
+            let model =
+                StageModel::load(directory, precision, slice.clone(), own.clone(), &mut |_, _| {}).unwrap();
             let weights = start(&config, &slice);
             Rank {
                 state: AdapterState::new(weights, &config.shape, &slice, &kernels),
                 tree: RunTree::new(spec, &config.shape, &slice),
-                trainer: StageTrainer::new(Arc::new(model), ROWS_MAX),
+                trainer: StageTrainer::new(Arc::new(model), own, ROWS_MAX),
                 slice,
                 group,
                 tape: None,
@@ -222,7 +223,8 @@ fn micro_batch(stages: &mut [Vec<Rank>], samples: &[Sample], factor: f32, keep: 
             let first = rank.slice.first;
             let input = if first { StageInput::Tokens(tokens) } else { StageInput::Activations(input) };
             let Rank { trainer, group, state, .. } = rank;
-            let tape = trainer.forward(batch, input, Some(state.packed()), keep, group, &mut || {}).unwrap();
+            let tape =
+                trainer.forward(batch, input, Some(state.packed()), keep, group, &mut || Ok(())).unwrap();
             rank.tape = Some(tape);
             rank.trainer.activations(batch.rows()).to_vec()
         });
@@ -242,7 +244,9 @@ fn micro_batch(stages: &mut [Vec<Rank>], samples: &[Sample], factor: f32, keep: 
             let Rank { trainer, group, state, tree, tape, .. } = rank;
             let (tape, adapter) = (tape.take().unwrap(), state.packed().clone());
             let sink = tree.current();
-            trainer.backward(batch, tape, Some(&adapter), &mut gradient, sink, group, &mut || {}).unwrap();
+            trainer
+                .backward(batch, tape, Some(&adapter), &mut gradient, sink, group, &mut || Ok(()))
+                .unwrap();
             gradient
         });
     }
