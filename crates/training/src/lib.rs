@@ -4,11 +4,13 @@
 //! * [`norm`]: the norm of a gradient that lies on many ranks.
 //! * [`init`]: what an adapter starts from.
 //! * [`state`]: weights and moments of a rank, moved by one step at a time.
+//! * [`checkpoint`]: the same as bytes, and the way back onto any other layout.
 //!
 //! **Invariants:** no socket, clock, thread or file. Whatever the grid, the numbers that belong to one tensor are the same
 //! bits: nothing here depends on which rank holds them, or on how samples came in micro-batches.
 #![forbid(unsafe_code)]
 
+pub mod checkpoint;
 pub mod init;
 pub mod norm;
 pub mod runs;

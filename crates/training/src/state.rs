@@ -58,6 +58,26 @@ impl AdapterState {
         AdapterState { weights, first: zeros.clone(), second: zeros, steps: 0, packed }
     }
 
+    /// What a checkpoint had.
+    #[allow(clippy::too_many_arguments)]
+    pub(crate) fn restored(
+        weights: AdapterWeights,
+        first: AdapterWeights,
+        second: AdapterWeights,
+        steps: u32,
+        shape: &ModelShape,
+        slice: &RankSlice,
+        kernels: &Kernels,
+    ) -> AdapterState {
+        let packed = Arc::new(Adapter::pack(&weights, shape, slice, kernels));
+        AdapterState { weights, first, second, steps, packed }
+    }
+
+    /// AdamW's moments.
+    pub(crate) fn moments(&self) -> (&AdapterWeights, &AdapterWeights) {
+        (&self.first, &self.second)
+    }
+
     /// The weights.
     pub fn weights(&self) -> &AdapterWeights {
         &self.weights
