@@ -76,6 +76,10 @@ pub enum PayloadKind {
     HeadRows,
     /// One slice of the logits of those rows.
     Logits,
+    /// Gradients by rows that went the other way on the same connection.
+    Gradients,
+    /// What ranks of a training step tell one another beside numbers: words.
+    TrainingFacts,
 }
 
 impl PayloadKind {
@@ -88,6 +92,8 @@ impl PayloadKind {
             PayloadKind::Logits => 4,
             PayloadKind::Activations(FloatType::Bf16) => 5,
             PayloadKind::Activations(FloatType::F16) => 6,
+            PayloadKind::Gradients => 7,
+            PayloadKind::TrainingFacts => 8,
         }
     }
 }
