@@ -9,6 +9,7 @@ use crate::links::{Inbound, LinkBreaker, LinkSettings, Links, PendingLinks, Wait
 use crate::sampling::Samplers;
 use crate::sequencer::{Effect, Event, Row, Sequencer, StepWork};
 use crate::spans::Spans;
+use crate::training::{self, Sessions};
 use ashlar_grammar::GrammarCompiler;
 use ashlar_kernels::{Kernels, RowContext};
 use ashlar_model::stage::LOGIT_ROWS_MAX;
@@ -18,6 +19,7 @@ use ashlar_protocol::step::{PromptLogprobs, StepPlan, StepResult, StepTiming};
 use ashlar_tokenizer::Tokenizer;
 use ashlar_vocabulary::{Bytes, ModelDigest, ReplicaRevision, SequenceId, TokenId};
 use std::collections::BTreeSet;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -68,6 +70,7 @@ impl Shared {
 /// Weights in memory, kept from one layout to the next if they stay the same.
 struct Loaded {
     digest: ModelDigest,
+    directory: PathBuf,
     model: Arc<StageModel>,
     compiler: Option<GrammarCompiler>,
 }
@@ -107,6 +110,8 @@ pub struct Executor {
     waiting: Waiting,
     sequencer: Sequencer,
     copies: Copies,
+    /// Fine-tuning beside the steps: told of the place, and ended before weights are replaced.
+    sessions: Sessions,
     loaded: Option<Loaded>,
     place: Option<Place>,
 }
@@ -121,6 +126,7 @@ impl Executor {
         breaker: LinkBreaker,
         shared: Shared,
         fence: Fence,
+        sessions: Sessions,
     ) -> Executor {
         Executor {
             copies: Copies::new(config.cache.as_ref().and_then(CacheConfig::place)),
@@ -135,6 +141,7 @@ impl Executor {
             fence,
             waiting: Waiting::default(),
             sequencer: Sequencer::default(),
+            sessions,
             loaded: None,
             place: None,
         }
@@ -145,7 +152,10 @@ impl Executor {
         loop {
             match commands.recv_timeout(self.patience()) {
                 Ok(Command::Assign(assignment)) => self.assign(*assignment),
-                Ok(Command::Release) => self.place = None,
+                Ok(Command::Release) => {
+                    self.sessions.end_all("the layout was given up");
+                    self.place = None;
+                }
                 Ok(Command::Step(plan)) => self.step(*plan),
                 Ok(Command::Link(inbound)) => self.waiting.keep(inbound),
                 // Served below, as rows that came during a step are.
@@ -175,6 +185,7 @@ impl Executor {
 
     fn fail(&mut self, revision: ReplicaRevision, message: String) {
         warn!(%revision, "{message}");
+        self.sessions.end_all("the layout failed");
         self.place = None;
         self.breaker.break_all();
         self.send(FromNode::Failed { revision, message });
@@ -182,6 +193,9 @@ impl Executor {
 
     fn assign(&mut self, assignment: Assignment) {
         self.place = None;
+        let beat = self.beat.clone();
+        // A beat cannot fail: its queue being full means that others speak.
+        self.sessions.leave("the layout has changed", &mut || drop(beat.tick()));
         let revision = assignment.revision;
         match self.fence.accept(assignment.term, &assignment.holder) {
             Ok(true) => {}
@@ -291,7 +305,7 @@ impl Executor {
             tensor_parallel_size: assignment.tensor_parallel_size,
             head: assignment.head,
         }));
-        self.loaded = Some(Loaded { digest, model, compiler });
+        self.loaded = Some(Loaded { digest, directory, model, compiler });
         Ok(())
     }
 
@@ -336,6 +350,18 @@ impl Executor {
                 place.links = PlaceLinks::Up(Box::new(links));
                 let weights = self.loaded.as_ref().map_or(Bytes(0), |loaded| loaded.model.bytes());
                 let reserved = weights + place.cache.bytes() + place.work.bytes() + of_links;
+                if let Some(loaded) = &self.loaded {
+                    let assignment = &place.assignment;
+                    self.sessions.enter(training::Place {
+                        term: assignment.term,
+                        revision,
+                        stage: assignment.stage.0 as usize,
+                        num_stages: assignment.num_stages as usize,
+                        model: loaded.model.clone(),
+                        model_name: assignment.model.clone(),
+                        directory: loaded.directory.clone(),
+                    });
+                }
                 self.place = Some(place);
                 let resident = ashlar_service_kit::memory::resident_bytes().unwrap_or_default();
                 self.send(FromNode::Ready { revision, reserved, resident });
@@ -349,6 +375,8 @@ impl Executor {
         let PlaceLinks::Up(links) = &mut place.links else { return };
         let Some(service) = &mut links.head_service else { return };
         let _on_core = self.kernels.pool().pin_caller();
+        let urgent = self.sessions.urgent().clone();
+        let _urgent = urgent.raise();
         if let Err(error) = service.serve(&loaded.model) {
             let revision = place.assignment.revision;
             self.fail(revision, format!("lost the rank that samples: {error}"));
@@ -426,6 +454,8 @@ impl Executor {
                     StageInput::Activations(&place.input)
                 }
             };
+            // From here on rows wait for this rank's cores; what trains on them gives way.
+            let _urgent = self.sessions.urgent().raise();
             group.begin(step);
             head_ranks.begin(step);
             let mut served = Ok(());

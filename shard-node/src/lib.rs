@@ -11,6 +11,7 @@
 //! * [`activations`]: rows from stage to stage, in the type that was chosen.
 //! * [`group`]: the tensor-parallel group's exchange, through shared memory or over sockets.
 //! * [`head`]: a head that is spread over all stages: rows out, slices of logits back.
+//! * [`training`]: fine-tuning beside serving, on threads of its own.
 //! * [`fence`]: the persisted highest lease term.
 //! * [`threads`]: how many threads compute, and on which cores.
 //! * [`spans`]: what traced requests cost this rank.
@@ -34,6 +35,7 @@ pub mod sequencer;
 pub mod service;
 pub mod spans;
 pub mod threads;
+pub mod training;
 
 pub use config::{NodeConfig, Pin};
 pub use service::{NodeError, serve};

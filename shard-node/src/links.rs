@@ -65,7 +65,8 @@ pub fn accept(mut socket: TcpStream) -> Result<Inbound, FrameError> {
     Ok(Inbound { hello, socket })
 }
 
-fn connect(address: &str, hello: &LinkHello) -> Result<TcpStream, FrameError> {
+/// Connects to another rank and says what the connection is.
+pub(crate) fn connect(address: &str, hello: &LinkHello) -> Result<TcpStream, FrameError> {
     let resolved = address.to_socket_addrs()?.next();
     let resolved = resolved.ok_or_else(|| {
         FrameError::Io(std::io::Error::new(std::io::ErrorKind::NotFound, format!("no address for {address}")))

@@ -3,13 +3,17 @@
 use crate::config::NodeConfig;
 use crate::executor::{Command, Executor, Shared};
 use crate::fence::Fence;
+use crate::links::LinkSettings;
 use crate::links::{self, LinkBreaker};
 use crate::threads::{self, ThreadsError};
-use ashlar_kernels::Kernels;
+use crate::training::{Resources, Sessions};
 use ashlar_kernels::measure::{self, QuantizedProduct, Reader};
+use ashlar_kernels::{Kernels, YieldFlag};
+use ashlar_protocol::data::LinkPurpose;
 use ashlar_protocol::frame::{self, FrameError};
 use ashlar_protocol::membership::{FromNode, Join, ToNode};
 use ashlar_service_kit::memory;
+use ashlar_store::blobs::{self, BlobError, BlobOptions};
 use ashlar_vocabulary::Bytes;
 use std::future::Future;
 use std::net::{SocketAddr, TcpListener};
@@ -50,6 +54,9 @@ pub enum NodeError {
         /// Why.
         source: std::io::Error,
     },
+    /// The blob store.
+    #[error("cannot use the blob store: {0}; `blobs` in the node's configuration says where it is")]
+    Blobs(#[from] BlobError),
     /// The compute threads.
     #[error(transparent)]
     Threads(#[from] ThreadsError),
@@ -71,26 +78,65 @@ pub async fn serve(config: NodeConfig, shutdown: impl Future<Output = ()>) -> Re
     let (commands, inbox) = std::sync::mpsc::sync_channel(COMMAND_QUEUE);
     let (out, mut outbound) = mpsc::channel(OUTBOUND_QUEUE);
     let (breaker, shared) = (LinkBreaker::default(), Shared::default());
-    accept_links(listener, commands.clone());
+    let blobs = match &config.blobs {
+        Some(address) => Some(blobs::open(address, &BlobOptions::default()).await?),
+        None => None,
+    };
+    let resources = Resources {
+        blobs,
+        runtime: tokio::runtime::Handle::current(),
+        directory: config.state.join("training"),
+        isa: kernels.isa(),
+        threads: kernels.threads(),
+        links: LinkSettings {
+            faults: config.link_faults,
+            shared_memory: config.links.shared_memory,
+            // Spinning would take cores from serving.
+            spin: Duration::ZERO,
+        },
+        urgent: YieldFlag::default(),
+    };
+    let sessions = Sessions::new(resources, out.clone());
+    accept_links(listener, commands.clone(), sessions.clone());
     let term = fence.term();
     let join = join_message(&config, &kernels, bound, term);
-    let executor =
-        Executor::new(config.clone(), kernels, commands.clone(), out, breaker.clone(), shared.clone(), fence);
+    let executor = Executor::new(
+        config.clone(),
+        kernels,
+        commands.clone(),
+        out,
+        breaker.clone(),
+        shared.clone(),
+        fence,
+        sessions.clone(),
+    );
     let compute = std::thread::Builder::new()
         .name("compute".into())
         .spawn(move || executor.run(&inbox))
         .map_err(|source| NodeError::State { path: config.state.clone(), source })?;
-    let session = Session { config: &config, join, commands: &commands, breaker: &breaker, shared: &shared };
+    let session = Session {
+        config: &config,
+        join,
+        commands: &commands,
+        breaker: &breaker,
+        shared: &shared,
+        sessions: &sessions,
+    };
     tokio::pin!(shutdown);
     let result = tokio::select! {
         () = &mut shutdown => Ok(()),
         rejected = session.keep(&mut outbound) => Err(rejected),
     };
     breaker.break_all();
+    sessions.end_all("the node stops");
     drop(outbound);
     let _ = commands.send(Command::Shutdown);
     // Joined off the runtime: the thread may be in the middle of a layer.
-    let _ = tokio::task::spawn_blocking(move || compute.join()).await;
+    let ended = tokio::task::spawn_blocking(move || {
+        sessions.leave("the node stops", &mut || ());
+        compute.join()
+    });
+    let _ = ended.await;
     result
 }
 
@@ -153,7 +199,7 @@ fn measure_machine(kernels: &Kernels, working_set_bytes: usize) -> Speeds {
 }
 
 /// Accepts data connections for the life of the process; a bad greeting concerns only its connection.
-fn accept_links(listener: TcpListener, commands: SyncSender<Command>) {
+fn accept_links(listener: TcpListener, commands: SyncSender<Command>, sessions: Sessions) {
     std::thread::spawn(move || {
         for socket in listener.incoming() {
             let Ok(socket) = socket else {
@@ -161,11 +207,16 @@ fn accept_links(listener: TcpListener, commands: SyncSender<Command>) {
                 std::thread::sleep(RECONNECT_MIN);
                 continue;
             };
-            let commands = commands.clone();
+            let (commands, sessions) = (commands.clone(), sessions.clone());
             std::thread::spawn(move || match links::accept(socket) {
-                Ok(inbound) => {
-                    let _ = commands.send(Command::Link(inbound));
-                }
+                Ok(inbound) => match inbound.hello.purpose {
+                    LinkPurpose::Training { session, link } => {
+                        sessions.arrived(session, link, inbound.socket)
+                    }
+                    _ => {
+                        let _ = commands.send(Command::Link(inbound));
+                    }
+                },
                 Err(error) => warn!("refused a data connection: {error}"),
             });
         }
@@ -178,6 +229,7 @@ struct Session<'a> {
     commands: &'a SyncSender<Command>,
     breaker: &'a LinkBreaker,
     shared: &'a Shared,
+    sessions: &'a Sessions,
 }
 
 impl Session<'_> {
@@ -190,6 +242,7 @@ impl Session<'_> {
                 Err(error) => warn!("scheduler {}: {error}; reconnecting", self.config.scheduler),
             }
             self.breaker.break_all();
+            self.sessions.end_all("the scheduler was lost");
             let _ = self.commands.try_send(Command::Release);
             // What the compute thread says without a scheduler is of no use; drain it so that it never blocks.
             let deadline = tokio::time::sleep(pause);
@@ -260,18 +313,24 @@ impl Session<'_> {
         let command = match message {
             ToNode::Assign(assignment) => {
                 self.breaker.break_all();
+                self.sessions.end_all("the layout has changed");
                 Command::Assign(assignment)
             }
             ToNode::Release { .. } => {
                 self.breaker.break_all();
+                self.sessions.end_all("the layout was given up");
                 Command::Release
             }
             ToNode::Step(plan) => Command::Step(plan),
-            ToNode::LoadAdapter { .. }
-            | ToNode::UnloadAdapter { .. }
-            | ToNode::OpenSession(_)
-            | ToNode::Training { .. }
-            | ToNode::Rejected(_) => return true,
+            ToNode::OpenSession(open) => {
+                self.sessions.open(*open);
+                return true;
+            }
+            ToNode::Training { session, work } => {
+                self.sessions.work(session, work);
+                return true;
+            }
+            ToNode::LoadAdapter { .. } | ToNode::UnloadAdapter { .. } | ToNode::Rejected(_) => return true,
         };
         self.commands.try_send(command).is_ok()
     }

@@ -1,0 +1,298 @@
+//! A session's thread: opens it, then does one piece of work after the other.
+
+use super::alarm::Alarm;
+use super::data::SessionData;
+use super::engine::{Course, Engine, Timing};
+use super::error::SessionError;
+use super::links::{self, Arrival, Seat};
+use super::memory::{SessionSize, session_bytes};
+use super::storage::Storage;
+use super::{Place, Resources};
+use ashlar_dataset::plan::{Decay, Schedule};
+use ashlar_kernels::{Kernels, ThreadPool};
+use ashlar_model::RankSlice;
+use ashlar_model::adapter::{LoraSpec, Target};
+use ashlar_model::peft::{CONFIG_FILE, PeftError, WEIGHTS_FILE};
+use ashlar_model::stage::StageTrainer;
+use ashlar_protocol::training::{
+    LearningRateDecay, LoraSettings, OpenSession, SessionStart, TrainingMethod, TrainingReport,
+    TrainingSettings, TrainingWork,
+};
+use ashlar_store::blobs::{BlobError, Manifest};
+use ashlar_training::checkpoint::{self, Position, Restore, Shard};
+use ashlar_training::{AdapterState, Hyperparameters, RunTree, initial_adapter};
+use ashlar_vocabulary::{AdapterId, BlobId, Bytes};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::time::{Duration, Instant};
+use tracing::info;
+
+/// How often a session without work looks whether the others are still there.
+const IDLE: Duration = Duration::from_millis(200);
+/// How long the scheduler may take to close a session that another rank has closed already.
+const CLOSING: Duration = Duration::from_secs(1);
+/// Largest rank of an adapter.
+const RANK_MAX: u32 = 4096;
+
+/// What reaches a session from outside.
+pub(super) struct Inbox {
+    pub(super) works: Receiver<TrainingWork>,
+    pub(super) arrivals: Receiver<Arrival>,
+}
+
+/// Opens the session and works until it is closed. `report` takes what there is to say.
+pub(super) fn run(
+    open: &OpenSession,
+    place: Option<Place>,
+    resources: &Resources,
+    alarm: &Alarm,
+    inbox: &Inbox,
+    report: &dyn Fn(TrainingReport),
+) -> Result<(), SessionError> {
+    let place = place.filter(|place| place.revision == open.revision);
+    let Some(place) = place else {
+        return Err(SessionError::Ended("this rank has left the layout that the session is for".into()));
+    };
+    let mut session = Session::open(open, place, resources, alarm, inbox)?;
+    report(TrainingReport::Opened { reserved: session.reserved });
+    loop {
+        match inbox.works.recv_timeout(IDLE) {
+            Ok(TrainingWork::Close) => return Ok(()),
+            Ok(TrainingWork::Step { step }) => report(session.step(step)?),
+            Ok(TrainingWork::Evaluate) => {
+                let (loss, accuracy) = session.engine.evaluate()?;
+                if session.is_root() {
+                    report(TrainingReport::Evaluated { loss, accuracy });
+                }
+            }
+            Ok(TrainingWork::Export { shards }) => {
+                if session.is_root() {
+                    report(session.export(&shards)?);
+                }
+            }
+            Err(RecvTimeoutError::Disconnected) => return Ok(()),
+            Err(RecvTimeoutError::Timeout) => {
+                alarm.check()?;
+                if let Err(ended) = alarm.probe() {
+                    // Where others have been told to close before this rank was, that is no failure.
+                    return match inbox.works.recv_timeout(CLOSING) {
+                        Ok(TrainingWork::Close) => Ok(()),
+                        _ => Err(ended.into()),
+                    };
+                }
+            }
+        }
+    }
+}
+
+struct Session<'a> {
+    open: &'a OpenSession,
+    place: Place,
+    storage: Storage,
+    spec: LoraSpec,
+    engine: Engine,
+    reserved: Bytes,
+    /// Steps in the state.
+    steps: u64,
+}
+
+impl<'a> Session<'a> {
+    fn open(
+        open: &'a OpenSession,
+        place: Place,
+        resources: &Resources,
+        alarm: &Alarm,
+        inbox: &Inbox,
+    ) -> Result<Session<'a>, SessionError> {
+        let settings = &open.settings;
+        let (spec, course) = (spec(&settings.lora)?, course(settings)?);
+        let Some(blobs) = resources.blobs.clone() else {
+            return Err(refused("this node has no blob store: set `blobs` in its configuration"));
+        };
+        let storage = Storage { blobs, runtime: resources.runtime.clone(), alarm: alarm.clone() };
+        let (slice, config) = (place.model.slice().clone(), place.model.config());
+        let shape = &config.shape;
+        check_places(open, &slice)?;
+        let seat = Seat {
+            term: place.term,
+            rank: slice.tensor_rank,
+            ranks: slice.tensor_parallel_size,
+            follows: !slice.first,
+            activations: shape.activations,
+        };
+        // Before the samples are fetched, so that whoever is ready finds the others.
+        let links = links::make(open, &seat, resources.links, alarm, &inbox.arrivals)?;
+        let data = SessionData::fetch(settings, &storage, &resources.directory)?;
+        let pool = ThreadPool::in_background(resources.threads, resources.urgent.clone());
+        let kernels = Arc::new(Kernels::on_pool(resources.isa, pool));
+        let rows_max = data.rows_max();
+        let mut trainer = StageTrainer::new(place.model.clone(), kernels.clone(), rows_max);
+        if slice.last && slice.head.is_some_and(|head| head.of != slice.tensor_parallel_size) {
+            trainer = trainer.with_head(place.model.load_stage_head(&place.directory, &kernels)?);
+        }
+        let (state, steps) = match &open.start {
+            SessionStart::New => {
+                let weights = initial_adapter(&spec, shape, &slice, settings.seed);
+                (AdapterState::new(weights, shape, &slice, &kernels), 0)
+            }
+            SessionStart::Resume { steps, shards } => {
+                let at = Position { job: open.job, steps: *steps };
+                let mut restore = Restore::new(&spec, shape, &slice, at);
+                for &shard in shards {
+                    let bytes = storage.read(shard)?;
+                    restore.take(&Shard::parse(&bytes)?)?;
+                }
+                (restore.state(shape, &slice, &kernels)?, *steps)
+            }
+        };
+        let stages_behind = place.num_stages.saturating_sub(place.stage + 1);
+        let size = SessionSize {
+            shape,
+            slice: &slice,
+            spec: &spec,
+            rows: rows_max,
+            keep: settings.keep_activations,
+            in_flight: stages_behind + 1,
+        };
+        let reserved = session_bytes(&size);
+        let engine = Engine {
+            tree: RunTree::new(&spec, shape, &slice),
+            kernels,
+            trainer,
+            state,
+            links,
+            data,
+            alarm: alarm.clone(),
+            course,
+            stages_behind,
+            replica: open.replica as usize,
+            replicas: open.replicas as usize,
+            keep: settings.keep_activations,
+            pieces: 0,
+            rows: Vec::new(),
+            timing: Timing::default(),
+        };
+        info!(session = %open.session, job = %open.job, steps, "opened a training session");
+        Ok(Session { open, place, storage, spec, engine, reserved, steps })
+    }
+
+    /// The rank that speaks for all.
+    fn is_root(&self) -> bool {
+        let slice = self.place.model.slice();
+        self.open.replica == 0 && slice.first && slice.tensor_rank == 0
+    }
+
+    /// Computes a step and makes the state after it durable.
+    fn step(&mut self, step: u64) -> Result<TrainingReport, SessionError> {
+        if step != self.steps {
+            return Err(SessionError::OutOfStep { asked: step, committed: self.steps });
+        }
+        let (metrics, mut timing) = self.engine.step(step)?;
+        self.steps += 1;
+        let started = Instant::now();
+        let shard = match self.open.replica {
+            0 => Some(self.store()?),
+            _ => None,
+        };
+        timing.durable_us = started.elapsed().as_micros() as u64;
+        let metrics = self.is_root().then_some(metrics);
+        Ok(TrainingReport::Prepared { step, shard, metrics, timing })
+    }
+
+    fn store(&self) -> Result<BlobId, SessionError> {
+        let at = Position { job: self.open.job, steps: self.steps };
+        let model = &self.place.model;
+        let bytes = checkpoint::write(&self.engine.state, at, &model.config().shape, model.slice());
+        Ok(self.storage.put(&bytes)?.id)
+    }
+
+    /// Puts the adapter together from every rank's share.
+    fn export(&self, shards: &[BlobId]) -> Result<TrainingReport, SessionError> {
+        let shape = &self.place.model.config().shape;
+        let at = Position { job: self.open.job, steps: self.steps };
+        let mut whole = Restore::new(&self.spec, shape, &RankSlice::whole(shape), at);
+        for &shard in shards {
+            let bytes = self.storage.read(shard)?;
+            whole.take(&Shard::parse(&bytes)?)?;
+        }
+        let (adapter, usable) = whole.adapter()?;
+        let unwritable = |error: PeftError| refused(error.to_string());
+        let (config, weights) = adapter.files(&self.place.model_name).map_err(unwritable)?;
+        let mut manifest = Manifest::default();
+        let mut add = |name: &str, bytes: &[u8]| -> Result<(), SessionError> {
+            let stored = self.storage.put(bytes)?;
+            manifest.insert(name, stored).map_err(|error: BlobError| error.into())
+        };
+        add(CONFIG_FILE, &config)?;
+        add(WEIGHTS_FILE, &weights)?;
+        let adapter = AdapterId(self.storage.put_manifest(&manifest)?.id);
+        Ok(TrainingReport::Exported { adapter, usable })
+    }
+}
+
+fn refused(what: impl Into<String>) -> SessionError {
+    SessionError::Refused(what.into())
+}
+
+/// The adapter that the settings describe.
+fn spec(lora: &LoraSettings) -> Result<LoraSpec, SessionError> {
+    if lora.rank == 0 || lora.rank > RANK_MAX {
+        return Err(refused(format!("the adapter's rank is {}: choose 1 to {RANK_MAX}", lora.rank)));
+    }
+    if !lora.alpha.is_finite() {
+        return Err(refused("the adapter's alpha is no number"));
+    }
+    if lora.dropout != 0.0 {
+        return Err(refused("dropout is not supported yet: set it to 0"));
+    }
+    let known = || Target::ALL.map(Target::module).join(", ");
+    let mut targets = Vec::new();
+    for name in &lora.targets {
+        let target = Target::from_module(name);
+        targets.push(
+            target.ok_or_else(|| {
+                refused(format!("the model has no module `{name}`: choose among {}", known()))
+            })?,
+        );
+    }
+    targets.sort_unstable();
+    targets.dedup();
+    if targets.is_empty() {
+        return Err(refused(format!("the adapter changes no module: choose among {}", known())));
+    }
+    let (rank, alpha, rank_stabilized) = (lora.rank as usize, lora.alpha, lora.rank_stabilized);
+    Ok(LoraSpec { rank, alpha, rank_stabilized, targets })
+}
+
+fn course(settings: &TrainingSettings) -> Result<Course, SessionError> {
+    if let TrainingMethod::Dpo { .. } = settings.method {
+        return Err(refused("DPO is not supported yet: train supervised"));
+    }
+    if !settings.learning_rate.is_finite() || settings.learning_rate < 0.0 {
+        return Err(refused(format!("{} is no learning rate: choose one above 0", settings.learning_rate)));
+    }
+    let decay = match settings.schedule.decay {
+        LearningRateDecay::Constant => Decay::Constant,
+        LearningRateDecay::Linear { floor } => Decay::Linear { floor },
+        LearningRateDecay::Cosine { floor } => Decay::Cosine { floor },
+        LearningRateDecay::Late { steps, floor } => Decay::Late { steps, floor },
+    };
+    let schedule = Schedule::new(settings.schedule.warmup_steps, decay);
+    let schedule = schedule.map_err(|error| refused(error.to_string()))?;
+    let (beta1, beta2, epsilon) = settings.adam;
+    let (weight_decay, norm_max) = (settings.weight_decay, settings.norm_max);
+    let with = Hyperparameters { beta1, beta2, epsilon, weight_decay, norm_max };
+    Ok(Course { learning_rate: settings.learning_rate, schedule, steps: settings.steps, with })
+}
+
+/// Whether the session's places are those of this rank's layout.
+fn check_places(open: &OpenSession, slice: &RankSlice) -> Result<(), SessionError> {
+    let (replica, replicas) = (open.replica, open.replicas);
+    if !matches!(replicas, 1 | 2 | 4 | 8) || replica >= replicas || open.peers.len() < replicas as usize {
+        return Err(refused(format!("replica {replica} of {replicas} cannot take part: use 1, 2, 4 or 8")));
+    }
+    if open.group.len() != slice.tensor_parallel_size || open.next.is_none() != slice.last {
+        return Err(refused("the session names other ranks than the layout has"));
+    }
+    Ok(())
+}

@@ -1,0 +1,600 @@
+//! Sessions of fine-tuning jobs: ranks in one process, over real connections and a real blob store.
+#![allow(clippy::unwrap_used, missing_docs)]
+
+use ashlar_dataset::plan::{Decay, JobPlan, PlanSettings, Schedule};
+use ashlar_dataset::{DatasetReader, DatasetWriter, Method, Sample, TokenSequence};
+use ashlar_kernels::{Isa, Kernels, RowContext, YieldFlag};
+use ashlar_model::adapter::{LoraSpec, Target};
+use ashlar_model::peft::{PeftAdapter, WEIGHTS_FILE};
+use ashlar_model::stage::{BatchLoss, MicroBatch, StageTrainer, TargetRow};
+use ashlar_model::synth::{SynthRequest, synthesize};
+use ashlar_model::{RankSlice, SingleRank, StageInput, StageModel};
+use ashlar_protocol::data::{LinkFaults, LinkPurpose};
+use ashlar_protocol::membership::FromNode;
+use ashlar_protocol::training::{
+    LearningRateDecay, LearningRateSchedule, LoraSettings, OpenSession, SessionStart, StepMetrics,
+    TrainingMethod, TrainingReport, TrainingSettings, TrainingWork, ValidationData,
+};
+use ashlar_shard_node::links::{self, LinkSettings};
+use ashlar_shard_node::training::{Place, Resources, Sessions};
+use ashlar_store::blobs::{self, BlobOptions, Blobs};
+use ashlar_training::{AdapterState, Hyperparameters, NormTerms, RunTree, gradient_norm, initial_adapter};
+use ashlar_vocabulary::{
+    AdapterId, BlobId, BlockId, FloatType, HeadSlice, JobId, LayerRange, LeaseTerm, PARTS, Precision,
+    Quantization, ReplicaRevision, SessionId,
+};
+use std::collections::BTreeMap;
+use std::io::Cursor;
+use std::net::TcpListener;
+use std::path::PathBuf;
+use std::sync::{Arc, LazyLock};
+use std::time::{Duration, Instant};
+use tokio::runtime::Runtime;
+use tokio::sync::mpsc;
+
+const LAYERS: usize = 4;
+const STEPS: u64 = 6;
+const WAIT: Duration = Duration::from_secs(60);
+
+/// What all tests share: a model, a blob store with samples, a runtime for it.
+struct World {
+    runtime: Runtime,
+    directory: tempfile::TempDir,
+    blobs: Blobs,
+    /// The samples, in the store and here.
+    dataset: BlobId,
+    bytes: Vec<u8>,
+}
+
+static WORLD: LazyLock<World> = LazyLock::new(|| {
+    let runtime = Runtime::new().unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    let config = serde_json::json!({
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+        "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": LAYERS, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 320, "max_position_embeddings": 256,
+        "rope_theta": 10000.0, "rms_norm_eps": 1e-5, "tie_word_embeddings": false,
+    });
+    let shape = directory.path().join("shape.json");
+    std::fs::write(&shape, config.to_string()).unwrap();
+    let shape = shape.to_str().unwrap().to_owned();
+    let request = SynthRequest { shape, dtype: FloatType::F32, seed: 3, tokenizer: None };
+    synthesize(&directory.path().join("model"), &request, &mut |_, _| {}).unwrap();
+    let mut writer = DatasetWriter::new(Vec::new(), Method::Supervised).unwrap();
+    for index in 0..13_u32 {
+        let length = 3 + (index * 7) % 23;
+        let tokens = (0..length).map(|i| (i * 31 + index * 17 + 5) % 320).collect();
+        // The last token always; of longer ones something in the middle, too.
+        let mut targets = vec![length - 1..length];
+        if length > 9 {
+            targets.insert(0, 3..7);
+        }
+        let sequence = TokenSequence::new(tokens, targets).unwrap();
+        writer.push(&Sample { example: index, sequences: vec![sequence] }).unwrap();
+    }
+    let (bytes, _) = writer.finish().unwrap();
+    let address = directory.path().join("blobs");
+    let blobs = runtime.block_on(blobs::open(address.to_str().unwrap(), &BlobOptions::default())).unwrap();
+    let dataset = runtime.block_on(blobs.put(&bytes)).unwrap().id;
+    World { runtime, directory, blobs, dataset, bytes }
+});
+
+impl World {
+    fn model(&self) -> PathBuf {
+        self.directory.path().join("model")
+    }
+
+    /// The tensors' file of an adapter.
+    fn tensors(&self, adapter: AdapterId) -> Vec<u8> {
+        let entry = self.runtime.block_on(self.blobs.get_manifest(adapter.0)).unwrap().get(WEIGHTS_FILE);
+        self.runtime.block_on(self.blobs.read(entry.unwrap().blob, 64 << 20)).unwrap()
+    }
+}
+
+fn settings() -> TrainingSettings {
+    TrainingSettings {
+        dataset: WORLD.dataset,
+        validation: ValidationData::None,
+        method: TrainingMethod::Supervised,
+        lora: LoraSettings {
+            rank: 3,
+            alpha: 6.0,
+            rank_stabilized: false,
+            dropout: 0.0,
+            targets: Target::ALL.map(|target| target.module().to_owned()).to_vec(),
+        },
+        epochs: 2,
+        batch_size: 5,
+        seed: 11,
+        micro_batch_rows: 64,
+        keep_activations: true,
+        learning_rate: 1e-2,
+        schedule: LearningRateSchedule { warmup_steps: 2, decay: LearningRateDecay::Cosine { floor: 0.1 } },
+        adam: (0.9, 0.999, 1e-8),
+        weight_decay: 0.01,
+        norm_max: Some(0.4),
+        steps: STEPS,
+        steps_per_epoch: STEPS / 2,
+        evaluate_every: 3,
+        patience: None,
+    }
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Grid {
+    stages: usize,
+    ranks: usize,
+    replicas: usize,
+    shared_memory: bool,
+    spread_head: bool,
+    activations: FloatType,
+    /// The rank, in order, whose links break, and before which of their sends.
+    fault: Option<(usize, u64)>,
+}
+
+const ONE: Grid = Grid {
+    stages: 1,
+    ranks: 1,
+    replicas: 1,
+    shared_memory: false,
+    spread_head: false,
+    activations: FloatType::F32,
+    fault: None,
+};
+
+fn grid(stages: usize, ranks: usize, replicas: usize) -> Grid {
+    Grid { stages, ranks, replicas, ..ONE }
+}
+
+struct Node {
+    sessions: Sessions,
+    reports: mpsc::Receiver<FromNode>,
+    address: String,
+    model: Arc<StageModel>,
+    urgent: YieldFlag,
+    /// Replica, stage, rank.
+    place: [usize; 3],
+}
+
+impl Node {
+    fn start(grid: Grid, place: [usize; 3], faults: LinkFaults) -> Node {
+        let [replica, stage, rank] = place;
+        let slice = RankSlice {
+            layers: LayerRange {
+                start: stage * LAYERS / grid.stages,
+                end: (stage + 1) * LAYERS / grid.stages,
+            },
+            first: stage == 0,
+            last: stage + 1 == grid.stages,
+            tensor_rank: rank,
+            tensor_parallel_size: grid.ranks,
+            head: HeadSlice::of_rank(grid.spread_head, (stage, grid.stages), (rank, grid.ranks)),
+        };
+        let kernels = Arc::new(Kernels::new(Isa::best(), 1));
+        let mut precision = Precision::from(None::<Quantization>);
+        precision.activations = grid.activations;
+        let model = StageModel::load(&WORLD.model(), precision, slice, kernels, &mut |_, _| {}).unwrap();
+        let model = Arc::new(model);
+        let (out, reports) = mpsc::channel(64);
+        let urgent = YieldFlag::default();
+        let resources = Resources {
+            blobs: Some(WORLD.blobs.clone()),
+            runtime: WORLD.runtime.handle().clone(),
+            directory: WORLD.directory.path().join("training"),
+            isa: Isa::best(),
+            threads: 1,
+            links: LinkSettings { faults, shared_memory: grid.shared_memory, spin: Duration::ZERO },
+            urgent: urgent.clone(),
+        };
+        let sessions = Sessions::new(resources, out);
+        sessions.enter(Place {
+            term: LeaseTerm(1),
+            revision: ReplicaRevision(7 + replica as u64),
+            stage,
+            num_stages: grid.stages,
+            model: model.clone(),
+            model_name: "base".into(),
+            directory: WORLD.model(),
+        });
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        let arrivals = sessions.clone();
+        std::thread::spawn(move || {
+            for socket in listener.incoming() {
+                let Ok(inbound) = links::accept(socket.unwrap()) else { continue };
+                let LinkPurpose::Training { session, link } = inbound.hello.purpose else { continue };
+                arrivals.arrived(session, link, inbound.socket);
+            }
+        });
+        Node { sessions, reports, address, model, urgent, place }
+    }
+
+    fn report(&mut self, session: u64) -> TrainingReport {
+        let next = async { tokio::time::timeout(WAIT, self.reports.recv()).await };
+        let message = WORLD.runtime.block_on(next).expect("a report in time").expect("an open channel");
+        let FromNode::Training { session: of, report } = message else { panic!("{message:?}") };
+        assert_eq!(of, SessionId(session));
+        *report
+    }
+}
+
+/// Ranks of a job, and the scheduler's part.
+struct Job {
+    nodes: Vec<Node>,
+    session: u64,
+}
+
+impl Job {
+    fn start(grid: Grid) -> Job {
+        let mut nodes = Vec::new();
+        for replica in 0..grid.replicas {
+            for stage in 0..grid.stages {
+                for rank in 0..grid.ranks {
+                    let breaks = grid.fault.filter(|(at, _)| *at == nodes.len());
+                    let break_after = breaks.map_or(0, |(_, sends)| sends);
+                    let faults = LinkFaults { delay_us: 0, break_after };
+                    nodes.push(Node::start(grid, [replica, stage, rank], faults));
+                }
+            }
+        }
+        Job { nodes, session: 0 }
+    }
+
+    fn address(&self, place: [usize; 3]) -> Option<String> {
+        self.nodes.iter().find(|node| node.place == place).map(|node| node.address.clone())
+    }
+
+    fn along(&self, place: impl Fn(usize) -> [usize; 3]) -> Vec<String> {
+        (0..).map_while(|index| self.address(place(index))).collect()
+    }
+
+    /// Asks every rank to open a session; each one's first report.
+    fn ask(&mut self, settings: &TrainingSettings, start: &SessionStart) -> Vec<TrainingReport> {
+        self.session += 1;
+        for node in &self.nodes {
+            let [replica, stage, rank] = node.place;
+            let peers = self.along(|replica| [replica, stage, rank]);
+            node.sessions.open(OpenSession {
+                session: SessionId(self.session),
+                job: JobId(5),
+                revision: ReplicaRevision(7 + replica as u64),
+                settings: settings.clone(),
+                start: start.clone(),
+                replica: replica as u32,
+                replicas: peers.len() as u32,
+                group: self.along(|rank| [replica, stage, rank]),
+                next: self.address([replica, stage + 1, rank]),
+                peers,
+            });
+        }
+        self.reports()
+    }
+
+    fn open(&mut self, settings: &TrainingSettings, start: &SessionStart) {
+        for report in self.ask(settings, start) {
+            let TrainingReport::Opened { reserved } = report else { panic!("{report:?}") };
+            assert!(reserved.0 > 0);
+        }
+    }
+
+    fn reports(&mut self) -> Vec<TrainingReport> {
+        self.nodes.iter_mut().map(|node| node.report(self.session)).collect()
+    }
+
+    fn give(&self, work: &TrainingWork) {
+        self.nodes.iter().for_each(|node| node.sessions.work(SessionId(self.session), work.clone()));
+    }
+
+    /// Metrics and the shards of the state after the step.
+    fn step(&mut self, step: u64) -> (StepMetrics, Vec<BlobId>) {
+        self.give(&TrainingWork::Step { step });
+        let (mut metrics, mut shards) = (None, Vec::new());
+        for (report, node) in self.reports().into_iter().zip(&self.nodes) {
+            let TrainingReport::Prepared { step: of, shard, metrics: own, .. } = report else {
+                panic!("{report:?}");
+            };
+            assert_eq!((of, shard.is_some()), (step, node.place[0] == 0));
+            assert_eq!(own.is_some(), node.place == [0, 0, 0], "the root alone tells metrics");
+            metrics = metrics.or(own);
+            shards.extend(shard);
+        }
+        (metrics.unwrap(), shards)
+    }
+
+    fn steps(&mut self, steps: std::ops::Range<u64>) -> (Vec<StepMetrics>, Vec<BlobId>) {
+        let done: Vec<_> = steps.map(|step| self.step(step)).collect();
+        let shards = done.last().map(|(_, shards)| shards.clone()).unwrap();
+        (done.into_iter().map(|(metrics, _)| metrics).collect(), shards)
+    }
+
+    fn evaluate(&mut self) -> (f64, f64) {
+        self.give(&TrainingWork::Evaluate);
+        let report = self.nodes[0].report(self.session);
+        let TrainingReport::Evaluated { loss, accuracy } = report else { panic!("{report:?}") };
+        (loss, accuracy)
+    }
+
+    fn export(&mut self, shards: Vec<BlobId>) -> (Vec<u8>, Result<(), String>) {
+        self.give(&TrainingWork::Export { shards });
+        let report = self.nodes[0].report(self.session);
+        let TrainingReport::Exported { adapter, usable } = report else { panic!("{report:?}") };
+        (WORLD.tensors(adapter), usable)
+    }
+
+    fn close(&mut self) {
+        self.give(&TrainingWork::Close);
+        for node in &mut self.nodes {
+            node.sessions.leave("the test is over", &mut || ());
+            assert!(node.reports.try_recv().is_err(), "a closed session says nothing");
+            assert_eq!(Arc::strong_count(&node.model), 1, "the weights are given up");
+        }
+    }
+
+    fn train(settings: &TrainingSettings, grid: Grid) -> (Vec<u8>, Vec<StepMetrics>) {
+        let mut job = Job::start(grid);
+        job.open(settings, &SessionStart::New);
+        let (metrics, shards) = job.steps(0..STEPS);
+        let (tensors, usable) = job.export(shards);
+        assert_eq!(usable, Ok(()));
+        job.close();
+        (tensors, metrics)
+    }
+}
+
+fn spec() -> LoraSpec {
+    LoraSpec { rank: 3, alpha: 6.0, rank_stabilized: false, targets: Target::ALL.to_vec() }
+}
+
+/// The whole job on one rank without sessions, sample by sample.
+fn reference(settings: &TrainingSettings) -> Vec<u8> {
+    let kernels = Arc::new(Kernels::new(Isa::best(), 2));
+    let mut dataset = DatasetReader::open(Cursor::new(&WORLD.bytes[..])).unwrap();
+    let sizes = dataset.sizes().to_vec();
+    let of_plan =
+        PlanSettings { epochs: settings.epochs, batch_size: settings.batch_size, seed: settings.seed };
+    let plan = JobPlan::new(sizes.clone(), (0..sizes.len() as u32).collect(), of_plan).unwrap();
+    let config = ashlar_model::ModelConfig::from_dir(&WORLD.model()).unwrap();
+    let (shape, slice) = (&config.shape, RankSlice::whole(&config.shape));
+    let model = StageModel::load(
+        &WORLD.model(),
+        None::<Quantization>,
+        slice.clone(),
+        kernels.clone(),
+        &mut |_, _| {},
+    );
+    let mut trainer = StageTrainer::new(Arc::new(model.unwrap()), kernels.clone(), 64);
+    let start = initial_adapter(&spec(), shape, &slice, settings.seed);
+    let mut state = AdapterState::new(start, shape, &slice, &kernels);
+    let mut tree = RunTree::new(&spec(), shape, &slice);
+    let schedule = Schedule::new(2, Decay::Cosine { floor: 0.1 }).unwrap();
+    let (beta1, beta2, epsilon) = settings.adam;
+    let (weight_decay, norm_max) = (settings.weight_decay, settings.norm_max);
+    let with = Hyperparameters { beta1, beta2, epsilon, weight_decay, norm_max };
+    for step in 0..plan.steps() {
+        let batch = plan.batch(step).unwrap();
+        let mut loss = BatchLoss::default();
+        for run in 0..PARTS {
+            for position in batch.run(run) {
+                let sequence = dataset.read(batch.samples()[position]).unwrap().sequences.remove(0);
+                let rows = sequence.rows() as usize;
+                let micro = MicroBatch::new(&[rows]);
+                let targets: Vec<TargetRow> = sequence
+                    .labels()
+                    .map(|(row, token)| TargetRow { row: row as usize, token, weight: 1.0 })
+                    .collect();
+                let (adapter, group) = (state.packed().clone(), &mut SingleRank);
+                let input = StageInput::Tokens(&sequence.tokens()[..rows]);
+                let beat = &mut || Ok(());
+                let tape = trainer.forward(&micro, input, Some(&adapter), true, group, beat).unwrap();
+                let factor = 1.0 / batch.targets() as f32;
+                let (own, gradient) = trainer.loss(&targets, factor, rows, group).unwrap();
+                let mut gradient = gradient.to_vec();
+                loss = loss.and(own);
+                let sink = tree.current();
+                trainer.backward(&micro, tape, Some(&adapter), &mut gradient, sink, group, beat).unwrap();
+            }
+            tree.end_run(&kernels);
+        }
+        let gradient = tree.take();
+        let norm = gradient_norm(&[vec![NormTerms::of(&gradient, shape, &slice, &kernels)]]);
+        let rate = (settings.learning_rate * schedule.factor(step, STEPS)) as f32;
+        state.step(&gradient, norm, rate, &with, shape, &slice, &kernels);
+        tree.recycle(gradient);
+    }
+    PeftAdapter::join(shape, [(&slice, state.weights())]).files("base").unwrap().1
+}
+
+#[test]
+fn every_layout_and_micro_batch_exports_the_same_adapter() {
+    let (expected, metrics) = Job::train(&settings(), ONE);
+    assert!(expected == reference(&settings()), "a session trains what the crates train by themselves");
+    assert!(metrics.last().unwrap().loss < metrics[0].loss, "{metrics:?}");
+    for (grid, micro_batch_rows, keep_activations) in [
+        (grid(2, 1, 1), 25, true),
+        (grid(1, 2, 1), 64, false),
+        (grid(1, 1, 2), 25, true),
+        (grid(2, 2, 2), 25, false),
+        (grid(4, 1, 1), 25, true),
+        (grid(1, 1, 4), 25, true),
+        (Grid { shared_memory: true, ..grid(2, 2, 1) }, 30, true),
+        (Grid { spread_head: true, ..grid(2, 1, 1) }, 25, true),
+        (Grid { spread_head: true, ..grid(2, 2, 1) }, 64, false),
+    ] {
+        let settings = TrainingSettings { micro_batch_rows, keep_activations, ..settings() };
+        let (tensors, own) = Job::train(&settings, grid);
+        assert_eq!(own, metrics, "{grid:?}");
+        assert!(tensors == expected, "{grid:?}, {micro_batch_rows} rows, keep {keep_activations}");
+    }
+}
+
+#[test]
+fn narrow_activations_travel_between_stages_without_a_trace() {
+    let narrow = Grid { activations: FloatType::Bf16, ..ONE };
+    let expected = Job::train(&settings(), narrow);
+    assert!(Job::train(&settings(), Grid { stages: 2, ..narrow }) == expected);
+}
+
+#[test]
+fn a_job_resumes_on_another_layout_with_the_same_bits() {
+    let (expected, _) = Job::train(&settings(), ONE);
+    let mut start = SessionStart::New;
+    let mut from = 0;
+    for (grid, until) in [(grid(2, 2, 1), 2), (grid(1, 1, 2), 3), (grid(4, 1, 1), 4), (grid(1, 2, 2), STEPS)]
+    {
+        let mut job = Job::start(grid);
+        job.open(&settings(), &start);
+        let (_, shards) = job.steps(from..until);
+        if until == STEPS {
+            let (tensors, usable) = job.export(shards.clone());
+            assert!(tensors == expected && usable.is_ok());
+        }
+        job.close();
+        (start, from) = (SessionStart::Resume { steps: until, shards }, until);
+    }
+    // A state of another step is refused for good.
+    let SessionStart::Resume { shards, .. } = start else { unreachable!() };
+    let report = Job::start(ONE).ask(&settings(), &SessionStart::Resume { steps: 3, shards });
+    assert!(matches!(&report[0], TrainingReport::Failed { retry: false, .. }), "{report:?}");
+}
+
+#[test]
+fn validation_data_is_measured_alike_on_every_layout_and_changes_nothing() {
+    let dataset = DatasetReader::open(Cursor::new(&WORLD.bytes[..])).unwrap();
+    let steps_of = |samples: u32| 2 * u64::from(samples.div_ceil(5));
+    let split = ashlar_dataset::plan::split(dataset.sizes(), 4, 11);
+    let mut of_split = settings();
+    of_split.validation = ValidationData::Split { examples: 4 };
+    of_split.steps = steps_of(split.training.len() as u32);
+    let mut of_file = settings();
+    of_file.validation = ValidationData::File(WORLD.dataset);
+    for settings in [of_split, of_file] {
+        let mut seen: Option<((f64, f64), (f64, f64))> = None;
+        for (grid, rows) in [(ONE, 64), (grid(2, 2, 1), 25), (grid(2, 1, 2), 30)] {
+            let settings = TrainingSettings { micro_batch_rows: rows, ..settings.clone() };
+            let mut job = Job::start(grid);
+            job.open(&settings, &SessionStart::New);
+            let before = job.evaluate();
+            job.steps(0..2);
+            let after = job.evaluate();
+            job.close();
+            assert!(before.0 > 0.0 && before.0 != after.0, "{before:?} {after:?}");
+            assert_eq!(*seen.get_or_insert((before, after)), (before, after), "{grid:?}");
+        }
+    }
+}
+
+/// Serving's own pass over some tokens; its bits.
+fn serve(model: &StageModel) -> Vec<u32> {
+    let table = [BlockId(0)];
+    let rows: Vec<_> = (0..6).map(|position| RowContext { position, block_table: &table }).collect();
+    let (mut cache, mut work) = (model.kv_cache(1), model.workspace(6));
+    let input = StageInput::Tokens(&[1, 2, 3, 4, 5, 6]);
+    model.forward(&rows, input, &mut cache, &mut SingleRank, &mut work, &mut || ()).unwrap();
+    work.activations(6).iter().map(|x| x.to_bits()).collect()
+}
+
+#[test]
+fn a_link_that_breaks_in_a_step_ends_the_session_everywhere_and_serving_goes_on() {
+    for (layout, breaks) in [(grid(2, 1, 2), 3), (grid(2, 2, 1), 40), (grid(1, 1, 4), 5)] {
+        let mut job = Job::start(Grid { fault: Some((1, breaks)), ..layout });
+        let served = job.nodes[0].model.slice().first.then(|| job.nodes[0].model.clone());
+        let before = (layout.ranks == 1).then(|| serve(served.as_ref().unwrap()));
+        job.open(&TrainingSettings { micro_batch_rows: 25, ..settings() }, &SessionStart::New);
+        job.give(&TrainingWork::Step { step: 0 });
+        // Whoever had prepared the first step fails in the second.
+        job.give(&TrainingWork::Step { step: 1 });
+        job.give(&TrainingWork::Step { step: 2 });
+        let mut first: Option<Instant> = None;
+        for node in &mut job.nodes {
+            let message = loop {
+                match node.report(job.session) {
+                    TrainingReport::Prepared { .. } => {}
+                    TrainingReport::Failed { message, retry: true } => break message,
+                    other => panic!("{other:?}"),
+                }
+            };
+            let since = first.get_or_insert_with(Instant::now).elapsed();
+            assert!(since < Duration::from_secs(2), "{message} after {since:?}");
+        }
+        if let Some(before) = before {
+            assert_eq!(serve(&served.unwrap()), before);
+        }
+        for node in &job.nodes[1..] {
+            node.sessions.leave("the test is over", &mut || ());
+            assert_eq!(Arc::strong_count(&node.model), 1, "the weights are given up");
+        }
+    }
+}
+
+#[test]
+fn a_session_gives_the_weights_up_when_its_layout_ends_even_while_serving_computes() {
+    let mut job = Job::start(grid(2, 1, 1));
+    job.open(&settings(), &SessionStart::New);
+    // Serving computes, so the step does not get far.
+    let flags: Vec<YieldFlag> = job.nodes.iter().map(|node| node.urgent.clone()).collect();
+    let raised = flags[1].raise();
+    job.give(&TrainingWork::Step { step: 0 });
+    std::thread::sleep(Duration::from_millis(50));
+    drop(raised);
+    let started = Instant::now();
+    job.nodes[0].sessions.leave("the layout has changed", &mut || ());
+    assert!(started.elapsed() < Duration::from_secs(2));
+    assert_eq!(Arc::strong_count(&job.nodes[0].model), 1);
+    for node in &mut job.nodes {
+        loop {
+            match node.report(job.session) {
+                TrainingReport::Prepared { .. } => {}
+                TrainingReport::Failed { retry: true, .. } => break,
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+    // Without a place a session is refused, and may be tried again.
+    let mut alone = Job::start(ONE);
+    alone.nodes[0].sessions.end_all("released");
+    let reports = alone.ask(&settings(), &SessionStart::New);
+    assert!(matches!(&reports[0], TrainingReport::Failed { retry: true, .. }), "{reports:?}");
+}
+
+#[test]
+fn a_loss_that_is_no_number_skips_the_step_everywhere() {
+    let settings = TrainingSettings { learning_rate: 1e38, norm_max: None, ..settings() };
+    let mut seen: Option<(Vec<bool>, Vec<u8>)> = None;
+    for grid in [ONE, grid(2, 1, 2), grid(1, 2, 1)] {
+        let mut job = Job::start(grid);
+        job.open(&settings, &SessionStart::New);
+        let (metrics, shards) = job.steps(0..STEPS);
+        let skipped: Vec<bool> = metrics.iter().map(|metrics| metrics.skipped).collect();
+        assert!(!skipped[0] && skipped[STEPS as usize - 1], "{metrics:?}");
+        let (tensors, usable) = job.export(shards);
+        job.close();
+        let _ = usable;
+        let own = (skipped, tensors);
+        assert!(*seen.get_or_insert(own.clone()) == own, "{grid:?}");
+    }
+}
+
+#[test]
+fn what_can_never_work_is_refused_for_good() {
+    let module = |name: &str| LoraSettings { targets: vec![name.into()], ..settings().lora };
+    let cases: BTreeMap<&str, TrainingSettings> = BTreeMap::from([
+        ("no module `lm_head`", TrainingSettings { lora: module("lm_head"), ..settings() }),
+        (
+            "dropout",
+            TrainingSettings { lora: LoraSettings { dropout: 0.1, ..settings().lora }, ..settings() },
+        ),
+        ("DPO", TrainingSettings { method: TrainingMethod::Dpo { beta: 0.1 }, ..settings() }),
+        ("larger micro-batches", TrainingSettings { micro_batch_rows: 8, ..settings() }),
+        ("create the job again", TrainingSettings { steps: 99, ..settings() }),
+        ("learning rate", TrainingSettings { learning_rate: f64::INFINITY, ..settings() }),
+        ("is not stored", TrainingSettings { dataset: BlobId([9; 32]), ..settings() }),
+    ]);
+    let mut job = Job::start(ONE);
+    for (text, settings) in cases {
+        let reports = job.ask(&settings, &SessionStart::New);
+        let [TrainingReport::Failed { message, retry: false }] = &reports[..] else {
+            panic!("{text}: {reports:?}");
+        };
+        assert!(message.contains(text), "{text}: {message}");
+    }
+}
