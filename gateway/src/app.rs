@@ -6,8 +6,9 @@ use crate::openai::error::ApiError;
 use crate::scheduler_client::SchedulerClient;
 use crate::text::ModelText;
 use crate::tuning::Tuning;
+use ashlar_protocol::admin::AdapterView;
 use ashlar_protocol::serving::ClusterSnapshot;
-use ashlar_vocabulary::NUMERIC_VERSION;
+use ashlar_vocabulary::{AdapterId, NUMERIC_VERSION};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tokio::sync::{Semaphore, watch};
@@ -26,6 +27,15 @@ pub(crate) enum Phase {
 /// Waits until the gateway has come to `phase`, or is gone altogether.
 pub(crate) async fn reached(seen: &mut watch::Receiver<Phase>, phase: Phase) {
     let _ = seen.wait_for(|now| *now >= phase).await;
+}
+
+/// What a request is answered with, fixed when it starts: an adapter that is replaced meanwhile changes nothing for it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct ServedModel {
+    /// The name that the answer carries.
+    pub(crate) name: String,
+    /// The adapter that changes the model.
+    pub(crate) adapter: Option<AdapterId>,
 }
 
 /// Shared by all handlers. Immutable but for what its parts synchronise themselves.
@@ -81,13 +91,30 @@ impl App {
         self.names.first().map_or("", String::as_str)
     }
 
-    /// Refuses a model that is not served. An absent one means the only one there is.
-    pub(crate) fn check_model(&self, model: Option<&str>) -> Result<(), ApiError> {
-        match model {
-            Some(model) if !self.names.iter().any(|name| name == model) => {
-                Err(ApiError::unknown_model(model, &self.names))
+    /// Whether the base model is served under this name.
+    pub(crate) fn is_base(&self, name: &str) -> bool {
+        self.names.iter().any(|own| own == name)
+    }
+
+    /// The adapters that are served, as last seen.
+    pub(crate) fn adapters(&self) -> Vec<AdapterView> {
+        self.scheduler.link().cluster.map(|cluster| cluster.adapters.clone()).unwrap_or_default()
+    }
+
+    /// What a request for `model` is answered with, if that is served. An absent one means the base model.
+    pub(crate) fn served(&self, model: Option<&str>) -> Result<ServedModel, ApiError> {
+        let base = || ServedModel { name: self.model_name().to_owned(), adapter: None };
+        let Some(model) = model.filter(|model| !self.is_base(model)) else { return Ok(base()) };
+        let adapters = self.adapters();
+        match adapters.iter().find(|view| view.name == model) {
+            Some(view) => Ok(ServedModel { name: view.name.clone(), adapter: Some(view.adapter) }),
+            None => {
+                let adapters = adapters.into_iter().map(|view| view.name);
+                Err(ApiError::unknown_model(
+                    model,
+                    &self.names.iter().cloned().chain(adapters).collect::<Vec<_>>(),
+                ))
             }
-            _ => Ok(()),
         }
     }
 
@@ -132,9 +159,10 @@ impl App {
     }
 }
 
-/// What identifies the bits that produced an answer: weights, format, numeric version.
-pub(crate) fn system_fingerprint(cluster: &ClusterSnapshot) -> String {
-    format!("fp_{}_n{NUMERIC_VERSION}", cluster.model_digest)
+/// What identifies the bits that produced an answer: weights, format, numeric version, adapter.
+pub(crate) fn system_fingerprint(cluster: &ClusterSnapshot, served: &ServedModel) -> String {
+    let adapter = served.adapter.map(|AdapterId(blob)| format!("_a{:.16}", blob.hex())).unwrap_or_default();
+    format!("fp_{}_n{NUMERIC_VERSION}{adapter}", cluster.model_digest)
 }
 
 /// Seconds since 1970.

@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::time::Duration;
 
 /// What a gateway is told when it starts.
@@ -20,10 +21,14 @@ pub struct GatewayConfig {
     /// model's directory.
     pub served_model_name: Vec<String>,
     /// Where uploaded files, samples and adapters lie: a directory, or `s3://BUCKET/PREFIX`; the same for every role.
-    /// Without it, files and fine-tuning are refused.
+    /// Without it, files, fine-tuning and adapters are refused.
     pub blobs: Option<String>,
     /// Largest uploaded file in bytes. Default 512 MiB.
     pub file_bytes_max: u64,
+    /// The directory below which `lora_path` names adapters. Without it none can be loaded by path.
+    pub adapters: Option<PathBuf>,
+    /// Largest file of an adapter in bytes. Default 2 GiB.
+    pub adapter_bytes_max: u64,
     /// Largest request body in bytes, uploads aside. Default 8 MiB.
     pub request_body_bytes_max: usize,
     /// Most choices (`n`) of one prompt. Default 128.
@@ -74,6 +79,8 @@ impl Default for GatewayConfig {
             served_model_name: Vec::new(),
             blobs: None,
             file_bytes_max: 512 << 20,
+            adapters: None,
+            adapter_bytes_max: 2 << 30,
             request_body_bytes_max: 8 << 20,
             n_max: 128,
             prompts_max: 128,

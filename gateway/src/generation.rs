@@ -7,7 +7,7 @@ use crate::text::AnswerDecoder;
 use crate::transcript::{Delta, Effect, End, Transcript, TranscriptEvent, TranscriptSpec};
 use ashlar_protocol::serving::{ChoiceId, ClusterSnapshot, FailureKind, Receipt, RequestFailure, Submit};
 use ashlar_tokenizer::{SpecialTokens, TextStart};
-use ashlar_vocabulary::{RequestId, SamplingParams, TokenId, TokenLogprobs};
+use ashlar_vocabulary::{AdapterId, RequestId, SamplingParams, TokenId, TokenLogprobs};
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
@@ -22,6 +22,8 @@ const DEADLINE_SLACK: Duration = Duration::from_secs(2);
 #[derive(Debug)]
 pub(crate) struct GenerationSpec {
     pub(crate) id: RequestId,
+    /// The adapter that changes the model; pinned.
+    pub(crate) adapter: Option<AdapterId>,
     pub(crate) prompts: Vec<PromptSpec>,
     /// Choices per prompt.
     pub(crate) n: u32,
@@ -248,7 +250,7 @@ impl GenerationSpec {
         deadline_ms: u64,
     ) -> Submit {
         Submit {
-            adapter: None,
+            adapter: self.adapter,
             id,
             model_digest: cluster.model_digest,
             prompt: prompt.tokens.to_vec(),

@@ -3,7 +3,8 @@
 //! Layout, in the order of a request: [`server`](serve) (bind, accept, drain), `router` and `context` (paths, layers,
 //! ids, traces), [`openai`] (the schema: requests, answers, errors), `text` (tokenizer, templates, grammars),
 //! `generation` (a request in flight), [`transcript`] (one choice, pure), [`scheduler_client`] (the connection),
-//! `tuning` (fine-tuning's files: uploads become blobs, a job's files samples), `metrics` and `system` (what operators see).
+//! `tuning` (fine-tuning's files: uploads become blobs, a job's files samples),
+//! `import` (adapters, from files to blobs), `metrics` and `system` (what operators see).
 //!
 //! **Invariants:** only this crate knows OpenAI's schema; it knows no tensor and no placement. [`transcript`] has no
 //! clock, no I/O and no async, so that the simulation runs exactly it. Bad input never becomes a 500, and never
@@ -16,6 +17,7 @@ mod config;
 mod context;
 mod error;
 mod generation;
+mod import;
 mod metrics;
 pub mod openai;
 mod router;

@@ -1,8 +1,10 @@
 //! OpenAI's HTTP schema: the only place that knows it.
 //!
 //! Layout: [`error`] (the envelope), `fields` (typed reading of a JSON object), `sampling` and `output` (fields that
-//! chat and completions share), `chat*` and `completions*` (requests, answers, streams), `models`, `tokenize`, `tuning` (files and fine-tuning jobs).
+//! chat and completions share), `chat*` and `completions*` (requests, answers, streams), `models`,
+//! `adapters`, `tokenize`, `tuning` (files and fine-tuning jobs).
 
+pub(crate) mod adapters;
 pub(crate) mod answer;
 pub(crate) mod chat;
 pub(crate) mod chat_grammar;

@@ -2,6 +2,7 @@
 
 use crate::app::App;
 use crate::context::{panic_response, with_context};
+use crate::openai::adapters::{delete_model, load_adapter, roll_back_adapter, unload_adapter};
 use crate::openai::chat::chat_completions;
 use crate::openai::completions::completions;
 use crate::openai::models::{list_models, show_model};
@@ -27,7 +28,6 @@ pub(crate) fn router(app: Arc<App>) -> Router {
         .route("/v1/chat/completions", post(chat_completions))
         .route("/v1/completions", post(completions))
         .route("/v1/models", get(list_models))
-        .route("/v1/models/{*id}", get(show_model))
         .route("/v1/files", get(files::list_files).post(files::upload))
         .route("/v1/files/{id}", get(files::show_file).delete(files::delete_file))
         .route("/v1/files/{id}/content", get(files::file_content))
@@ -39,6 +39,10 @@ pub(crate) fn router(app: Arc<App>) -> Router {
         .route("/v1/fine_tuning/jobs/{id}/events", get(jobs::list_events))
         .route("/v1/fine_tuning/jobs/{id}/checkpoints", get(jobs::list_checkpoints))
         .route("/v1/fine_tuning/jobs/{id}/adapter/{file}", get(jobs::adapter_file))
+        .route("/v1/models/{*id}", get(show_model).delete(delete_model))
+        .route("/v1/load_lora_adapter", post(load_adapter))
+        .route("/v1/unload_lora_adapter", post(unload_adapter))
+        .route("/v1/roll_back_lora_adapter", post(roll_back_adapter))
         .route("/tokenize", post(tokenize))
         .route("/detokenize", post(detokenize))
         .route("/health", get(system::health))

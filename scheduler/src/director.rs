@@ -1,14 +1,16 @@
 //! The cores wired together: messages in, messages out. Pure, like the cores; the service and the simulation run exactly
 //! this.
 
+use crate::adapters::{self, AdapterRecord, Adapters, AdaptersConfig, Caller};
 use crate::cluster::{self, Cluster, ClusterConfig, NodeConnection};
 use crate::engine::{self, Engine, EngineConfig, GatewayId, ReplicaUp};
 use crate::jobs::{self, Jobs, JobsConfig};
 use crate::time::Millis;
-use ashlar_protocol::admin::{AdminFailure, AdminFailureKind, AdminReply, AdminRequest};
+use ashlar_protocol::admin::{AdminReply, AdminRequest};
 use ashlar_protocol::membership::{FromNode, ToNode};
 use ashlar_protocol::serving::{ClusterSnapshot, FromScheduler, ToScheduler};
 use ashlar_vocabulary::{LeaseTerm, ReplicaId};
+use std::collections::BTreeMap;
 
 /// What reaches the scheduler.
 #[derive(Debug, Clone, PartialEq)]
@@ -27,6 +29,10 @@ pub enum Input {
     Jobs(Box<jobs::Event>),
     /// The wall clock, in seconds since 1970. Only records of files and jobs show it.
     WallClock(u64),
+    /// The adapters that were served when the last term ended.
+    StoredAdapters(Vec<(String, AdapterRecord)>),
+    /// An [`Output::PersistAdapter`] has been done, or could not be.
+    AdapterPersisted(String, Result<(), String>),
     /// From now on no submission is accepted; what is accepted goes on.
     Drain,
     /// Ends every request as unavailable.
@@ -53,16 +59,25 @@ pub enum Output {
     Down(ReplicaId, String),
     /// For the log: why nothing can be served, or that it can be again.
     Problem(Option<String>),
+    /// Store what has been served under a name, or forget it; answered by [`Input::AdapterPersisted`].
+    PersistAdapter(String, Option<AdapterRecord>),
+    /// Gateways are to have a new snapshot now: what is said to them next rests on it.
+    Snapshot,
     /// A node has accepted a higher term: acquire one above it, or stop leading.
     Fenced(LeaseTerm),
 }
 
-/// Cluster, engine and jobs of one term.
+/// The cores of one term.
 #[derive(Debug, Clone)]
 pub struct Director {
     cluster: Cluster,
     engine: Engine,
     jobs: Jobs,
+    adapters: Adapters,
+    adapter_effects: Vec<adapters::Effect>,
+    /// Names under which jobs want adapters served, by the number of their wish.
+    publications: BTreeMap<u64, String>,
+    publications_made: u64,
     cluster_effects: Vec<cluster::Effect>,
     engine_effects: Vec<engine::Effect>,
     job_effects: Vec<jobs::Effect>,
@@ -70,11 +85,20 @@ pub struct Director {
 
 impl Director {
     /// A director whom nobody has joined.
-    pub fn new(cluster: ClusterConfig, engine: EngineConfig, jobs: JobsConfig) -> Director {
+    pub fn new(
+        cluster: ClusterConfig,
+        engine: EngineConfig,
+        adapters: AdaptersConfig,
+        jobs: JobsConfig,
+    ) -> Director {
         Director {
             cluster: Cluster::new(cluster),
             engine: Engine::new(engine),
             jobs: Jobs::new(jobs),
+            adapters: Adapters::new(adapters),
+            adapter_effects: Vec::new(),
+            publications: BTreeMap::new(),
+            publications_made: 0,
             cluster_effects: Vec::new(),
             engine_effects: Vec::new(),
             job_effects: Vec::new(),
@@ -111,6 +135,10 @@ impl Director {
             Input::Gateway(gateway, ToScheduler::Prepared { job, outcome }) => {
                 self.job_event(now, jobs::Event::Prepared { gateway, job, outcome });
             }
+            Input::StoredAdapters(records) => self.adapter_event(now, adapters::Event::Stored(records)),
+            Input::AdapterPersisted(name, outcome) => {
+                self.adapter_event(now, adapters::Event::Persisted { name, outcome });
+            }
             Input::GatewayClosed(gateway) => {
                 self.job_event(now, jobs::Event::GatewayGone(gateway));
                 self.engine_event(now, engine::Event::GatewayGone { gateway });
@@ -127,6 +155,7 @@ impl Director {
                 self.engine_event(now, engine::Event::Tick);
                 let slowest_step_ms = self.engine.slowest_step_ms();
                 self.cluster_event(now, cluster::Event::Tick { slowest_step_ms });
+                self.adapter_event(now, adapters::Event::Tick);
             }
         }
         self.settle(now, outputs);
@@ -140,7 +169,7 @@ impl Director {
 
     /// The cluster as gateways may know it.
     pub fn snapshot(&self) -> ClusterSnapshot {
-        self.cluster.snapshot(&self.engine)
+        ClusterSnapshot { adapters: self.adapters.views(), ..self.cluster.snapshot(&self.engine) }
     }
 
     /// Whether no choice is in progress.
@@ -159,16 +188,19 @@ impl Director {
     }
 
     fn admin(&mut self, now: Millis, gateway: GatewayId, call: u64, request: Box<AdminRequest>) {
-        match *request {
-            // Not served yet: this is where calls about adapters go to the core that serves them.
-            AdminRequest::LoadAdapter(_)
-            | AdminRequest::UnloadAdapter { .. }
-            | AdminRequest::RollBackAdapter { .. } => {
-                let reply = Box::new(AdminReply::Refused(adapters_are_not_served()));
-                self.job_effects.push(jobs::Effect::Reply { gateway, call, reply });
+        use adapters::Event;
+        let caller = Caller::Gateway { gateway, call };
+        let event = match *request {
+            AdminRequest::LoadAdapter(load) => Event::Load(caller, load),
+            AdminRequest::UnloadAdapter { name, expected_generation } => {
+                Event::Unload { caller, name, expected_generation }
             }
-            _ => self.job_event(now, jobs::Event::Admin { gateway, call, request }),
-        }
+            AdminRequest::RollBackAdapter { name, to_generation, expected_generation } => {
+                Event::RollBack { caller, name, to_generation, expected_generation }
+            }
+            _ => return self.job_event(now, jobs::Event::Admin { gateway, call, request }),
+        };
+        self.adapter_event(now, event);
     }
 
     fn node(&mut self, now: Millis, connection: NodeConnection, message: FromNode) {
@@ -183,7 +215,11 @@ impl Director {
                 Event::Ready { connection, revision, reserved, resident }
             }
             FromNode::Failed { revision, message } => Event::Failed { connection, revision, message },
-            FromNode::AdapterLoaded { .. } => Event::Heard { connection, timing: None },
+            FromNode::AdapterLoaded { revision, adapter, outcome } => {
+                let answer = adapters::Event::Answer { connection, revision, adapter, outcome };
+                self.adapter_event(now, answer);
+                Event::Heard { connection, timing: None }
+            }
             FromNode::Training { session, report } => {
                 self.job_event(now, jobs::Event::Report { connection, session, report });
                 Event::Heard { connection, timing: None }
@@ -207,6 +243,10 @@ impl Director {
         self.cluster_event(now, event);
     }
 
+    fn adapter_event(&mut self, now: Millis, event: adapters::Event) {
+        self.adapters.handle(now, event, &self.engine, &mut self.adapter_effects);
+    }
+
     fn engine_event(&mut self, now: Millis, event: engine::Event) {
         self.engine.apply(now, event, &mut self.engine_effects);
     }
@@ -219,14 +259,54 @@ impl Director {
         self.cluster.handle(now, event, &mut self.cluster_effects);
     }
 
+    fn adapter_effect(&mut self, now: Millis, effect: adapters::Effect, outputs: &mut Vec<Output>) {
+        use adapters::Effect;
+        match effect {
+            Effect::Load { ranks, revision, adapter } => {
+                outputs.push(Output::ToNodes(ranks, Box::new(ToNode::LoadAdapter { revision, adapter })));
+            }
+            Effect::Unload { ranks, adapter } => {
+                outputs.push(Output::ToNodes(ranks, Box::new(ToNode::UnloadAdapter { adapter })));
+            }
+            Effect::Resident { replica, adapter } => {
+                self.engine_event(now, engine::Event::AdapterResident { replica, adapter });
+            }
+            Effect::Gone { replica, adapter } => {
+                self.engine_event(now, engine::Event::AdapterGone { replica, adapter });
+            }
+            Effect::Failed { replica, adapter, reason } => {
+                self.engine_event(now, engine::Event::AdapterFailed { replica, adapter, reason });
+            }
+            Effect::Known(adapters) => self.engine_event(now, engine::Event::AdaptersKnown(adapters)),
+            Effect::Persist { name, record } => outputs.push(Output::PersistAdapter(name, record)),
+            Effect::Published => outputs.push(Output::Snapshot),
+            Effect::Reply(Caller::Gateway { gateway, call }, reply) => {
+                let message = FromScheduler::Admin { call, reply: Box::new(reply) };
+                outputs.push(Output::ToGateway(gateway, Box::new(message)));
+            }
+            Effect::Reply(Caller::Job(wish), reply) => {
+                let Some(name) = self.publications.remove(&wish) else { return };
+                let event = match reply {
+                    AdminReply::Refused(failure) => jobs::Event::NotPublished { name, failure },
+                    _ => jobs::Event::Published { name },
+                };
+                self.job_event(now, event);
+            }
+        }
+    }
+
     /// Turns effects into outputs and into events of the other cores, until no core wants anything more.
     fn settle(&mut self, now: Millis, outputs: &mut Vec<Output>) {
         while !(self.engine_effects.is_empty()
             && self.cluster_effects.is_empty()
+            && self.adapter_effects.is_empty()
             && self.job_effects.is_empty())
         {
             for effect in std::mem::take(&mut self.job_effects) {
                 self.job_effect(now, effect, outputs);
+            }
+            for effect in std::mem::take(&mut self.adapter_effects) {
+                self.adapter_effect(now, effect, outputs);
             }
             for effect in std::mem::take(&mut self.engine_effects) {
                 match effect {
@@ -236,6 +316,9 @@ impl Director {
                     }
                     engine::Effect::ToGateway { gateway, message } => {
                         outputs.push(Output::ToGateway(gateway, Box::new(message)));
+                    }
+                    engine::Effect::WantAdapter { replica, adapter } => {
+                        self.adapter_event(now, adapters::Event::Wanted { replica, adapter });
                     }
                     engine::Effect::ReplicaFault { replica, revision, reason } => {
                         self.cluster_event(now, cluster::Event::ReplicaFault { replica, revision, reason });
@@ -259,13 +342,17 @@ impl Director {
                         if let Some(replica) = self.cluster.training_replica(up.replica) {
                             self.job_event(now, jobs::Event::ReplicaUp(replica));
                         }
+                        let (replica, revision) = (up.replica, up.revision);
+                        let ranks = self.cluster.connections_of(replica);
                         self.engine_event(now, engine::Event::ReplicaUp(up));
+                        self.adapter_event(now, adapters::Event::ReplicaUp { replica, revision, ranks });
                     }
                     cluster::Effect::ReplicaDown { replica, reason } => {
                         outputs.push(Output::Down(replica, reason.clone()));
                         let down = jobs::Event::ReplicaDown { replica, reason: reason.clone() };
                         self.job_event(now, down);
                         self.engine_event(now, engine::Event::ReplicaDown { replica, reason });
+                        self.adapter_event(now, adapters::Event::ReplicaDown { replica });
                     }
                     cluster::Effect::Problem(problem) => {
                         outputs.push(Output::Problem(problem.clone()));
@@ -275,6 +362,11 @@ impl Director {
                 }
             }
         }
+    }
+
+    fn wish(&mut self) -> u64 {
+        self.publications_made += 1;
+        self.publications_made
     }
 
     fn job_effect(&mut self, now: Millis, effect: jobs::Effect, outputs: &mut Vec<Output>) {
@@ -288,20 +380,20 @@ impl Director {
             jobs::Effect::Prepare { gateway, job } => {
                 outputs.push(Output::ToGateway(gateway, Box::new(FromScheduler::Prepare(job))));
             }
-            // Not served yet: this is where finished adapters go to the core that serves them, which answers with
-            // `Published` or `NotPublished`; and what it serves belongs to the references of a sweep.
             jobs::Effect::Publish(load) => {
-                let refused =
-                    jobs::Event::NotPublished { name: load.name, failure: adapters_are_not_served() };
-                self.job_event(now, refused);
+                let wish = self.wish();
+                self.publications.insert(wish, load.name.clone());
+                self.adapter_event(now, adapters::Event::Load(Caller::Job(wish), load));
             }
-            jobs::Effect::Withdraw(_) => {}
+            jobs::Effect::Withdraw(name) => {
+                let caller = Caller::Job(self.wish());
+                self.adapter_event(now, adapters::Event::Unload { caller, name, expected_generation: None });
+            }
+            jobs::Effect::Sweep(mut references) => {
+                references.adapters.extend(self.adapters.referenced());
+                outputs.push(Output::Jobs(Box::new(jobs::Effect::Sweep(references))));
+            }
             other => outputs.push(Output::Jobs(Box::new(other))),
         }
     }
-}
-
-fn adapters_are_not_served() -> AdminFailure {
-    let message = "this scheduler does not serve adapters".to_owned();
-    AdminFailure { kind: AdminFailureKind::Invalid, message }
 }

@@ -1,5 +1,6 @@
 //! The compute thread: loads an assignment's slice, then applies plans strictly in order.
 
+use crate::adapters::{AdapterLoad, Adapters};
 use crate::beat::Beat;
 use crate::config::{CacheConfig, NodeConfig};
 use crate::copies::{Copies, Wanted};
@@ -12,12 +13,13 @@ use crate::spans::Spans;
 use crate::training::{self, Sessions};
 use ashlar_grammar::GrammarCompiler;
 use ashlar_kernels::{Kernels, RowContext};
+use ashlar_model::adapter::AdaptedRows;
 use ashlar_model::stage::LOGIT_ROWS_MAX;
 use ashlar_model::{KvCache, RankSlice, StageInput, StageModel, Workspace, digest, hub};
 use ashlar_protocol::membership::{Assignment, FromNode, HeldSlice};
 use ashlar_protocol::step::{PromptLogprobs, StepPlan, StepResult, StepTiming};
 use ashlar_tokenizer::Tokenizer;
-use ashlar_vocabulary::{Bytes, ModelDigest, ReplicaRevision, SequenceId, TokenId};
+use ashlar_vocabulary::{AdapterId, Bytes, ModelDigest, ReplicaRevision, SequenceId, TokenId};
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -36,6 +38,12 @@ pub enum Command {
     Release,
     /// Execute a step.
     Step(Box<StepPlan>),
+    /// Load this rank's share of an adapter, beside the steps.
+    LoadAdapter(ReplicaRevision, AdapterId),
+    /// A load has ended.
+    AdapterLoaded(AdapterLoad),
+    /// Forget an adapter.
+    UnloadAdapter(AdapterId),
     /// Another rank has connected.
     Link(Inbound),
     /// The rank that samples has sent rows for this rank's slice of the head; their link has them.
@@ -112,12 +120,14 @@ pub struct Executor {
     copies: Copies,
     /// Fine-tuning beside the steps: told of the place, and ended before weights are replaced.
     sessions: Sessions,
+    adapters: Adapters,
     loaded: Option<Loaded>,
     place: Option<Place>,
 }
 
 impl Executor {
     /// A rank without a place.
+    #[allow(clippy::too_many_arguments)]
     pub fn new(
         config: NodeConfig,
         kernels: Arc<Kernels>,
@@ -129,6 +139,7 @@ impl Executor {
         sessions: Sessions,
     ) -> Executor {
         Executor {
+            adapters: Adapters::new(config.blobs.clone(), kernels.isa(), commands.clone()),
             copies: Copies::new(config.cache.as_ref().and_then(CacheConfig::place)),
             config,
             kernels,
@@ -155,8 +166,13 @@ impl Executor {
                 Ok(Command::Release) => {
                     self.sessions.end_all("the layout was given up");
                     self.place = None;
+                    self.place = None;
+                    self.adapters.clear();
                 }
                 Ok(Command::Step(plan)) => self.step(*plan),
+                Ok(Command::LoadAdapter(revision, adapter)) => self.load_adapter(revision, adapter),
+                Ok(Command::AdapterLoaded(load)) => self.adapter_loaded(load),
+                Ok(Command::UnloadAdapter(adapter)) => self.adapters.unload(adapter),
                 Ok(Command::Link(inbound)) => self.waiting.keep(inbound),
                 // Served below, as rows that came during a step are.
                 Ok(Command::HeadRows) => self.head_rows_queued.store(false, Ordering::Release),
@@ -191,11 +207,38 @@ impl Executor {
         self.send(FromNode::Failed { revision, message });
     }
 
+    fn load_adapter(&mut self, revision: ReplicaRevision, adapter: AdapterId) {
+        let current = self.place.as_ref().is_some_and(|place| place.assignment.revision == revision);
+        let Some(loaded) = self.loaded.as_ref().filter(|_| current) else { return };
+        if let Err(message) = self.adapters.begin(revision, adapter, loaded.model.clone()) {
+            self.send(FromNode::AdapterLoaded { revision, adapter, outcome: Err(message) });
+        }
+    }
+
+    /// Installs what has been loaded, and says so. Its products' buffers are reserved here, before a step needs them.
+    fn adapter_loaded(&mut self, load: AdapterLoad) {
+        let (revision, adapter) = (load.revision, load.adapter);
+        let Some(outcome) = self.adapters.finish(load) else { return };
+        let (Some(place), Some(loaded)) = (&mut self.place, &self.loaded) else { return };
+        let outcome = outcome.map(|share| {
+            let rows = place.assignment.max_num_batched_tokens as usize;
+            let before = place.work.bytes();
+            loaded.model.reserve_adapter(&share, rows, &mut place.work);
+            share.bytes() + place.work.bytes().saturating_sub(before)
+        });
+        match &outcome {
+            Ok(bytes) => info!(%revision, %adapter, %bytes, "adapter loaded"),
+            Err(message) => warn!(%revision, %adapter, "adapter not loaded: {message}"),
+        }
+        self.send(FromNode::AdapterLoaded { revision, adapter, outcome });
+    }
+
     fn assign(&mut self, assignment: Assignment) {
         self.place = None;
         let beat = self.beat.clone();
         // A beat cannot fail: its queue being full means that others speak.
         self.sessions.leave("the layout has changed", &mut || drop(beat.tick()));
+        self.adapters.clear();
         let revision = assignment.revision;
         match self.fence.accept(assignment.term, &assignment.holder) {
             Ok(true) => {}
@@ -391,6 +434,12 @@ impl Executor {
             let Some(place) = &mut self.place else { return };
             match effect {
                 Effect::Begin(new) => {
+                    if let Some(adapter) = new.adapter
+                        && !self.adapters.begin_sequence(new.id, adapter)
+                    {
+                        let reason = format!("plan refused: adapter {adapter} is not loaded");
+                        return self.fail(revision, reason);
+                    }
                     place.spans.begin(&new, &place.assignment);
                     if new.sampling.prompt_logprobs {
                         place.scored.insert(new.id);
@@ -401,6 +450,7 @@ impl Executor {
                 }
                 Effect::Observe(id, tokens) => place.samplers.observe(id, &tokens),
                 Effect::End(id) => {
+                    self.adapters.end_sequence(id);
                     place.samplers.end(id);
                     place.spans.end(id);
                     place.scored.remove(&id);
@@ -459,13 +509,22 @@ impl Executor {
             group.begin(step);
             head_ranks.begin(step);
             let mut served = Ok(());
+            let adapted = adapted_rows(&self.adapters, &work.rows);
             model
-                .forward(&rows, input, &mut place.cache, group, &mut place.work, &mut || {
-                    let _ = beat.tick();
-                    if let (Some(service), Ok(())) = (head_service.as_mut(), &served) {
-                        served = service.serve(model);
-                    }
-                })
+                .forward_adapted(
+                    &rows,
+                    input,
+                    &adapted,
+                    &mut place.cache,
+                    group,
+                    &mut place.work,
+                    &mut || {
+                        let _ = beat.tick();
+                        if let (Some(service), Ok(())) = (head_service.as_mut(), &served) {
+                            served = service.serve(model);
+                        }
+                    },
+                )
                 .map_err(|error| error.to_string())?;
             served.map_err(|error| format!("lost the rank that samples: {error}"))?;
             if let Some(next) = next {
@@ -552,6 +611,22 @@ fn sample_row(
         Ok(sampled) => result.sampled.push(sampled),
         Err(failed) => result.failed.push(failed),
     }
+}
+
+/// Runs of rows that one adapter changes.
+fn adapted_rows<'a>(adapters: &'a Adapters, rows: &[Row]) -> Vec<AdaptedRows<'a>> {
+    let mut runs: Vec<AdaptedRows<'a>> = Vec::new();
+    if !adapters.any_sequence() {
+        return runs;
+    }
+    for (index, row) in rows.iter().enumerate() {
+        let Some(adapter) = adapters.of_sequence(row.sequence) else { continue };
+        match runs.last_mut() {
+            Some(run) if run.rows.end == index && std::ptr::eq(run.adapter, adapter) => run.rows.end += 1,
+            _ => runs.push(AdaptedRows { rows: index..index + 1, adapter }),
+        }
+    }
+    runs
 }
 
 fn contexts<'a>(sequencer: &'a Sequencer, rows: &[Row]) -> Vec<RowContext<'a>> {

@@ -5,6 +5,7 @@
 //! * [`config`]: what a node is told before it starts.
 //! * [`sequencer`]: pure: which plans are valid, and what each sequence's tokens and blocks are.
 //! * [`executor`]: the compute thread: applies plans strictly in order.
+//! * `adapters`: adapters of the slice, loaded beside the steps.
 //! * `copies`: packed copies of the slice, from one start to the next.
 //! * [`sampling`]: samplers and grammars of the last stage's rank 0.
 //! * [`links`]: data connections to other ranks.
@@ -22,6 +23,7 @@
 #![forbid(unsafe_code)]
 
 pub mod activations;
+mod adapters;
 pub mod beat;
 pub mod config;
 mod copies;

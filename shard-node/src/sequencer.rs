@@ -4,7 +4,7 @@
 //! simulation runs exactly this.
 
 use ashlar_protocol::step::{NewSequence, SequenceSlice, StepPlan};
-use ashlar_vocabulary::{BlockId, LeaseTerm, ReplicaRevision, SequenceId, StepId, TokenId};
+use ashlar_vocabulary::{AdapterId, BlockId, LeaseTerm, ReplicaRevision, SequenceId, StepId, TokenId};
 use std::collections::BTreeMap;
 
 /// What a rank keeps of a sequence: its tokens and where their keys and values are.
@@ -16,6 +16,8 @@ pub struct RankSequence {
     pub prompt_len: usize,
     /// Blocks of the KV cache, in order.
     pub block_table: Vec<BlockId>,
+    /// The adapter that changes the model.
+    pub adapter: Option<AdapterId>,
 }
 
 /// What happens to the sequencer.
@@ -146,7 +148,12 @@ impl Sequencer {
         for new in plan.new_sequences {
             let mut tokens = new.prompt.clone();
             tokens.extend(&new.generated);
-            let sequence = RankSequence { tokens, prompt_len: new.prompt.len(), block_table: Vec::new() };
+            let sequence = RankSequence {
+                tokens,
+                prompt_len: new.prompt.len(),
+                block_table: Vec::new(),
+                adapter: new.adapter,
+            };
             if self.sequences.insert(new.id, sequence).is_some() {
                 return Err(format!("sequence {} is not new", new.id));
             }

@@ -330,7 +330,9 @@ impl Session<'_> {
                 self.sessions.work(session, work);
                 return true;
             }
-            ToNode::LoadAdapter { .. } | ToNode::UnloadAdapter { .. } | ToNode::Rejected(_) => return true,
+            ToNode::LoadAdapter { revision, adapter } => Command::LoadAdapter(revision, adapter),
+            ToNode::UnloadAdapter { adapter } => Command::UnloadAdapter(adapter),
+            ToNode::Rejected(_) => return true,
         };
         self.commands.try_send(command).is_ok()
     }

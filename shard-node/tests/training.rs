@@ -48,7 +48,7 @@ struct World {
 
 static WORLD: LazyLock<World> = LazyLock::new(|| {
     let runtime = Runtime::new().unwrap();
-    let directory = tempfile::tempdir().unwrap();
+    let directory = tempfile::TempDir::new_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let config = serde_json::json!({
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
         "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": LAYERS, "num_attention_heads": 4,

@@ -131,6 +131,7 @@ fn pure_cores_have_no_runtime_clock_randomness_or_io() {
         "scheduler/src/engine",
         "scheduler/src/cluster",
         "scheduler/src/jobs",
+        "scheduler/src/adapters",
         "scheduler/src/director.rs",
         "gateway/src/transcript",
         "gateway/src/transcript.rs",

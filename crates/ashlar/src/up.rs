@@ -64,6 +64,10 @@ pub(crate) struct UpArgs {
     replicas: Option<usize>,
     #[command(flatten)]
     cache: CacheArgs,
+    /// The directory below which `lora_path` of POST /v1/load_lora_adapter names adapters; default: adapters in the state
+    /// directory.
+    #[arg(long, value_name = "DIR")]
+    adapters: Option<PathBuf>,
     /// Where the HTTP API listens.
     #[arg(long, default_value = "127.0.0.1:8080")]
     listen: SocketAddr,
@@ -190,8 +194,12 @@ impl Cluster {
         scheduler.otlp_endpoint = args.otlp_endpoint.clone();
         let blobs = args.blobs.clone().unwrap_or_else(|| state.join("blobs").to_string_lossy().into_owned());
         scheduler.blobs = Some(blobs.clone());
+        let adapters = args.adapters.clone().unwrap_or_else(|| state.join("adapters"));
+        fs::create_dir_all(&adapters)
+            .with_context(|| format!("cannot create the directory of adapters {}", adapters.display()))?;
         let gateway = GatewayConfig {
             blobs: scheduler.blobs.clone(),
+            adapters: Some(fs::canonicalize(&adapters)?),
             model: directory.to_string_lossy().into_owned(),
             listen: args.listen,
             scheduler: scheduler.listen_gateways.clone(),

@@ -8,7 +8,7 @@
 use crate::collective::{Collective, CollectiveError};
 use crate::slice::RankSlice;
 use ashlar_kernels::{Kernels, PackedMatrix};
-use ashlar_vocabulary::{ModelShape, WeightType};
+use ashlar_vocabulary::{Bytes, ModelShape, WeightType};
 use std::collections::BTreeMap;
 use std::ops::Range;
 
@@ -255,6 +255,16 @@ impl Adapter {
         let layers = weights.layers.iter().map(layer).collect();
         Adapter { factor: weights.spec.factor(), rank, layers }
     }
+
+    /// Memory of the packed matrices.
+    pub fn bytes(&self) -> Bytes {
+        let pair = |pair: &PackedPair| pair.a.bytes() + pair.b.bytes();
+        Bytes(self.pairs().map(pair).sum::<usize>() as u64)
+    }
+
+    fn pairs(&self) -> impl Iterator<Item = &PackedPair> {
+        self.layers.iter().flat_map(|layer| layer.pairs.iter().flatten())
+    }
 }
 
 /// Rows of a step that an adapter changes.
@@ -272,6 +282,26 @@ pub(crate) struct AdapterWork {
     low: Vec<f32>,
     delta: Vec<f32>,
     gathered: Vec<f32>,
+}
+
+impl AdapterWork {
+    /// Makes room for steps of up to `rows` rows that all have `adapter`, in a group of `ranks`. Returns the words that its
+    /// products take of the kernels.
+    pub(crate) fn reserve(&mut self, adapter: &Adapter, rows: usize, ranks: usize) -> usize {
+        let outputs = adapter.pairs().map(|pair| pair.b.n()).max().unwrap_or(0);
+        grown(&mut self.low, rows * adapter.rank);
+        grown(&mut self.delta, rows * outputs);
+        if ranks > 1 {
+            grown(&mut self.gathered, rows * adapter.rank * ranks);
+        }
+        let words = |pair: &PackedPair| pair.a.scratch_words(rows).max(pair.b.scratch_words(rows));
+        adapter.pairs().map(words).max().unwrap_or(0)
+    }
+
+    /// Reserved values.
+    pub(crate) fn values(&self) -> usize {
+        self.low.len() + self.delta.len() + self.gathered.len()
+    }
 }
 
 /// The first `len` elements of a buffer that grows.

@@ -124,7 +124,16 @@ impl PeftAdapter {
     /// Reads an adapter's directory for a model of this shape; one without effect is refused.
     pub fn open(directory: &Path, shape: &ModelShape) -> Result<PeftAdapter, PeftError> {
         let config = read(&directory.join(CONFIG_FILE))?;
-        let adapter = PeftAdapter::parse(&config, &read(&directory.join(WEIGHTS_FILE))?, shape)?;
+        PeftAdapter::parse_effective(&config, &read(&directory.join(WEIGHTS_FILE))?, shape)
+    }
+
+    /// [`PeftAdapter::parse`] of an adapter that is to be served: one without effect is refused.
+    pub fn parse_effective(
+        config: &[u8],
+        tensors: &[u8],
+        shape: &ModelShape,
+    ) -> Result<PeftAdapter, PeftError> {
+        let adapter = PeftAdapter::parse(config, tensors, shape)?;
         if adapter.pairs.values().all(|pair| pair.b.iter().all(|&x| x == 0.0)) {
             return Err(PeftError::NoEffect);
         }

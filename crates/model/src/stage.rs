@@ -1,6 +1,6 @@
 //! A rank's share of the model: its layers, and embedding or head where it has them.
 
-use crate::adapter::{AdaptedRows, AdapterStep, AdapterWork};
+use crate::adapter::{AdaptedRows, Adapter, AdapterStep, AdapterWork};
 use crate::block::Block;
 use crate::collective::{Collective, CollectiveError};
 use crate::config::{ConfigError, ModelConfig, RopeScaling};
@@ -119,7 +119,10 @@ impl Workspace {
             &self.group_logits,
             &self.logits,
         ];
-        Bytes(4 * (buffers.iter().map(|b| b.len() as u64).sum::<u64>() + self.product_words as u64))
+        let adapters = self.adapters.values() as u64;
+        Bytes(
+            4 * (buffers.iter().map(|b| b.len() as u64).sum::<u64>() + adapters + self.product_words as u64),
+        )
     }
 }
 
@@ -326,6 +329,16 @@ impl StageModel {
             group_logits: vec![0.0; group_logits],
             logits: vec![0.0; whole_logits],
             hidden,
+        }
+    }
+
+    /// Makes room in a workspace of [`StageModel::workspace`] for steps of up to `rows` rows with `adapter`, so that the first of
+    /// them allocates nothing. What the workspace has for other adapters serves this one, too.
+    pub fn reserve_adapter(&self, adapter: &Adapter, rows: usize, work: &mut Workspace) {
+        let words = work.adapters.reserve(adapter, rows, self.slice.tensor_parallel_size);
+        if words > work.product_words {
+            work.product_words = words;
+            self.kernels.reserve(words);
         }
     }
 

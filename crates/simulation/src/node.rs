@@ -293,8 +293,10 @@ impl Node {
                     place.plans.push_back(*plan);
                 }
             }
-            ToNode::LoadAdapter { .. }
-            | ToNode::UnloadAdapter { .. }
+            ToNode::LoadAdapter { revision, adapter } => {
+                self.tell(FromNode::AdapterLoaded { revision, adapter, outcome: Ok(Bytes(1)) }, actions);
+            }
+            ToNode::UnloadAdapter { .. }
             | ToNode::OpenSession(_)
             | ToNode::Training { .. }
             | ToNode::Rejected(_) => {}

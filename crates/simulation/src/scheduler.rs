@@ -2,12 +2,13 @@
 
 use crate::process::{Action, Connection, Input, Message, Purpose, Timer};
 use ashlar_protocol::serving::FromScheduler;
+use ashlar_scheduler::adapters::AdaptersConfig;
 use ashlar_scheduler::cluster::{ClusterConfig, NodeConnection, TICK_MS};
 use ashlar_scheduler::director::{Director, Input as DirectorInput, Output};
 use ashlar_scheduler::engine::{EngineConfig, GatewayId};
 use ashlar_scheduler::jobs::JobsConfig;
 use ashlar_scheduler::time::Millis;
-use ashlar_vocabulary::LeaseTerm;
+use ashlar_vocabulary::{Bytes, LeaseTerm};
 use std::collections::BTreeMap;
 
 /// One life of the scheduler: one term.
@@ -30,7 +31,8 @@ impl Scheduler {
             max_jobs_running: 1,
             blobs: false,
         };
-        let director = Director::new(cluster, engine, jobs);
+        let director =
+            Director::new(cluster, engine, AdaptersConfig { max_adapters: 4, memory: Bytes(1 << 30) }, jobs);
         Scheduler { director, purposes: BTreeMap::new(), fenced_by: None, ups: 0, downs: 0 }
     }
 
@@ -96,7 +98,7 @@ impl Scheduler {
             }
             Output::Up(_) => self.ups += 1,
             Output::Down(..) => self.downs += 1,
-            Output::Problem(_) | Output::Jobs(_) => {}
+            Output::Problem(_) | Output::Jobs(_) | Output::PersistAdapter(..) | Output::Snapshot => {}
             Output::Fenced(by) => {
                 self.fenced_by = self.fenced_by.max(Some(by));
                 actions.push(Action::Restart);

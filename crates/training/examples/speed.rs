@@ -43,8 +43,9 @@ fn main() {
             let adapter = state.packed().clone();
             let start = Instant::now();
             let input = StageInput::Tokens(&ids);
-            let tape =
-                trainer.forward(&batch, input, Some(&adapter), keep, &mut SingleRank, &mut || Ok(())).unwrap();
+            let tape = trainer
+                .forward(&batch, input, Some(&adapter), keep, &mut SingleRank, &mut || Ok(()))
+                .unwrap();
             let (forward, bytes) = (start.elapsed(), tape.bytes());
             let (loss, gradient) =
                 trainer.loss(&targets, 1.0 / tokens as f32, tokens, &mut SingleRank).unwrap();

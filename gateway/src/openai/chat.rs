@@ -10,7 +10,7 @@ use super::logprobs::chat_logprobs;
 use super::respond::{AnswerHead, add_headers, check_min_tokens, finish_reason, read_body, token_budget};
 use super::stream;
 use super::usage::{receipt_json, usage_json};
-use crate::app::{App, unix_seconds};
+use crate::app::{App, ServedModel, unix_seconds};
 use crate::context::RequestContext;
 use crate::generation::{Generation, GenerationSpec, Output, PromptSpec};
 use crate::text::ModelText;
@@ -45,6 +45,7 @@ impl ChatForm {
 /// A request with all that takes time to derive from it.
 struct Prepared {
     request: ChatRequest,
+    served: ServedModel,
     prompt: Vec<TokenId>,
     constraint: Option<GrammarSpec>,
     reading: AnswerGrammar,
@@ -53,11 +54,11 @@ struct Prepared {
 impl Prepared {
     fn new(body: &[u8], app: &App) -> Result<Prepared, ApiError> {
         let request = ChatRequest::parse(body, &app.text, &app.config)?;
-        app.check_model(request.model.as_deref())?;
+        let served = app.served(request.model.as_deref())?;
         let rendered = render_chat(&app.text, &request.chat, request.tools.offered.as_ref())?;
         let prompt = encode_chat(&app.text, &rendered)?;
         let (constraint, reading) = answer_grammar(&request, &rendered, &app.text)?;
-        Ok(Prepared { request, prompt, constraint, reading })
+        Ok(Prepared { request, served, prompt, constraint, reading })
     }
 }
 
@@ -69,7 +70,7 @@ pub(crate) async fn chat_completions(
     let (parts, body) = request.into_parts();
     let body = read_body(&app, &parts.headers, body).await?;
     let worker = app.clone();
-    let Prepared { request, prompt, constraint, reading } =
+    let Prepared { request, served, prompt, constraint, reading } =
         app.work(move || Prepared::new(&body, &worker)).await?;
 
     let cluster = app.cluster()?;
@@ -78,7 +79,7 @@ pub(crate) async fn chat_completions(
         token_budget(context_max, prompt.len(), request.max_tokens, request.max_tokens_param, "messages")?;
     check_min_tokens(request.sampling.params.min_tokens, max_new_tokens)?;
     let seed = request.sampling.params.seed;
-    context.record(app.model_name(), &request.sampling.params, max_new_tokens);
+    context.record(&served.name, &request.sampling.params, max_new_tokens);
     let special = match (&request.tools.choice, request.sampling.skip_special_tokens) {
         (_, false) => SpecialTokens::Show,
         (ToolChoice::None, true) if app.text.tokenizer.reasoning().is_none() => SpecialTokens::Hide,
@@ -86,7 +87,7 @@ pub(crate) async fn chat_completions(
     };
     let object = if request.delivery.stream { "chat.completion.chunk" } else { "chat.completion" };
     let form = ChatForm {
-        head: AnswerHead::new(&app, &cluster, "chatcmpl-", context.id, object),
+        head: AnswerHead::new(&served, &cluster, "chatcmpl-", context.id, object),
         top_logprobs: request.sampling.params.top_logprobs,
         choices: request.sampling.n as usize,
         reading,
@@ -95,6 +96,7 @@ pub(crate) async fn chat_completions(
     sampling.params.grammar = constraint;
     let spec = GenerationSpec {
         id: context.id,
+        adapter: served.adapter,
         prompts: vec![PromptSpec { tokens: prompt.into(), max_new_tokens }],
         n: sampling.n,
         sampling: sampling.params,

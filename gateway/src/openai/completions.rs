@@ -43,14 +43,14 @@ pub(crate) async fn completions(
     let (parts, body) = request.into_parts();
     let body = read_body(&app, &parts.headers, body).await?;
     let worker = app.clone();
-    let request = app
+    let (request, served) = app
         .work(move || {
             let request = CompletionRequest::parse(&body, &worker.text, &worker.config)?;
-            worker.check_model(request.model.as_deref())?;
+            let served = worker.served(request.model.as_deref())?;
             if let Some(grammar) = &request.grammar {
                 worker.text.check_grammar(grammar, "response_format")?;
             }
-            Ok(request)
+            Ok((request, served))
         })
         .await?;
 
@@ -71,10 +71,10 @@ pub(crate) async fn completions(
     }
     let mut sampling = request.sampling;
     let seed = sampling.params.seed;
-    context.record(app.model_name(), &sampling.params, max_tokens);
+    context.record(&served.name, &sampling.params, max_tokens);
     sampling.params.grammar = request.grammar;
     let form = CompletionForm {
-        head: AnswerHead::new(&app, &cluster, "cmpl-", context.id, "text_completion"),
+        head: AnswerHead::new(&served, &cluster, "cmpl-", context.id, "text_completion"),
         prompts: request.prompts,
         n: sampling.n as usize,
         echo: request.echo,
@@ -83,6 +83,7 @@ pub(crate) async fn completions(
     };
     let spec = GenerationSpec {
         id: context.id,
+        adapter: served.adapter,
         prompts,
         n: sampling.n,
         sampling: sampling.params,

@@ -8,6 +8,9 @@ use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
 
+/// Most names that an error lists.
+const NAMED_MAX: usize = 16;
+
 /// An error as a client sees it: `{"error": {"message", "type", "param", "code"}}`.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{message}")]
@@ -44,7 +47,9 @@ impl ApiError {
     /// 404: this model is not served here.
     pub fn unknown_model(model: &str, served: &[String]) -> ApiError {
         let shown: String = model.chars().take(128).collect();
-        let message = format!("the model `{shown}` does not exist: use one of {}", served.join(", "));
+        let more = if served.len() > NAMED_MAX { ", …" } else { "" };
+        let served = served.get(..NAMED_MAX).unwrap_or(served).join(", ");
+        let message = format!("the model `{shown}` does not exist: use one of {served}{more}");
         ApiError { param: Some("model".to_owned()), ..ApiError::not_found(message, "model_not_found") }
     }
 

@@ -1,7 +1,7 @@
 //! What chat and completions do alike around a generation: the body, the token budget, identifiers, headers.
 
 use super::error::ApiError;
-use crate::app::{App, system_fingerprint, unix_seconds};
+use crate::app::{App, ServedModel, system_fingerprint, unix_seconds};
 use ashlar_protocol::serving::{ClusterSnapshot, FinishReason};
 use ashlar_vocabulary::RequestId;
 use axum::body::Body;
@@ -128,7 +128,7 @@ pub(crate) struct AnswerHead {
 
 impl AnswerHead {
     pub(crate) fn new(
-        app: &App,
+        served: &ServedModel,
         cluster: &ClusterSnapshot,
         prefix: &str,
         request: RequestId,
@@ -138,8 +138,8 @@ impl AnswerHead {
             id: format!("{prefix}{request}"),
             object,
             created: unix_seconds(),
-            model: app.model_name().to_owned(),
-            system_fingerprint: system_fingerprint(cluster),
+            model: served.name.clone(),
+            system_fingerprint: system_fingerprint(cluster, served),
         }
     }
 

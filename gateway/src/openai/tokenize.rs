@@ -78,7 +78,7 @@ async fn answer(
     let (value, unknown) = app
         .work(move || {
             let mut fields = Fields::parse(&body)?;
-            worker.check_model(fields.string("model")?.as_deref())?;
+            worker.served(fields.string("model")?.as_deref())?;
             let value = work(&worker, &mut fields)?;
             Ok((value, fields.unknown()))
         })

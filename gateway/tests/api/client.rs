@@ -78,7 +78,7 @@ async fn async_openai_uploads_and_tunes() {
     let file = client.files().create(upload).await.unwrap();
     assert_eq!((file.filename.as_str(), &file.purpose), ("train.jsonl", &OpenAIFilePurpose::FineTune));
     assert_eq!(client.files().retrieve(&file.id).await.unwrap(), file);
-    assert_eq!(client.files().list().await.unwrap().data, [file.clone()]);
+    assert_eq!(client.files().list().await.unwrap().data, std::slice::from_ref(&file));
     assert_eq!(client.files().content(&file.id).await.unwrap(), examples(10));
 
     let request = CreateFineTuningJobRequest {

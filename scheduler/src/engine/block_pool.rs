@@ -204,7 +204,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn hashes(count: usize) -> Vec<BlockHash> {
-        let mut chain = PrefixChain::new(&ModelDigest([0; 32]), 0);
+        let mut chain = PrefixChain::new(&ModelDigest([0; 32]), None, 0);
         chain.extend(count * 16, |position| position as u32);
         (0..count).filter_map(|index| chain.get(index).copied()).collect()
     }

@@ -3,7 +3,8 @@
 use super::budget::StageCost;
 use ashlar_protocol::serving::{ChoiceId, FromScheduler, Submit};
 use ashlar_protocol::step::{StepPlan, StepResult, StepTiming};
-use ashlar_vocabulary::{LeaseTerm, ModelDigest, ReplicaId, ReplicaRevision, StageIndex, StepId};
+use ashlar_vocabulary::{AdapterId, LeaseTerm, ModelDigest, ReplicaId, ReplicaRevision, StageIndex, StepId};
+use std::collections::BTreeSet;
 use std::fmt;
 
 /// Names one connection of a gateway; never reused.
@@ -90,6 +91,31 @@ pub enum Event {
         /// How it was spent.
         timing: StepTiming,
     },
+    /// These adapters may be asked for; submissions with others are refused.
+    AdaptersKnown(BTreeSet<AdapterId>),
+    /// Every rank of a replica has loaded an adapter: sequences with it may run there.
+    AdapterResident {
+        /// Which replica.
+        replica: ReplicaId,
+        /// Which adapter.
+        adapter: AdapterId,
+    },
+    /// A replica's ranks are about to forget an adapter that none of its sequences has.
+    AdapterGone {
+        /// Which replica.
+        replica: ReplicaId,
+        /// Which adapter.
+        adapter: AdapterId,
+    },
+    /// An adapter cannot be loaded.
+    AdapterFailed {
+        /// On this replica.
+        replica: ReplicaId,
+        /// Which adapter.
+        adapter: AdapterId,
+        /// For the clients that wait for it.
+        reason: String,
+    },
     /// Why nothing can be served, or `None` if that is over; shown to clients that are refused.
     Problem(Option<String>),
     /// From now on no submission is accepted; what is accepted goes on.
@@ -134,6 +160,13 @@ pub enum Effect {
         gateway: GatewayId,
         /// What.
         message: FromScheduler,
+    },
+    /// A sequence could run but for its adapter, which is not loaded there.
+    WantAdapter {
+        /// On this replica.
+        replica: ReplicaId,
+        /// Which.
+        adapter: AdapterId,
     },
     /// A replica broke the protocol and must be laid out anew. The engine has ended its requests.
     ReplicaFault {

@@ -23,11 +23,12 @@ pub use budget::StageCost;
 pub use events::{Effect, EngineConfig, Event, GatewayId, ReplicaUp};
 pub use prefix_cache::BLOCK_TOKENS;
 
+use crate::adapters::{Usage, Users};
 use crate::time::Millis;
 use ashlar_protocol::serving::{
     ChoiceId, FailureKind, FromScheduler, RequestFailure, SchedulerCounters, Submit,
 };
-use ashlar_vocabulary::{ReplicaId, SequenceId};
+use ashlar_vocabulary::{AdapterId, ReplicaId, SequenceId};
 use planner::Planner;
 use queue::{Enqueued, Order, Queue};
 use replica::Replica;
@@ -56,6 +57,8 @@ pub struct Engine {
     /// Choices that ended lately, by the connection that submitted them.
     ended: VecDeque<(GatewayId, ChoiceId)>,
     last_sequence: u64,
+    /// Adapters that may be asked for.
+    adapters: BTreeSet<AdapterId>,
     problem: Option<String>,
     draining: bool,
     counters: SchedulerCounters,
@@ -76,6 +79,7 @@ impl Engine {
             deadlines: BTreeSet::new(),
             ended: VecDeque::new(),
             last_sequence: 0,
+            adapters: BTreeSet::new(),
             problem: None,
             draining: false,
             counters: SchedulerCounters::default(),
@@ -106,6 +110,21 @@ impl Engine {
             Event::StepDone { replica, revision, stage, step, timing } => {
                 self.step_done(replica, revision, stage, step, &timing);
             }
+            Event::AdaptersKnown(adapters) => self.adapters = adapters,
+            Event::AdapterResident { replica, adapter } => {
+                if let Some(replica) = self.replicas.get_mut(&replica) {
+                    replica.wanted.remove(&adapter);
+                    replica.adapters.insert(adapter, now);
+                }
+            }
+            Event::AdapterGone { replica, adapter } => {
+                if let Some(replica) = self.replicas.get_mut(&replica) {
+                    replica.adapters.remove(&adapter);
+                }
+            }
+            Event::AdapterFailed { replica, adapter, reason } => {
+                self.adapter_failed(now, replica, adapter, &reason, effects);
+            }
             Event::Problem(problem) => self.problem = problem,
             Event::Drain => self.draining = true,
             Event::Abort { reason } => {
@@ -133,10 +152,13 @@ impl Engine {
                 sequences: &mut self.sequences,
                 queue: &mut self.queue,
                 counters: &mut self.counters,
+                wants: Vec::new(),
             };
             while let Some(plan) = planner.next_step() {
                 effects.push(Effect::SendStep { replica: id, plan: Box::new(plan) });
             }
+            let wants = planner.wants.into_iter();
+            effects.extend(wants.map(|adapter| Effect::WantAdapter { replica: id, adapter }));
             self.replicas.insert(id, replica);
         }
     }
@@ -199,6 +221,11 @@ impl Engine {
                 "this cluster serves model {}, not {}: submit again with the current digest",
                 self.config.model_digest, submit.model_digest
             );
+            return Err(self.failure(FailureKind::UnknownModel, message));
+        }
+        if let Some(adapter) = submit.adapter.filter(|adapter| !self.adapters.contains(adapter)) {
+            let message =
+                format!("the adapter {adapter} is not served any more: submit again with the current one");
             return Err(self.failure(FailureKind::UnknownModel, message));
         }
         if self.draining {
@@ -318,6 +345,32 @@ impl Engine {
         }
     }
 
+    /// Ends the sequences that wait for an adapter which cannot be loaded, unless another replica has it.
+    fn adapter_failed(
+        &mut self,
+        now: Millis,
+        id: ReplicaId,
+        adapter: AdapterId,
+        reason: &str,
+        effects: &mut Vec<Effect>,
+    ) {
+        if let Some(replica) = self.replicas.get_mut(&id) {
+            replica.wanted.remove(&adapter);
+        }
+        if self.replicas.values().any(|replica| replica.has(Some(adapter))) {
+            return;
+        }
+        let waits = |sequence: &&Sequence| {
+            matches!(sequence.state, State::Waiting) && sequence.submit.adapter == Some(adapter)
+        };
+        let waiting: Vec<SequenceId> =
+            self.sequences.values().filter(waits).map(|sequence| sequence.id).collect();
+        for id in waiting {
+            let message = format!("the adapter could not be loaded: {reason}");
+            self.fail(now, id, FailureKind::Unavailable, message, effects);
+        }
+    }
+
     fn expire(&mut self, now: Millis, effects: &mut Vec<Effect>) {
         while let Some(&(deadline, id)) = self.deadlines.first().filter(|(deadline, _)| *deadline <= now) {
             let waited =
@@ -350,6 +403,9 @@ impl Engine {
         let interval = now.since(self.last_end).min(10_000) as f64;
         self.end_interval_ms += 0.1 * (interval - self.end_interval_ms);
         self.last_end = now;
+        if let Some(replica) = sequence.replica().and_then(|replica| self.replicas.get_mut(&replica)) {
+            replica.used(sequence.submit.adapter, now);
+        }
         self.remember(sequence.gateway, sequence.submit.id);
     }
 
@@ -422,5 +478,17 @@ impl Engine {
             return Err(format!("{listed:?} choices and deadlines for {} sequences", self.sequences.len()));
         }
         Ok(())
+    }
+}
+
+impl Users for Engine {
+    fn usage(&self, replica: ReplicaId, adapter: AdapterId) -> Usage {
+        let with = || self.sequences.values().filter(|sequence| sequence.submit.adapter == Some(adapter));
+        let last = self.replicas.get(&replica).and_then(|replica| replica.adapters.get(&adapter));
+        Usage {
+            bound: with().any(|sequence| sequence.replica() == Some(replica)),
+            wanted: with().next().is_some(),
+            last: last.copied().unwrap_or_default(),
+        }
     }
 }

@@ -12,7 +12,7 @@ use super::sequence::{Sequence, State};
 use crate::time::Millis;
 use ashlar_protocol::serving::SchedulerCounters;
 use ashlar_protocol::step::{NewSequence, SequenceSlice, StepPlan};
-use ashlar_vocabulary::{ReplicaId, SequenceId, StepId};
+use ashlar_vocabulary::{AdapterId, ReplicaId, SequenceId, StepId};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Least rows that a waiting prompt gets in a step, whatever is predicted.
@@ -32,6 +32,8 @@ pub(super) struct Planner<'a> {
     pub(super) sequences: &'a mut BTreeMap<SequenceId, Sequence>,
     pub(super) queue: &'a mut Queue,
     pub(super) counters: &'a mut SchedulerCounters,
+    /// Adapters for want of which a sequence was not admitted, each told once.
+    pub(super) wants: Vec<AdapterId>,
 }
 
 /// A step under construction.
@@ -226,6 +228,14 @@ impl Planner<'_> {
             if count == 0 {
                 return;
             }
+            if let Some(adapter) = sequence.submit.adapter.filter(|adapter| !self.replica.has(Some(*adapter)))
+            {
+                // It could run, but for this; others need not wait with it.
+                if self.replica.wanted.insert(adapter) {
+                    self.wants.push(adapter);
+                }
+                continue;
+            }
             self.start(id, hit.blocks);
             self.push_slice(draft, id, count);
         }
@@ -244,12 +254,14 @@ impl Planner<'_> {
         filling > 0 && 2 * filling * BLOCK_TOKENS >= sequence.len() - hit * BLOCK_TOKENS
     }
 
-    /// Whether a new sequence belongs here: no other replica with room has more of it cached, or as much and less to do.
+    /// Whether a new sequence belongs here: no other replica with room has its adapter where this one has not, or more of it
+    /// cached, or as much and less to do.
     fn attracts(&self, sequence: &Sequence) -> bool {
         let hittable = self.hittable_blocks(sequence);
         let score = |replica: &Replica| {
             let cached = sequence.chain.find(&replica.pool, hittable).blocks;
-            (std::cmp::Reverse(cached), replica.running.len(), replica.id)
+            let lacks = !replica.has(sequence.submit.adapter);
+            (lacks, std::cmp::Reverse(cached), replica.running.len(), replica.id)
         };
         let own = score(self.replica);
         let admits = |replica: &&Replica| {
@@ -282,6 +294,7 @@ impl Planner<'_> {
             self.counters.prefix_cache_hits += cached_prompt as u64;
         }
         sequence.admit(self.replica.id, blocks, cached);
+        self.replica.used(sequence.submit.adapter, self.now);
         self.queue.remove(sequence.order);
         self.replica.running.insert(sequence.order, id);
     }
@@ -295,7 +308,7 @@ impl Planner<'_> {
             Some(told) => sequence.tokens_from(told),
             None => {
                 draft.new_sequences.push(NewSequence {
-                    adapter: None,
+                    adapter: sequence.submit.adapter,
                     id,
                     prompt: sequence.submit.prompt.clone(),
                     generated: sequence.generated.clone(),
@@ -329,7 +342,12 @@ impl Planner<'_> {
     }
 
     /// Closes the step: from now on it counts as sent, and the blocks it fills can be hit.
-    fn seal(&mut self, draft: Draft) -> StepPlan {
+    fn seal(&mut self, mut draft: Draft) -> StepPlan {
+        // Rows of one adapter beside each other make one product of it; results do not depend on their order.
+        let sequences = &*self.sequences;
+        draft
+            .slices
+            .sort_by_key(|slice| sequences.get(&slice.id).and_then(|sequence| sequence.submit.adapter));
         for id in &draft.members {
             let Some(sequence) = self.sequences.get_mut(id) else { continue };
             let State::Running(running) = &mut sequence.state else { continue };

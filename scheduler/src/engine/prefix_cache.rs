@@ -1,11 +1,11 @@
 //! Names for the content of KV blocks: chained hashes, so that an equal name means an equal prefix.
 //!
-//! A block's hash covers the model, the tenant's salt, and every token from the start of the sequence to the end of the
+//! A block's hash covers the model, the adapter, the tenant's salt, and every token from the start of the sequence to the end of the
 //! block. Only full blocks have one. Tenants with different salts never share a block, and so cannot learn from timing
 //! what others have asked.
 
 use super::block_pool::BlockPool;
-use ashlar_vocabulary::{ModelDigest, TokenId};
+use ashlar_vocabulary::{AdapterId, ModelDigest, TokenId};
 use std::fmt;
 
 /// Tokens per KV block.
@@ -34,11 +34,14 @@ pub struct PrefixChain {
 }
 
 impl PrefixChain {
-    /// The empty chain of a tenant.
-    pub fn new(model: &ModelDigest, tenant_salt: u64) -> PrefixChain {
+    /// The empty chain of a tenant, of the model alone or with an adapter.
+    pub fn new(model: &ModelDigest, adapter: Option<AdapterId>, tenant_salt: u64) -> PrefixChain {
         let mut hasher = blake3::Hasher::new_derive_key("ashlar kv block prefix 1");
         hasher.update(&model.0);
         hasher.update(&tenant_salt.to_le_bytes());
+        if let Some(AdapterId(blob)) = adapter {
+            hasher.update(&blob.0);
+        }
         PrefixChain { root: BlockHash(*hasher.finalize().as_bytes()), hashes: Vec::new() }
     }
 

@@ -6,8 +6,8 @@ use super::events::ReplicaUp;
 use super::prefix_cache::BLOCK_TOKENS;
 use super::queue::Order;
 use crate::time::Millis;
-use ashlar_vocabulary::{LeaseTerm, ReplicaId, ReplicaRevision, SequenceId, StepId};
-use std::collections::{BTreeMap, VecDeque};
+use ashlar_vocabulary::{AdapterId, LeaseTerm, ReplicaId, ReplicaRevision, SequenceId, StepId};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 /// A replica that is up.
 #[derive(Debug, Clone)]
@@ -34,6 +34,10 @@ pub struct Replica {
     pub ended: Vec<SequenceId>,
     /// Steps completed.
     pub steps: u64,
+    /// Adapters that every rank has, and when a sequence with them last began or ended here.
+    pub adapters: BTreeMap<AdapterId, Millis>,
+    /// Adapters that sequences wait for here and that have been asked for.
+    pub wanted: BTreeSet<AdapterId>,
 }
 
 /// A step that has been sent.
@@ -66,6 +70,20 @@ impl Replica {
             last_step: StepId(0),
             ended: Vec::new(),
             steps: 0,
+            adapters: BTreeMap::new(),
+            wanted: BTreeSet::new(),
+        }
+    }
+
+    /// Whether a sequence with this adapter could begin a step.
+    pub fn has(&self, adapter: Option<AdapterId>) -> bool {
+        adapter.is_none_or(|adapter| self.adapters.contains_key(&adapter))
+    }
+
+    /// A sequence with this adapter has begun or ended here.
+    pub fn used(&mut self, adapter: Option<AdapterId>, now: Millis) {
+        if let Some(last) = adapter.and_then(|adapter| self.adapters.get_mut(&adapter)) {
+            *last = now.max(*last);
         }
     }
 

@@ -108,7 +108,7 @@ impl Sequence {
             generated: submit.forced.clone(),
             order,
             deadline,
-            chain: PrefixChain::new(model, submit.tenant_salt),
+            chain: PrefixChain::new(model, submit.adapter, submit.tenant_salt),
             state: State::Waiting,
             history: History { arrival: now, ..History::default() },
             prompt_logprobs_from: 0,

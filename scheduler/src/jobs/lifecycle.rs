@@ -1,13 +1,13 @@
 //! From validation to the end: what owners and gateways do to a job, and what is begun when it can be.
 
 use super::events::Effect;
-use super::job::{self, Next, Phase, Validation};
+use super::job::{self, Job, Next, Phase, Validation};
 use super::{Jobs, names};
 use crate::engine::GatewayId;
 use crate::time::Millis;
 use ashlar_protocol::admin::{DataReport, JobError, JobEventKind, JobStatus, PreparedJob};
 use ashlar_protocol::serving::PrepareJob;
-use ashlar_vocabulary::JobId;
+use ashlar_vocabulary::{BlobId, JobId};
 
 /// Most jobs whose files are validated at once.
 const VALIDATING_MAX: usize = 4;
@@ -66,7 +66,7 @@ impl Jobs {
         }
     }
 
-    pub(super) fn prepared(&mut self, _: GatewayId, id: JobId, outcome: Result<PreparedJob, JobError>) {
+    pub(super) fn prepared(&mut self, id: JobId, outcome: Result<PreparedJob, JobError>) {
         let Some(job) = self.jobs.get_mut(id) else { return };
         // An answer that comes late, from a gateway that was given up, is as good.
         if !matches!(job.phase, Phase::Validating(_)) {
@@ -160,6 +160,8 @@ impl Jobs {
 
     /// Ends a job. Its state is not needed any more; its checkpoints stay.
     pub(super) fn end(&mut self, id: JobId, status: JobStatus, what: JobEventKind) {
+        let prepared: Vec<BlobId> =
+            self.jobs.get(id).and_then(Job::session).into_iter().flat_map(|open| open.prepared()).collect();
         self.close_session(id);
         let (unix_s, blobs) = (self.unix_s, self.config.blobs);
         let Some(job) = self.jobs.get_mut(id) else { return };
@@ -168,7 +170,7 @@ impl Jobs {
         record.finished_at = Some(unix_s);
         record.remaining_s = None;
         let held = job.held.take().map(|held| held.shards).unwrap_or_default();
-        let shards = std::mem::take(&mut record.shards).into_iter().chain(held);
+        let shards = std::mem::take(&mut record.shards).into_iter().chain(held).chain(prepared);
         job.saving.superseded.extend(shards.map(|shard| (record.steps, shard)));
         if record.steps > 0 && blobs {
             record.result_files = vec![names::results_file(id)];

@@ -107,7 +107,7 @@ impl Jobs {
             }
             Event::GatewayGone(gateway) => self.gateway_gone(gateway),
             Event::Admin { gateway, call, request } => self.admin((gateway, call), *request),
-            Event::Prepared { gateway, job, outcome } => self.prepared(gateway, job, *outcome),
+            Event::Prepared { gateway: _, job, outcome } => self.prepared(job, *outcome),
             Event::ReplicaUp(replica) => {
                 self.replicas.insert(replica.replica, replica);
             }
@@ -142,7 +142,8 @@ impl Jobs {
         for job in self.jobs.values() {
             references.adapters.extend(job.record.adapter);
             references.adapters.extend(job.record.checkpoints.iter().map(|checkpoint| checkpoint.adapter));
-            if !job.ended() {
+            // Until its end is durable, the stored record still refers to what the job needed.
+            if !job.ended() || self.active.contains(&job.record.request.id) {
                 references.blobs.extend(job.blobs());
             }
         }

@@ -89,6 +89,12 @@ pub struct SchedulerConfig {
     /// Most requests waiting; more are refused with 429.
     #[serde(default = "default_queue_max")]
     pub queue_max: usize,
+    /// Most adapters in a rank's memory at once; others stay registered, and are loaded when a request for them comes.
+    #[serde(default = "default_max_adapters")]
+    pub max_adapters: usize,
+    /// Most memory that adapters may take on a rank, in bytes.
+    #[serde(default = "default_adapter_memory_bytes")]
+    pub adapter_memory_bytes: u64,
     /// Deadline of requests that name none, in milliseconds.
     #[serde(default = "default_deadline_ms")]
     pub deadline_ms: u64,
@@ -151,6 +157,8 @@ impl SchedulerConfig {
             enable_prefix_caching: default_enable_prefix_caching(),
             step_target_ms: default_step_target_ms(),
             queue_max: default_queue_max(),
+            max_adapters: default_max_adapters(),
+            adapter_memory_bytes: default_adapter_memory_bytes(),
             deadline_ms: default_deadline_ms(),
             kv_memory_share: default_kv_memory_share(),
             silence_ms_max: default_silence_ms_max(),
@@ -173,6 +181,7 @@ impl SchedulerConfig {
             (self.step_target_ms >= 1, "step_target_ms must be at least 1"),
             (self.queue_max >= 1, "queue_max must be at least 1"),
             (self.max_jobs_running >= 1, "max_jobs_running must be at least 1"),
+            (self.max_adapters >= 1, "max_adapters must be at least 1"),
             (self.deadline_ms >= 1, "deadline_ms must be at least 1"),
             (
                 self.kv_memory_share > 0.0 && self.kv_memory_share <= 1.0,
@@ -231,6 +240,14 @@ fn default_step_target_ms() -> u64 {
 
 fn default_queue_max() -> usize {
     1024
+}
+
+fn default_max_adapters() -> usize {
+    16
+}
+
+fn default_adapter_memory_bytes() -> u64 {
+    1 << 30
 }
 
 fn default_deadline_ms() -> u64 {

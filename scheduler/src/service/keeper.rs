@@ -41,6 +41,12 @@ impl Keeper {
     pub(super) fn give(&self, wish: Effect) -> bool {
         self.wishes.try_send(wish).is_ok()
     }
+
+    /// Stops; what is not done is done under the next term, or swept.
+    pub(super) async fn finish(&mut self) {
+        self.task.abort();
+        let _ = (&mut self.task).await;
+    }
 }
 
 impl Drop for Keeper {

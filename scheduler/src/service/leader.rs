@@ -3,7 +3,9 @@
 use super::archive::{Answer, Archive};
 use super::connection::{Arrival, Frame, GatewayArrival, NodeArrival, Peer};
 use super::keeper::Keeper;
+use super::records::{Records, Written};
 use super::spans::Spans;
+use crate::adapters::{AdapterRecord, AdaptersConfig};
 use crate::cluster::{ClusterConfig, NodeConnection, TICK_MS};
 use crate::director::{Director, Input, Output};
 use crate::engine::{EngineConfig, GatewayId};
@@ -39,12 +41,14 @@ pub(super) struct Sources {
     pub(super) nodes: mpsc::Receiver<NodeArrival>,
     pub(super) gateways: mpsc::Receiver<GatewayArrival>,
     pub(super) answers: mpsc::Receiver<Answer>,
+    pub(super) written: mpsc::Receiver<Written>,
 }
 
 /// Who does what takes time.
 pub(super) struct Performers {
     pub(super) archive: Archive,
     pub(super) keeper: Keeper,
+    pub(super) records: Records,
 }
 
 /// The director and its connections.
@@ -66,15 +70,15 @@ pub(super) struct Leader {
 }
 
 impl Leader {
+    /// A leader whom nobody has joined; `stored` is what the store knew of adapters.
     pub(super) fn new(
-        cluster: ClusterConfig,
-        engine: EngineConfig,
-        jobs: JobsConfig,
+        (cluster, engine, adapters, jobs): (ClusterConfig, EngineConfig, AdaptersConfig, JobsConfig),
         performers: Performers,
+        stored: Vec<(String, AdapterRecord)>,
     ) -> Leader {
-        Leader {
+        let mut leader = Leader {
             clock: SystemClock::new(),
-            director: Director::new(cluster, engine, jobs),
+            director: Director::new(cluster, engine, adapters, jobs),
             nodes: BTreeMap::new(),
             gateways: BTreeMap::new(),
             outputs: Vec::new(),
@@ -86,7 +90,9 @@ impl Leader {
             last_snapshot: None,
             last_snapshot_at: Millis(0),
             snapshot_due: false,
-        }
+        };
+        leader.apply(Input::StoredAdapters(stored));
+        leader
     }
 
     /// Leads until the process shall end, the lease is lost, or a node obeys a higher term.
@@ -109,6 +115,7 @@ impl Leader {
                 Some(arrival) = sources.nodes.recv() => self.node(arrival),
                 Some(arrival) = sources.gateways.recv() => self.gateway(arrival),
                 Some(answer) = sources.answers.recv() => self.answer(answer),
+                Some(written) = sources.written.recv() => self.written(written),
                 () = &mut lease_lost => {
                     // A shutdown that has begun is not begun again under another term.
                     let ended = if drain_until.is_some() { Ended::Drained } else { Ended::LeaseLost };
@@ -151,6 +158,7 @@ impl Leader {
         self.apply(Input::Abort(format!("{reason}: try again shortly")));
         self.perform();
         self.performers.archive.finish().await;
+        self.performers.keeper.finish().await;
         let peers = self.nodes.into_values().chain(self.gateways.into_values());
         for peer in peers {
             peer.close().await;
@@ -229,6 +237,11 @@ impl Leader {
         }
     }
 
+    fn written(&mut self, written: Written) {
+        self.performers.records.note(&written);
+        self.apply(Input::AdapterPersisted(written.name, written.outcome));
+    }
+
     fn drop_gateway(&mut self, gateway: GatewayId) {
         self.gateways.remove(&gateway);
         self.spans.gateway_gone(gateway);
@@ -278,6 +291,16 @@ impl Leader {
                 }
                 self.snapshot_due = true;
             }
+            Output::PersistAdapter(name, record) => {
+                match record.as_ref().and_then(|record| record.generations.last()) {
+                    Some(view) => {
+                        tracing::info!(%name, generation = view.generation, adapter = %view.adapter, "serving an adapter");
+                    }
+                    None => tracing::info!(%name, "unloading an adapter"),
+                }
+                self.performers.records.write(name, record);
+            }
+            Output::Snapshot => self.send_snapshot(),
             Output::Fenced(by) => self.fenced = Some(by),
         }
     }

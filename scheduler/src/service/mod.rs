@@ -1,8 +1,8 @@
 //! The shell around the cores: sockets, lease, clock. It decides nothing.
 //!
 //! Layout: [`config`](SchedulerConfig) (what it is told), `leader` (the one task that owns both cores: select, handle,
-//! perform), `connection` (a reader and a writer task per socket), `lease` (under which term it leads), `archive` (records in the
-//! store, in order) with `keeper` (blobs), `spans` (traces).
+//! perform), `connection` (a reader and a writer task per socket), `lease` (under which term it leads), `archive` (jobs' records in the
+//! store, in order) with `keeper` (blobs), `records` (what is served, in the store), `spans` (traces).
 //!
 //! Nodes and gateways connect to addresses of their own ([`SchedulerConfig::listen_nodes`],
 //! [`SchedulerConfig::listen_gateways`]): what may speak to which is then a matter of the network, too. A gateway's first
@@ -17,18 +17,21 @@ mod connection;
 mod keeper;
 mod leader;
 mod lease;
+mod records;
 mod spans;
 
 pub use config::{ModelCard, SchedulerConfig};
 
+use crate::adapters::AdaptersConfig;
 use crate::cluster::{ClusterConfig, NodeConnection};
 use crate::engine::{EngineConfig, GatewayId};
 use crate::jobs::JobsConfig;
 use ashlar_store::blobs::{self, BlobError, BlobOptions, Blobs};
 use ashlar_store::{Lease, Store, StoreError};
-use ashlar_vocabulary::LeaseTerm;
+use ashlar_vocabulary::{Bytes, LeaseTerm};
 use connection::{INBOX_MESSAGES_MAX, Numbers, accept};
 use leader::{Ended, Leader, Performers, Sources};
+use records::Records;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -162,6 +165,8 @@ impl Scheduler {
 
     /// One term of leading. Connections do not outlive it: peers come back and meet the next term.
     async fn lead(&self, lease: &Lease, shutdown: impl Future<Output = ()>) -> Ended {
+        // Before anybody is served: a request for an adapter is not to be refused as unknown.
+        let (records, stored, written) = Records::open(self.store.clone()).await;
         let (node_sender, nodes) = mpsc::channel(INBOX_MESSAGES_MAX);
         let (gateway_sender, gateways) = mpsc::channel(INBOX_MESSAGES_MAX);
         let numbers = Arc::new(Numbers::default());
@@ -175,15 +180,17 @@ impl Scheduler {
         let (answer, answers) = mpsc::channel(archive::ANSWERS_MAX);
         let archive = archive::Archive::start(self.store.clone(), lease.term, answer.clone());
         let keeper = keeper::Keeper::start(self.store.clone(), self.blobs.clone(), answer);
-        let performers = Performers { archive, keeper };
-        let leader = Leader::new(
+        let performers = Performers { archive, keeper, records };
+        let config = (
             self.cluster_config(lease),
             self.engine_config(),
+            self.adapters_config(),
             self.jobs_config(lease),
-            performers,
         );
+        let leader = Leader::new(config, performers, stored);
         let grace = Duration::from_millis(self.config.drain_grace_ms);
-        let ended = leader.lead(Sources { nodes, gateways, answers }, lease_lost, shutdown, grace).await;
+        let sources = Sources { nodes, gateways, answers, written };
+        let ended = leader.lead(sources, lease_lost, shutdown, grace).await;
         stop_keeping.abort();
         ended
     }
@@ -226,6 +233,13 @@ impl Scheduler {
             model_digest: self.model.digest,
             max_jobs_running: self.config.max_jobs_running,
             blobs: self.blobs.is_some(),
+        }
+    }
+
+    fn adapters_config(&self) -> AdaptersConfig {
+        AdaptersConfig {
+            max_adapters: self.config.max_adapters,
+            memory: Bytes(self.config.adapter_memory_bytes),
         }
     }
 

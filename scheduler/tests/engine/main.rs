@@ -1,5 +1,6 @@
 //! The engine against ranks of our own, whose KV cache remembers what was written where.
 
+mod adapters;
 mod lifecycle;
 mod limits;
 mod micro_batches;

@@ -7,7 +7,7 @@ pub(crate) use ashlar_scheduler::engine::EngineConfig;
 use ashlar_scheduler::engine::{Effect, Engine, Event, GatewayId, ReplicaUp, StageCost};
 use ashlar_scheduler::time::Millis;
 use ashlar_vocabulary::{
-    LeaseTerm, ModelDigest, ReplicaId, ReplicaRevision, RequestId, SamplingParams, TokenId,
+    AdapterId, LeaseTerm, ModelDigest, ReplicaId, ReplicaRevision, RequestId, SamplingParams, TokenId,
 };
 use std::collections::{BTreeMap, VecDeque};
 
@@ -47,6 +47,8 @@ pub(crate) struct World {
     pub(crate) replicas: BTreeMap<u32, Replica>,
     pub(crate) heard: BTreeMap<ChoiceId, Heard>,
     pub(crate) faults: Vec<String>,
+    /// Adapters that were asked for, by replica.
+    pub(crate) wants: Vec<(u32, AdapterId)>,
     /// Time of a stage for a step of this many rows.
     pub(crate) stage_ms: fn(usize) -> u64,
 }
@@ -98,6 +100,7 @@ impl World {
             replicas: BTreeMap::new(),
             heard: BTreeMap::new(),
             faults: Vec::new(),
+            wants: Vec::new(),
             stage_ms: |_| 10,
         }
     }
@@ -154,6 +157,7 @@ impl World {
                     assert_eq!(gateway, GATEWAY);
                     self.hear(message);
                 }
+                Effect::WantAdapter { replica, adapter } => self.wants.push((replica.0, adapter)),
                 Effect::ReplicaFault { reason, .. } => self.faults.push(reason),
             }
         }

@@ -26,9 +26,15 @@ fn disturb(world: &mut World, dice: &mut Dice, jobs: &[JobId]) {
                 world.hear(talkative[dice.below(talkative.len() as u64) as usize]);
             }
         }
-        500..700 => drop(world.store_works()),
-        700..760 => drop(world.prepare_one()),
-        760..820 => drop(world.publish_one()),
+        500..700 => {
+            world.store_works();
+        }
+        700..760 => {
+            world.prepare_one();
+        }
+        760..820 => {
+            world.publish_one();
+        }
         820..900 => {
             let ms = dice.below(3_000);
             world.pass(ms);
@@ -136,9 +142,11 @@ fn a_rank_that_babbles_harms_no_job() {
         TrainingReport::Failed { message: "ä".repeat(5_000), retry: true },
     ] {
         world.say(id, report);
-        world.settle();
+        let rank = world.talkative()[0];
+        world.hear(rank);
+        while world.store_works() {}
         world.pass(30_000);
-        world.settle();
     }
+    world.settle();
     assert_eq!(world.status(id), JobStatus::Succeeded);
 }

@@ -636,8 +636,4 @@ impl World {
         };
         self.events(id).iter().map(short).collect()
     }
-
-    pub(crate) fn story_has(&mut self, id: JobId, what: &str) -> bool {
-        self.story(id).iter().any(|one| one == what)
-    }
 }

@@ -104,9 +104,9 @@ impl Sessions {
         let (works, for_works) = sync_channel(WORK_QUEUE);
         let (arrivals, for_arrivals) = sync_channel(ARRIVALS_MAX);
         let inbox = Inbox { works: for_works, arrivals: for_arrivals };
-        let (came, waiting) = std::mem::take(&mut state.waiting).into_iter().partition(|(of, _)| *of == id);
+        let (came, waiting): (Vec<_>, Vec<_>) =
+            std::mem::take(&mut state.waiting).into_iter().partition(|(of, _)| *of == id);
         state.waiting = waiting;
-        let came: Vec<(SessionId, Arrival)> = came;
         // No more than its queue holds.
         came.into_iter().for_each(|(_, arrival)| drop(arrivals.try_send(arrival)));
         let alarm = Alarm::new();

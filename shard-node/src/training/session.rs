@@ -217,7 +217,7 @@ impl<'a> Session<'a> {
         }
         let (adapter, usable) = whole.adapter()?;
         let unwritable = |error: PeftError| refused(error.to_string());
-        let (config, weights) = adapter.files(&self.place.model_name).map_err(unwritable)?;
+        let (config, weights) = adapter.files(base_name(&self.place.model_name)).map_err(unwritable)?;
         let mut manifest = Manifest::default();
         let mut add = |name: &str, bytes: &[u8]| -> Result<(), SessionError> {
             let stored = self.storage.put(bytes)?;
@@ -295,4 +295,14 @@ fn check_places(open: &OpenSession, slice: &RankSlice) -> Result<(), SessionErro
         return Err(refused("the session names other ranks than the layout has"));
     }
     Ok(())
+}
+
+/// What an adapter's files call the model: a hub's id, or the name of a directory wherever it lies, so that the same training gives
+/// the same files.
+fn base_name(model: &str) -> &str {
+    let path = std::path::Path::new(model);
+    if !path.is_absolute() {
+        return model;
+    }
+    path.file_name().and_then(std::ffi::OsStr::to_str).unwrap_or(model)
 }

@@ -58,7 +58,7 @@ impl Display {
     }
 
     fn step(&mut self, step: u64, steps: u64, data: &Value, message: &str) {
-        self.rate.step(step, data["tokens"].as_u64().unwrap_or(0), Instant::now());
+        self.rate.step(data["tokens"].as_u64().unwrap_or(0), Instant::now());
         let mut figures = match data["train_loss"].as_f64() {
             Some(loss) => format!("loss {loss:.4}"),
             None => "loss ?".to_owned(),
@@ -102,34 +102,44 @@ impl Display {
     }
 }
 
-/// Speed of the last steps. Events that come at once are history and tell nothing of it.
+/// Speed of the last steps. Events come in batches; the first batch is history and tells nothing of it.
 #[derive(Debug, Default)]
 struct Rate {
-    last: Option<(u64, Instant)>,
-    /// Mean seconds of a step and tokens per second; later steps count more.
+    /// When the batch before the last one came.
+    before: Option<Instant>,
+    /// When the last one came, with its steps and tokens.
+    last: Option<(Instant, u64, u64)>,
+    /// Mean seconds of a step and of a token; later ones count more.
     mean: Option<(f64, f64)>,
 }
 
 impl Rate {
-    fn step(&mut self, step: u64, tokens: u64, now: Instant) {
+    fn step(&mut self, tokens: u64, now: Instant) {
         const WEIGHT: f64 = 0.2;
-        const HISTORY: Duration = Duration::from_millis(20);
-        let Some((before, at)) = self.last.replace((step, now)) else { return };
-        let (steps, passed) = (step.saturating_sub(before), now.duration_since(at));
-        if steps == 0 || passed < HISTORY {
+        const SAME_BATCH: Duration = Duration::from_millis(20);
+        let Some((at, steps, sum)) = &mut self.last else {
+            self.last = Some((now, 1, tokens));
+            return;
+        };
+        if now.duration_since(*at) < SAME_BATCH {
+            (*steps, *sum) = (*steps + 1, *sum + tokens);
             return;
         }
-        let seconds = passed.as_secs_f64() / steps as f64;
-        let speed = tokens as f64 / seconds;
-        self.mean = Some(match self.mean {
-            None => (seconds, speed),
-            Some((s, t)) => (s + WEIGHT * (seconds - s), t + WEIGHT * (speed - t)),
-        });
+        if let Some(before) = self.before {
+            let passed = at.duration_since(before).as_secs_f64();
+            let (step, token) = (passed / *steps as f64, passed / (*sum).max(1) as f64);
+            self.mean = Some(match self.mean {
+                None => (step, token),
+                Some((s, t)) => (s + WEIGHT * (step - s), t + WEIGHT * (token - t)),
+            });
+        }
+        self.before = Some(*at);
+        self.last = Some((now, 1, tokens));
     }
 
     /// Tokens per second, and the time of a step.
     fn now(&self) -> Option<(f64, Duration)> {
-        self.mean.map(|(seconds, speed)| (speed, Duration::from_secs_f64(seconds)))
+        self.mean.map(|(step, token)| (1.0 / token, Duration::from_secs_f64(step)))
     }
 }
 
@@ -163,15 +173,18 @@ mod tests {
     use serde_json::json;
 
     #[test]
-    fn the_rate_is_of_steps_that_were_waited_for() {
+    fn speed_counts_every_step_of_a_batch_but_no_history() {
         let mut rate = Rate::default();
         let start = Instant::now();
-        // History arrives at once.
-        (1..=5).for_each(|step| rate.step(step, 100, start));
+        let at = |ms: u64| start + Duration::from_millis(ms);
+        // Ten steps at once, from before; then four steps of 50 tokens every two seconds.
+        (0..10).for_each(|_| rate.step(50, at(0)));
         assert!(rate.now().is_none());
-        rate.step(6, 100, start + Duration::from_secs(2));
+        for batch in 1..5 {
+            (0..4).for_each(|_| rate.step(50, at(2000 * batch)));
+        }
         let (tokens_per_s, step_time) = rate.now().unwrap();
-        assert!((tokens_per_s - 50.0).abs() < 1e-9 && step_time == Duration::from_secs(2));
+        assert!((tokens_per_s - 100.0).abs() < 1e-6 && step_time == Duration::from_millis(500));
     }
 
     #[test]

@@ -69,6 +69,13 @@ pub struct Blobs {
     pub(super) blob_bytes_max: u64,
 }
 
+impl std::fmt::Debug for Blobs {
+    /// Not where they are: an address may hold a secret.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Blobs")
+    }
+}
+
 impl Blobs {
     pub(super) fn new(backend: impl Backend, options: &BlobOptions) -> Blobs {
         let blob_bytes_max = options.blob_bytes_max.min(backend.object_bytes_max());

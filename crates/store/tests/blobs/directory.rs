@@ -73,7 +73,7 @@ async fn addresses_name_directories() {
     let same = open(&format!("file://{path}"), &options()).await.unwrap();
     assert_eq!(same.size(info.id).await, Ok(Some(3)));
     for wrong in ["", "file://relative/path", "ftp://hidden-word/x", "redis://:hidden-word@host/"] {
-        let error = open(wrong, &options()).await.err().expect(wrong);
+        let error = open(wrong, &options()).await.expect_err(wrong);
         assert!(matches!(error, BlobError::Address(_)), "{wrong}: {error}");
         assert!(!error.to_string().contains("hidden-word"), "{error}");
     }

@@ -119,7 +119,7 @@ mod tests {
             "",
             "file-",
             "file-7",
-            &hex[..],
+            hex,
             &format!("file-{}", hex.to_uppercase()),
             "file-+123456789abcdef0123456789abcdef",
         ] {

@@ -1,0 +1,374 @@
+//! Which adapters are served under which names, and which are in the ranks' memory, as a pure function of events.
+//!
+//! Layout: [`events`] (what goes in and out), `residents` (what is in memory where).
+//!
+//! A name is published in two phases: it is shown to gateways once every rank of every replica that serves has loaded its
+//! share and the store has the record. If one cannot, the caller hears why, and the others give theirs up.
+//!
+//! **Invariants:** no tokio, clock, randomness or I/O. A published generation's adapter never changes. An adapter is taken
+//! from ranks only while no sequence that they know has it, and the engine hears of it first. At most one change of a name
+//! is under way.
+
+pub mod events;
+mod residents;
+
+pub use events::{AdapterRecord, AdaptersConfig, Caller, Effect, Event, Usage, Users};
+
+use crate::time::Millis;
+use ashlar_protocol::admin::{AdapterView, AdminFailure, AdminFailureKind, AdminReply, LoadAdapter};
+use ashlar_vocabulary::{AdapterId, ReplicaId};
+use residents::{Begun, Loaded, Residents};
+use std::collections::{BTreeMap, BTreeSet};
+
+/// Most names: every gateway is told all of them, again and again.
+pub const NAMES_MAX: usize = 256;
+/// Longest name, in bytes.
+pub const NAME_BYTES_MAX: usize = 256;
+/// Longest description of where an adapter came from, in bytes.
+const ROOT_BYTES_MAX: usize = 4096;
+/// Generations of a name that can be rolled back to, the served one included.
+pub const GENERATIONS_KEPT: usize = 8;
+/// How long ranks may take to load an adapter that a caller waits for, in milliseconds.
+pub const LOAD_MS_MAX: u64 = 300_000;
+
+/// Names and what is in memory.
+#[derive(Debug, Clone)]
+pub struct Adapters {
+    names: BTreeMap<String, AdapterRecord>,
+    changes: BTreeMap<String, Change>,
+    residents: Residents,
+}
+
+/// A change of a name under way.
+#[derive(Debug, Clone)]
+struct Change {
+    caller: Caller,
+    since: Millis,
+    /// What is to be stored; `None` to delete.
+    record: Option<AdapterRecord>,
+    phase: Phase,
+}
+
+#[derive(Debug, Clone)]
+enum Phase {
+    /// These replicas have not loaded it yet.
+    Loading { adapter: AdapterId, missing: BTreeSet<ReplicaId> },
+    /// The store is at it.
+    Storing,
+}
+
+fn refused(kind: AdminFailureKind, message: impl Into<String>) -> AdminFailure {
+    AdminFailure { kind, message: message.into() }
+}
+
+impl AdapterRecord {
+    fn served(&self) -> Option<&AdapterView> {
+        self.generations.last()
+    }
+}
+
+impl Adapters {
+    /// Without names.
+    pub fn new(config: AdaptersConfig) -> Adapters {
+        Adapters { names: BTreeMap::new(), changes: BTreeMap::new(), residents: Residents::new(config) }
+    }
+
+    /// What is served, by name.
+    pub fn views(&self) -> Vec<AdapterView> {
+        self.names.values().filter_map(AdapterRecord::served).cloned().collect()
+    }
+
+    /// Every adapter that is served, or was and can be served again.
+    pub fn referenced(&self) -> impl Iterator<Item = AdapterId> {
+        self.names.values().flat_map(|record| &record.generations).map(|view| view.adapter)
+    }
+
+    /// Applies one event.
+    pub fn handle(&mut self, now: Millis, event: Event, users: &dyn Users, effects: &mut Vec<Effect>) {
+        match event {
+            Event::Stored(records) => {
+                self.names = records.into_iter().filter(|(_, record)| record.served().is_some()).collect();
+                self.tell_known(effects);
+                effects.push(Effect::Published);
+            }
+            Event::Load(caller, load) => {
+                let begun = self.load(now, caller, load, users, effects);
+                answer_refusal(caller, begun, effects);
+            }
+            Event::Unload { caller, name, expected_generation } => {
+                let begun = self.unload(now, caller, name, expected_generation, effects);
+                answer_refusal(caller, begun, effects);
+            }
+            Event::RollBack { caller, name, to_generation, expected_generation } => {
+                let begun = self
+                    .earlier(&name, to_generation, expected_generation)
+                    .and_then(|load| self.load(now, caller, load, users, effects));
+                answer_refusal(caller, begun, effects);
+            }
+            Event::ReplicaUp { replica, revision, ranks } => {
+                self.residents.up(replica, revision, ranks);
+                let served = self.names.values().filter_map(AdapterRecord::served).map(|view| view.adapter);
+                let served: BTreeSet<AdapterId> = served.collect();
+                for adapter in served.into_iter().take(self.residents.config().max_adapters) {
+                    self.residents.load(replica, adapter, users, effects);
+                }
+            }
+            Event::ReplicaDown { replica } => {
+                self.residents.down(replica);
+                self.loaded(replica, None, &Loaded::Ready, effects);
+            }
+            Event::Answer { connection, revision, adapter, outcome } => {
+                let loaded = self.residents.answer(connection, revision, adapter, outcome, users, effects);
+                if let Some((replica, loaded)) = loaded {
+                    self.loaded(replica, Some(adapter), &loaded, effects);
+                }
+            }
+            Event::Wanted { replica, adapter } => {
+                self.residents.want(replica, adapter);
+                self.residents.load_wanted(users, effects);
+            }
+            Event::Persisted { name, outcome } => self.persisted(&name, outcome, effects),
+            Event::Tick => {
+                self.expire(now, effects);
+                self.load_missing(users, effects);
+                self.residents.load_wanted(users, effects);
+                self.sweep(users, effects);
+            }
+        }
+    }
+
+    /// Begins to serve an adapter: as the first generation of its name, or the next one.
+    fn load(
+        &mut self,
+        now: Millis,
+        caller: Caller,
+        load: LoadAdapter,
+        users: &dyn Users,
+        effects: &mut Vec<Effect>,
+    ) -> Result<(), AdminFailure> {
+        let LoadAdapter { name, adapter, root, created_at, replace, expected_generation } = load;
+        let printable = name.bytes().all(|byte| byte.is_ascii_graphic());
+        if name.is_empty() || name.len() > NAME_BYTES_MAX || !printable {
+            let message = format!(
+                "an adapter's name has 1 to {NAME_BYTES_MAX} printable ASCII characters and no space: choose another"
+            );
+            return Err(refused(AdminFailureKind::Invalid, message));
+        }
+        if root.len() > ROOT_BYTES_MAX {
+            return Err(refused(AdminFailureKind::Invalid, "the adapter's path is too long: shorten it"));
+        }
+        self.check_change(&name, expected_generation)?;
+        let mut record = self.names.get(&name).cloned().unwrap_or(AdapterRecord { generations: Vec::new() });
+        let last = record.served().map(|view| view.generation);
+        if last.is_some() && !replace {
+            let message = format!(
+                "an adapter `{name}` is loaded already: unload it first, or replace it with load_inplace"
+            );
+            return Err(refused(AdminFailureKind::Invalid, message));
+        }
+        if last.is_none() && self.names.len() + self.changes.len() >= NAMES_MAX {
+            let message = format!("{NAMES_MAX} adapters are registered already: unload one");
+            return Err(refused(AdminFailureKind::Full, message));
+        }
+        let missing = self.residents.replicas();
+        if missing.is_empty() {
+            let message = "no replica is ready to load the adapter: try again shortly";
+            return Err(refused(AdminFailureKind::Unavailable, message));
+        }
+        let generation = last.unwrap_or(0) + 1;
+        record.generations.push(AdapterView { name: name.clone(), generation, adapter, root, created_at });
+        let over = record.generations.len().saturating_sub(GENERATIONS_KEPT);
+        record.generations.drain(..over);
+        let phase = Phase::Loading { adapter, missing };
+        self.changes.insert(name, Change { caller, since: now, record: Some(record), phase });
+        self.load_missing(users, effects);
+        Ok(())
+    }
+
+    /// What serving an earlier generation again means.
+    fn earlier(
+        &self,
+        name: &str,
+        to_generation: u64,
+        expected_generation: Option<u64>,
+    ) -> Result<LoadAdapter, AdminFailure> {
+        let unknown = || refused(AdminFailureKind::NotFound, format!("no adapter `{name}` is loaded"));
+        let record = self.names.get(name).ok_or_else(unknown)?;
+        let earlier = record.generations.iter().find(|view| view.generation == to_generation);
+        let earlier = earlier.ok_or_else(|| {
+            let kept: Vec<String> =
+                record.generations.iter().map(|view| view.generation.to_string()).collect();
+            let message = format!(
+                "generation {to_generation} of `{name}` is not kept: choose one of {}",
+                kept.join(", ")
+            );
+            refused(AdminFailureKind::NotFound, message)
+        })?;
+        Ok(LoadAdapter {
+            name: name.to_owned(),
+            adapter: earlier.adapter,
+            root: earlier.root.clone(),
+            created_at: earlier.created_at,
+            replace: true,
+            expected_generation,
+        })
+    }
+
+    fn unload(
+        &mut self,
+        now: Millis,
+        caller: Caller,
+        name: String,
+        expected_generation: Option<u64>,
+        effects: &mut Vec<Effect>,
+    ) -> Result<(), AdminFailure> {
+        if !self.names.contains_key(&name) && !self.changes.contains_key(&name) {
+            return Err(refused(AdminFailureKind::NotFound, format!("no adapter `{name}` is loaded")));
+        }
+        self.check_change(&name, expected_generation)?;
+        let change = Change { caller, since: now, record: None, phase: Phase::Storing };
+        self.changes.insert(name.clone(), change);
+        effects.push(Effect::Persist { name, record: None });
+        Ok(())
+    }
+
+    /// Whether a name may be changed now by someone who expects `expected` to be served.
+    fn check_change(&self, name: &str, expected: Option<u64>) -> Result<(), AdminFailure> {
+        if self.changes.contains_key(name) {
+            let message = format!("the adapter `{name}` is being changed: try again when that is done");
+            return Err(refused(AdminFailureKind::Conflict, message));
+        }
+        let served = self.names.get(name).and_then(AdapterRecord::served).map(|view| view.generation);
+        match expected {
+            Some(expected) if expected != served.unwrap_or(0) => {
+                let message = format!(
+                    "generation {} of `{name}` is served, not {expected}: look at what it is and decide anew",
+                    served.unwrap_or(0)
+                );
+                Err(refused(AdminFailureKind::Conflict, message))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Begins what changes wait for and could not be begun for want of room; finds what is there meanwhile.
+    fn load_missing(&mut self, users: &dyn Users, effects: &mut Vec<Effect>) {
+        let mut ready = Vec::new();
+        for change in self.changes.values() {
+            let Phase::Loading { adapter, missing } = &change.phase else { continue };
+            for &replica in missing {
+                if self.residents.load(replica, *adapter, users, effects) == Begun::Ready {
+                    ready.push((replica, *adapter));
+                }
+            }
+        }
+        for (replica, adapter) in ready {
+            self.loaded(replica, Some(adapter), &Loaded::Ready, effects);
+        }
+    }
+
+    /// A replica has an adapter, or cannot have it; or (`None`) has gone, and need not have any.
+    fn loaded(
+        &mut self,
+        replica: ReplicaId,
+        adapter: Option<AdapterId>,
+        loaded: &Loaded,
+        effects: &mut Vec<Effect>,
+    ) {
+        let mut ended: Vec<(String, AdminFailure)> = Vec::new();
+        let none_left = self.residents.replicas().is_empty();
+        for (name, change) in &mut self.changes {
+            let Phase::Loading { adapter: waited, missing } = &mut change.phase else { continue };
+            if adapter.is_some_and(|adapter| adapter != *waited) || !missing.remove(&replica) {
+                continue;
+            }
+            match loaded {
+                Loaded::Failed(reason) => {
+                    let message = format!("the adapter `{name}` cannot be loaded: {reason}");
+                    ended.push((name.clone(), refused(AdminFailureKind::Invalid, message)));
+                }
+                Loaded::Ready if adapter.is_none() && none_left => {
+                    let message = "the last replica was lost while it loaded the adapter: try again shortly";
+                    ended.push((name.clone(), refused(AdminFailureKind::Unavailable, message)));
+                }
+                Loaded::Ready if missing.is_empty() => {
+                    change.phase = Phase::Storing;
+                    let record = change.record.clone();
+                    effects.push(Effect::Persist { name: name.clone(), record });
+                }
+                Loaded::Ready => {}
+            }
+        }
+        for (name, failure) in ended {
+            self.give_up(&name, failure, effects);
+        }
+    }
+
+    /// Ends a change without effect; what ranks have loaded for it goes with the next tick.
+    fn give_up(&mut self, name: &str, failure: AdminFailure, effects: &mut Vec<Effect>) {
+        if let Some(change) = self.changes.remove(name) {
+            effects.push(Effect::Reply(change.caller, AdminReply::Refused(failure)));
+        }
+    }
+
+    fn persisted(&mut self, name: &str, outcome: Result<(), String>, effects: &mut Vec<Effect>) {
+        if let Err(reason) = outcome {
+            let message = format!("the adapter `{name}` could not be recorded: {reason}");
+            return self.give_up(name, refused(AdminFailureKind::Unavailable, message), effects);
+        }
+        let Some(change) = self.changes.remove(name) else { return };
+        let reply = match change.record {
+            Some(record) => {
+                let view = record.served().cloned();
+                self.names.insert(name.to_owned(), record);
+                view.map_or(AdminReply::Done, AdminReply::Adapter)
+            }
+            None => {
+                self.names.remove(name);
+                AdminReply::Done
+            }
+        };
+        self.tell_known(effects);
+        effects.push(Effect::Published);
+        effects.push(Effect::Reply(change.caller, reply));
+    }
+
+    fn expire(&mut self, now: Millis, effects: &mut Vec<Effect>) {
+        let late = |change: &Change| {
+            matches!(change.phase, Phase::Loading { .. }) && now.since(change.since) > LOAD_MS_MAX
+        };
+        let late: Vec<String> =
+            self.changes.iter().filter(|(_, change)| late(change)).map(|(name, _)| name.clone()).collect();
+        for name in late {
+            let message = format!(
+                "the adapter `{name}` was not loaded within {} s: its store does not answer, or other adapters take \
+                 all the room",
+                LOAD_MS_MAX / 1000
+            );
+            self.give_up(&name, refused(AdminFailureKind::Unavailable, message), effects);
+        }
+    }
+
+    /// Takes from memory what no name serves and no sequence has.
+    fn sweep(&mut self, users: &dyn Users, effects: &mut Vec<Effect>) {
+        let mut keep: BTreeSet<AdapterId> =
+            self.names.values().filter_map(AdapterRecord::served).map(|view| view.adapter).collect();
+        keep.extend(self.changes.values().filter_map(|change| match &change.record {
+            Some(record) => record.served().map(|view| view.adapter),
+            None => None,
+        }));
+        self.residents.sweep(&|adapter| keep.contains(&adapter), users, effects);
+    }
+
+    /// Every kept generation may be asked for: a gateway may have pinned one just before it was replaced.
+    fn tell_known(&self, effects: &mut Vec<Effect>) {
+        let generations = self.names.values().flat_map(|record| &record.generations);
+        effects.push(Effect::Known(generations.map(|view| view.adapter).collect()));
+    }
+}
+
+fn answer_refusal(caller: Caller, begun: Result<(), AdminFailure>, effects: &mut Vec<Effect>) {
+    if let Err(failure) = begun {
+        effects.push(Effect::Reply(caller, AdminReply::Refused(failure)));
+    }
+}

@@ -1,0 +1,355 @@
+//! Adapters, event by event.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
+use ashlar_protocol::admin::{AdapterView, AdminFailureKind, AdminReply, LoadAdapter};
+use ashlar_scheduler::adapters::{
+    AdapterRecord, Adapters, AdaptersConfig, Caller, Effect, Event, GENERATIONS_KEPT, LOAD_MS_MAX, Usage,
+    Users,
+};
+use ashlar_scheduler::cluster::NodeConnection;
+use ashlar_scheduler::engine::GatewayId;
+use ashlar_scheduler::time::Millis;
+use ashlar_vocabulary::{AdapterId, BlobId, Bytes, ReplicaId, ReplicaRevision};
+use std::collections::BTreeMap;
+
+/// What sequences do, as the test says.
+#[derive(Default)]
+struct Sequences(BTreeMap<(ReplicaId, AdapterId), Usage>);
+
+impl Users for Sequences {
+    fn usage(&self, replica: ReplicaId, adapter: AdapterId) -> Usage {
+        self.0.get(&(replica, adapter)).copied().unwrap_or_default()
+    }
+}
+
+struct Test {
+    adapters: Adapters,
+    sequences: Sequences,
+    now: u64,
+    calls: u64,
+}
+
+fn id(number: u8) -> AdapterId {
+    AdapterId(BlobId([number; 32]))
+}
+
+fn load(name: &str, adapter: u8) -> LoadAdapter {
+    LoadAdapter {
+        name: name.into(),
+        adapter: id(adapter),
+        root: format!("adapters/{name}"),
+        created_at: 7,
+        replace: false,
+        expected_generation: None,
+    }
+}
+
+fn ranks(replica: u32) -> Vec<NodeConnection> {
+    [1, 2].map(|rank| NodeConnection(u64::from(replica) * 10 + rank)).to_vec()
+}
+
+fn revision(replica: u32) -> ReplicaRevision {
+    ReplicaRevision(100 + u64::from(replica))
+}
+
+impl Test {
+    fn new(max_adapters: usize) -> Test {
+        let config = AdaptersConfig { max_adapters, memory: Bytes(1000) };
+        Test { adapters: Adapters::new(config), sequences: Sequences::default(), now: 0, calls: 0 }
+    }
+
+    /// With one replica of two ranks.
+    fn up(max_adapters: usize) -> Test {
+        let mut test = Test::new(max_adapters);
+        test.replica_up(0);
+        test
+    }
+
+    fn send(&mut self, event: Event) -> Vec<Effect> {
+        let mut effects = Vec::new();
+        self.adapters.handle(Millis(self.now), event, &self.sequences, &mut effects);
+        effects
+    }
+
+    fn replica_up(&mut self, replica: u32) -> Vec<Effect> {
+        let (revision, ranks) = (revision(replica), ranks(replica));
+        self.send(Event::ReplicaUp { replica: ReplicaId(replica), revision, ranks })
+    }
+
+    fn call(&mut self, load: LoadAdapter) -> Vec<Effect> {
+        self.calls += 1;
+        let caller = Caller::Gateway { gateway: GatewayId(1), call: self.calls };
+        self.send(Event::Load(caller, load))
+    }
+
+    fn answer(&mut self, replica: u32, rank: usize, adapter: u8, outcome: Result<u64, &str>) -> Vec<Effect> {
+        self.send(Event::Answer {
+            connection: ranks(replica)[rank],
+            revision: revision(replica),
+            adapter: id(adapter),
+            outcome: outcome.map(Bytes).map_err(str::to_owned),
+        })
+    }
+
+    /// Both ranks of a replica have it.
+    fn loaded(&mut self, replica: u32, adapter: u8, bytes: u64) -> Vec<Effect> {
+        let mut effects = self.answer(replica, 0, adapter, Ok(bytes));
+        effects.extend(self.answer(replica, 1, adapter, Ok(bytes)));
+        effects
+    }
+
+    fn persisted(&mut self, name: &str) -> Vec<Effect> {
+        self.send(Event::Persisted { name: name.into(), outcome: Ok(()) })
+    }
+
+    /// From the call to the publication.
+    fn publish(&mut self, name: &str, adapter: u8) -> Vec<Effect> {
+        self.call(LoadAdapter { replace: true, ..load(name, adapter) });
+        self.loaded(0, adapter, 10);
+        self.persisted(name)
+    }
+
+    fn served(&self) -> Vec<(String, u64, AdapterId)> {
+        let views = self.adapters.views().into_iter();
+        views.map(|view| (view.name, view.generation, view.adapter)).collect()
+    }
+
+    fn tick(&mut self, ms: u64) -> Vec<Effect> {
+        self.now += ms;
+        self.send(Event::Tick)
+    }
+
+    fn uses(&mut self, adapter: u8, usage: Usage) {
+        self.sequences.0.insert((ReplicaId(0), id(adapter)), usage);
+    }
+}
+
+fn loads(effects: &[Effect]) -> Vec<AdapterId> {
+    let load = |effect: &Effect| match effect {
+        Effect::Load { adapter, .. } => Some(*adapter),
+        _ => None,
+    };
+    effects.iter().filter_map(load).collect()
+}
+
+fn unloads(effects: &[Effect]) -> Vec<AdapterId> {
+    let unload = |effect: &Effect| match effect {
+        Effect::Unload { adapter, .. } => Some(*adapter),
+        _ => None,
+    };
+    effects.iter().filter_map(unload).collect()
+}
+
+fn refusal(effects: &[Effect]) -> (AdminFailureKind, String) {
+    let refused = |effect: &Effect| match effect {
+        Effect::Reply(_, AdminReply::Refused(failure)) => Some((failure.kind, failure.message.clone())),
+        _ => None,
+    };
+    effects.iter().find_map(refused).unwrap_or_else(|| panic!("a refusal, not {effects:?}"))
+}
+
+#[test]
+fn a_name_is_shown_once_every_rank_has_loaded_and_the_store_has_it() {
+    let mut test = Test::up(4);
+    test.replica_up(1);
+    assert_eq!(loads(&test.call(load("poet", 1))), [id(1), id(1)]);
+    test.loaded(0, 1, 10);
+    test.answer(1, 0, 1, Ok(10));
+    assert_eq!(test.served(), []);
+    let effects = test.answer(1, 1, 1, Ok(10));
+    assert!(effects.iter().any(|effect| matches!(effect, Effect::Persist { record: Some(_), .. })));
+    assert_eq!(test.served(), []);
+    let effects = test.persisted("poet");
+    assert_eq!(test.served(), [("poet".into(), 1, id(1))]);
+    // The caller hears of it last: what it asks next finds the name.
+    assert!(matches!(
+        &effects[..],
+        [Effect::Known(_), Effect::Published, Effect::Reply(_, AdminReply::Adapter(view))] if view.generation == 1
+    ));
+}
+
+#[test]
+fn one_rank_that_cannot_load_it_ends_the_attempt_everywhere() {
+    let mut test = Test::up(4);
+    test.replica_up(1);
+    test.call(load("poet", 1));
+    test.loaded(0, 1, 10);
+    test.answer(1, 0, 1, Ok(10));
+    let effects = test.answer(1, 1, 1, Err("of another model"));
+    let (kind, message) = refusal(&effects);
+    assert_eq!(kind, AdminFailureKind::Invalid);
+    assert!(message.contains("of another model"), "{message}");
+    assert_eq!(unloads(&effects), [id(1)], "on its own replica");
+    assert_eq!(unloads(&test.tick(50)), [id(1)], "and on the other");
+    assert_eq!(test.served(), []);
+    assert_eq!(loads(&test.call(load("poet", 2))), [id(2), id(2)], "the name is free");
+}
+
+#[test]
+fn a_store_that_refuses_leaves_what_was_served() {
+    let mut test = Test::up(4);
+    test.publish("poet", 1);
+    test.call(LoadAdapter { replace: true, ..load("poet", 2) });
+    test.loaded(0, 2, 10);
+    let outcome = Err("no space".to_owned());
+    let effects = test.send(Event::Persisted { name: "poet".into(), outcome });
+    assert_eq!(refusal(&effects).0, AdminFailureKind::Unavailable);
+    assert_eq!(test.served(), [("poet".into(), 1, id(1))]);
+    assert_eq!(unloads(&test.tick(50)), [id(2)]);
+}
+
+#[test]
+fn changes_are_refused_that_make_no_sense() {
+    let mut test = Test::new(4);
+    assert_eq!(refusal(&test.call(load("poet", 1))).0, AdminFailureKind::Unavailable);
+    test.replica_up(0);
+    test.publish("poet", 1);
+    for name in ["", "two words", "naïve", &"x".repeat(300)] {
+        assert_eq!(refusal(&test.call(load(name, 1))).0, AdminFailureKind::Invalid, "{name}");
+    }
+    assert_eq!(refusal(&test.call(load("poet", 2))).0, AdminFailureKind::Invalid, "it is loaded");
+    let stale = LoadAdapter { replace: true, expected_generation: Some(3), ..load("poet", 2) };
+    assert_eq!(refusal(&test.call(stale)).0, AdminFailureKind::Conflict);
+    test.call(LoadAdapter { replace: true, expected_generation: Some(1), ..load("poet", 2) });
+    let again = LoadAdapter { replace: true, ..load("poet", 3) };
+    assert_eq!(refusal(&test.call(again)).0, AdminFailureKind::Conflict, "one change at a time");
+    let caller = Caller::Gateway { gateway: GatewayId(1), call: 99 };
+    let effects = test.send(Event::Unload { caller, name: "nobody".into(), expected_generation: None });
+    assert_eq!(refusal(&effects).0, AdminFailureKind::NotFound);
+}
+
+#[test]
+fn an_earlier_generation_can_be_served_again() {
+    let mut test = Test::up(4);
+    for adapter in 1..=3 {
+        test.publish("poet", adapter);
+    }
+    assert_eq!(test.served(), [("poet".into(), 3, id(3))]);
+    let back = |to_generation| Event::RollBack {
+        caller: Caller::Gateway { gateway: GatewayId(1), call: 50 },
+        name: "poet".into(),
+        to_generation,
+        expected_generation: Some(3),
+    };
+    assert_eq!(refusal(&test.send(back(9))).0, AdminFailureKind::NotFound);
+    test.tick(50);
+    assert_eq!(loads(&test.send(back(1))), [id(1)]);
+    test.loaded(0, 1, 10);
+    test.persisted("poet");
+    assert_eq!(test.served(), [("poet".into(), 4, id(1))]);
+}
+
+#[test]
+fn only_the_latest_generations_are_kept() {
+    let mut test = Test::up(4);
+    for adapter in 1..=20 {
+        let effects = test.publish("poet", adapter);
+        let known = effects.iter().find_map(|effect| match effect {
+            Effect::Known(known) => Some(known.len()),
+            _ => None,
+        });
+        assert_eq!(known, Some(GENERATIONS_KEPT.min(adapter.into())));
+        test.tick(50);
+    }
+}
+
+#[test]
+fn a_replaced_adapter_stays_in_memory_for_as_long_as_sequences_have_it() {
+    let mut test = Test::up(4);
+    test.publish("poet", 1);
+    test.uses(1, Usage { bound: true, wanted: true, last: Millis(0) });
+    test.publish("poet", 2);
+    assert_eq!(unloads(&test.tick(50)), []);
+    test.uses(1, Usage::default());
+    let effects = test.tick(50);
+    assert!(
+        matches!(effects[..], [Effect::Gone { .. }, Effect::Unload { .. }]),
+        "the engine hears of it first"
+    );
+    assert_eq!(unloads(&effects), [id(1)]);
+}
+
+#[test]
+fn beyond_the_limit_the_one_used_longest_ago_makes_room_and_comes_back_when_it_is_wanted() {
+    let mut test = Test::up(2);
+    for (name, adapter, last) in [("a", 1, 30), ("b", 2, 20)] {
+        test.publish(name, adapter);
+        test.uses(adapter, Usage { last: Millis(last), ..Usage::default() });
+    }
+    let effects = test.call(load("c", 3));
+    assert_eq!((unloads(&effects), loads(&effects)), (vec![id(2)], vec![id(3)]));
+    test.loaded(0, 3, 10);
+    test.persisted("c");
+    assert_eq!(test.served().len(), 3, "b is registered still");
+    // Everything in memory is in use: who wants b waits.
+    test.uses(1, Usage { bound: true, wanted: true, last: Millis(30) });
+    test.uses(3, Usage { bound: true, wanted: true, last: Millis(40) });
+    test.uses(2, Usage { wanted: true, ..Usage::default() });
+    assert_eq!(test.send(Event::Wanted { replica: ReplicaId(0), adapter: id(2) }), []);
+    assert_eq!(test.tick(50), []);
+    test.uses(1, Usage { last: Millis(50), ..Usage::default() });
+    let effects = test.tick(50);
+    assert_eq!((unloads(&effects), loads(&effects)), (vec![id(1)], vec![id(2)]));
+    let effects = test.loaded(0, 2, 10);
+    assert!(effects.contains(&Effect::Resident { replica: ReplicaId(0), adapter: id(2) }));
+}
+
+#[test]
+fn memory_is_bounded_by_what_ranks_say_that_adapters_take() {
+    let mut test = Test::up(8);
+    test.publish("a", 1);
+    test.call(load("b", 2));
+    assert_eq!(unloads(&test.loaded(0, 2, 995)), [id(1)], "10 and 995 are more than 1000");
+    test.persisted("b");
+    test.call(load("c", 3));
+    let effects = test.loaded(0, 3, 1001);
+    assert!(refusal(&effects).1.contains("adapter_memory_bytes"));
+    assert_eq!(unloads(&effects), [id(3)], "what is in memory stays");
+}
+
+#[test]
+fn a_replica_that_comes_up_loads_what_is_served_and_one_that_goes_is_not_waited_for() {
+    let mut test = Test::new(4);
+    let view = AdapterView {
+        name: "poet".into(),
+        generation: 5,
+        adapter: id(1),
+        root: "adapters/poet".into(),
+        created_at: 7,
+    };
+    test.send(Event::Stored(vec![("poet".into(), AdapterRecord { generations: vec![view] })]));
+    assert_eq!(test.served(), [("poet".into(), 5, id(1))], "a new term serves what the last one did");
+    assert_eq!(loads(&test.replica_up(0)), [id(1)]);
+    test.replica_up(1);
+    test.loaded(0, 1, 10);
+    test.call(LoadAdapter { replace: true, ..load("poet", 2) });
+    test.loaded(0, 2, 10);
+    let effects = test.send(Event::ReplicaDown { replica: ReplicaId(1) });
+    assert!(matches!(effects[..], [Effect::Persist { .. }]));
+    test.persisted("poet");
+    assert_eq!(test.served(), [("poet".into(), 6, id(2))]);
+}
+
+#[test]
+fn a_load_that_is_never_answered_is_given_up() {
+    let mut test = Test::up(4);
+    test.call(load("poet", 1));
+    assert_eq!(test.tick(LOAD_MS_MAX), []);
+    assert_eq!(refusal(&test.tick(1)).0, AdminFailureKind::Unavailable);
+    test.call(load("critic", 2));
+    let effects = test.send(Event::ReplicaDown { replica: ReplicaId(0) });
+    assert_eq!(refusal(&effects).0, AdminFailureKind::Unavailable);
+}
+
+#[test]
+fn answers_of_a_former_layout_or_twice_say_nothing() {
+    let mut test = Test::up(4);
+    test.call(load("poet", 1));
+    test.answer(0, 0, 1, Ok(10));
+    assert_eq!(test.answer(0, 0, 1, Ok(10)), [], "the same rank again");
+    let (connection, revision) = (ranks(0)[1], ReplicaRevision(3));
+    let outcome = Ok(Bytes(10));
+    assert_eq!(test.send(Event::Answer { connection, revision, adapter: id(1), outcome }), []);
+    assert_eq!(test.answer(0, 1, 9, Ok(10)), [], "nobody asked for it");
+    assert_eq!(test.answer(0, 1, 1, Ok(10)).len(), 2, "resident, and to be stored");
+}

@@ -1,0 +1,194 @@
+//! Fine-tuning jobs through the whole cluster: the same adapter to the bit on every layout, and whoever dies meanwhile; the
+//! base model as it was; the new model served at once.
+
+use ashlar_tests::{Cluster, http, processes, wait};
+use serde_json::{Value, json};
+use std::fmt::Write;
+use std::time::Duration;
+
+/// A job of a few steps, on a machine that is busy with other tests.
+const JOB_LIMIT: Duration = Duration::from_secs(240);
+
+/// Words, and the same with every letter doubled.
+fn examples(count: u32) -> String {
+    let mut lines = String::new();
+    for number in 0..count {
+        let letter = |place: u32| char::from(b'a' + ((number * 7 + place * (number % 5 + 3)) % 26) as u8);
+        let word: String = (0..3 + number % 4).map(letter).collect();
+        let doubled: String = word.chars().flat_map(|c| [c, c]).collect();
+        let line = json!({"messages": [
+            {"role": "user", "content": format!("Double every letter of {word}.")},
+            {"role": "assistant", "content": doubled},
+        ]});
+        writeln!(lines, "{line}").expect("a string");
+    }
+    lines
+}
+
+/// `POST /v1/files`, as a browser or a client library sends it.
+fn upload(cluster: &Cluster, text: &str) -> http::Answer {
+    let body = format!(
+        "--edge\r\ncontent-disposition: form-data; name=\"purpose\"\r\n\r\nfine-tune\r\n\
+         --edge\r\ncontent-disposition: form-data; name=\"file\"; filename=\"train.jsonl\"\r\n\
+         content-type: application/jsonl\r\n\r\n{text}\r\n--edge--\r\n"
+    );
+    let request = format!(
+        "POST /v1/files HTTP/1.1\r\nhost: {}\r\nconnection: close\r\ncontent-type: multipart/form-data; \
+         boundary=edge\r\ncontent-length: {}\r\n\r\n{body}",
+        cluster.address(),
+        body.len()
+    );
+    http::raw(cluster.address(), request.as_bytes()).expect("an answer")
+}
+
+fn create(cluster: &Cluster, file: &str, suffix: &str) -> String {
+    let job = cluster.post(
+        "/v1/fine_tuning/jobs",
+        &json!({
+            "model": "ashlar-demo", "training_file": file, "suffix": suffix, "seed": 7, "learning_rate": 3e-3,
+            "lora": {"r": 4},
+            "method": {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 2, "batch_size": 8}}},
+        }),
+    );
+    job.ok()["id"].as_str().expect("an id").to_owned()
+}
+
+fn job(cluster: &Cluster, id: &str) -> Value {
+    cluster.get(&format!("/v1/fine_tuning/jobs/{id}")).ok()
+}
+
+/// The job as it ended.
+#[track_caller]
+fn ended(cluster: &Cluster, id: &str) -> Value {
+    let last = wait::until(JOB_LIMIT, || {
+        let job = job(cluster, id);
+        matches!(job["status"].as_str(), Some("succeeded" | "failed" | "cancelled")).then_some(job)
+    });
+    last.unwrap_or_else(|| panic!("the job does not end: {}\n{}", job(cluster, id), cluster.said()))
+}
+
+/// The digest of what it learnt.
+#[track_caller]
+fn learnt(cluster: &Cluster, id: &str) -> String {
+    let job = ended(cluster, id);
+    assert_eq!(job["status"], "succeeded", "{job}");
+    job["ashlar"]["adapter"].as_str().expect("an adapter").to_owned()
+}
+
+/// Every digit of an answer.
+fn ask(cluster: &Cluster, model: &str) -> String {
+    let body = json!({
+        "model": model, "prompt": "Double every letter of stone.", "max_tokens": 16, "temperature": 0,
+        "logprobs": 5, "ignore_eos": true,
+    });
+    cluster.post("/v1/completions", &body).ok()["choices"].to_string()
+}
+
+#[test]
+fn a_job_gives_the_same_adapter_on_every_layout_and_after_every_death() {
+    let text = examples(48);
+    let layouts: [&[&str]; 3] = [&["--stages", "2"], &["--stages", "1"], &["--stages", "1", "--tp", "2"]];
+    let mut adapters = Vec::new();
+    for layout in layouts {
+        let cluster = Cluster::start(layout);
+        let file = upload(&cluster, &text).ok()["id"].as_str().expect("an id").to_owned();
+        let before = ask(&cluster, "ashlar-demo");
+        let id = create(&cluster, &file, "twice");
+        while !matches!(job(&cluster, &id)["status"].as_str(), Some("succeeded" | "failed" | "cancelled")) {
+            assert_eq!(ask(&cluster, "ashlar-demo"), before, "the base model beside a job");
+        }
+        adapters.push(learnt(&cluster, &id));
+        assert_eq!(ask(&cluster, "ashlar-demo"), before, "the base model after a job");
+        let name = job(&cluster, &id)["fine_tuned_model"].as_str().expect("a model").to_owned();
+        assert!(name.starts_with("ft:ashlar-demo:ashlar:twice:"), "{name}");
+        assert_ne!(ask(&cluster, &name), before, "an adapter that changes nothing");
+        if layout != ["--stages", "2"] {
+            continue;
+        }
+        // Again, while one role after the other dies at once.
+        for role in ["node-0", "scheduler", "node-1", "gateway"] {
+            let id = create(&cluster, &file, "again");
+            let steps = || {
+                let job = http::get(cluster.address(), &format!("/v1/fine_tuning/jobs/{id}")).ok();
+                job.filter(|answer| answer.status == 200)
+                    .and_then(|answer| answer.json()["ashlar"]["steps"].as_u64())
+            };
+            wait::eventually("two steps", JOB_LIMIT, || steps().is_some_and(|steps| steps >= 2));
+            assert!(processes::signal(cluster.pid(role), "KILL"));
+            cluster.await_ready(Duration::from_secs(60));
+            adapters.push(learnt(&cluster, &id));
+        }
+    }
+    assert!(adapters.iter().all(|adapter| *adapter == adapters[0]), "{adapters:?}");
+}
+
+#[test]
+fn what_cannot_be_trained_fails_with_its_reason_and_the_cluster_serves_on() {
+    let cluster = Cluster::start(&["--stages", "2"]);
+    let before = ask(&cluster, "ashlar-demo");
+    let cases = [
+        (examples(9), "invalid_n_examples", "10"),
+        (examples(12) + "{\"messages\": []}\n", "invalid_training_file", "line 13"),
+        (examples(12) + "no json\n", "invalid_training_file", "line 13"),
+        (
+            examples(12) + "{\"messages\": [{\"role\": \"pirate\", \"content\": \"arr\"}]}\n",
+            "invalid_training_file",
+            "line 13",
+        ),
+    ];
+    for (text, code, part) in cases {
+        let file = upload(&cluster, &text).ok()["id"].as_str().expect("an id").to_owned();
+        let id = create(&cluster, &file, "never");
+        let job = ended(&cluster, &id);
+        assert_eq!((&job["status"], &job["error"]["code"]), (&json!("failed"), &json!(code)), "{job}");
+        let message = job["error"]["message"].as_str().expect("a message");
+        assert!(message.contains(part), "{message}");
+    }
+    let file = upload(&cluster, &examples(12)).ok()["id"].as_str().expect("an id").to_owned();
+    for (field, value) in [
+        ("model", json!("nobody")),
+        ("training_file", json!("file-0")),
+        ("lora", json!({"target_modules": ["nowhere"]})),
+        ("learning_rate", json!(-1)),
+    ] {
+        let mut body = json!({"model": "ashlar-demo", "training_file": file});
+        body[field] = value;
+        let answer = cluster.post("/v1/fine_tuning/jobs", &body);
+        assert!((400..500).contains(&answer.status), "{field}: {}", answer.text());
+        assert!(answer.json()["error"]["message"].is_string(), "{}", answer.text());
+    }
+    assert_eq!(ask(&cluster, "ashlar-demo"), before);
+}
+
+#[test]
+fn a_job_is_paused_resumed_and_cancelled() {
+    let cluster = Cluster::start(&["--stages", "2"]);
+    let file = upload(&cluster, &examples(48)).ok()["id"].as_str().expect("an id").to_owned();
+    let plain = create(&cluster, &file, "plain");
+    let adapter = learnt(&cluster, &plain);
+    let id = create(&cluster, &file, "paused");
+    let path = |action: &str| format!("/v1/fine_tuning/jobs/{id}/{action}");
+    wait::eventually("a step", JOB_LIMIT, || job(&cluster, &id)["ashlar"]["steps"].as_u64() >= Some(1));
+    cluster.post(&path("pause"), &json!({})).ok();
+    cluster.post(&path("resume"), &json!({})).ok();
+    assert_eq!(learnt(&cluster, &id), adapter);
+    let id = create(&cluster, &file, "cancelled");
+    cluster.post(&format!("/v1/fine_tuning/jobs/{id}/cancel"), &json!({})).ok();
+    assert_eq!(ended(&cluster, &id)["status"], "cancelled");
+    let events = cluster.get(&format!("/v1/fine_tuning/jobs/{plain}/events?limit=100")).ok();
+    let messages: Vec<&str> = events["data"]
+        .as_array()
+        .expect("a list")
+        .iter()
+        .filter_map(|event| event["message"].as_str())
+        .collect();
+    assert_eq!(messages.first(), Some(&"The job has successfully completed"));
+    assert!(messages.iter().any(|message| message.starts_with("Step 1/12: training loss=")), "{messages:?}");
+    let file = job(&cluster, &plain)["result_files"][0].as_str().expect("a file").to_owned();
+    let table = cluster.get(&format!("/v1/files/{file}/content")).text();
+    assert_eq!(table.lines().count(), 13, "{table}");
+    assert!(
+        table.starts_with("step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy"),
+        "{table}"
+    );
+}
