@@ -41,20 +41,26 @@ fn upload(cluster: &Cluster, text: &str) -> http::Answer {
     http::raw(cluster.address(), request.as_bytes()).expect("an answer")
 }
 
+/// What is answered once nobody is away any more: a role that died a moment ago may not be missed yet.
+#[track_caller]
+fn patiently(ask: impl Fn() -> std::io::Result<http::Answer>) -> Value {
+    let answer = wait::until(Duration::from_secs(60), || ask().ok().filter(|answer| answer.status != 503));
+    answer.expect("an answer other than 503").ok()
+}
+
 fn create(cluster: &Cluster, file: &str, suffix: &str) -> String {
-    let job = cluster.post(
-        "/v1/fine_tuning/jobs",
-        &json!({
+    let body = json!({
             "model": "ashlar-demo", "training_file": file, "suffix": suffix, "seed": 7, "learning_rate": 3e-3,
             "lora": {"r": 4},
             "method": {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 2, "batch_size": 8}}},
-        }),
-    );
-    job.ok()["id"].as_str().expect("an id").to_owned()
+    });
+    let job =
+        patiently(|| http::post(cluster.address(), "/v1/fine_tuning/jobs", body.to_string().as_bytes()));
+    job["id"].as_str().expect("an id").to_owned()
 }
 
 fn job(cluster: &Cluster, id: &str) -> Value {
-    cluster.get(&format!("/v1/fine_tuning/jobs/{id}")).ok()
+    patiently(|| http::get(cluster.address(), &format!("/v1/fine_tuning/jobs/{id}")))
 }
 
 /// The job as it ended.
