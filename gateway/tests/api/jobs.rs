@@ -114,11 +114,8 @@ async fn what_is_chosen_reaches_the_scheduler() {
     let method = json!({"type": "supervised", "supervised": {"hyperparameters": hyper}});
     assert_eq!(settings(with(json!({"method": method}))).await, deprecated);
     assert_eq!((&deprecated["epochs"], &deprecated["batch_size"]), (&json!(2), &Value::Null));
-    let dpo =
-        settings(with(json!({"method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.3}}}}))).await;
-    assert_eq!((&dpo["method"], &dpo["learning_rate"]), (&json!({"dpo": {"beta": 0.3}}), &json!(2e-5)));
     let ours = settings(with(json!({
-        "lora": {"r": 8, "dropout": 0.25, "target_modules": ["v_proj", "q_proj", "q_proj"], "rslora": true},
+        "lora": {"r": 8, "dropout": 0, "target_modules": ["v_proj", "q_proj", "q_proj"], "rslora": true},
         "schedule": {"type": "cosine", "warmup_steps": 5, "floor": 0.1},
         "max_seq_len": 100, "grad_clip": 0, "weight_decay": 0.5, "learning_rate": 1e-3,
         "early_stopping": {"patience": 2, "validation_split": 0.2}, "full": false, "integrations": [],
@@ -166,6 +163,8 @@ async fn a_bad_request_names_its_field() {
         (json!({"hyperparameters": {"n_epochs": 0}}), "hyperparameters.n_epochs".into()),
         (dpo(json!({"beta": 0})), path("dpo", "beta")),
         (dpo(json!({"beta": "little"})), path("dpo", "beta")),
+        (dpo(json!({"beta": 0.3})), "method.type".into()),
+        (json!({"lora": {"dropout": 0.25}}), "lora.dropout".into()),
         (json!({"lora": {"r": 0}}), "lora.r".into()),
         (json!({"lora": {"r": 257}}), "lora.r".into()),
         (json!({"lora": {"dropout": 1}}), "lora.dropout".into()),

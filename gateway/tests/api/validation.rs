@@ -87,7 +87,7 @@ async fn validation_data_is_a_file_or_set_aside() {
 }
 
 #[tokio::test]
-async fn a_preference_file_is_trained_with_dpo() {
+async fn a_preference_file_becomes_samples_for_dpo_alone() {
     let world = World::tuning().await;
     let answer = |text: &str| json!([{"role": "assistant", "content": text}]);
     let line = |i: usize| {
@@ -95,11 +95,20 @@ async fn a_preference_file_is_trained_with_dpo() {
         json!({"input": input, "preferred_output": answer("yes"), "non_preferred_output": answer("no")})
     };
     let file: String = (0..10).map(|i| format!("{}\n", line(i))).collect();
-    let prepared = outcome(&world, file.as_bytes(), None, json!({"method": {"type": "dpo"}})).await.unwrap();
-    assert_eq!(prepared.settings.method, TrainingMethod::Dpo { beta: 0.1 });
-    assert_eq!(dataset(&world, &prepared).await.method(), Method::Dpo);
     let error = outcome(&world, file.as_bytes(), None, json!({})).await.unwrap_err();
     assert_eq!(error.code, "invalid_training_file");
+    // The endpoint refuses the method as long as nodes cannot train it.
+    let job = world.scheduler.admin(|admin| {
+        let request = &mut admin.jobs[0].request;
+        request.settings =
+            request.settings.replace(r#""method":"supervised""#, r#""method":{"dpo":{"beta":null}}"#);
+        request.id
+    });
+    world.scheduler.prepare(job).await;
+    world.scheduler.until_admin(|admin| admin.prepared.len() > 1).await;
+    let prepared = world.scheduler.admin(|admin| admin.prepared[1].1.clone()).unwrap();
+    assert_eq!(prepared.settings.method, TrainingMethod::Dpo { beta: 0.1 });
+    assert_eq!(dataset(&world, &prepared).await.method(), Method::Dpo);
 }
 
 #[tokio::test]

@@ -91,6 +91,8 @@ impl Leader {
             last_snapshot_at: Millis(0),
             snapshot_due: false,
         };
+        // Before anything else: what happens before the first tick has a date, too.
+        leader.tell_date();
         leader.apply(Input::StoredAdapters(stored));
         leader
     }
@@ -181,12 +183,16 @@ impl Leader {
         }
     }
 
-    fn tick(&mut self) {
+    fn tell_date(&mut self) {
         let unix_s = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
         if unix_s != self.unix_s {
             self.unix_s = unix_s;
             self.apply(Input::WallClock(unix_s));
         }
+    }
+
+    fn tick(&mut self) {
+        self.tell_date();
         self.apply(Input::Tick);
         if self.now().since(self.last_snapshot_at) >= SNAPSHOT_INTERVAL_MS {
             self.snapshot_due = true;
