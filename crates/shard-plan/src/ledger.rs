@@ -2,7 +2,9 @@
 
 use crate::request::PlanRequest;
 use crate::shares::Shares;
-use ashlar_vocabulary::{Bytes, FloatType, HeadSlice, LayerRange, LayerWeightTypes, ModelShape, WeightType};
+use ashlar_vocabulary::{
+    AttentionMemory, Bytes, FloatType, HeadSlice, LayerRange, LayerWeightTypes, ModelShape, WeightType,
+};
 use serde::{Deserialize, Serialize};
 
 /// Activations that are computed with, and logits, are f32.
@@ -122,7 +124,7 @@ impl Piece {
 
     /// Bytes of the buffers that the largest step needs on this rank: the residual stream and its copy, the widest and
     /// the narrowest product of a layer, rotation angles, the group's contributions, activations received and waiting to
-    /// be sent, attention's partial results per thread, where there is a head a chunk of logits, and memory shared with other
+    /// be sent, what attention works in, where there is a head a chunk of logits, and memory shared with other
     /// ranks on the one that makes it: whether they will be on one host is not known here.
     fn activation_bytes(&self, shape: &ModelShape, request: &PlanRequest, threads: u32) -> usize {
         let slice = |cut: ashlar_vocabulary::AxisCut| cut.rank(self.rank, self.tensor_parallel_size).len();
@@ -146,7 +148,12 @@ impl Piece {
             + q.max(ff)
             + shape.head_dim
             + of_layers;
-        let partials = threads.max(1) as usize * request.max_context_tokens;
+        let attention = AttentionMemory {
+            threads: threads.max(1) as usize,
+            query_heads: q / shape.head_dim,
+            kv_heads: kv / shape.head_dim,
+            head_dim: shape.head_dim,
+        };
         let of_head: usize = self.head.map_or(0, |head| self.logit_values(shape, head));
         let exchanged = if size > 1 && self.rank == 0 { size * GROUP_VALUES } else { 0 };
         // Rows on their way from or to another stage; narrower ones are widened, from a buffer of their own.
@@ -154,8 +161,9 @@ impl Piece {
         let in_transit = (narrow * usize::from(!self.first) + 2 * usize::from(!self.last))
             * shape.hidden_size
             * shape.activations.bytes();
-        (request.max_num_batched_tokens * per_token + partials + of_head + exchanged) * BYTES_PER_ACTIVATION
+        (request.max_num_batched_tokens * per_token + of_head + exchanged) * BYTES_PER_ACTIVATION
             + request.max_num_batched_tokens * in_transit
+            + attention.bytes(request.max_num_batched_tokens)
     }
 
     /// Values that a chunk of rows needs around the head.
