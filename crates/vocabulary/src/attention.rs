@@ -55,6 +55,7 @@ impl AttentionMemory {
 
     /// Elements of the result of some keys for one query, in whole vectors: the output, and one vector more for the largest
     /// score and the sum.
+    #[inline]
     pub const fn partial_floats(head_dim: usize) -> usize {
         head_dim.next_multiple_of(LANES) + LANES
     }
