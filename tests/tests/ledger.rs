@@ -15,6 +15,9 @@ const CONFIG: &str = r#"{"architectures":["LlamaForCausalLM"],"model_type":"llam
     "vocab_size":390,"max_position_embeddings":256,"rms_norm_eps":1e-5,"rope_theta":10000.0,
     "tie_word_embeddings":TIED}"#;
 
+/// Bytes that each rank of a group shares with the others.
+const EXCHANGED_BYTES: u64 = 2 * (32 << 10) * 4;
+
 /// Loads every rank of the cut that has a first stage of `first` layers, and compares.
 #[track_caller]
 fn check(model: &Path, quantization: Option<Quantization>, first: usize, ranks: usize, spread_head: bool) {
@@ -27,7 +30,8 @@ fn check(model: &Path, quantization: Option<Quantization>, first: usize, ranks: 
         for rank in 0..ranks {
             let layers = LayerRange { start, end };
             let piece = position.piece(layers, rank, ranks);
-            let ledger = piece.ledger(&shares, &PlanRequest::default(), 1, Bytes(1 << 40), 1);
+            let (request, threads) = (PlanRequest::default(), 2);
+            let ledger = piece.ledger(&shares, &request, 1, Bytes(1 << 40), threads);
             let slice = RankSlice {
                 layers,
                 first: piece.first,
@@ -36,7 +40,7 @@ fn check(model: &Path, quantization: Option<Quantization>, first: usize, ranks: 
                 tensor_parallel_size: ranks,
                 head: piece.head,
             };
-            let kernels = Arc::new(Kernels::new(Isa::best(), 2));
+            let kernels = Arc::new(Kernels::new(Isa::best(), threads as usize));
             let loaded =
                 StageModel::load(model, quantization, slice, kernels, &mut |_, _| {}).expect("loads");
             let planned = ledger.weights + ledger.embedding + ledger.head;
@@ -44,6 +48,15 @@ fn check(model: &Path, quantization: Option<Quantization>, first: usize, ranks: 
                 planned,
                 loaded.bytes(),
                 "{quantization:?}, {ends:?}, stage {stage}, rank {rank} of {ranks}"
+            );
+            let held = loaded.workspace(request.max_num_batched_tokens).bytes();
+            // What travels between stages, and between ranks, has buffers beside those of a step.
+            let exchanged = if rank == 0 && ranks > 1 { ranks as u64 * EXCHANGED_BYTES } else { 0 };
+            let beside = ledger.activations.0.checked_sub(held.0 + exchanged);
+            let stages = ends.len();
+            assert!(
+                if stages == 1 { beside == Some(0) } else { beside.is_some() },
+                "{quantization:?}, {ends:?}, stage {stage}, rank {rank} of {ranks}: {ledger:?}, {held} held"
             );
         }
     }

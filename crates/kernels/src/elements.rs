@@ -14,7 +14,7 @@ const MIN_ELEMENTS: usize = 16 << 10;
 ///
 /// # Safety
 /// Implementors are plain numbers of `KIND.bytes()` bytes, aligned to no more, for which every bit pattern is valid.
-pub(crate) unsafe trait Element: Copy + Sync + 'static {
+pub(crate) unsafe trait Element: Copy + Send + Sync + 'static {
     /// The type that it is an element of.
     const KIND: FloatType;
 

@@ -131,8 +131,9 @@ impl LaneKernel for SiluMul<'_> {
     }
 }
 
+/// silu(gate) · up.
 #[inline(always)]
-fn silu_mul<S: Simd16>(gate: S, up: S) -> S {
+pub(crate) fn silu_mul<S: Simd16>(gate: S, up: S) -> S {
     let denominator = math::exp_lanes(S::splat(0.0).sub(gate)).add(S::splat(1.0));
     gate.div(denominator).mul(up)
 }

@@ -1,5 +1,6 @@
 //! The handle through which every kernel runs: an instruction set and a pool of threads.
 
+use crate::attention::AttentionRoom;
 use crate::isa::Isa;
 use crate::lanes::{self, LaneKernel};
 use crate::pool::ThreadPool;
@@ -13,6 +14,7 @@ pub struct Kernels {
     pool: ThreadPool,
     /// Activations on their way into products with quantised weights; grows to the largest and stays.
     scratch: Mutex<Vec<u32>>,
+    attention_room: Mutex<AttentionRoom>,
 }
 
 impl Kernels {
@@ -30,7 +32,7 @@ impl Kernels {
     /// If this machine cannot run `isa`; ask [`Isa::available`] first.
     pub fn on_pool(isa: Isa, pool: ThreadPool) -> Kernels {
         assert!(isa.is_available(), "this machine cannot run {isa} kernels");
-        Kernels { isa, pool, scratch: Mutex::default() }
+        Kernels { isa, pool, scratch: Mutex::default(), attention_room: Mutex::default() }
     }
 
     /// The instruction set in use.
@@ -60,6 +62,11 @@ impl Kernels {
             scratch.resize(words, 0);
         }
         scratch
+    }
+
+    /// The memory of attention; one call at a time has it.
+    pub(crate) fn attention_room(&self) -> MutexGuard<'_, AttentionRoom> {
+        self.attention_room.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Runs a lane kernel on the calling thread with the chosen instruction set.

@@ -13,7 +13,7 @@
 //!   then a fixed tree).
 //! - No libm: elementary functions are fixed sequences of IEEE operations. `mul_add` is the correctly rounded fused
 //!   operation, and nothing else is fused.
-//! - No randomness, no clock (but for [`measure`]), no I/O, no model: of ours this crate imports only the vocabulary.
+//! - No randomness, no clock (but for [`measure`], and in the pool, whose clock no result sees), no I/O, no model: of ours this crate imports only the vocabulary.
 //! - A shape that does not fit is a programming error and panics; what a caller can meet at run time is a typed error.
 
 mod adamw;
@@ -46,8 +46,8 @@ pub use cores::{PinError, PinnedThread, available_cores, available_threads};
 pub use isa::{Isa, UnknownIsa};
 pub use kernels::Kernels;
 pub use matmul::{
-    BlockAxis, BlockScale, FileRows, PACKED_VERSION, PackedMatrix, Piece, QuantizedRow, ReadRows,
-    SegmentLayout, StoredSegment,
+    BlockAxis, BlockScale, FileRows, Input, Output, PACKED_VERSION, PackedMatrix, Piece, Product,
+    QuantizedRow, ReadRows, SegmentLayout, StoredSegment,
 };
 pub use pool::ThreadPool;
 pub use rope::{Llama3Scaling, inv_freq, scale_inv_freq_linear, scale_inv_freq_llama3};

@@ -205,18 +205,7 @@ impl LaneKernel for RmsNorm<'_> {
         if let Some(x) = x {
             out.copy_from_slice(x);
         }
-        let mut squares = S::splat(0.0);
-        let (vectors, tail) = out.as_chunks::<LANES>();
-        for x in vectors {
-            let x = S::read(x);
-            squares = x.mul_add(x, squares);
-        }
-        if !tail.is_empty() {
-            let x = S::read_tail(tail, 0.0);
-            squares = x.mul_add(x, squares);
-        }
-        let mean = squares.sum_lanes() / out.len() as f32;
-        let scale = S::splat(1.0 / (mean + eps).sqrt());
+        let scale = S::splat(row_scale::<S>(out, eps));
         for (out, weight) in out.chunks_mut(LANES).zip(weight.chunks(LANES)) {
             if out.len() == LANES {
                 S::read(out).mul(scale).mul(S::read(weight)).write(out);
@@ -225,4 +214,21 @@ impl LaneKernel for RmsNorm<'_> {
             }
         }
     }
+}
+
+/// 1/√(mean(x²) + eps) of one row.
+#[inline(always)]
+pub(crate) fn row_scale<S: Simd16>(x: &[f32], eps: f32) -> f32 {
+    let mut squares = S::splat(0.0);
+    let (vectors, tail) = x.as_chunks::<LANES>();
+    for x in vectors {
+        let x = S::read(x);
+        squares = x.mul_add(x, squares);
+    }
+    if !tail.is_empty() {
+        let x = S::read_tail(tail, 0.0);
+        squares = x.mul_add(x, squares);
+    }
+    let mean = squares.sum_lanes() / x.len() as f32;
+    1.0 / (mean + eps).sqrt()
 }

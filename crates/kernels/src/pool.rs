@@ -124,6 +124,12 @@ impl ThreadPool {
         self.workers.len() + 1
     }
 
+    /// How long callers have been computing tasks, all jobs since the pool began. Starting the other threads and waiting for
+    /// them is not counted, nor what callers do between jobs.
+    pub fn callers_time_in_tasks(&self) -> Duration {
+        Duration::from_nanos(self.shared.callers_nanos.load(Ordering::Relaxed))
+    }
+
     /// Calls `f(0)`, …, `f(tasks − 1)`, each once, in any order and on any thread, and returns when all are done.
     ///
     /// A job started inside a task runs on that task's thread alone. If a task panics, tasks not yet begun are dropped
@@ -139,8 +145,13 @@ impl ThreadPool {
     }
 
     fn run_all(&self, tasks: usize, f: &(dyn Fn(usize) + Sync)) {
-        if tasks <= 1 || self.workers.is_empty() || INSIDE.get() {
+        if INSIDE.get() {
             return (0..tasks).for_each(f);
+        }
+        if tasks <= 1 || self.workers.is_empty() {
+            let started = Instant::now();
+            (0..tasks).for_each(f);
+            return self.shared.count(started);
         }
         let turn = lock(&self.turn);
         let outcome = self.shared.publish(Job { f: erase(f), tasks });
@@ -203,6 +214,8 @@ struct Shared {
     /// Written only while the job is closed and nobody is joined; read only by those who are.
     job: UnsafeCell<Option<Job>>,
     panic: Mutex<Option<Box<dyn Any + Send>>>,
+    /// What callers have spent on tasks.
+    callers_nanos: AtomicU64,
     sleepers: AtomicUsize,
     stop: AtomicBool,
     sleep: Mutex<()>,
@@ -228,7 +241,9 @@ impl Shared {
             drop(lock(&self.sleep));
             self.wake.notify_all();
         }
+        let started = Instant::now();
         self.work(job);
+        self.count(started);
         self.state.0.fetch_and(!OPEN, Ordering::AcqRel);
         let mut spins = 0u32;
         while self.state.0.load(Ordering::Acquire) & JOINED != 0 {
@@ -238,6 +253,12 @@ impl Shared {
         }
         INSIDE.set(false);
         lock(&self.panic).take().map_or(Ok(()), Err)
+    }
+
+    /// Adds what a caller has computed since `started`.
+    fn count(&self, started: Instant) {
+        let nanos = started.elapsed().as_nanos() as u64;
+        self.callers_nanos.fetch_add(nanos, Ordering::Relaxed);
     }
 
     /// Takes tasks until none is left. Never unwinds.

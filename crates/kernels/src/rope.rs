@@ -7,7 +7,7 @@ use crate::strided::DisjointMut;
 use std::f64::consts::TAU;
 
 /// Elements below which another thread is not worth its wake-up.
-const MIN_ELEMENTS: usize = 16 << 10;
+const MIN_ELEMENTS: usize = 8 << 10;
 
 /// 1 / theta^(2i/d) for i in 0…d/2, with d = `rotary_dim`, computed in `f64` and rounded once.
 pub fn inv_freq(theta: f64, rotary_dim: usize) -> Vec<f32> {
@@ -168,11 +168,23 @@ impl LaneKernel for Rotate<'_> {
             let (first, second) = head[..2 * half].split_at_mut(half);
             let angles = self.cos.chunks(LANES).zip(self.sin.chunks(LANES));
             for ((x1, x2), (cos, sin)) in first.chunks_mut(LANES).zip(second.chunks_mut(LANES)).zip(angles) {
-                let (a, b) = (S::read_tail(x1, 0.0), S::read_tail(x2, 0.0));
-                let (cos, sin) = (S::read_tail(cos, 0.0), S::read_tail(sin, 0.0));
-                S::splat(0.0).sub(b).mul_add(sin, a.mul(cos)).write_tail(x1);
-                a.mul_add(sin, b.mul(cos)).write_tail(x2);
+                if x1.len() == LANES {
+                    let (a, b) = rotate(S::read(x1), S::read(x2), S::read(cos), S::read(sin));
+                    a.write(x1);
+                    b.write(x2);
+                } else {
+                    let (a, b) = (S::read_tail(x1, 0.0), S::read_tail(x2, 0.0));
+                    let (a, b) = rotate(a, b, S::read_tail(cos, 0.0), S::read_tail(sin, 0.0));
+                    a.write_tail(x1);
+                    b.write_tail(x2);
+                }
             }
         }
     }
+}
+
+/// Sixteen pairs, turned.
+#[inline(always)]
+fn rotate<S: Simd16>(a: S, b: S, cos: S, sin: S) -> (S, S) {
+    (S::splat(0.0).sub(b).mul_add(sin, a.mul(cos)), a.mul_add(sin, b.mul(cos)))
 }

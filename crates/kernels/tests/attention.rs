@@ -241,3 +241,18 @@ fn large_numbers_stay_finite_in_a_cache_of_halves() {
     let out = sequence.run(&Kernels::new(Isa::best(), 1), &[20]);
     assert!(out.iter().all(|&x| (x + 65504.0).abs() < 1.0), "{out:?}");
 }
+
+/// Few rows with long contexts compute splits in windows; 40 of them are more than any number of threads here takes at once.
+#[test]
+fn windows_of_splits_give_the_bits_of_one_task() {
+    const TOKENS: usize = 40 * 256 + 17;
+    for window in [None, Some(9000)] {
+        let sequence = Sequence::new(shape(1, 2, 8, window), TOKENS, 9);
+        let whole = bits(&sequence.run(&all_kernels()[0], &[TOKENS]));
+        for kernels in all_kernels().iter().filter(|kernels| kernels.isa() != Isa::Portable) {
+            kernels.reserve_attention(4, sequence.shape.layout, sequence.shape.q_heads);
+            let few = sequence.run(kernels, &[TOKENS - 9, 1, 1, 4, 3]);
+            assert!(bits(&few) == whole, "{window:?} {kernels:?}");
+        }
+    }
+}

@@ -321,6 +321,11 @@ pub(crate) struct AdapterStep<'a> {
 }
 
 impl AdapterStep<'_> {
+    /// Whether no row has an adapter: then nothing but a product's own results is needed.
+    pub(crate) fn is_none(&self) -> bool {
+        self.adapted.is_empty()
+    }
+
     /// Adds B·(s·A·x) to the outputs of `target`, of which row r lies at `out[r · stride]`; `input` is rows × inputs. `keep`
     /// receives s·A·x where a backward pass will need it.
     #[allow(clippy::too_many_arguments)]

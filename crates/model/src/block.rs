@@ -11,13 +11,18 @@ use crate::kv::LayerCache;
 use crate::slice::RankSlice;
 use crate::source::{Content, MatrixSource, VectorSource, WeightSource};
 use crate::stage::Workspace;
-use ashlar_kernels::{AttentionShape, Kernels, KvLayout, PackedMatrix, RowContext, StridedRows};
+use ashlar_kernels::{
+    AttentionShape, Input, Kernels, KvLayout, Output, PackedMatrix, Product, RowContext, StridedRows,
+};
 use ashlar_vocabulary::Bytes;
 use std::ops::Range;
 
 mod backward;
 
 pub(crate) use backward::{Backward, BackwardWork, BlockTape, Sequences};
+
+/// Most ranks of a tensor-parallel group: one per part of an axis.
+const RANKS_MAX: usize = 8;
 
 /// A rank's share of one block.
 #[derive(Debug)]
@@ -242,10 +247,24 @@ impl Block {
         let d = &self.dims;
         let (count, stride) = (rows.len(), d.query + 2 * d.key);
         let layout = KvLayout { kv_heads: d.key / d.head_dim, head_dim: d.head_dim };
-        let normed = &mut work.normed[..count * d.hidden];
-        kernels.rms_norm(count, d.hidden, &work.x[..count * d.hidden], &self.input_norm, d.eps, normed);
         let qkv = &mut work.wide[..count * stride];
-        kernels.matmul(count, normed, &self.qkv, &[0..d.hidden], self.qkv_bias.as_deref(), qkv);
+        let x = &work.x[..count * d.hidden];
+        let normed = &mut work.normed[..count * d.hidden];
+        let product = Product {
+            rows: count,
+            weights: &self.qkv,
+            k_parts: &[0..d.hidden],
+            bias: self.qkv_bias.as_deref(),
+        };
+        let input = if adapters.is_none() {
+            Input::Normed { x, weight: &self.input_norm, eps: d.eps, room: normed }
+        } else {
+            // Adapters read the normed rows, too.
+            kernels.rms_norm(count, d.hidden, x, &self.input_norm, d.eps, normed);
+            Input::Rows(normed)
+        };
+        kernels.product(&product, input, Output::Write(qkv));
+        let normed = &work.normed[..count * d.hidden];
         for (target, at) in self.qkv_targets() {
             let low = tape.as_deref_mut().map(|tape| &mut tape.low);
             adapters.add(
@@ -330,17 +349,35 @@ impl Block {
         work: &mut Workspace,
     ) -> Result<(), CollectiveError> {
         let d = &self.dims;
+        let x = &work.x[..count * d.hidden];
         let normed = &mut work.normed[..count * d.hidden];
-        kernels.rms_norm(
-            count,
-            d.hidden,
-            &work.x[..count * d.hidden],
-            &self.feed_forward_norm,
-            d.eps,
-            normed,
-        );
         let gate_up = &mut work.wide[..count * 2 * d.feed_forward];
-        kernels.matmul(count, normed, &self.gate_up, &[0..d.hidden], self.gate_up_bias.as_deref(), gate_up);
+        let activated = &mut work.narrow[..count * d.feed_forward];
+        let product = Product {
+            rows: count,
+            weights: &self.gate_up,
+            k_parts: &[0..d.hidden],
+            bias: self.gate_up_bias.as_deref(),
+        };
+        if adapters.is_none() && tape.is_none() {
+            let input = Input::Normed { x, weight: &self.feed_forward_norm, eps: d.eps, room: normed };
+            kernels.product(&product, input, Output::SiluMul { out: activated, room: gate_up });
+            return self.reduce_into_residual(
+                kernels,
+                count,
+                Target::Down,
+                &self.down,
+                &d.feed_forward_parts,
+                self.down_bias.as_deref(),
+                group,
+                adapters,
+                None,
+                work,
+            );
+        }
+        // Adapters add to gates and ups, and the tape keeps them: both need them in memory.
+        kernels.rms_norm(count, d.hidden, x, &self.feed_forward_norm, d.eps, normed);
+        kernels.product(&product, Input::Rows(normed), Output::Write(gate_up));
         for (target, at) in self.gate_up_targets() {
             let (low, stride) = (tape.as_deref_mut().map(|tape| &mut tape.low), 2 * d.feed_forward);
             adapters.add(
@@ -357,7 +394,6 @@ impl Block {
         if let Some(tape) = tape.as_deref_mut() {
             tape.keep_feed_forward(&work.x[..count * d.hidden], gate_up);
         }
-        let activated = &mut work.narrow[..count * d.feed_forward];
         kernels.silu_mul(count, d.feed_forward, gate_up, activated);
         self.reduce_into_residual(
             kernels,
@@ -390,13 +426,21 @@ impl Block {
     ) -> Result<(), CollectiveError> {
         let size = count * self.dims.hidden;
         let input = &work.narrow[..count * weights.k()];
+        if group.size() == 1 && adapters.is_none() {
+            let product = Product { rows: count, weights, k_parts: parts, bias };
+            kernels.product(&product, Input::Rows(input), Output::Add(&mut work.x[..size]));
+            return Ok(());
+        }
         let partial = &mut work.normed[..size];
         kernels.matmul(count, input, weights, parts, None, partial);
         if group.size() > 1 {
             let all = &mut work.gathered[..size * group.size()];
             group.all_gather(partial, all)?;
-            let contributions: Vec<&[f32]> = all.chunks_exact(size).collect();
-            kernels.sum_tree(&contributions, partial);
+            let mut contributions: [&[f32]; RANKS_MAX] = [&[]; RANKS_MAX];
+            for (to, contribution) in contributions.iter_mut().zip(all.chunks_exact(size)) {
+                *to = contribution;
+            }
+            kernels.sum_tree(&contributions[..group.size()], partial);
         }
         if let Some(bias) = bias {
             for row in partial.chunks_exact_mut(self.dims.hidden) {

@@ -95,6 +95,8 @@ pub struct Workspace {
     logits: Vec<f32>,
     /// What the kernels hold for activations on their way into products.
     product_words: usize,
+    /// What they hold for attention.
+    attention_bytes: usize,
     hidden: usize,
 }
 
@@ -119,10 +121,10 @@ impl Workspace {
             &self.group_logits,
             &self.logits,
         ];
-        let adapters = self.adapters.values() as u64;
-        Bytes(
-            4 * (buffers.iter().map(|b| b.len() as u64).sum::<u64>() + adapters + self.product_words as u64),
-        )
+        let words = buffers.iter().map(|b| b.len() as u64).sum::<u64>()
+            + self.adapters.values() as u64
+            + self.product_words as u64;
+        Bytes(4 * words + self.attention_bytes as u64)
     }
 }
 
@@ -313,8 +315,11 @@ impl StageModel {
         let product_words =
             self.blocks.iter().map(|block| block.scratch_words(rows)).fold(head_words, usize::max);
         kernels.reserve(product_words);
+        let layout = KvLayout { kv_heads: kv / shape.head_dim, head_dim: shape.head_dim };
+        let attention_bytes = kernels.reserve_attention(rows, layout, q / shape.head_dim);
         Workspace {
             product_words,
+            attention_bytes,
             x: vec![0.0; rows * hidden],
             normed: vec![0.0; rows * hidden],
             wide: vec![0.0; rows * (q + 2 * kv).max(2 * ff)],

@@ -2,7 +2,7 @@
 
 use crate::request::PlanRequest;
 use crate::shares::Shares;
-use ashlar_vocabulary::{Bytes, FloatType, HeadSlice, LayerRange, LayerWeightTypes, ModelShape, WeightType};
+use ashlar_vocabulary::{AttentionMemory, Bytes, FloatType, HeadSlice, LayerRange, ModelShape};
 use serde::{Deserialize, Serialize};
 
 /// Activations that are computed with, and logits, are f32.
@@ -122,31 +122,28 @@ impl Piece {
 
     /// Bytes of the buffers that the largest step needs on this rank: the residual stream and its copy, the widest and
     /// the narrowest product of a layer, rotation angles, the group's contributions, activations received and waiting to
-    /// be sent, attention's partial results per thread, where there is a head a chunk of logits, and memory shared with other
+    /// be sent, what products and attention work in, where there is a head a chunk of logits, and memory shared with other
     /// ranks on the one that makes it: whether they will be on one host is not known here.
-    fn activation_bytes(&self, shape: &ModelShape, request: &PlanRequest, threads: u32) -> usize {
+    fn activation_bytes(&self, shares: &Shares<'_>, request: &PlanRequest, threads: u32) -> usize {
+        let shape = shares.shape;
         let slice = |cut: ashlar_vocabulary::AxisCut| cut.rank(self.rank, self.tensor_parallel_size).len();
         let (q, kv) = (slice(shape.attention_cut()), slice(shape.key_cut()));
         let ff = slice(shape.feed_forward_cut());
         let size = self.tensor_parallel_size;
         let gathered = if size > 1 { size } else { 0 };
-        // Products with bf16 weights take their activations rounded, those with quantised weights as bytes with three
-        // numbers per 32.
-        let inputs = shape.hidden_size.max(q).max(ff);
-        let words = |kind: WeightType| match kind {
-            WeightType::F32 | WeightType::F16 => 0,
-            WeightType::Bf16 => inputs,
-            _ => inputs.div_ceil(32) * 11,
-        };
-        let of_layer = |types: &LayerWeightTypes| words(types.query).max(words(types.down));
-        let of_layers =
-            shape.weights.layers[self.layers.start..self.layers.end].iter().map(of_layer).max().unwrap_or(0);
+        // Products of a layer for all rows, those of the head for a chunk of them, take their activations in one place.
+        let products = (request.max_num_batched_tokens * shares.row_words(self.rank, self.layers))
+            .max(self.head.map_or(0, |_| LOGIT_ROWS * shape.head_row_words()));
         let per_token = (2 + gathered + usize::from(!self.first)) * shape.hidden_size
             + (q + 2 * kv).max(2 * ff)
             + q.max(ff)
-            + shape.head_dim
-            + of_layers;
-        let partials = threads.max(1) as usize * request.max_context_tokens;
+            + shape.head_dim;
+        let attention = AttentionMemory {
+            threads: threads.max(1) as usize,
+            query_heads: q / shape.head_dim,
+            kv_heads: kv / shape.head_dim,
+            head_dim: shape.head_dim,
+        };
         let of_head: usize = self.head.map_or(0, |head| self.logit_values(shape, head));
         let exchanged = if size > 1 && self.rank == 0 { size * GROUP_VALUES } else { 0 };
         // Rows on their way from or to another stage; narrower ones are widened, from a buffer of their own.
@@ -154,8 +151,9 @@ impl Piece {
         let in_transit = (narrow * usize::from(!self.first) + 2 * usize::from(!self.last))
             * shape.hidden_size
             * shape.activations.bytes();
-        (request.max_num_batched_tokens * per_token + partials + of_head + exchanged) * BYTES_PER_ACTIVATION
+        (request.max_num_batched_tokens * per_token + products + of_head + exchanged) * BYTES_PER_ACTIVATION
             + request.max_num_batched_tokens * in_transit
+            + attention.bytes(request.max_num_batched_tokens)
     }
 
     /// Values that a chunk of rows needs around the head.
@@ -198,7 +196,7 @@ impl Piece {
         let embedding = Bytes(table as u64);
         let head = Bytes(self.head_bytes(shape) as u64);
         let kv_cache = Bytes((kv_blocks * request.block_tokens * self.kv_bytes_per_token(shape)) as u64);
-        let activations = Bytes(self.activation_bytes(shape, request, threads) as u64);
+        let activations = Bytes(self.activation_bytes(shares, request, threads) as u64);
         let total = weights + embedding + head + kv_cache + activations;
         MemoryLedger {
             weights,

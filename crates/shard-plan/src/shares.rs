@@ -9,6 +9,8 @@ pub struct Shares<'a> {
     pub shape: &'a ModelShape,
     /// For every rank the sums over layers before the first, the second, … and over all.
     before: Vec<Vec<LayerShare>>,
+    /// For every rank, per layer, the words that its largest product takes for each row.
+    row_words: Vec<Vec<usize>>,
 }
 
 /// One rank's part of some layers.
@@ -37,7 +39,12 @@ impl<'a> Shares<'a> {
             }
             before
         };
-        Shares { shape, before: (0..tensor_parallel_size).map(sums).collect() }
+        let row_words = |rank: usize| {
+            let words = |layer| shape.layer_row_words(layer, rank, tensor_parallel_size);
+            (0..shape.num_layers).map(words).collect()
+        };
+        let ranks = 0..tensor_parallel_size;
+        Shares { shape, before: ranks.clone().map(sums).collect(), row_words: ranks.map(row_words).collect() }
     }
 
     /// Ranks of a group.
@@ -53,6 +60,11 @@ impl<'a> Shares<'a> {
             plain_weights: end.plain_weights - start.plain_weights,
             quantized_weights: end.quantized_weights - start.quantized_weights,
         }
+    }
+
+    /// 32-bit words that the largest product of `layers` takes for each row of its activations on rank `rank`.
+    pub fn row_words(&self, rank: usize, layers: LayerRange) -> usize {
+        self.row_words[rank][layers.start..layers.end].iter().copied().max().unwrap_or(0)
     }
 
     /// Whether both ranges are the same to every rank.

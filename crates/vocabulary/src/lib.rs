@@ -2,11 +2,12 @@
 //!
 //! Layout: [`ids`] (newtypes), [`blob`] (names of stored bytes), [`units`] (bytes, milliseconds), [`parts`] (the eight-part cut that the numeric
 //! contract is built on), [`head`] (who computes which of its rows), [`shape`] (what a model looks like, without its weights), [`sampling`] (what a request asks of
-//! the sampler), [`weights`] (the types of weights), [`blocks`] and [`packed`] (how they lie in memory), [`memory`] (how much of it a rank needs for them), [`precision`] (what an owner chooses among them, and for the cache), [`random`] (the counter-based generator).
+//! the sampler), [`weights`] (the types of weights), [`blocks`] and [`packed`] (how they lie in memory), [`memory`] (how much of it a rank needs for them), [`attention`] (what attention works in), [`precision`] (what an owner chooses among them, and for the cache), [`random`] (the counter-based generator).
 //!
 //! **Invariant:** this crate imports nothing of ours, performs no I/O and reads no clock.
 #![forbid(unsafe_code)]
 
+pub mod attention;
 pub mod blob;
 pub mod blocks;
 pub mod head;
@@ -21,6 +22,7 @@ pub mod shape;
 pub mod units;
 pub mod weights;
 
+pub use attention::AttentionMemory;
 pub use blob::{BlobId, UnknownBlobId};
 pub use head::HeadSlice;
 pub use ids::*;

@@ -1,7 +1,8 @@
-//! The bytes of a model's weights on one rank, as they lie in memory: exact, so that a plan's ledger is.
+//! The bytes of a model's weights on one rank, as they lie in memory, and what its products work in: exact, so that a plan's
+//! ledger is.
 
 use crate::head::HeadSlice;
-use crate::packed::matrix_bytes;
+use crate::packed::{matrix_bytes, row_words, stacked_row_words};
 use crate::parts::AxisCut;
 use crate::shape::ModelShape;
 use crate::weights::WeightType;
@@ -27,6 +28,30 @@ impl ModelShape {
             + self.row_bytes(&[(types.gate, wide), (types.up, wide)])
             + columns(types.down, self.feed_forward_cut())
             + BYTES_PER_VECTOR_ELEMENT * self.vector_elements(query, key, wide)
+    }
+
+    /// 32-bit words that the largest product of layer `layer` takes for each row of its activations on rank `rank` of
+    /// `tensor_parallel_size`.
+    pub fn layer_row_words(&self, layer: usize, rank: usize, tensor_parallel_size: usize) -> usize {
+        let Some(types) = self.weights.layers.get(layer) else { return 0 };
+        let hidden: [Range<usize>; 1] = [0..self.hidden_size];
+        let columns = |kind: WeightType, cut: AxisCut| {
+            let start = cut.rank(rank, tensor_parallel_size).start;
+            row_words(kind, start, &cut.rank_parts(rank, tensor_parallel_size))
+        };
+        let products = [
+            stacked_row_words(&[types.query, types.key, types.value], 0, &hidden),
+            columns(types.output, self.attention_cut()),
+            stacked_row_words(&[types.gate, types.up], 0, &hidden),
+            columns(types.down, self.feed_forward_cut()),
+        ];
+        products.into_iter().max().unwrap_or(0)
+    }
+
+    /// The same of the head.
+    pub fn head_row_words(&self) -> usize {
+        let hidden: [Range<usize>; 1] = [0..self.hidden_size];
+        row_words(self.weights.head, 0, &hidden)
     }
 
     /// Bytes of a slice of the head.

@@ -1,12 +1,16 @@
 //! How many bytes weights take once they are packed: panels whose last one is padded to sixteen outputs, and blocks that a
 //! border between parts cuts in two. The kernels allocate by these figures, the plan's ledger adds them up.
 
-use crate::blocks::BlockAxis;
+use crate::blocks::{BLOCK, BlockAxis};
 use crate::weights::WeightType;
 use std::ops::Range;
 
 /// Outputs that lie together.
 pub const LANES: usize = 16;
+
+/// 32-bit words of one row of one piece of quantised activations: 32 bytes, the scale, and two numbers for the format's zero
+/// and minimum.
+pub const PIECE_WORDS: usize = BLOCK / 4 + 3;
 
 /// Bytes of a matrix of `outputs` outputs, the first of whose inputs is input `offset` of the whole axis, and whose `parts`
 /// (in inputs of this matrix) tile them.
@@ -15,6 +19,29 @@ pub fn matrix_bytes(kind: WeightType, outputs: usize, offset: usize, parts: &[Ra
         true => block_bytes(kind, outputs, &BlockAxis::new(offset, parts)),
         false => plain_bytes(kind, outputs, parts),
     }
+}
+
+/// 32-bit words that a row of activations takes on its way into a product with weights of type `kind`: pieces of bytes for
+/// quantised weights, rounded numbers (one or two to a word, as is faster) for brain floats, nothing for the others.
+pub fn row_words(kind: WeightType, offset: usize, parts: &[Range<usize>]) -> usize {
+    match kind {
+        WeightType::F32 | WeightType::F16 => 0,
+        WeightType::Bf16 => parts.iter().map(|part| part.len().next_multiple_of(2)).sum(),
+        _ => BlockAxis::new(offset, parts).pieces().len() * PIECE_WORDS,
+    }
+}
+
+/// The same where neighbours of one type are one matrix, and matrices are stacked: quantised types share their words with
+/// the next of their kind.
+pub fn stacked_row_words(kinds: &[WeightType], offset: usize, parts: &[Range<usize>]) -> usize {
+    let words = |(index, &kind): (usize, &WeightType)| {
+        let ready = match kind {
+            WeightType::Bf16 => index > 0 && kinds[index - 1] == kind,
+            _ => kinds[..index].contains(&kind),
+        };
+        if ready { 0 } else { row_words(kind, offset, parts) }
+    };
+    kinds.iter().enumerate().map(words).sum()
 }
 
 /// Bytes of a matrix of quantised weights.

@@ -3,7 +3,7 @@
 use super::buffer::KvBuffer;
 use crate::elements::{BrainFloat, Element, Half};
 use crate::kernels::Kernels;
-use crate::strided::StridedRows;
+use crate::strided::{DisjointMut, StridedRows};
 use ashlar_vocabulary::{BlockId, FloatType};
 
 /// Tokens of a cache block.
@@ -85,14 +85,18 @@ impl Kernels {
         v_cache: &mut KvBuffer,
     ) {
         match k_cache.kind() {
-            FloatType::F32 => write::<f32>(layout, rows, k, v, k_cache, v_cache),
-            FloatType::Bf16 => write::<BrainFloat>(layout, rows, k, v, k_cache, v_cache),
-            FloatType::F16 => write::<Half>(layout, rows, k, v, k_cache, v_cache),
+            FloatType::F32 => write::<f32>(self, layout, rows, k, v, k_cache, v_cache),
+            FloatType::Bf16 => write::<BrainFloat>(self, layout, rows, k, v, k_cache, v_cache),
+            FloatType::F16 => write::<Half>(self, layout, rows, k, v, k_cache, v_cache),
         }
     }
 }
 
+/// Elements below which another thread is not worth its wake-up: each key is scattered over as many cache lines.
+const MIN_ELEMENTS: usize = 1 << 10;
+
 fn write<E: Element>(
+    kernels: &Kernels,
     layout: KvLayout,
     rows: &[RowContext<'_>],
     k: StridedRows<'_>,
@@ -101,22 +105,29 @@ fn write<E: Element>(
     v_cache: &mut KvBuffer,
 ) {
     let KvLayout { kv_heads, head_dim } = layout;
-    let (k_cache, v_cache) = (k_cache.elements_mut::<E>(), v_cache.elements_mut::<E>());
-    for (row, context) in rows.iter().enumerate() {
-        context.assert_covered();
-        let (block, slot) = (context.block(), context.position as usize % BLOCK_TOKENS);
-        let (k, v) = (k.row(row, kv_heads * head_dim), v.row(row, kv_heads * head_dim));
-        for head in 0..kv_heads {
-            let start = layout.head_start(block, head);
-            let elements = head * head_dim..(head + 1) * head_dim;
-            let keys = &mut k_cache[start..][..layout.elements_per_head()];
-            for (to, &k) in keys.chunks_exact_mut(BLOCK_TOKENS).zip(&k[elements.clone()]) {
-                to[slot] = E::round(k);
-            }
-            let values = &mut v_cache[start + slot * head_dim..][..head_dim];
-            for (to, &v) in values.iter_mut().zip(&v[elements]) {
-                *to = E::round(v);
+    rows.iter().for_each(RowContext::assert_covered);
+    let k_cache = DisjointMut::new(k_cache.elements_mut::<E>());
+    let v_cache = DisjointMut::new(v_cache.elements_mut::<E>());
+    // By head, so that threads never meet, whatever the rows' block tables say.
+    kernels.for_ranges(kv_heads, MIN_ELEMENTS.div_ceil((rows.len() * head_dim).max(1)), |heads| {
+        for (row, context) in rows.iter().enumerate() {
+            let (block, slot) = (context.block(), context.position as usize % BLOCK_TOKENS);
+            let (k, v) = (k.row(row, kv_heads * head_dim), v.row(row, kv_heads * head_dim));
+            for head in heads.clone() {
+                let start = layout.head_start(block, head);
+                let elements = head * head_dim..(head + 1) * head_dim;
+                // SAFETY: a head of a block belongs to one task.
+                let keys = unsafe { k_cache.range(start..start + layout.elements_per_head()) };
+                for (to, &k) in keys.chunks_exact_mut(BLOCK_TOKENS).zip(&k[elements.clone()]) {
+                    to[slot] = E::round(k);
+                }
+                let start = start + slot * head_dim;
+                // SAFETY: as above.
+                let values = unsafe { v_cache.range(start..start + head_dim) };
+                for (to, &v) in values.iter_mut().zip(&v[elements]) {
+                    *to = E::round(v);
+                }
             }
         }
-    }
+    });
 }

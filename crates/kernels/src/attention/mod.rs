@@ -22,15 +22,11 @@ pub use layout::{BLOCK_TOKENS, KvLayout, RowContext};
 use crate::kernels::Kernels;
 use crate::lanes::{LaneKernel, Simd16};
 use crate::strided::{DisjointMut, StridedRows};
+use ashlar_vocabulary::AttentionMemory;
+pub use ashlar_vocabulary::attention::SPLIT_KEYS;
 use split::{Partial, Scratch, SplitInputs};
 use std::cell::Cell;
 use std::ops::Range;
-
-/// Keys that share one softmax before splits are merged.
-pub const SPLIT_KEYS: usize = 256;
-
-/// Queries of one task: neighbouring rows of a sequence times the query heads of one KV head.
-const TASK_QUERIES: usize = 48;
 
 /// What attention computes, apart from its operands.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -77,12 +73,17 @@ impl Kernels {
         assert_eq!(k_cache.kind(), v_cache.kind(), "keys and values are of one type");
         let kv_heads = shape.layout.kv_heads;
         let call = Call { shape: *shape, rows, q, k_cache, v_cache };
-        let tiles = call.tiles();
+        let mut room = self.attention_room();
+        let AttentionRoom { tiles, partials } = &mut *room;
+        let memory = self.attention_memory(layout, q_heads);
+        call.cut_into(tiles, memory.task_rows());
+        let tiles = &tiles[..];
         let tasks = tiles.len() * kv_heads;
         let splits = tiles.iter().map(|tile| call.splits(tile.clone()).len()).max().unwrap_or(0);
         let output = DisjointMut::new(out);
-        if tasks < 2 * self.threads() && splits > 1 {
-            return self.attention_over_splits(&call, &tiles, splits, &output);
+        if memory.cuts_splits(tiles.len()) && splits > 1 {
+            let window = memory.window(tiles.len()).min(splits);
+            return self.attention_over_splits(&call, tiles, splits, window, partials, &output);
         }
         self.pool().run(tasks, &|task| {
             // Head by head, so that its keys and values stay in the L2 cache. Later tiles of a chunk have longer contexts:
@@ -99,55 +100,87 @@ impl Kernels {
         });
     }
 
-    /// The same with splits computed by different tasks, for few rows with long contexts.
+    /// The same with splits computed by different tasks, for few rows with long contexts: a window of splits at a time, so
+    /// that memory does not grow with the context.
     fn attention_over_splits(
         &self,
         call: &Call<'_>,
         tiles: &[Range<usize>],
         most_splits: usize,
+        window: usize,
+        partials: &mut Vec<f32>,
         output: &DisjointMut<'_>,
     ) {
         let AttentionShape { layout, q_heads, .. } = call.shape;
         let width = Partial::floats(layout.head_dim);
-        let mut partials = PARTIALS.take();
-        let len = call.rows.len() * q_heads * most_splits * width;
-        if partials.len() < len {
-            partials.resize(len, 0.0);
+        // Per row and query head: what is merged so far, then the window's splits.
+        let slot_floats = (window + 1) * width;
+        let floats = call.rows.len() * q_heads * slot_floats;
+        if partials.len() < floats {
+            partials.resize(floats, 0.0);
         }
-        let store = DisjointMut::new(&mut partials);
-        self.pool().run(tiles.len() * layout.kv_heads * most_splits, &|task| {
-            let (task, index) = (task / most_splits, task % most_splits);
-            let (tile, kv_head) = (tiles[task / layout.kv_heads].clone(), task % layout.kv_heads);
-            let Some(split) = call.splits(tile.clone()).nth(index) else { return };
-            let sink = Sink::Partials { store: &store, most_splits };
-            self.dispatch(Task { call, rows: tile, kv_head, splits: split..split + 1, sink });
-        });
-        // Per row, where its splits begin among those of its tile.
+        for slot in partials[..floats].chunks_exact_mut(slot_floats) {
+            Partial::nothing(&mut slot[..width]);
+        }
+        let store = DisjointMut::new(partials);
         let tile_of = |row: usize| tiles.partition_point(|tile| tile.end <= row);
-        self.pool().run(call.rows.len() * layout.kv_heads, &|task| {
-            let (row, kv_head) = (task / layout.kv_heads, task % layout.kv_heads);
-            let first = call.splits(tiles[tile_of(row)].clone()).start;
-            let own = call.splits(row..row + 1);
-            for head in kv_head * call.group()..(kv_head + 1) * call.group() {
-                let slot = row * q_heads + head;
-                let start = (slot * most_splits + own.start - first) * width;
-                // SAFETY: one task per row and head, and all tasks that wrote these have ended.
-                let (partials, out) = unsafe {
-                    (
-                        store.range(start..start + own.len() * width),
-                        output.range(slot * layout.head_dim..(slot + 1) * layout.head_dim),
-                    )
-                };
-                self.dispatch(MergePartials { partials, out });
-            }
-        });
-        PARTIALS.set(partials);
+        for from in (0..most_splits).step_by(window) {
+            self.pool().run(tiles.len() * layout.kv_heads * window, &|task| {
+                let (task, index) = (task / window, task % window);
+                let (tile, kv_head) = (tiles[task / layout.kv_heads].clone(), task % layout.kv_heads);
+                let Some(split) = call.splits(tile.clone()).nth(from + index) else { return };
+                let sink = Sink::Partials { store: &store, slot_floats, at: (index + 1) * width };
+                self.dispatch(Task { call, rows: tile, kv_head, splits: split..split + 1, sink });
+            });
+            let last = from + window >= most_splits;
+            self.pool().run(call.rows.len() * layout.kv_heads, &|task| {
+                let (row, kv_head) = (task / layout.kv_heads, task % layout.kv_heads);
+                // The row's splits in this window, counted from the window's first.
+                let first = call.splits(tiles[tile_of(row)].clone()).start + from;
+                let own = call.splits(row..row + 1);
+                let own = own.start.clamp(first, first + window) - first
+                    ..own.end.clamp(first, first + window) - first;
+                for head in kv_head * call.group()..(kv_head + 1) * call.group() {
+                    let slot = row * q_heads + head;
+                    // SAFETY: one task per row and head, and all tasks that wrote these have ended.
+                    let (partials, out) = unsafe {
+                        (
+                            store.range(slot * slot_floats..(slot + 1) * slot_floats),
+                            output.range(slot * layout.head_dim..(slot + 1) * layout.head_dim),
+                        )
+                    };
+                    let (own, out, head_dim) = (own.clone(), last.then_some(out), layout.head_dim);
+                    self.dispatch(MergePartials { partials, own, out, head_dim });
+                }
+            });
+        }
+    }
+
+    /// Makes room for attention of up to `rows` rows, so that no call allocates; answers its bytes, and those of the threads'
+    /// own memory, which they take when they first need it.
+    pub fn reserve_attention(&self, rows: usize, layout: KvLayout, q_heads: usize) -> usize {
+        let memory = self.attention_memory(layout, q_heads);
+        let mut room = self.attention_room();
+        let missing = memory.waiting_floats(rows).saturating_sub(room.partials.len());
+        room.partials.extend(std::iter::repeat_n(0.0, missing));
+        let missing = rows.saturating_sub(room.tiles.len());
+        room.tiles.reserve(missing);
+        memory.bytes(rows)
+    }
+
+    fn attention_memory(&self, layout: KvLayout, query_heads: usize) -> AttentionMemory {
+        let KvLayout { kv_heads, head_dim } = layout;
+        AttentionMemory { threads: self.threads(), query_heads, kv_heads, head_dim }
     }
 }
 
-thread_local! {
-    /// Of the thread that called, see [`Task`].
-    static PARTIALS: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
+/// Memory of the call being computed.
+#[derive(Debug, Default)]
+pub(crate) struct AttentionRoom {
+    /// Runs of rows that are computed together.
+    tiles: Vec<Range<usize>>,
+    /// Results of splits that are not merged yet.
+    partials: Vec<f32>,
 }
 
 /// The operands of one call.
@@ -186,10 +219,9 @@ impl Call<'_> {
         start..end
     }
 
-    /// Runs of rows that share a block table, at most [`TASK_QUERIES`] queries each (or one row).
-    fn tiles(&self) -> Vec<Range<usize>> {
-        let most = (TASK_QUERIES / self.group()).max(1);
-        let mut tiles: Vec<Range<usize>> = Vec::new();
+    /// Runs of at most `most` rows that share a block table.
+    fn cut_into(&self, tiles: &mut Vec<Range<usize>>, most: usize) {
+        tiles.clear();
         for (row, context) in self.rows.iter().enumerate() {
             match tiles.last_mut() {
                 Some(tile) if tile.len() < most && self.rows[tile.start].shares_table(context) => {
@@ -198,7 +230,6 @@ impl Call<'_> {
                 _ => tiles.push(row..row + 1),
             }
         }
-        tiles
     }
 }
 
@@ -207,8 +238,8 @@ impl Call<'_> {
 enum Sink<'a> {
     /// The splits are all there are: merge them here.
     Output(&'a DisjointMut<'a>),
-    /// Keep each split's result: `[row][query head][split of the tile]`.
-    Partials { store: &'a DisjointMut<'a>, most_splits: usize },
+    /// Keep the split's result, `at` so many floats from the beginning of its row's and query head's slot.
+    Partials { store: &'a DisjointMut<'a>, slot_floats: usize, at: usize },
 }
 
 /// Some rows of one sequence, one KV head, some splits.
@@ -243,7 +274,6 @@ impl Task<'_> {
         let AttentionShape { layout, q_heads, scale, softcap, .. } = call.shape;
         let (group, head_dim) = (call.group(), layout.head_dim);
         let width = Partial::floats(head_dim);
-        let first_split = call.splits(rows.clone()).start;
         scratch.begin(rows.len() * group, layout);
         for (index, row) in rows.clone().enumerate() {
             let q = call.q.row(row, q_heads * head_dim);
@@ -281,11 +311,11 @@ impl Task<'_> {
                     Sink::Output(_) => {
                         Partial::merge::<S>(&mut scratch.merged[query * width..][..width], partial)
                     }
-                    Sink::Partials { store, most_splits } => {
+                    Sink::Partials { store, slot_floats, at } => {
                         let (row, head) = (rows.start + query / group, kv_head * group + query % group);
-                        let slot = (row * q_heads + head) * most_splits + split - first_split;
-                        // SAFETY: one slot per row, head and split, and one task for each.
-                        unsafe { store.range(slot * width..(slot + 1) * width) }.copy_from_slice(partial);
+                        let start = (row * q_heads + head) * slot_floats + at;
+                        // SAFETY: one place per row, head and split, and one task for each.
+                        unsafe { store.range(start..start + width) }.copy_from_slice(partial);
                     }
                 }
             }
@@ -302,10 +332,13 @@ impl Task<'_> {
     }
 }
 
-/// The ascending merge of one row's and head's splits, in the memory of the first.
+/// The ascending merge of the splits `own` of one row and head into what comes before them.
 struct MergePartials<'a> {
     partials: &'a mut [f32],
-    out: &'a mut [f32],
+    own: Range<usize>,
+    /// The result, once all are merged.
+    out: Option<&'a mut [f32]>,
+    head_dim: usize,
 }
 
 impl LaneKernel for MergePartials<'_> {
@@ -313,10 +346,13 @@ impl LaneKernel for MergePartials<'_> {
 
     #[inline(always)]
     fn run<S: Simd16>(self) {
-        let (merged, rest) = self.partials.split_at_mut(Partial::floats(self.out.len()));
-        for partial in rest.chunks_exact(merged.len()) {
+        let width = Partial::floats(self.head_dim);
+        let (merged, window) = self.partials.split_at_mut(width);
+        for partial in window.chunks_exact(width).take(self.own.end).skip(self.own.start) {
             Partial::merge::<S>(merged, partial);
         }
-        Partial::finish::<S>(merged, self.out);
+        if let Some(out) = self.out {
+            Partial::finish::<S>(merged, out);
+        }
     }
 }

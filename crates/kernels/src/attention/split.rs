@@ -3,20 +3,16 @@
 use super::SPLIT_KEYS;
 use super::buffer::KvBuffer;
 use super::layout::{BLOCK_TOKENS, KvLayout};
-use super::tile::{ScoreTile, TILE_BLOCKS, TILE_QUERIES, ValueTile};
+use super::tile::{ScoreTile, TILE_BLOCKS, ValueTile};
 use crate::aligned::AlignedBuffer;
 use crate::elements::{BrainFloat, Element, Half};
 use crate::lanes::{LANES, Simd16};
 use crate::math;
+use ashlar_vocabulary::attention::{AttentionMemory, RUN_KEYS, SCORE_STRIDE, TILE_QUERIES};
 use ashlar_vocabulary::{BlockId, FloatType};
 use std::ops::Range;
 
-/// Keys whose values stay in the L1 cache while all queries pass over them.
-const VALUE_RUN: usize = TILE_BLOCKS * BLOCK_TOKENS;
-/// Distance between queries' scores: a power of two would crowd them into a few sets of the L1 cache.
-const SCORE_STRIDE: usize = SPLIT_KEYS + LANES;
-
-/// Working memory of one task.
+/// Working memory of one task: as much as [`AttentionMemory::task_bytes`] says.
 pub(super) struct Scratch {
     /// `[tile][head_dim][6]`: one element of the six queries of a tile side by side.
     queries: AlignedBuffer,
@@ -57,8 +53,7 @@ impl Scratch {
         reserve(&mut self.merged, queries * width);
         reserve(&mut self.widened, TILE_BLOCKS * layout.elements_per_head());
         for merged in self.merged.chunks_exact_mut(width).take(queries) {
-            merged[width - LANES] = f32::NEG_INFINITY;
-            merged[width - LANES + 1] = 0.0;
+            Partial::nothing(merged);
         }
     }
 
@@ -80,7 +75,13 @@ pub(super) struct Partial;
 impl Partial {
     /// Elements of a partial result, in whole vectors.
     pub(super) const fn floats(head_dim: usize) -> usize {
-        head_dim.next_multiple_of(LANES) + LANES
+        AttentionMemory::partial_floats(head_dim)
+    }
+
+    /// Marks that nothing is merged yet.
+    pub(super) fn nothing(merged: &mut [f32]) {
+        let at = merged.len() - LANES;
+        (merged[at], merged[at + 1]) = (f32::NEG_INFINITY, 0.0);
     }
 
     /// The partial result of one query.
@@ -299,7 +300,7 @@ impl SplitInputs<'_> {
     fn outputs<S: Simd16>(&self, scratch: &mut Scratch, keys: Range<usize>) {
         let mut start = keys.start;
         while start < keys.end {
-            let run = start..keys.end.min((start / VALUE_RUN + 1) * VALUE_RUN);
+            let run = start..keys.end.min((start / RUN_KEYS + 1) * RUN_KEYS);
             start = run.end;
             let blocks = run.start / BLOCK_TOKENS..run.end.div_ceil(BLOCK_TOKENS);
             let end = keys.end.div_ceil(BLOCK_TOKENS);

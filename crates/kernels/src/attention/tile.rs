@@ -2,12 +2,11 @@
 
 use super::layout::BLOCK_TOKENS;
 use crate::lanes::{LANES, Simd16};
+use ashlar_vocabulary::attention::{RUN_KEYS, TILE_QUERIES};
 use std::ops::Range;
 
-/// Queries of a register tile at most.
-pub(super) const TILE_QUERIES: usize = 6;
 /// Blocks of sixteen keys of a register tile at most.
-pub(super) const TILE_BLOCKS: usize = 4;
+pub(super) const TILE_BLOCKS: usize = RUN_KEYS / BLOCK_TOKENS;
 
 /// Elements of a head between two rounds of asking for what comes next.
 const AHEAD_RUN: usize = 4;

@@ -228,6 +228,14 @@ impl Int16 for Avx2Int {
         self.zip(other, |a, b| avx2!(_mm256_xor_si256(a, b)))
     }
     #[inline(always)]
+    fn add(self, other: Self) -> Self {
+        avx2!(Avx2Int(_mm256_add_epi32(self.0, other.0), _mm256_add_epi32(self.1, other.1)))
+    }
+    #[inline(always)]
+    fn max(self, other: Self) -> Self {
+        avx2!(Avx2Int(_mm256_max_epi32(self.0, other.0), _mm256_max_epi32(self.1, other.1)))
+    }
+    #[inline(always)]
     fn shift_right<const BITS: u32>(self) -> Self {
         let count = avx2!(_mm_cvtsi32_si128(BITS as i32));
         self.map(|a| avx2!(_mm256_srl_epi32(a, count)))

@@ -239,6 +239,14 @@ impl<const VNNI: bool, const PAIRS: bool> Int16 for Avx512Int<VNNI, PAIRS> {
         Avx512Int(avx512!(_mm512_xor_si512(self.0, other.0)))
     }
     #[inline(always)]
+    fn add(self, other: Self) -> Self {
+        Avx512Int(avx512!(_mm512_add_epi32(self.0, other.0)))
+    }
+    #[inline(always)]
+    fn max(self, other: Self) -> Self {
+        Avx512Int(avx512!(_mm512_max_epi32(self.0, other.0)))
+    }
+    #[inline(always)]
     fn shift_right<const BITS: u32>(self) -> Self {
         Avx512Int(avx512!(_mm512_srli_epi32::<BITS>(self.0)))
     }

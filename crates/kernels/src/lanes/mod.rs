@@ -168,6 +168,10 @@ pub(crate) trait Int16: Copy {
     fn or(self, other: Self) -> Self;
     /// Bitwise exclusive or.
     fn xor(self, other: Self) -> Self;
+    /// Per lane `self + other`, wrapping.
+    fn add(self, other: Self) -> Self;
+    /// Per lane the larger.
+    fn max(self, other: Self) -> Self;
     /// Per lane, a logical shift to the right.
     fn shift_right<const BITS: u32>(self) -> Self;
     /// Per lane, a shift to the left.

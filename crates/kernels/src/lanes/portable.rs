@@ -193,6 +193,14 @@ impl Int16 for PortableInt {
         PortableInt(std::array::from_fn(|i| self.0[i] ^ other.0[i]))
     }
     #[inline(always)]
+    fn add(self, other: Self) -> Self {
+        PortableInt(std::array::from_fn(|i| self.0[i].wrapping_add(other.0[i])))
+    }
+    #[inline(always)]
+    fn max(self, other: Self) -> Self {
+        PortableInt(std::array::from_fn(|i| self.0[i].max(other.0[i])))
+    }
+    #[inline(always)]
     fn shift_right<const BITS: u32>(self) -> Self {
         PortableInt(self.0.map(|lane| ((lane as u32) >> BITS) as i32))
     }

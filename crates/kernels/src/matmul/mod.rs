@@ -13,6 +13,7 @@ mod file_rows;
 mod float;
 mod formats;
 mod gradient;
+mod input;
 mod integer;
 mod packed;
 mod panel;
@@ -24,40 +25,63 @@ mod widen;
 pub use ashlar_vocabulary::blocks::{BlockAxis, Piece};
 pub use blocks::{BlockScale, QuantizedRow};
 pub use file_rows::{FileRows, ReadRows};
+pub use input::Input;
 pub use packed::PackedMatrix;
 pub(crate) use run::PanelRun;
 pub use stored::{PACKED_VERSION, SegmentLayout, StoredSegment};
 
-use crate::half;
 use crate::kernels::Kernels;
-use crate::lanes::{Int16, LANES, LaneKernel, Simd16};
+use crate::lanes::LANES;
 use crate::strided::DisjointMut;
-use activations::{Extra, QuantizeTile, Tiles};
 use ashlar_vocabulary::WeightType;
-use blocks::BlockMatrix;
 use dense::{Dense, DenseMatrix};
 use float::FloatChain;
-use formats::{Flavour, Format, with_format};
+use formats::with_format;
+use input::{Form, Ready, RowBlocks, SEGMENTS};
 use integer::IntegerChain;
-use packed::{Panel, Segment, Store};
-use panel::{Chain, PanelProduct, ROW_BLOCK};
+use packed::{PANEL, Panel, Segment, Store};
+use panel::{Chain, Epilogue, PanelKernel, PanelProduct, ROW_BLOCK, Target};
 use std::marker::PhantomData;
+use std::mem::MaybeUninit;
 use std::ops::Range;
-use std::sync::atomic::{AtomicI32, Ordering};
 
 /// Tasks per thread, so that dynamic picking levels out threads of unequal speed.
 const TASKS_PER_THREAD: usize = 12;
 
+/// A product, apart from its activations and results.
+#[derive(Debug, Clone, Copy)]
+pub struct Product<'a> {
+    /// Rows of activations.
+    pub rows: usize,
+    /// The weights, `[n outputs, k inputs]`.
+    pub weights: &'a PackedMatrix,
+    /// 1, 2, 4 or 8 consecutive ranges that tile `0..k`; they may be empty. Each part is one ascending chain; parts combine
+    /// as `((p0+p1)+(p2+p3))+((p4+p5)+(p6+p7))`, the bias comes last.
+    pub k_parts: &'a [Range<usize>],
+    /// n elements.
+    pub bias: Option<&'a [f32]>,
+}
+
+/// What becomes of a product's results, while they are in the core's cache.
+#[derive(Debug)]
+pub enum Output<'a> {
+    /// y = result: rows × n.
+    Write(&'a mut [f32]),
+    /// y ← y + result: rows × n.
+    Add(&'a mut [f32]),
+    /// The outputs are gates, then as many ups: out = silu(gate)·up, as [`Kernels::silu_mul`] computes it.
+    SiluMul {
+        /// Rows × n/2.
+        out: &'a mut [f32],
+        /// Room for rows × n, used where panels do not fall in with the two halves.
+        room: &'a mut [f32],
+    },
+}
+
 impl Kernels {
-    /// y = x·Wᵀ + bias for `rows` rows of activations.
+    /// y = x·Wᵀ + bias for `rows` rows of activations: [`Kernels::product`] of rows as they are.
     ///
     /// - `x`: rows × k, `y`: rows × n, `bias`: n.
-    /// - `k_parts`: 1, 2, 4 or 8 consecutive ranges that tile `0..k`; they may be empty. Each part is one ascending
-    ///   chain; parts combine as `((p0+p1)+(p2+p3))+((p4+p5)+(p6+p7))`, the bias comes last.
-    ///
-    /// An empty part counts as −0, the neutral element of IEEE addition (−0 + x is x for every x, −0 included): leaving it
-    /// out and adding it are the same. A rank all of whose parts are empty therefore yields −0, and
-    /// [`Kernels::sum_tree`] over ranks is the same tree as on one rank, whoever holds empty parts.
     ///
     /// # Panics
     /// If a length does not fit, or the parts do not tile `0..k`.
@@ -70,206 +94,207 @@ impl Kernels {
         bias: Option<&[f32]>,
         y: &mut [f32],
     ) {
+        self.product(&Product { rows, weights, k_parts, bias }, Input::Rows(x), Output::Write(y));
+    }
+
+    /// x·Wᵀ + bias. What is done with activations before and with results after has the bits that separate passes over
+    /// memory would give.
+    ///
+    /// An empty part counts as −0, the neutral element of IEEE addition (−0 + x is x for every x, −0 included): leaving it
+    /// out and adding it are the same. A rank all of whose parts are empty therefore yields −0, and
+    /// [`Kernels::sum_tree`] over ranks is the same tree as on one rank, whoever holds empty parts.
+    ///
+    /// # Panics
+    /// If a length does not fit, or the parts do not tile `0..k`.
+    pub fn product(&self, product: &Product<'_>, mut input: Input<'_>, output: Output<'_>) {
+        let Product { rows, weights, k_parts, bias } = *product;
         let (n, k) = (weights.n(), weights.k());
-        assert_eq!(x.len(), rows * k, "x is rows × k");
-        assert_eq!(y.len(), rows * n, "y is rows × n");
+        match &input {
+            Input::Rows(x) => assert_eq!(x.len(), rows * k, "x is rows × k"),
+            Input::Normed { x, weight, room, .. } => {
+                assert_eq!((x.len(), room.len()), (rows * k, rows * k), "x and its room are rows × k");
+                assert_eq!(weight.len(), k, "the norm's weight has k elements");
+            }
+        }
         assert!(bias.is_none_or(|bias| bias.len() == n), "the bias has n elements");
         assert_parts_tile(k_parts, k);
+        let (y, after) = match output {
+            Output::Write(y) => (y, After::Write),
+            Output::Add(y) => (y, After::Add),
+            Output::SiluMul { out, room } => {
+                assert_eq!(out.len() * 2, rows * n, "out is rows × n/2");
+                if !weights.has_aligned_halves() {
+                    let gate_up = &mut room[..rows * n];
+                    self.product(product, input, Output::Write(gate_up));
+                    return self.silu_mul(rows, n / 2, gate_up, out);
+                }
+                (out, After::SiluMul)
+            }
+        };
+        assert_eq!(y.len(), if after == After::SiluMul { rows * (n / 2) } else { rows * n }, "y is rows × n");
         if rows == 0 || n == 0 {
             return;
         }
         let y = DisjointMut::new(y);
-        for segment in weights.segments().iter().filter(|segment| segment.n > 0) {
-            let product = Product { segment, n, k_parts, bias, y: &y };
-            match &segment.store {
-                Store::Dense(matrix) => self.dense_product(&product, rows, x, matrix),
-                Store::Blocks(matrix) => self.integer_product(&product, rows, x, matrix),
+        for segments in weights.segments().chunks(SEGMENTS) {
+            let quantized = segments.iter().any(|segment| matches!(segment.store, Store::Blocks(_)));
+            let blocks = RowBlocks::new(self, rows, ROW_BLOCK, quantized);
+            let mut scratch = self.scratch(weights.scratch_words(rows));
+            let ready = input::prepare(self, rows, blocks.tiles, &mut input, segments, &mut scratch);
+            let call = Call { kernels: self, product, segments, ready, blocks, y: &y };
+            match after {
+                After::Write => call.each_panel(Epilogue::Write),
+                After::Add => call.each_panel(Epilogue::Add),
+                After::SiluMul => call.each_pair_of_panels(),
             }
         }
-    }
-
-    fn dense_product(&self, product: &Product<'_>, rows: usize, x: &[f32], matrix: &DenseMatrix) {
-        // SAFETY: floats and words are of one size and alignment, and any bits are a word.
-        let words = unsafe { std::slice::from_raw_parts(x.as_ptr().cast::<u32>(), x.len()) };
-        match matrix.kind {
-            WeightType::F32 => self.dense_product_of::<dense::F32>(product, rows, words, matrix),
-            WeightType::F16 => self.dense_product_of::<dense::F16>(product, rows, words, matrix),
-            _ => self.pair_product(product, rows, x, matrix),
-        }
-    }
-
-    /// Products of brain floats, by whichever of the ways that give the same bits is fastest here.
-    fn pair_product(&self, product: &Product<'_>, rows: usize, x: &[f32], matrix: &DenseMatrix) {
-        assert_eq!(matrix.parts(), product.k_parts, "the matrix was packed for these parts");
-        let (k, all_steps) = (x.len() / rows, matrix.all_steps());
-        let mut scratch = self.scratch(2 * rows * all_steps);
-        if !self.pairs_are_fast() {
-            let words = &mut scratch[..2 * rows * all_steps];
-            let exponent = AtomicI32::new(i32::MAX / 2);
-            let to = DisjointMut::new(words);
-            self.for_ranges(rows, 8, |range| {
-                for row in range {
-                    // SAFETY: rows are disjoint.
-                    let words = unsafe { to.range(2 * row * all_steps..2 * (row + 1) * all_steps) };
-                    let mut least = i32::MAX / 2;
-                    for (part, steps) in matrix.parts().iter().zip(&matrix.steps) {
-                        let words = &mut words[2 * steps.start..2 * steps.end];
-                        words.last_mut().into_iter().for_each(|last| *last = 0);
-                        for (x, word) in x[row * k..][part.clone()].iter().zip(words) {
-                            let x = half::brain_float(*x);
-                            least = least.min(dense::exponent(x));
-                            *word = x.to_bits();
-                        }
-                    }
-                    exponent.fetch_min(least, Ordering::Relaxed);
-                }
-            });
-            if exponent.into_inner() + matrix.exponent >= dense::EXPONENTS_MIN {
-                return self.dense_product_of::<dense::WidenedBf16>(product, rows, words, matrix);
-            }
-        }
-        let words = &mut scratch[..rows * all_steps];
-        let to = DisjointMut::new(words);
-        self.for_ranges(rows, 8, |range| {
-            for row in range {
-                // SAFETY: rows are disjoint.
-                let words = unsafe { to.range(row * all_steps..(row + 1) * all_steps) };
-                for (part, steps) in matrix.parts().iter().zip(&matrix.steps) {
-                    for (pair, word) in x[row * k..][part.clone()].chunks(2).zip(&mut words[steps.clone()]) {
-                        *word = dense::pair(pair[0], pair.get(1).copied().unwrap_or(0.0));
-                    }
-                }
-            }
-        });
-        self.dense_product_of::<dense::Bf16>(product, rows, words, matrix);
-    }
-
-    fn dense_product_of<D: Dense>(
-        &self,
-        product: &Product<'_>,
-        rows: usize,
-        x: &[u32],
-        matrix: &DenseMatrix,
-    ) {
-        let row_blocks = rows.div_ceil(ROW_BLOCK);
-        // In parts of its own where inputs come in pairs; otherwise any cut of the inputs will do.
-        let steps = if D::INPUTS == 2 { &matrix.steps } else { product.k_parts };
-        self.run_product(product, row_blocks, |block, panel| {
-            let rows = block * rows / row_blocks..(block + 1) * rows / row_blocks;
-            let (weights, width) = (matrix.panel(panel.first, panel.width), panel.width);
-            let (dense, all_steps) = (PhantomData::<D>, matrix.all_steps());
-            (rows.clone(), FloatChain { dense, x, all_steps, steps, rows, weights, width })
-        });
-    }
-
-    fn integer_product(&self, product: &Product<'_>, rows: usize, x: &[f32], matrix: &BlockMatrix) {
-        assert_eq!(matrix.axis().parts(), product.k_parts, "the matrix was packed for these parts");
-        self.with_integers(rows, x, matrix, |tiles, tiles_per_block, x| {
-            let row_blocks = tiles.count.div_ceil(tiles_per_block);
-            with_format!(matrix.kind(), F => {
-                self.run_product(product, row_blocks, |block, panel| {
-                    let block = block * tiles.count / row_blocks..(block + 1) * tiles.count / row_blocks;
-                    let rows = tiles.rows(block.start).start..tiles.rows(block.end - 1).end;
-                    let vectors = panel.width / LANES;
-                    let panel = matrix.panel(panel.first, vectors);
-                    let format = PhantomData::<F>;
-                    (rows, IntegerChain { format, matrix, panel, vectors, x, tiles, block })
-                });
-            })
-        });
-    }
-
-    /// Spreads a product over the threads. `chain` makes what computes a block of rows × a panel, and names the rows.
-    fn run_product<C: Chain>(
-        &self,
-        product: &Product<'_>,
-        row_blocks: usize,
-        chain: impl Fn(usize, Panel) -> (Range<usize>, C) + Sync,
-    ) {
-        let Product { segment, n, k_parts, bias, y } = *product;
-        let panels = segment.panels();
-        // Consecutive units share a block of rows and stream through the panels.
-        let units = row_blocks * panels;
-        let tasks = units.min(if self.threads() == 1 { 1 } else { TASKS_PER_THREAD * self.threads() });
-        self.pool().run(tasks, &|task| {
-            for unit in task * units / tasks..(task + 1) * units / tasks {
-                let panel = segment.panel(unit % panels);
-                let (rows, chain) = chain(unit / panels, panel);
-                let first = segment.first + panel.first;
-                let product =
-                    PanelProduct { chain, rows, parts: k_parts, panel: Panel { first, ..panel }, bias, n };
-                C::dispatch(self, product.into_output(y));
-            }
-        });
-    }
-
-    /// Quantises the activations for `matrix`, tile by tile, and passes on the tiles, how many make a block of rows, and
-    /// the result.
-    fn with_integers(
-        &self,
-        rows: usize,
-        x: &[f32],
-        matrix: &BlockMatrix,
-        body: impl FnOnce(Tiles, usize, &[u32]),
-    ) {
-        let tile_rows = self.dispatch(TileRows);
-        let (tiles, axis) = (Tiles::new(rows, tile_rows), matrix.axis());
-        let row_words = axis.pieces().len() * activations::WORDS;
-        let extra = self.dispatch(ExtraOf(matrix.kind()));
-        let mut scratch = self.scratch(rows * row_words);
-        let words = &mut scratch[..rows * row_words];
-        {
-            let words = DisjointMut::new(words);
-            // A tile of one row takes a fraction of a microsecond: a few are not worth waking threads for.
-            let tasks = if tiles.count < 4 { 1 } else { tiles.count };
-            self.pool().run(tasks, &|task| {
-                for tile in task * tiles.count / tasks..(task + 1) * tiles.count / tasks {
-                    let range = tiles.rows(tile);
-                    let x = &x[range.start * axis.k()..range.end * axis.k()];
-                    // SAFETY: tiles are disjoint rows.
-                    let out = unsafe { words.range(range.start * row_words..range.end * row_words) };
-                    self.dispatch(QuantizeTile { x, rows: range.len(), axis, extra, out });
-                }
-            });
-        }
-        body(tiles, ROW_BLOCK / tile_rows, words);
     }
 }
 
-/// What a product multiplies with, and where its results go.
-#[derive(Clone, Copy)]
-struct Product<'a> {
-    segment: &'a Segment,
-    /// Outputs of the whole matrix.
-    n: usize,
-    k_parts: &'a [Range<usize>],
-    bias: Option<&'a [f32]>,
+/// What follows a product's sums.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum After {
+    Write,
+    Add,
+    SiluMul,
+}
+
+/// Some segments of a product whose activations are ready.
+struct Call<'a> {
+    kernels: &'a Kernels,
+    product: &'a Product<'a>,
+    segments: &'a [Segment],
+    ready: [Ready<'a>; SEGMENTS],
+    blocks: RowBlocks,
     y: &'a DisjointMut<'a>,
 }
 
-/// Rows of the tallest integer tile of an instruction set.
-struct TileRows;
-
-impl LaneKernel for TileRows {
-    type Output = usize;
-    #[inline(always)]
-    fn run<S: Simd16>(self) -> usize {
-        S::Int::TILE_ROWS
+impl Call<'_> {
+    /// Calls `body` with every block of rows × each of `panels` panels, on all threads.
+    fn spread(&self, panels: usize, body: impl Fn(usize, usize) + Sync) {
+        // Consecutive units share a block of rows and stream through the panels.
+        let (units, threads) = (self.blocks.count * panels, self.kernels.threads());
+        let tasks = units.min(if threads == 1 { 1 } else { TASKS_PER_THREAD * threads });
+        self.kernels.pool().run(tasks, &|task| {
+            for unit in task * units / tasks..(task + 1) * units / tasks {
+                body(unit / panels, unit % panels);
+            }
+        });
     }
-}
 
-/// What a format needs to know of the activations on an instruction set.
-struct ExtraOf(WeightType);
+    fn each_panel(&self, epilogue: Epilogue<'_>) {
+        let panels = self.segments.iter().map(Segment::panels).sum();
+        self.spread(panels, |block, mut panel| {
+            let mut index = 0;
+            while panel >= self.segments[index].panels() {
+                panel -= self.segments[index].panels();
+                index += 1;
+            }
+            let segment = &self.segments[index];
+            let panel = segment.panel(panel);
+            let (first, stride) = (segment.first + panel.first, self.product.weights.n());
+            self.multiply(index, panel, block, Target { out: self.y, stride, first, first_row: 0, epilogue });
+        });
+    }
 
-impl LaneKernel for ExtraOf {
-    type Output = Extra;
-    #[inline(always)]
-    fn run<S: Simd16>(self) -> Extra {
-        with_format!(self.0, F => {
-            type K = <F as Format>::Flavour;
-            let zero = if K::WIDE { S::Int::WIDE_ZERO } else { F::ZERO };
-            if K::HALVES { Extra::HalfSums { zero } } else { Extra::WholeSum { zero } }
-        })
+    /// A panel of gates goes to a small buffer, from which the panel of their ups is multiplied.
+    fn each_pair_of_panels(&self) {
+        let width = self.product.weights.n() / 2;
+        // Both halves in one segment, or each in its own.
+        let up = self.segments.len() - 1;
+        let skip = if up == 0 { width / PANEL } else { 0 };
+        self.spread(width.div_ceil(PANEL), |block, index| {
+            let mut buffer = [const { MaybeUninit::<f32>::uninit() }; ROW_BLOCK * PANEL];
+            let (_, rows) = self.blocks.block(block);
+            let buffer = &mut buffer[..rows.len() * PANEL];
+            for element in &mut *buffer {
+                element.write(0.0);
+            }
+            // SAFETY: every element was just written.
+            let gates =
+                unsafe { std::slice::from_raw_parts_mut(buffer.as_mut_ptr().cast::<f32>(), buffer.len()) };
+            let gate_panel = self.segments[0].panel(index);
+            let out = &DisjointMut::new(gates);
+            let first_row = rows.start;
+            let target = Target { out, stride: PANEL, first: 0, first_row, epilogue: Epilogue::Write };
+            self.multiply(0, gate_panel, block, target);
+            let epilogue = Epilogue::SiluMul { gates, stride: PANEL };
+            let target =
+                Target { out: self.y, stride: width, first: gate_panel.first, first_row: 0, epilogue };
+            self.multiply(up, self.segments[up].panel(skip + index), block, target);
+        });
+    }
+
+    /// One panel of one segment for one block of rows.
+    fn multiply(&self, segment: usize, panel: Panel, block: usize, target: Target<'_>) {
+        let ready = self.ready[segment];
+        let segment = &self.segments[segment];
+        match &segment.store {
+            Store::Blocks(matrix) => {
+                assert_eq!(
+                    matrix.axis().parts(),
+                    self.product.k_parts,
+                    "the matrix was packed for these parts"
+                );
+                let (block, rows) = self.blocks.block(block);
+                let vectors = panel.width / LANES;
+                let weights = matrix.panel(panel.first, vectors);
+                let (x, tiles) = (ready.words, self.blocks.tiles);
+                with_format!(matrix.kind(), F => {
+                    let format = PhantomData::<F>;
+                    let chain = IntegerChain { format, matrix, panel: weights, vectors, x, tiles, block };
+                    self.finish(segment, panel, rows, chain, target);
+                });
+            }
+            Store::Dense(matrix) => match (matrix.kind, ready.form) {
+                (WeightType::F32, _) => {
+                    self.dense::<dense::F32>(segment, matrix, ready, panel, block, target)
+                }
+                (WeightType::F16, _) => {
+                    self.dense::<dense::F16>(segment, matrix, ready, panel, block, target)
+                }
+                (_, Form::WidenedPairs) => {
+                    self.dense::<dense::WidenedBf16>(segment, matrix, ready, panel, block, target);
+                }
+                _ => self.dense::<dense::Bf16>(segment, matrix, ready, panel, block, target),
+            },
+        }
+    }
+
+    fn dense<D: Dense>(
+        &self,
+        segment: &Segment,
+        matrix: &DenseMatrix,
+        ready: Ready<'_>,
+        panel: Panel,
+        block: usize,
+        target: Target<'_>,
+    ) {
+        // In parts of its own where inputs come in pairs; otherwise any cut of the inputs will do.
+        let paired = D::INPUTS == 2;
+        let brain = matrix.kind == WeightType::Bf16;
+        assert!(!brain || matrix.parts() == self.product.k_parts, "the matrix was packed for these parts");
+        let steps = if paired { &matrix.steps } else { self.product.k_parts };
+        let (_, rows) = self.blocks.block(block);
+        let (weights, width) = (matrix.panel(panel.first, panel.width), panel.width);
+        let (dense, all_steps) = (PhantomData::<D>, matrix.all_steps());
+        let (x, own) = (ready.words, rows.clone());
+        let chain = FloatChain { dense, x, all_steps, steps, rows: own, weights, width };
+        self.finish(segment, panel, rows, chain, target);
+    }
+
+    fn finish<C: Chain>(
+        &self,
+        segment: &Segment,
+        panel: Panel,
+        rows: Range<usize>,
+        chain: C,
+        target: Target<'_>,
+    ) {
+        let Product { k_parts: parts, bias, .. } = *self.product;
+        let first = segment.first + panel.first;
+        let product = PanelProduct { chain, rows, parts, panel: Panel { first, ..panel }, bias };
+        C::dispatch(self.kernels, PanelKernel { product, target });
     }
 }
 

@@ -176,9 +176,24 @@ impl PackedMatrix {
         self.segments.iter().map(|segment| segment.store.bytes()).sum()
     }
 
-    /// Words of memory that a product of `rows` rows takes for its activations, see [`Kernels::reserve`](crate::Kernels::reserve).
+    /// Words of memory that a product of `rows` rows takes for its activations, see [`Kernels::reserve`](crate::Kernels::reserve):
+    /// segments of one type share them.
     pub fn scratch_words(&self, rows: usize) -> usize {
-        self.segments.iter().map(|segment| segment.store.words_per_row() * rows).max().unwrap_or(0)
+        let words = |(index, segment): (usize, &Segment)| {
+            let kind = segment.store.kind();
+            let first = self.segments[..index].iter().all(|before| before.store.kind() != kind);
+            if first || kind == WeightType::Bf16 { segment.store.words_per_row() * rows } else { 0 }
+        };
+        self.segments.iter().enumerate().map(words).sum()
+    }
+
+    /// Whether the outputs are two halves, each of which begins with a panel.
+    pub(super) fn has_aligned_halves(&self) -> bool {
+        match &self.segments[..] {
+            [both] => both.n.is_multiple_of(2 * PANEL),
+            [first, second] => first.n == second.n,
+            _ => false,
+        }
     }
 
     /// Copies the `k` weights of output `row` to `out`: the embedding of a token where the head is tied.
@@ -209,7 +224,7 @@ impl Store {
         }
     }
 
-    fn words_per_row(&self) -> usize {
+    pub(super) fn words_per_row(&self) -> usize {
         match self {
             Store::Dense(dense) => dense.words_per_row(),
             Store::Blocks(blocks) => blocks.axis().pieces().len() * activations::WORDS,

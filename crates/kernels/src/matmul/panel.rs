@@ -1,6 +1,7 @@
 //! One panel of outputs for one block of rows: parts in ascending order, their tree, the bias.
 
 use super::packed::{PANEL, Panel};
+use crate::elementwise::silu_mul;
 use crate::kernels::Kernels;
 use crate::lanes::{LANES, LaneKernel, Simd16};
 use crate::strided::DisjointMut;
@@ -34,20 +35,36 @@ pub(super) struct PanelProduct<'a, C> {
     pub(super) panel: Panel,
     /// Of all outputs.
     pub(super) bias: Option<&'a [f32]>,
-    /// Distance between output rows.
-    pub(super) n: usize,
 }
 
-impl<'a, C> PanelProduct<'a, C> {
-    pub(super) fn into_output(self, y: &'a DisjointMut<'a>) -> PanelKernel<'a, C> {
-        PanelKernel { product: self, y }
-    }
+/// Where the results of a panel go.
+#[derive(Clone, Copy)]
+pub(super) struct Target<'a> {
+    pub(super) out: &'a DisjointMut<'a>,
+    /// Distance between its rows.
+    pub(super) stride: usize,
+    /// Where in a row the panel's first output goes.
+    pub(super) first: usize,
+    /// The row of the call that is its first.
+    pub(super) first_row: usize,
+    pub(super) epilogue: Epilogue<'a>,
+}
+
+/// What becomes of a panel's results.
+#[derive(Clone, Copy)]
+pub(super) enum Epilogue<'a> {
+    /// out = result.
+    Write,
+    /// out ← out + result.
+    Add,
+    /// out = silu(gate)·result; rows of gates lie `stride` apart, from the first of the product's rows on.
+    SiluMul { gates: &'a [f32], stride: usize },
 }
 
 /// A [`PanelProduct`] with the place of its result.
 pub(super) struct PanelKernel<'a, C> {
-    product: PanelProduct<'a, C>,
-    y: &'a DisjointMut<'a>,
+    pub(super) product: PanelProduct<'a, C>,
+    pub(super) target: Target<'a>,
 }
 
 /// Running sums of the open subtrees, each `[rows][width]`.
@@ -60,7 +77,7 @@ impl<C: Chain> LaneKernel for PanelKernel<'_, C> {
 
     #[inline(always)]
     fn run<S: Simd16>(self) {
-        let PanelKernel { product, y } = self;
+        let PanelKernel { product, target } = self;
         let size = product.rows.len() * product.panel.width;
         assert!(product.rows.len() <= ROW_BLOCK);
         let mut sums = MaybeUninit::<Sums>::uninit();
@@ -87,19 +104,19 @@ impl<C: Chain> LaneKernel for PanelKernel<'_, C> {
                 closed /= 2;
             }
         }
-        product.finish::<S>(filled[0].then_some(level(0)), y);
+        product.finish::<S>(filled[0].then_some(level(0)), &target);
     }
 }
 
 impl<C> PanelProduct<'_, C> {
-    /// Adds the bias and writes the outputs that exist; without any sum the product is −0 (see `Kernels::matmul`).
+    /// Adds the bias and hands on the outputs that exist; without any sum the product is −0 (see `Kernels::product`).
     #[inline(always)]
-    fn finish<S: Simd16>(&self, sums: Option<*mut f32>, y: &DisjointMut<'_>) {
+    fn finish<S: Simd16>(&self, sums: Option<*mut f32>, target: &Target<'_>) {
         let Panel { width, first, outputs, .. } = self.panel;
         for (index, row) in self.rows.clone().enumerate() {
-            let start = row * self.n + first;
+            let start = (row - target.first_row) * target.stride + target.first;
             // SAFETY: rows and panels of different tasks are disjoint.
-            let out = unsafe { y.range(start..start + outputs) };
+            let out = unsafe { target.out.range(start..start + outputs) };
             for (vector, out) in out.chunks_mut(LANES).enumerate() {
                 let sum = match sums {
                     // SAFETY: the root's `rows` × `width` sums were computed.
@@ -110,7 +127,15 @@ impl<C> PanelProduct<'_, C> {
                     Some(bias) => sum.add(S::read_tail(&bias[first + vector * LANES..][..out.len()], 0.0)),
                     None => sum,
                 };
-                if out.len() == LANES { sum.write(out) } else { sum.write_tail(out) }
+                let whole = out.len() == LANES;
+                let value = match target.epilogue {
+                    Epilogue::Write => sum,
+                    Epilogue::Add => (if whole { S::read(out) } else { S::read_tail(out, 0.0) }).add(sum),
+                    Epilogue::SiluMul { gates, stride } => {
+                        silu_mul(S::read(&gates[index * stride + vector * LANES..]), sum)
+                    }
+                };
+                if whole { value.write(out) } else { value.write_tail(out) }
             }
         }
     }

@@ -39,7 +39,8 @@ use std::time::{Duration, Instant};
       -npp {context} -ntg {decode} -npl {batch} --output-format jsonl'
 Tokens are random and not sampled. `of bandwidth` counts the weights that a step reads, `with KV` the cached keys and
 values too; `of peak` counts two operations per weight and row, attention excluded. Both limits are measured before and after
-every single measurement of the same run.
+every single measurement of the same run. `outside` is the share of a step in which the thread that computes it is in no kernel: what
+lies between kernels, handing work to other threads, and waiting for them.
 A peer (--against) runs in a shell once per repeat, after our measurements of that repeat; a ratio is ours over the peer's in
 the same repeat, and the median is reported. {threads}, {prefill}, {decode}, {context} and {batch} (with commas) in the command
 become ours. It prints `prefill 512 123.4` and `decode 8 61.0` (rows, tokens/s), or the JSON of llama-bench (-o json, jsonl), of
@@ -89,6 +90,8 @@ pub(crate) struct ModelArgs {
 struct Sample {
     step_s: f64,
     head_s: f64,
+    /// Of a step, what the computing thread spent on kernels' tasks.
+    kernels_s: f64,
     limits: Limits,
 }
 
@@ -323,6 +326,7 @@ impl Bench {
         if steps > 1 {
             self.step(work)?;
         }
+        let in_kernels = self.kernels.pool().callers_time_in_tasks();
         let (started, mut head_s) = (Instant::now(), 0.0);
         for step in 0..steps {
             let work = match *work {
@@ -334,8 +338,10 @@ impl Bench {
             head_s += self.step(&work)?;
         }
         let step_s = started.elapsed().as_secs_f64() / steps as f64;
+        let in_kernels = self.kernels.pool().callers_time_in_tasks() - in_kernels;
         let limits = Limits::between(before, self.machine.read(&self.kernels));
-        Ok(Sample { step_s, head_s: head_s / steps as f64, limits })
+        let kernels_s = in_kernels.as_secs_f64() / steps as f64;
+        Ok(Sample { step_s, head_s: head_s / steps as f64, kernels_s, limits })
     }
 
     /// One step; answers the head's seconds.

@@ -25,6 +25,9 @@ pub(super) struct Line {
     layers_ms: f64,
     /// Of which the head (final norm and vocabulary product).
     head_ms: f64,
+    /// Share of a step's time in which the thread that computes it is in no kernel: glue, hand-offs to other threads, waiting for
+    /// them.
+    outside_kernels: f64,
     /// Bytes of weights read per second.
     weight_bytes_per_s: f64,
     /// Share of the read bandwidth measured beside it, weights alone.
@@ -109,6 +112,7 @@ pub(super) fn line(kind: &Kind, shape: &ModelShape, held: Bytes, peers: &[Vec<Fi
         step_ms: 1e3 * step_s,
         layers_ms: 1e3 * of(&|sample| sample.step_s - sample.head_s),
         head_ms: 1e3 * of(&|sample| sample.head_s),
+        outside_kernels: of(&|sample| 1.0 - sample.kernels_s / sample.step_s),
         weight_bytes_per_s: bytes / step_s,
         of_bandwidth: of(&|sample| bytes / sample.step_s / sample.limits.bytes_per_s),
         of_bandwidth_with_kv: of(&|sample| (bytes + kv) / sample.step_s / sample.limits.bytes_per_s),
@@ -153,6 +157,7 @@ impl Report {
             "ms/step",
             "layers ms",
             "head ms",
+            "outside",
             "GB/s",
             "of bandwidth",
             "with KV",
@@ -168,6 +173,7 @@ impl Report {
                 figure(line.step_ms),
                 figure(line.layers_ms),
                 figure(line.head_ms),
+                format!("{:.1} %", 100.0 * line.outside_kernels),
                 figure(line.weight_bytes_per_s / 1e9),
                 percent(line.of_bandwidth),
                 percent(line.of_bandwidth_with_kv),
