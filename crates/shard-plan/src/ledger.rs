@@ -133,7 +133,7 @@ impl Piece {
         let gathered = if size > 1 { size } else { 0 };
         // Products of a layer for all rows, those of the head for a chunk of them, take their activations in one place.
         let products = (request.max_num_batched_tokens * shares.row_words(self.rank, self.layers))
-            .max(self.head.map_or(0, |_| LOGIT_ROWS * shape.head_row_words()));
+            .max(self.head.map_or(0, |_| LOGIT_ROWS * shares.head_row_words()));
         let per_token = (2 + gathered + usize::from(!self.first)) * shape.hidden_size
             + (q + 2 * kv).max(2 * ff)
             + q.max(ff)

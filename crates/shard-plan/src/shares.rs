@@ -9,8 +9,10 @@ pub struct Shares<'a> {
     pub shape: &'a ModelShape,
     /// For every rank the sums over layers before the first, the second, … and over all.
     before: Vec<Vec<LayerShare>>,
-    /// For every rank, per layer, the words that its largest product takes for each row.
-    row_words: Vec<Vec<usize>>,
+    /// For every rank the words that the largest product of layers takes for each row: by the first layer, then by how many.
+    row_words: Vec<Vec<Vec<usize>>>,
+    /// The same of the head.
+    head_row_words: usize,
 }
 
 /// One rank's part of some layers.
@@ -41,7 +43,16 @@ impl<'a> Shares<'a> {
         };
         let row_words = |rank: usize| {
             let words = |layer| shape.layer_row_words(layer, rank, tensor_parallel_size);
-            (0..shape.num_layers).map(words).collect()
+            let by_layer: Vec<usize> = (0..shape.num_layers).map(words).collect();
+            let from = |first: usize| {
+                let mut largest = 0;
+                let up_to = by_layer[first..].iter().map(|&words| {
+                    largest = words.max(largest);
+                    largest
+                });
+                std::iter::once(0).chain(up_to).collect()
+            };
+            (0..=shape.num_layers).map(from).collect()
         };
         let ranks = 0..tensor_parallel_size;
         Shares { shape, before: ranks.clone().map(sums).collect(), row_words: ranks.map(row_words).collect() }
@@ -64,7 +75,12 @@ impl<'a> Shares<'a> {
 
     /// 32-bit words that the largest product of `layers` takes for each row of its activations on rank `rank`.
     pub fn row_words(&self, rank: usize, layers: LayerRange) -> usize {
-        self.row_words[rank][layers.start..layers.end].iter().copied().max().unwrap_or(0)
+        self.row_words[rank][layers.start][layers.len()]
+    }
+
+    /// The same of the head.
+    pub fn head_row_words(&self) -> usize {
+        self.head_row_words
     }
 
     /// Whether both ranges are the same to every rank.

@@ -60,16 +60,18 @@ impl AttentionMemory {
         head_dim.next_multiple_of(LANES) + LANES
     }
 
-    /// Elements of the results that wait to be merged in a call of at most `rows` rows.
+    /// Elements that suffice for the results that wait to be merged in a call of at most `rows` rows. In constant time: a
+    /// plan asks for it very often.
     pub fn waiting_floats(&self, rows: usize) -> usize {
-        let of_tiles = |tiles: usize| {
-            let rows = rows.min(tiles * self.task_rows());
-            rows * self.query_heads
-                * (self.window(tiles) + 1)
-                * AttentionMemory::partial_floats(self.head_dim)
-        };
-        let cut = (1..=rows).take_while(|&tiles| self.kv_heads > 0 && self.cuts_splits(tiles));
-        cut.map(of_tiles).max().unwrap_or(0)
+        // Most runs that are cut into splits; of t of them, t · (window + 1) is at most the window of one and 2 · t.
+        let tiles_max =
+            (2 * self.threads).saturating_sub(1).checked_div(self.kv_heads).unwrap_or(0).min(rows);
+        if tiles_max == 0 {
+            return 0;
+        }
+        let of_one = self.window(1);
+        let places = (rows * (of_one + 1)).min(self.task_rows() * (of_one + 2 * tiles_max));
+        places * self.query_heads * AttentionMemory::partial_floats(self.head_dim)
     }
 
     /// Bytes of each thread's own memory: the queries and scores of a task, its results before and after a merge, and widened
@@ -100,11 +102,15 @@ mod tests {
     #[test]
     fn memory_grows_with_threads_but_never_with_the_context() {
         let of = |threads| AttentionMemory { threads, query_heads: 32, kv_heads: 8, head_dim: 64 };
-        // One run of rows is cut for two threads (8 tasks for 4 wanted are enough), never: eight heads keep them busy.
+        // Eight heads keep two threads busy: splits are never tasks of their own.
         assert_eq!(of(2).waiting_floats(512), 0);
-        // Sixteen threads: up to three runs of twelve rows, of which one computes 16 splits at a time.
-        let floats = [(12, 16), (24, 8), (36, 6)].map(|(rows, window)| rows * 32 * (window + 1) * 80);
-        assert_eq!(of(16).waiting_floats(512), *floats.iter().max().expect("three"));
+        // Sixteen threads cut up to three runs of twelve rows; of one they compute sixteen splits at a time.
+        for (tiles, window) in [(1, 16), (2, 8), (3, 6)] {
+            assert!(of(16).cuts_splits(tiles) && of(16).window(tiles) == window);
+            assert!(of(16).waiting_floats(512) >= 12 * tiles * 32 * (window + 1) * 80);
+        }
+        assert!(!of(16).cuts_splits(4));
+        assert_eq!(of(16).waiting_floats(512), 12 * (16 + 2 * 3) * 32 * 80);
         assert_eq!(of(16).waiting_floats(5), 5 * 32 * 17 * 80);
         assert!(of(64).bytes(512) > of(16).bytes(512));
         assert_eq!(AttentionMemory { kv_heads: 0, query_heads: 0, ..of(4) }.bytes(512), 0);
