@@ -55,7 +55,12 @@ impl<'a> Shares<'a> {
             (0..=shape.num_layers).map(from).collect()
         };
         let ranks = 0..tensor_parallel_size;
-        Shares { shape, before: ranks.clone().map(sums).collect(), row_words: ranks.map(row_words).collect() }
+        Shares {
+            shape,
+            before: ranks.clone().map(sums).collect(),
+            row_words: ranks.map(row_words).collect(),
+            head_row_words: shape.head_row_words(),
+        }
     }
 
     /// Ranks of a group.
