@@ -270,7 +270,6 @@ pub struct AdaptedRows<'a> {
 #[derive(Debug, Default)]
 pub(crate) struct AdapterWork {
     low: Vec<f32>,
-    delta: Vec<f32>,
     gathered: Vec<f32>,
 }
 
@@ -307,7 +306,7 @@ impl AdapterStep<'_> {
     ) -> Result<(), CollectiveError> {
         for AdaptedRows { rows, adapter } in self.adapted {
             let Some(pair) = &adapter.layers[self.layer].pairs[target.index()] else { continue };
-            let (inputs, outputs, count) = (pair.a.k(), pair.b.n(), rows.len());
+            let (inputs, count) = (pair.a.k(), rows.len());
             let low = grown(&mut work.low, count * adapter.rank);
             kernels.matmul(
                 count,
@@ -321,11 +320,12 @@ impl AdapterStep<'_> {
                 sum_over_group(kernels, low, group, &mut work.gathered)?;
             }
             kernels.scale(low, adapter.factor);
-            let delta = grown(&mut work.delta, count * outputs);
-            kernels.matmul(count, low, &pair.b, &[0..adapter.rank], None, delta);
-            kernels.add_columns(outputs, delta, &mut out[rows.start * stride..], stride);
+            let uncut: [Range<usize>; 1] = [0..adapter.rank];
+            kernels.add_matmul(count, low, &pair.b, &uncut, &mut out[rows.start * stride..], stride);
             if let Some(keep) = &mut keep {
-                keep[target.index()] = low.to_vec();
+                let keep = &mut keep[target.index()];
+                keep.clear();
+                keep.extend_from_slice(low);
             }
         }
         Ok(())

@@ -70,17 +70,50 @@ impl Kernels {
         bias: Option<&[f32]>,
         y: &mut [f32],
     ) {
-        let (n, k) = (weights.n(), weights.k());
-        assert_eq!(x.len(), rows * k, "x is rows × k");
+        let n = weights.n();
         assert_eq!(y.len(), rows * n, "y is rows × n");
         assert!(bias.is_none_or(|bias| bias.len() == n), "the bias has n elements");
+        let y = DisjointMut::new(y);
+        self.product(rows, x, weights, k_parts, bias, Output { y: &y, stride: n, add: false });
+    }
+
+    /// y ← y + x·Wᵀ: [`Kernels::matmul`], its result added by one rounded addition to rows that begin with n elements.
+    ///
+    /// # Panics
+    /// If a length does not fit, or the parts do not tile `0..k`.
+    pub fn add_matmul(
+        &self,
+        rows: usize,
+        x: &[f32],
+        weights: &PackedMatrix,
+        k_parts: &[Range<usize>],
+        y: &mut [f32],
+        stride: usize,
+    ) {
+        let n = weights.n();
+        assert!(n <= stride, "rows of {n} fit a stride of {stride}");
+        assert!(rows == 0 || y.len() >= (rows - 1) * stride + n, "y has rows of n");
+        let y = DisjointMut::new(y);
+        self.product(rows, x, weights, k_parts, None, Output { y: &y, stride, add: true });
+    }
+
+    fn product(
+        &self,
+        rows: usize,
+        x: &[f32],
+        weights: &PackedMatrix,
+        k_parts: &[Range<usize>],
+        bias: Option<&[f32]>,
+        output: Output<'_>,
+    ) {
+        let (n, k) = (weights.n(), weights.k());
+        assert_eq!(x.len(), rows * k, "x is rows × k");
         assert_parts_tile(k_parts, k);
         if rows == 0 || n == 0 {
             return;
         }
-        let y = DisjointMut::new(y);
         for segment in weights.segments().iter().filter(|segment| segment.n > 0) {
-            let product = Product { segment, n, k_parts, bias, y: &y };
+            let product = Product { segment, k_parts, bias, output };
             match &segment.store {
                 Store::Dense(matrix) => self.dense_product(&product, rows, x, matrix),
                 Store::Blocks(matrix) => self.integer_product(&product, rows, x, matrix),
@@ -186,7 +219,7 @@ impl Kernels {
         row_blocks: usize,
         chain: impl Fn(usize, Panel) -> (Range<usize>, C) + Sync,
     ) {
-        let Product { segment, n, k_parts, bias, y } = *product;
+        let Product { segment, k_parts, bias, output: Output { y, stride, add } } = *product;
         let panels = segment.panels();
         // Consecutive units share a block of rows and stream through the panels.
         let units = row_blocks * panels;
@@ -196,8 +229,8 @@ impl Kernels {
                 let panel = segment.panel(unit % panels);
                 let (rows, chain) = chain(unit / panels, panel);
                 let first = segment.first + panel.first;
-                let product =
-                    PanelProduct { chain, rows, parts: k_parts, panel: Panel { first, ..panel }, bias, n };
+                let panel = Panel { first, ..panel };
+                let product = PanelProduct { chain, rows, parts: k_parts, panel, bias, stride, add };
                 C::dispatch(self, product.into_output(y));
             }
         });
@@ -240,11 +273,19 @@ impl Kernels {
 #[derive(Clone, Copy)]
 struct Product<'a> {
     segment: &'a Segment,
-    /// Outputs of the whole matrix.
-    n: usize,
     k_parts: &'a [Range<usize>],
     bias: Option<&'a [f32]>,
+    output: Output<'a>,
+}
+
+/// Where a product's rows go.
+#[derive(Clone, Copy)]
+struct Output<'a> {
     y: &'a DisjointMut<'a>,
+    /// Distance between rows.
+    stride: usize,
+    /// Whether they are added to what is there.
+    add: bool,
 }
 
 /// Rows of the tallest integer tile of an instruction set.

@@ -35,7 +35,9 @@ pub(super) struct PanelProduct<'a, C> {
     /// Of all outputs.
     pub(super) bias: Option<&'a [f32]>,
     /// Distance between output rows.
-    pub(super) n: usize,
+    pub(super) stride: usize,
+    /// Whether the product is added to what is there.
+    pub(super) add: bool,
 }
 
 impl<'a, C> PanelProduct<'a, C> {
@@ -97,7 +99,7 @@ impl<C> PanelProduct<'_, C> {
     fn finish<S: Simd16>(&self, sums: Option<*mut f32>, y: &DisjointMut<'_>) {
         let Panel { width, first, outputs, .. } = self.panel;
         for (index, row) in self.rows.clone().enumerate() {
-            let start = row * self.n + first;
+            let start = row * self.stride + first;
             // SAFETY: rows and panels of different tasks are disjoint.
             let out = unsafe { y.range(start..start + outputs) };
             for (vector, out) in out.chunks_mut(LANES).enumerate() {
@@ -110,6 +112,7 @@ impl<C> PanelProduct<'_, C> {
                     Some(bias) => sum.add(S::read_tail(&bias[first + vector * LANES..][..out.len()], 0.0)),
                     None => sum,
                 };
+                let sum = if self.add { S::read_tail(out, 0.0).add(sum) } else { sum };
                 if out.len() == LANES { sum.write(out) } else { sum.write_tail(out) }
             }
         }
