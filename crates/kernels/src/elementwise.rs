@@ -64,25 +64,6 @@ impl Kernels {
         });
     }
 
-    /// Adds rows of `width` elements to the beginnings of wider rows: row r of `to` starts at `to[r · stride]`.
-    ///
-    /// # Panics
-    /// If a row does not fit.
-    pub fn add_columns(&self, width: usize, from: &[f32], to: &mut [f32], stride: usize) {
-        assert!(width <= stride, "rows of {width} fit a stride of {stride}");
-        if width == 0 {
-            return;
-        }
-        let output = DisjointMut::new(to);
-        self.for_ranges(from.len() / width, MIN_ELEMENTS.div_ceil(width), |range| {
-            for row in range {
-                // SAFETY: rows are disjoint.
-                let x = unsafe { output.range(row * stride..row * stride + width) };
-                self.dispatch(Add { x, y: &from[row * width..][..width] });
-            }
-        });
-    }
-
     /// x ← x · factor, elementwise.
     pub fn scale(&self, x: &mut [f32], factor: f32) {
         let len = x.len();

@@ -36,6 +36,7 @@ mod rope;
 pub mod sampling;
 mod softmax;
 mod strided;
+mod transpose;
 mod tree;
 
 pub use adamw::AdamW;
@@ -52,5 +53,5 @@ pub use matmul::{
 pub use pool::ThreadPool;
 pub use rope::{Llama3Scaling, inv_freq, scale_inv_freq_linear, scale_inv_freq_llama3};
 pub use sampling::{SampleError, Sampled, SamplerScratch, SamplerState};
-pub use softmax::LogSumExp;
+pub use softmax::{CrossEntropyRow, LogSumExp};
 pub use strided::StridedRows;

@@ -3,8 +3,13 @@
 use crate::kernels::Kernels;
 use crate::lanes::{LANES, LaneKernel, Simd16};
 use crate::math;
+use crate::strided::DisjointMut;
 use crate::tree::sum_tree_scalar;
 use ashlar_vocabulary::{AxisCut, PARTS};
+use std::ops::Range;
+
+/// Elements among which the first largest one is looked for by itself.
+const SEARCH: usize = 1024;
 
 /// ln Σ eˣ, kept as maximum and logarithm of the rest so that differences stay accurate.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -33,7 +38,92 @@ impl LogSumExp {
     }
 }
 
+/// What a row's gradient by its logits is made of, see [`Kernels::cross_entropy_gradient`].
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct CrossEntropyRow {
+    /// ln Σ eˣ over the whole vocabulary.
+    pub of: LogSumExp,
+    /// The target's place in the slice at hand.
+    pub target: Option<usize>,
+    /// What the gradient is multiplied by.
+    pub factor: f32,
+}
+
 impl Kernels {
+    /// Of each row of `width` logits the largest, as [`Kernels::max`] finds it, and the first place where it is, if anywhere.
+    ///
+    /// # Panics
+    /// If there are not as many logits as rows of them.
+    pub fn largest_of_rows(&self, width: usize, logits: &[f32]) -> Vec<(f32, Option<usize>)> {
+        let rows = logits.len().checked_div(width).unwrap_or(0);
+        assert_eq!(logits.len(), rows * width, "logits are whole rows");
+        let mut largest = vec![(f32::NEG_INFINITY, None); rows];
+        let to = DisjointMut::new(&mut largest);
+        self.for_ranges(rows, 1, |range| {
+            for row in range {
+                let logits = &logits[row * width..(row + 1) * width];
+                let mut best = (f32::NEG_INFINITY, None);
+                for (index, run) in logits.chunks(SEARCH).enumerate() {
+                    let max = self.max(run);
+                    if max > best.0 {
+                        best = (max, Some(index));
+                    }
+                }
+                let place = best.1.and_then(|index| {
+                    let run = logits[index * SEARCH..].iter().take(SEARCH).position(|&x| x == best.0);
+                    run.map(|at| index * SEARCH + at)
+                });
+                // SAFETY: rows are disjoint.
+                let largest = unsafe { to.range(row..row + 1) };
+                largest[0] = (best.0, place);
+            }
+        });
+        largest
+    }
+
+    /// Of each row of `width` logits, and of each of `parts`, [`Kernels::exp_sum`] with the row's `max`; −0 of an empty part.
+    ///
+    /// # Panics
+    /// If there are not as many logits as rows, or a part lies outside.
+    pub fn exp_sums_of_rows(
+        &self,
+        width: usize,
+        logits: &[f32],
+        max: &[f32],
+        parts: &[Range<usize>],
+    ) -> Vec<f32> {
+        assert_eq!(logits.len(), max.len() * width, "logits are rows × width");
+        let mut sums = vec![-0.0; max.len() * parts.len()];
+        let to = DisjointMut::new(&mut sums);
+        self.for_ranges(max.len(), 1, |range| {
+            for row in range {
+                let logits = &logits[row * width..(row + 1) * width];
+                // SAFETY: rows are disjoint.
+                let sums = unsafe { to.range(row * parts.len()..(row + 1) * parts.len()) };
+                for (sum, part) in sums.iter_mut().zip(parts).filter(|(_, part)| !part.is_empty()) {
+                    *sum = self.exp_sum(&logits[part.clone()], max[row]);
+                }
+            }
+        });
+        sums
+    }
+
+    /// [`Kernels::cross_entropy_gradient`] of each row of `width` logits.
+    ///
+    /// # Panics
+    /// If there are not as many logits as rows, or a target lies outside.
+    pub fn cross_entropy_gradients(&self, width: usize, logits: &mut [f32], rows: &[CrossEntropyRow]) {
+        assert_eq!(logits.len(), rows.len() * width, "logits are rows × width");
+        let to = DisjointMut::new(logits);
+        self.for_ranges(rows.len(), 1, |range| {
+            for (row, with) in range.clone().zip(&rows[range]) {
+                // SAFETY: rows are disjoint.
+                let logits = unsafe { to.range(row * width..(row + 1) * width) };
+                self.cross_entropy_gradient(logits, with.of, with.target, with.factor);
+            }
+        });
+    }
+
     /// ln Σ eˣ over a whole vocabulary's logits; the result is NaN if an element is NaN, or all are −∞.
     ///
     /// The maximum is exact. Each part of `AxisCut::wide(logits.len())` sums e^(x − max) in sixteen accumulators (index

@@ -132,7 +132,7 @@ fn results_added_to_a_residual_have_the_bits_of_a_product_and_a_sum() {
             for kernels in all_kernels() {
                 let mut y = residual.clone();
                 let product = Product { rows, weights: &weights, k_parts: &parts, bias };
-                kernels.product(&product, Input::Rows(&x), Output::Add(&mut y));
+                kernels.product(&product, Input::Rows(&x), Output::Add { y: &mut y, stride: 150 });
                 assert_eq!(bits(&y), bits(&wanted), "{kind} × {rows}, {kernels:?}");
             }
         }

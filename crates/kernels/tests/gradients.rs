@@ -5,7 +5,8 @@
 mod common;
 
 use ashlar_kernels::{
-    AdamW, AttentionShape, BlockAxis, BlockScale, Kernels, KvLayout, LogSumExp, PackedMatrix, StridedRows,
+    AdamW, AttentionShape, BlockAxis, BlockScale, CrossEntropyRow, Input, Kernels, KvLayout, LogSumExp,
+    Output, PackedMatrix, Product, StridedRows,
 };
 use ashlar_vocabulary::WeightType;
 use common::{all_kernels, bits, everywhere, numbers};
@@ -91,6 +92,115 @@ fn chains(
 /// Eight parts of an axis, some of them empty.
 fn eight(n: usize) -> Vec<Vec<Range<usize>>> {
     (0..8).map(|part| vec![part * n / 8..(part + 1) * n / 8]).collect()
+}
+
+#[test]
+fn input_gradients_larger_than_a_task_are_the_contracts_chains() {
+    // More rows than a task's, more inputs, more outputs than are widened together; parts begin anywhere; rows are strided.
+    let (rows, n, k) = (275, 308, 600);
+    let plain = dense(WeightType::F32, n, &[0..k], &numbers(n * k, 1));
+    let blocks = blocks(WeightType::Q8_0, n, &[0..172, 172..600], 2);
+    let stride = n + 5;
+    let (dy, before) = (numbers(rows * stride, 3), numbers(rows * k, 4));
+    let narrow: Vec<f32> = dy.chunks_exact(stride).flat_map(|row| &row[..n]).copied().collect();
+    let fused = vec![vec![0..90, 200..230], vec![90..200, 230..308]];
+    let one: [Range<usize>; 1] = [0..n];
+    for matrix in [plain, blocks] {
+        let weights = all_rows(&matrix);
+        for parts in [vec![one.to_vec()], eight(n), fused.clone()] {
+            let dy = StridedRows { data: &dy, stride };
+            let expected = chains(&narrow, &weights, (n, k), &parts, rows);
+            let dx = everywhere(|kernels| {
+                let mut dx = vec![f32::NAN; rows * k];
+                kernels.input_gradient(rows, dy, &matrix, &parts, &mut dx);
+                dx
+            });
+            assert_eq!(bits(&dx), bits(&expected));
+            let added = everywhere(|kernels| {
+                let mut dx = before.clone();
+                kernels.add_input_gradient(rows, dy, &matrix, &parts, &mut dx);
+                dx
+            });
+            let expected: Vec<f32> = before.iter().zip(&expected).map(|(a, b)| a + b).collect();
+            assert_eq!(bits(&added), bits(&expected));
+        }
+    }
+}
+
+#[test]
+fn weight_gradients_of_many_rows_are_one_chain() {
+    let rows = 1100;
+    for (n, k) in [(130, 16), (16, 130), (101, 7), (64, 64)] {
+        let (dy, x, start) = (numbers(rows * n, 1), numbers(rows * k, 2), numbers(n * k, 3));
+        let found = everywhere(|kernels| {
+            let mut gradient = start.clone();
+            let (dy, x) = (StridedRows { data: &dy, stride: n }, StridedRows { data: &x, stride: k });
+            kernels.weight_gradient(rows, (dy, n), (x, k), &mut gradient);
+            gradient
+        });
+        for at in 0..n * k {
+            let (output, input) = (at / k, at % k);
+            let chain =
+                (0..rows).fold(start[at], |sum, row| dy[row * n + output].mul_add(x[row * k + input], sum));
+            assert_eq!(found[at].to_bits(), chain.to_bits(), "{n} × {k}: {output}, {input}");
+        }
+    }
+}
+
+#[test]
+fn a_product_added_to_rows_is_the_product_and_then_an_addition() {
+    let (rows, n, k, stride) = (130, 70, 16, 75);
+    let matrix = dense(WeightType::F32, n, &[0..k], &numbers(n * k, 1));
+    let (x, before) = (numbers(rows * k, 2), numbers(rows * stride, 3));
+    let whole: [Range<usize>; 1] = [0..k];
+    let product = everywhere(|kernels| {
+        let mut y = vec![0.0; rows * n];
+        kernels.matmul(rows, &x, &matrix, &whole, None, &mut y);
+        y
+    });
+    let added = everywhere(|kernels| {
+        let mut y = before.clone();
+        let product = Product { rows, weights: &matrix, k_parts: &whole, bias: None };
+        kernels.product(&product, Input::Rows(&x), Output::Add { y: &mut y, stride });
+        y
+    });
+    for (at, (found, before)) in added.iter().zip(&before).enumerate() {
+        let (row, column) = (at / stride, at % stride);
+        let expected = if column < n { before + product[row * n + column] } else { *before };
+        assert_eq!(found.to_bits(), expected.to_bits());
+    }
+}
+
+#[test]
+fn the_gradients_of_rows_of_logits_are_those_of_each_row() {
+    let (rows, width) = (9, 2500);
+    let logits = numbers(rows * width, 5);
+    let parts = [0..700, 700..700, 700..2500];
+    everywhere(|kernels| {
+        let largest = kernels.largest_of_rows(width, &logits);
+        let max: Vec<f32> = largest.iter().map(|&(max, _)| max).collect();
+        let sums = kernels.exp_sums_of_rows(width, &logits, &max, &parts);
+        let mut all = logits.clone();
+        let of = |row: usize| kernels.log_sum_exp(&logits[row * width..][..width]);
+        let with: Vec<_> = (0..rows)
+            .map(|row| CrossEntropyRow { of: of(row), target: (row % 2 == 0).then_some(row), factor: 0.5 })
+            .collect();
+        kernels.cross_entropy_gradients(width, &mut all, &with);
+        for (row, logits) in logits.chunks_exact(width).enumerate() {
+            let max = kernels.max(logits);
+            assert_eq!(largest[row], (max, logits.iter().position(|&x| x == max)));
+            for (part, sum) in parts.iter().zip(&sums[row * parts.len()..]) {
+                let expected =
+                    if part.is_empty() { -0.0 } else { kernels.exp_sum(&logits[part.clone()], max) };
+                assert_eq!(sum.to_bits(), expected.to_bits());
+            }
+            let mut one = logits.to_vec();
+            kernels.cross_entropy_gradient(&mut one, with[row].of, with[row].target, 0.5);
+            assert_eq!(bits(&all[row * width..][..width]), bits(&one));
+        }
+        all
+    });
+    assert_eq!(all_kernels()[0].largest_of_rows(0, &[]), []);
 }
 
 proptest! {

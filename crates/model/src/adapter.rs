@@ -7,7 +7,7 @@
 
 use crate::collective::{Collective, CollectiveError};
 use crate::slice::RankSlice;
-use ashlar_kernels::{Kernels, PackedMatrix};
+use ashlar_kernels::{Input, Kernels, Output, PackedMatrix, Product};
 use ashlar_vocabulary::{Bytes, ModelShape, WeightType};
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -280,7 +280,6 @@ pub struct AdaptedRows<'a> {
 #[derive(Debug, Default)]
 pub(crate) struct AdapterWork {
     low: Vec<f32>,
-    delta: Vec<f32>,
     gathered: Vec<f32>,
 }
 
@@ -288,9 +287,7 @@ impl AdapterWork {
     /// Makes room for steps of up to `rows` rows that all have `adapter`, in a group of `ranks`. Returns the words that its
     /// products take of the kernels.
     pub(crate) fn reserve(&mut self, adapter: &Adapter, rows: usize, ranks: usize) -> usize {
-        let outputs = adapter.pairs().map(|pair| pair.b.n()).max().unwrap_or(0);
         grown(&mut self.low, rows * adapter.rank);
-        grown(&mut self.delta, rows * outputs);
         if ranks > 1 {
             grown(&mut self.gathered, rows * adapter.rank * ranks);
         }
@@ -300,7 +297,7 @@ impl AdapterWork {
 
     /// Reserved values.
     pub(crate) fn values(&self) -> usize {
-        self.low.len() + self.delta.len() + self.gathered.len()
+        self.low.len() + self.gathered.len()
     }
 }
 
@@ -342,7 +339,7 @@ impl AdapterStep<'_> {
     ) -> Result<(), CollectiveError> {
         for AdaptedRows { rows, adapter } in self.adapted {
             let Some(pair) = &adapter.layers[self.layer].pairs[target.index()] else { continue };
-            let (inputs, outputs, count) = (pair.a.k(), pair.b.n(), rows.len());
+            let (inputs, count) = (pair.a.k(), rows.len());
             let low = grown(&mut work.low, count * adapter.rank);
             kernels.matmul(
                 count,
@@ -356,11 +353,14 @@ impl AdapterStep<'_> {
                 sum_over_group(kernels, low, group, &mut work.gathered)?;
             }
             kernels.scale(low, adapter.factor);
-            let delta = grown(&mut work.delta, count * outputs);
-            kernels.matmul(count, low, &pair.b, &[0..adapter.rank], None, delta);
-            kernels.add_columns(outputs, delta, &mut out[rows.start * stride..], stride);
+            let uncut: [Range<usize>; 1] = [0..adapter.rank];
+            let product = Product { rows: count, weights: &pair.b, k_parts: &uncut, bias: None };
+            let y = &mut out[rows.start * stride..];
+            kernels.product(&product, Input::Rows(low), Output::Add { y, stride });
             if let Some(keep) = &mut keep {
-                keep[target.index()] = low.to_vec();
+                let keep = &mut keep[target.index()];
+                keep.clear();
+                keep.extend_from_slice(low);
             }
         }
         Ok(())

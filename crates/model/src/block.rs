@@ -428,7 +428,11 @@ impl Block {
         let input = &work.narrow[..count * weights.k()];
         if group.size() == 1 && adapters.is_none() {
             let product = Product { rows: count, weights, k_parts: parts, bias };
-            kernels.product(&product, Input::Rows(input), Output::Add(&mut work.x[..size]));
+            kernels.product(
+                &product,
+                Input::Rows(input),
+                Output::Add { y: &mut work.x[..size], stride: self.dims.hidden },
+            );
             return Ok(());
         }
         let partial = &mut work.normed[..size];

@@ -38,8 +38,9 @@ fn main() {
     let weights = (shape.num_layers * shape.layer_weights() + shape.embedding_weights()) as f64;
     let flops = 4.0 * weights * tokens as f64;
     let peak = measure::fma_flops_per_s(&kernels, Duration::from_millis(300));
-    for repetition in 0..3 {
-        for keep in [true, false] {
+    // Without kept activations first: the process's largest memory only grows.
+    for keep in [false, true] {
+        for repetition in 0..3 {
             let adapter = state.packed().clone();
             let start = Instant::now();
             let input = StageInput::Tokens(&ids);
@@ -61,7 +62,7 @@ fn main() {
                 if keep { 0.0 } else { 2.0 * (shape.num_layers * shape.layer_weights() * tokens) as f64 };
             println!(
                 "{repetition} {}: loss {:.4}, forward {:.2} s, loss {:.2} s, backward {:.2} s, {:.1} tokens/s, \
-                 {:.0} % of {:.0} GFLOP/s, tape {} MiB",
+                 {:.0} % of {:.0} GFLOP/s, tape {} MiB, buffers {} MiB, process at most {} MiB",
                 if keep { "kept" } else { "again" },
                 loss.mean(),
                 forward.as_secs_f64(),
@@ -71,13 +72,23 @@ fn main() {
                 (flops + again) / all.as_secs_f64() / peak * 100.0,
                 peak / 1e9,
                 bytes >> 20,
+                trainer.buffer_bytes(rank).0 >> 20,
+                memory_mib(),
             );
+            tree.end_run(&kernels);
+            let gradient = tree.take();
+            let start = Instant::now();
+            state.step(&gradient, 1.0, 1e-4, &Default::default(), &shape, &slice, &kernels);
+            println!("{repetition} step: {:.3} s", start.elapsed().as_secs_f64());
+            tree.recycle(gradient);
         }
-        tree.end_run(&kernels);
-        let gradient = tree.take();
-        let start = Instant::now();
-        state.step(&gradient, 1.0, 1e-4, &Default::default(), &shape, &slice, &kernels);
-        println!("{repetition} step: {:.3} s", start.elapsed().as_secs_f64());
-        tree.recycle(gradient);
     }
+}
+
+/// The most memory that this process had at any time, where the system tells.
+fn memory_mib() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+    let kib = line.and_then(|line| line.trim().trim_end_matches(" kB").parse::<u64>().ok());
+    kib.unwrap_or(0) >> 10
 }

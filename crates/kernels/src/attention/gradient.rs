@@ -23,6 +23,13 @@ const QUERIES: usize = 48;
 const PANEL: usize = 4 * LANES;
 
 impl Kernels {
+    /// Memory that [`Kernels::attention_gradient`] takes for sequences of up to `rows` rows, in bytes.
+    pub fn attention_gradient_bytes(&self, rows: usize, head_dim: usize) -> usize {
+        let (keys, elements) = (rows.next_multiple_of(PANEL), head_dim.next_multiple_of(LANES));
+        let of_keys = 2 * head_dim + 3 * elements + 2 * QUERIES;
+        size_of::<f32>() * self.threads() * (keys * of_keys + QUERIES * (2 * PANEL + elements))
+    }
+
     /// The gradient of attention by queries, keys and values, where each range of `sequences` is the rows of one sequence
     /// from position 0 on.
     ///

@@ -99,17 +99,21 @@ pub(crate) trait Simd16: Copy {
     /// Reads up to sixteen elements; lanes beyond them are `fill`.
     #[inline(always)]
     fn read_tail(from: &[f32], fill: f32) -> Self {
+        if from.len() >= LANES {
+            return Self::read(from);
+        }
         let mut array = [fill; LANES];
-        let len = from.len().min(LANES);
-        array[..len].copy_from_slice(&from[..len]);
+        array[..from.len()].copy_from_slice(from);
         Self::read(&array)
     }
 
     /// Writes as many lanes as the slice takes.
     #[inline(always)]
     fn write_tail(self, to: &mut [f32]) {
-        let len = to.len().min(LANES);
-        to[..len].copy_from_slice(&self.to_array()[..len]);
+        if to.len() >= LANES {
+            return self.write(to);
+        }
+        to.copy_from_slice(&self.to_array()[..to.len()]);
     }
 
     /// The fixed tree over lanes: lane i + lane i+8, then i+4, i+2, i+1.

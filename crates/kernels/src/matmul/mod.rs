@@ -67,8 +67,13 @@ pub struct Product<'a> {
 pub enum Output<'a> {
     /// y = result: rows × n.
     Write(&'a mut [f32]),
-    /// y ← y + result: rows × n.
-    Add(&'a mut [f32]),
+    /// y ← y + result, one rounded addition: rows that begin with n elements.
+    Add {
+        /// What is added to.
+        y: &'a mut [f32],
+        /// Distance between its rows.
+        stride: usize,
+    },
     /// The outputs are gates, then as many ups: out = silu(gate)·up, as [`Kernels::silu_mul`] computes it.
     SiluMul {
         /// Rows × n/2.
@@ -118,9 +123,9 @@ impl Kernels {
         }
         assert!(bias.is_none_or(|bias| bias.len() == n), "the bias has n elements");
         assert_parts_tile(k_parts, k);
-        let (y, after) = match output {
-            Output::Write(y) => (y, After::Write),
-            Output::Add(y) => (y, After::Add),
+        let (y, stride, after) = match output {
+            Output::Write(y) => (y, n, After::Write),
+            Output::Add { y, stride } => (y, stride, After::Add),
             Output::SiluMul { out, room } => {
                 assert_eq!(out.len() * 2, rows * n, "out is rows × n/2");
                 if !weights.has_aligned_halves() {
@@ -128,20 +133,22 @@ impl Kernels {
                     self.product(product, input, Output::Write(gate_up));
                     return self.silu_mul(rows, n / 2, gate_up, out);
                 }
-                (out, After::SiluMul)
+                (out, n / 2, After::SiluMul)
             }
         };
-        assert_eq!(y.len(), if after == After::SiluMul { rows * (n / 2) } else { rows * n }, "y is rows × n");
         if rows == 0 || n == 0 {
             return;
         }
+        let width = if after == After::SiluMul { n / 2 } else { n };
+        assert!(width <= stride && y.len() >= (rows - 1) * stride + width, "y has rows of the outputs");
+        assert!(after == After::Add || y.len() == rows * width, "y is rows × n");
         let y = DisjointMut::new(y);
         for segments in weights.segments().chunks(SEGMENTS) {
             let quantized = segments.iter().any(|segment| matches!(segment.store, Store::Blocks(_)));
             let blocks = RowBlocks::new(self, rows, ROW_BLOCK, quantized);
             let mut scratch = self.scratch(weights.scratch_words(rows));
             let ready = input::prepare(self, rows, blocks.tiles, &mut input, segments, &mut scratch);
-            let call = Call { kernels: self, product, segments, ready, blocks, y: &y };
+            let call = Call { kernels: self, product, segments, ready, blocks, y: &y, stride };
             match after {
                 After::Write => call.each_panel(Epilogue::Write),
                 After::Add => call.each_panel(Epilogue::Add),
@@ -167,6 +174,8 @@ struct Call<'a> {
     ready: [Ready<'a>; SEGMENTS],
     blocks: RowBlocks,
     y: &'a DisjointMut<'a>,
+    /// Distance between its rows.
+    stride: usize,
 }
 
 impl Call<'_> {
@@ -192,8 +201,8 @@ impl Call<'_> {
             }
             let segment = &self.segments[index];
             let panel = segment.panel(panel);
-            let (first, stride) = (segment.first + panel.first, self.product.weights.n());
-            self.multiply(index, panel, block, Target { out: self.y, stride, first, first_row: 0, epilogue });
+            let (out, stride, first) = (self.y, self.stride, segment.first + panel.first);
+            self.multiply(index, panel, block, Target { out, stride, first, first_row: 0, epilogue });
         });
     }
 
@@ -219,8 +228,8 @@ impl Call<'_> {
             let target = Target { out, stride: PANEL, first: 0, first_row, epilogue: Epilogue::Write };
             self.multiply(0, gate_panel, block, target);
             let epilogue = Epilogue::SiluMul { gates, stride: PANEL };
-            let target =
-                Target { out: self.y, stride: width, first: gate_panel.first, first_row: 0, epilogue };
+            let (out, stride, first) = (self.y, self.stride, gate_panel.first);
+            let target = Target { out, stride, first, first_row: 0, epilogue };
             self.multiply(up, self.segments[up].panel(skip + index), block, target);
         });
     }

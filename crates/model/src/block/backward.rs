@@ -32,12 +32,26 @@ pub(crate) struct BlockTape {
 }
 
 impl BlockTape {
-    pub(super) fn keep_input(&mut self, x: &[f32]) {
-        self.input = x.to_vec();
+    /// Forgets what it holds, but not the memory.
+    pub(crate) fn clear(&mut self) {
+        let own = [
+            &mut self.input,
+            &mut self.heads,
+            &mut self.qkv,
+            &mut self.attended,
+            &mut self.middle,
+            &mut self.gate_up,
+        ];
+        own.into_iter().chain(&mut self.low).for_each(Vec::clear);
+    }
+
+    pub(crate) fn keep_input(&mut self, x: &[f32]) {
+        copied(&mut self.input, x);
     }
 
     pub(super) fn keep_heads(&mut self, qkv: &[f32], stride: usize, width: usize) {
-        self.heads = qkv.chunks_exact(stride).flat_map(|row| &row[..width]).copied().collect();
+        self.heads.clear();
+        qkv.chunks_exact(stride).for_each(|row| self.heads.extend_from_slice(&row[..width]));
     }
 
     pub(super) fn keep_attention(
@@ -48,14 +62,14 @@ impl BlockTape {
         kind: FloatType,
         attended: &[f32],
     ) {
-        self.qkv = qkv.to_vec();
+        copied(&mut self.qkv, qkv);
         self.qkv.chunks_exact_mut(stride).for_each(|row| kernels.round_to(kind, &mut row[query..]));
-        self.attended = attended.to_vec();
+        copied(&mut self.attended, attended);
     }
 
     pub(super) fn keep_feed_forward(&mut self, x: &[f32], gate_up: &[f32]) {
-        self.middle = x.to_vec();
-        self.gate_up = gate_up.to_vec();
+        copied(&mut self.middle, x);
+        copied(&mut self.gate_up, gate_up);
     }
 
     /// Memory that it takes, in bytes.
@@ -63,6 +77,12 @@ impl BlockTape {
         let own = [&self.input, &self.heads, &self.qkv, &self.attended, &self.middle, &self.gate_up];
         own.into_iter().chain(&self.low).map(|buffer| 4 * buffer.len()).sum()
     }
+}
+
+/// Copies into a buffer that keeps its memory from one micro-batch to the next: fresh pages cost as much as the copy.
+fn copied(to: &mut Vec<f32>, from: &[f32]) {
+    to.clear();
+    to.extend_from_slice(from);
 }
 
 /// The rows of a micro-batch, as the backward pass sees them.
@@ -82,7 +102,7 @@ pub(crate) struct BackwardWork {
     inputs: Vec<f32>,
     narrow: Vec<f32>,
     exchange: Vec<f32>,
-    delta: Vec<f32>,
+    low: Vec<f32>,
     gathered: Vec<f32>,
 }
 
@@ -124,7 +144,7 @@ impl Block {
         let activated = grown(&mut work.inputs, count * d.feed_forward);
         kernels.silu_mul(count, d.feed_forward, &tape.gate_up, activated);
         let d_activated = grown(&mut work.narrow, count * d.feed_forward);
-        with.row_parallel(Target::Down, &self.down, gradient, activated, d_activated, sink, &mut work.delta);
+        with.row_parallel(Target::Down, &self.down, gradient, activated, d_activated, sink, &mut work.low);
         let d_gate_up = grown(&mut work.wide, count * 2 * d.feed_forward);
         kernels.silu_mul_gradient(count, d.feed_forward, &tape.gate_up, d_activated, d_gate_up);
         let normed = grown(&mut work.normed, count * d.hidden);
@@ -140,14 +160,7 @@ impl Block {
         let rows = StridedRows { data: d_gate_up, stride: 2 * d.feed_forward };
         let product =
             ColumnParallel { weights: &self.gate_up, parts: &parts, targets: &targets, rows, input: normed };
-        let d_normed = with.column_parallel(
-            &product,
-            sink,
-            group,
-            &mut work.exchange,
-            &mut work.delta,
-            &mut work.gathered,
-        )?;
+        let d_normed = with.column_parallel(&product, sink, group, &mut work.exchange, &mut work.gathered)?;
         let middle = StridedRows { data: &tape.middle, stride: d.hidden };
         let norm = &self.feed_forward_norm;
         kernels.rms_norm_gradient(count, 1, d.hidden, middle, norm, d.eps, d_normed, d.hidden);
@@ -167,15 +180,7 @@ impl Block {
         let (count, stride) = (gradient.len() / d.hidden, d.query + 2 * d.key);
         let d_attended = grown(&mut work.narrow, count * d.query);
         let attended = &tape.attended[..];
-        with.row_parallel(
-            Target::Output,
-            &self.output,
-            gradient,
-            attended,
-            d_attended,
-            sink,
-            &mut work.delta,
-        );
+        with.row_parallel(Target::Output, &self.output, gradient, attended, d_attended, sink, &mut work.low);
         let d_qkv = grown(&mut work.wide, count * stride);
         let shape = AttentionShape {
             layout: KvLayout { kv_heads: d.key / d.head_dim, head_dim: d.head_dim },
@@ -220,14 +225,7 @@ impl Block {
         let rows = StridedRows { data: d_qkv, stride };
         let product =
             ColumnParallel { weights: &self.qkv, parts: &parts, targets: &targets, rows, input: normed };
-        let d_normed = with.column_parallel(
-            &product,
-            sink,
-            group,
-            &mut work.exchange,
-            &mut work.delta,
-            &mut work.gathered,
-        )?;
+        let d_normed = with.column_parallel(&product, sink, group, &mut work.exchange, &mut work.gathered)?;
         let input = StridedRows { data: &tape.input, stride: d.hidden };
         kernels.rms_norm_gradient(count, 1, d.hidden, input, &self.input_norm, d.eps, d_normed, d.hidden);
         kernels.add(gradient, d_normed);
@@ -264,7 +262,6 @@ impl Backward<'_> {
         sink: &mut BTreeMap<Target, LoraPair>,
         group: &mut dyn Collective,
         exchange: &'w mut Vec<f32>,
-        delta: &mut Vec<f32>,
         gathered: &mut Vec<f32>,
     ) -> Result<&'w mut [f32], CollectiveError> {
         let (kernels, inputs) = (self.kernels, product.weights.k());
@@ -293,17 +290,7 @@ impl Backward<'_> {
         let (d_input, mut d_low) = all.split_at_mut(count * inputs);
         for (target, columns, _, (pair, adapter)) in &pairs {
             let (own, rest) = d_low.split_at_mut(count * rank);
-            self.low_rank(
-                *target,
-                pair,
-                adapter,
-                gradient_of(columns),
-                product.input,
-                own,
-                d_input,
-                sink,
-                delta,
-            );
+            self.low_rank(*target, pair, adapter, gradient_of(columns), product.input, own, d_input, sink);
             d_low = rest;
         }
         Ok(d_input)
@@ -319,7 +306,7 @@ impl Backward<'_> {
         input: &[f32],
         d_input: &mut [f32],
         sink: &mut BTreeMap<Target, LoraPair>,
-        delta: &mut Vec<f32>,
+        low: &mut Vec<f32>,
     ) {
         let outputs = weights.n();
         let count = gradient.len() / outputs;
@@ -327,9 +314,9 @@ impl Backward<'_> {
         let uncut = [vec![0..outputs]];
         self.kernels.input_gradient(count, rows, weights, &uncut, d_input);
         if let Some((pair, adapter)) = self.pair(target) {
-            let mut d_low = vec![0.0; count * adapter.rank];
-            self.kernels.input_gradient(count, rows, &pair.b, &uncut, &mut d_low);
-            self.low_rank(target, pair, adapter, rows, input, &mut d_low, d_input, sink, delta);
+            let d_low = grown(low, count * adapter.rank);
+            self.kernels.input_gradient(count, rows, &pair.b, &uncut, d_low);
+            self.low_rank(target, pair, adapter, rows, input, d_low, d_input, sink);
         }
     }
 
@@ -345,7 +332,6 @@ impl Backward<'_> {
         d_low: &mut [f32],
         d_input: &mut [f32],
         sink: &mut BTreeMap<Target, LoraPair>,
-        delta: &mut Vec<f32>,
     ) {
         let (kernels, rank, inputs) = (self.kernels, adapter.rank, pair.a.k());
         let count = d_low.len() / rank;
@@ -359,10 +345,8 @@ impl Backward<'_> {
         } else {
             kernels.scale(d_low, adapter.factor);
         }
-        let delta = grown(delta, count * inputs);
         let rows = StridedRows { data: d_low, stride: rank };
         let uncut = [vec![0..rank]];
-        kernels.input_gradient(count, rows, &pair.a, &uncut, delta);
-        kernels.add(d_input, delta);
+        kernels.add_input_gradient(count, rows, &pair.a, &uncut, d_input);
     }
 }

@@ -9,10 +9,17 @@ use crate::block::{Backward, BackwardWork, BlockTape, Sequences};
 use crate::collective::Collective;
 use crate::kv::KvCache;
 use crate::stage::LOGIT_ROWS_MAX;
-use ashlar_kernels::{BLOCK_TOKENS, Kernels, KvLayout, LogSumExp, PackedMatrix, RowContext, StridedRows};
-use ashlar_vocabulary::{BlockId, HeadSlice, PARTS, TokenId};
+use ashlar_kernels::{
+    BLOCK_TOKENS, CrossEntropyRow, Kernels, KvLayout, LogSumExp, PackedMatrix, RowContext, StridedRows,
+};
+use ashlar_vocabulary::{BlockId, Bytes, HeadSlice, PARTS, TokenId};
 use std::ops::Range;
 use std::sync::Arc;
+
+/// Memory of the logits of rows whose loss is computed together, unless [`LOGIT_ROWS_MAX`] of them take more.
+const LOSS_BYTES: usize = 64 << 20;
+/// Most of these rows: more would gain nothing.
+const LOSS_ROWS_MAX: usize = 512;
 
 /// Whole sequences that go through the stages together.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -66,7 +73,7 @@ pub struct TargetRow {
     pub row: usize,
     /// The token that should follow.
     pub token: TokenId,
-    /// How much it counts.
+    /// How much it counts. A target that counts for nothing is left out of everything.
     pub weight: f32,
 }
 
@@ -150,8 +157,16 @@ pub struct StageTrainer {
     rows_max: usize,
     gradients: Vec<f32>,
     back_sin: Vec<f32>,
+    /// Rows with targets, before and after the last norm.
+    picked: Vec<f32>,
+    normed: Vec<f32>,
+    /// Their logits, then the gradient by them.
     exchanged: Vec<f32>,
     gathered: Vec<f32>,
+    /// Tapes of blocks whose memory the next micro-batch uses again, and whether they were kept whole.
+    spare: (bool, Vec<BlockTape>),
+    /// The tape of the block that is computed again.
+    again: BlockTape,
 }
 
 impl StageTrainer {
@@ -173,8 +188,12 @@ impl StageTrainer {
             rows_max,
             gradients: Vec::new(),
             back_sin: Vec::new(),
+            picked: Vec::new(),
+            normed: Vec::new(),
             exchanged: Vec::new(),
             gathered: Vec::new(),
+            spare: (false, Vec::new()),
+            again: BlockTape::default(),
         }
     }
 
@@ -182,6 +201,38 @@ impl StageTrainer {
     pub fn with_head(mut self, head: (HeadSlice, PackedMatrix)) -> StageTrainer {
         self.head = Some(head);
         self
+    }
+
+    /// The rows of the head that losses are computed with.
+    fn head(&self) -> Option<(HeadSlice, &PackedMatrix)> {
+        let own = self.model.slice.head.zip(self.model.head.as_ref());
+        self.head.as_ref().map(|(cut, head)| (*cut, head)).or(own)
+    }
+
+    /// Memory of its buffers, in bytes, when micro-batches of `rows_max` tokens have gone through with an adapter of rank `rank` on
+    /// every layer: workspaces of both passes and of the loss, and those of the kernels. Tapes ([`StageTape::bytes`], and without
+    /// kept activations one block's) come on top.
+    pub fn buffer_bytes(&self, rank: usize) -> Bytes {
+        let (model, shape, rows) = (&self.model, &self.model.config.shape, self.rows_max);
+        let (hidden, size) = (shape.hidden_size, model.slice.tensor_parallel_size);
+        let (query, key) = (model.slice.queries(shape).len(), model.slice.keys(shape).len());
+        let wide = model.slice.feed_forward(shape).len();
+        let exchange = hidden + 3 * rank;
+        let of_group = |elements: usize| if size > 1 { size * elements } else { 0 };
+        let angles = 2 * (shape.head_dim / 2);
+        let per_row = hidden // the gradient
+            + 2 * hidden + (2 * wide).max(query + 2 * key) + wide.max(query) + wide // the backward pass
+            + exchange + of_group(exchange)
+            + rank + of_group(rank)
+            + angles;
+        let loss = self.head().map_or(0, |(cut, head)| {
+            let rows = loss_rows(shape.vocab_size, cut.of).min(rows);
+            rows * (2 * hidden + of_group(hidden) + cut.rows(shape).len()) + head.scratch_words(rows)
+        });
+        let of_kernels =
+            self.kernels.gradient_bytes(rank) + self.kernels.attention_gradient_bytes(rows, shape.head_dim);
+        let own = size_of::<f32>() * (rows * per_row + loss) + of_kernels;
+        Bytes(own as u64) + self.cache.bytes() + self.work.bytes()
     }
 
     /// The stage's weights.
@@ -209,16 +260,21 @@ impl StageTrainer {
         beat: &mut dyn FnMut() -> Result<(), ForwardError>,
     ) -> Result<StageTape, ForwardError> {
         assert!(batch.rows() <= self.rows_max && batch.blocks() <= self.cache.blocks());
-        let StageTrainer { model, kernels, cache, work, .. } = self;
+        let StageTrainer { model, kernels, cache, work, spare, .. } = self;
+        if spare.0 != keep {
+            // What was kept whole would hold its memory for nothing.
+            *spare = (keep, Vec::new());
+        }
         let contexts = batch.contexts();
         let size = contexts.len() * model.config.shape.hidden_size;
         model.enter(kernels, &contexts, input, group, work)?;
         let mut layers = Vec::with_capacity(model.blocks.len());
         let adapted = adapted(batch, adapter);
         for (layer, block) in model.blocks.iter().enumerate() {
-            let mut tape = BlockTape::default();
+            let mut tape = spare.1.pop().unwrap_or_default();
+            tape.clear();
             if !keep {
-                tape.input = work.x[..size].to_vec();
+                tape.keep_input(&work.x[..size]);
             }
             let step = AdapterStep { layer, adapted: &adapted };
             let own = keep.then_some(&mut tape);
@@ -245,7 +301,9 @@ impl StageTrainer {
         rows: usize,
         group: &mut dyn Collective,
     ) -> Result<(BatchLoss, &mut [f32]), ForwardError> {
-        let StageTrainer { model, kernels, head, work, gradients, exchanged, gathered, .. } = self;
+        let StageTrainer {
+            model, kernels, head, work, gradients, exchanged, gathered, picked, normed, ..
+        } = self;
         let (shape, kernels) = (&model.config.shape, &**kernels);
         let hidden = shape.hidden_size;
         let own = model.slice.head.zip(model.head.as_ref());
@@ -261,52 +319,47 @@ impl StageTrainer {
         gradients.fill(0.0);
         let mut sum = BatchLoss::default();
         let width = own.len();
-        for targets in targets.chunks(LOGIT_ROWS_MAX) {
-            if let Some(target) = targets.iter().find(|target| target.token as usize >= shape.vocab_size) {
-                return Err(ForwardError::Token(target.token));
-            }
+        if let Some(target) = targets.iter().find(|target| target.token as usize >= shape.vocab_size) {
+            return Err(ForwardError::Token(target.token));
+        }
+        // What counts for nothing has no gradient.
+        let targets: Vec<TargetRow> = targets.iter().filter(|target| target.weight != 0.0).copied().collect();
+        for targets in targets.chunks(loss_rows(shape.vocab_size, cut.of)) {
             let count = targets.len();
-            let mut x = vec![0.0; count * hidden];
+            let x = grown(picked, count * hidden);
             for (to, target) in x.chunks_exact_mut(hidden).zip(targets) {
                 to.copy_from_slice(&work.x[target.row * hidden..(target.row + 1) * hidden]);
             }
-            let mut normed = vec![0.0; count * hidden];
-            kernels.rms_norm(count, hidden, &x, norm, model.config.rms_norm_eps, &mut normed);
+            let x = &*x;
+            let normed = grown(normed, count * hidden);
+            kernels.rms_norm(count, hidden, x, norm, model.config.rms_norm_eps, normed);
             let logits = grown(exchanged, count * width);
-            kernels.matmul(count, &normed, head, &[0..hidden], None, logits);
+            kernels.matmul(count, normed, head, &[0..hidden], None, logits);
             // Of every row: the largest logit of this rank, where it is, and the target's.
             let at = |target: &TargetRow| {
                 own.contains(&(target.token as usize)).then(|| target.token as usize - own.start)
             };
-            let mut facts = Vec::with_capacity(3 * count);
-            for (logits, target) in logits.chunks_exact(width.max(1)).zip(targets) {
-                let max = kernels.max(logits);
-                let place =
-                    logits.iter().position(|&x| x == max).map_or(u32::MAX, |i| (own.start + i) as u32);
-                facts.extend([max, f32::from_bits(place), at(target).map_or(0.0, |at| logits[at])]);
+            let mut facts = vec![f32::NEG_INFINITY; 3 * count];
+            for (row, (max, place)) in kernels.largest_of_rows(width, logits).into_iter().enumerate() {
+                let place = place.map_or(u32::MAX, |place| (own.start + place) as u32);
+                let logit = at(&targets[row]).map_or(0.0, |at| logits[row * width + at]);
+                facts[3 * row..][..3].copy_from_slice(&[max, f32::from_bits(place), logit]);
             }
             let facts = exchange(&facts, group)?;
             let of_rank = |rank: usize, row: usize| &facts[(rank * count + row) * 3..][..3];
             let owner = |token: usize| {
                 (0..cut.of).find(|&rank| shape.vocab_cut().rank(rank, cut.of).contains(&token)).unwrap_or(0)
             };
-            let best: Vec<(f32, u32)> = (0..count)
-                .map(|row| {
-                    let ranks = (0..cut.of).map(|rank| of_rank(rank, row));
-                    ranks.fold((f32::NEG_INFINITY, u32::MAX), |best, fact| {
-                        if fact[0] > best.0 { (fact[0], fact[1].to_bits()) } else { best }
-                    })
+            let best = |row: usize| {
+                let ranks = (0..cut.of).map(|rank| of_rank(rank, row));
+                ranks.fold((f32::NEG_INFINITY, u32::MAX), |best, fact| {
+                    if fact[0] > best.0 { (fact[0], fact[1].to_bits()) } else { best }
                 })
-                .collect();
-            let mut sums = Vec::with_capacity(per_rank * count);
-            for (logits, (max, _)) in logits.chunks_exact(width.max(1)).zip(&best) {
-                sums.extend(parts.iter().map(|part| match &logits[part.clone()] {
-                    [] => -0.0,
-                    part => kernels.exp_sum(part, *max),
-                }));
-            }
-            let sums = exchange(&sums, group)?;
-            for (row, (target, &(max, place))) in targets.iter().zip(&best).enumerate() {
+            };
+            let max: Vec<f32> = (0..count).map(|row| best(row).0).collect();
+            let sums = exchange(&kernels.exp_sums_of_rows(width, logits, &max, &parts), group)?;
+            let mut gradient_rows = Vec::with_capacity(count);
+            for (row, (target, max)) in targets.iter().zip(max).enumerate() {
                 let mut all = [-0.0; PARTS];
                 for (rank, all) in all.chunks_exact_mut(per_rank).enumerate() {
                     all.copy_from_slice(&sums[(rank * count + row) * per_rank..][..per_rank]);
@@ -317,18 +370,22 @@ impl StageTrainer {
                 sum.loss.add(loss);
                 sum.not_finite += usize::from(!loss.is_finite());
                 sum.weight.add(f64::from(target.weight));
-                sum.correct += usize::from(place == target.token);
+                sum.correct += usize::from(best(row).1 == target.token);
                 sum.targets += 1;
-                let logits = &mut logits[row * width..(row + 1) * width];
-                kernels.cross_entropy_gradient(logits, of, at(target), factor * target.weight);
+                gradient_rows.push(CrossEntropyRow {
+                    of,
+                    target: at(target),
+                    factor: factor * target.weight,
+                });
             }
+            kernels.cross_entropy_gradients(width, logits, &gradient_rows);
             let rows = StridedRows { data: logits, stride: width };
             let parts: Vec<_> = parts.iter().map(|part| vec![part.clone()]).collect();
-            kernels.input_gradient(count, rows, head, &parts, &mut normed);
-            sum_over_group(kernels, &mut normed, group, gathered)?;
-            let x = StridedRows { data: &x, stride: hidden };
+            kernels.input_gradient(count, rows, head, &parts, normed);
+            sum_over_group(kernels, normed, group, gathered)?;
+            let x = StridedRows { data: x, stride: hidden };
             let eps = model.config.rms_norm_eps;
-            kernels.rms_norm_gradient(count, 1, hidden, x, norm, eps, &mut normed, hidden);
+            kernels.rms_norm_gradient(count, 1, hidden, x, norm, eps, normed, hidden);
             for (from, target) in normed.chunks_exact(hidden).zip(targets) {
                 gradients[target.row * hidden..(target.row + 1) * hidden].copy_from_slice(from);
             }
@@ -349,7 +406,7 @@ impl StageTrainer {
         group: &mut dyn Collective,
         beat: &mut dyn FnMut() -> Result<(), ForwardError>,
     ) -> Result<(), ForwardError> {
-        let StageTrainer { model, kernels, cache, work, backward, back_sin, .. } = self;
+        let StageTrainer { model, kernels, cache, work, backward, back_sin, spare, again, .. } = self;
         let contexts = batch.contexts();
         model.angles(kernels, &contexts, work);
         let half = contexts.len() * model.config.shape.head_dim / 2;
@@ -357,26 +414,40 @@ impl StageTrainer {
         let back_sin = grown(back_sin, half);
         back_sin.iter_mut().zip(&work.sin).for_each(|(back, sin)| *back = -sin);
         let adapted = adapted(batch, adapter);
-        for (layer, mut tape_of_layer) in tape.layers.into_iter().enumerate().rev() {
+        let kept = tape.kept;
+        for (layer, own) in tape.layers.into_iter().enumerate().rev() {
             let block = &model.blocks[layer];
-            if !tape.kept {
-                work.x[..tape_of_layer.input.len()].copy_from_slice(&tape_of_layer.input);
+            let tape = if kept {
+                &own
+            } else {
+                work.x[..own.input.len()].copy_from_slice(&own.input);
                 let step = AdapterStep { layer, adapted: &adapted };
-                let own = Some(&mut tape_of_layer);
-                block.forward(kernels, &contexts, cache.layer_mut(0), group, &step, own, work)?;
-            }
+                let (cache, own) = (cache.layer_mut(0), Some(&mut *again));
+                block.forward(kernels, &contexts, cache, group, &step, own, work)?;
+                &*again
+            };
             let with = Backward {
                 kernels,
                 sequences: Sequences { ranges: &batch.sequences, cos: &cos, back_sin },
                 layer,
                 adapter,
-                tape: &tape_of_layer,
+                tape,
             };
             block.backward(&with, gradient, &mut sink.layers[layer], group, backward)?;
+            if spare.0 == kept {
+                spare.1.push(own);
+            }
             beat()?;
         }
         Ok(())
     }
+}
+
+/// Rows whose logits lie in memory together while their loss is computed: as many as take [`LOSS_BYTES`] on a rank, as every
+/// pass over the head widens it once more. The same on all ranks of a group.
+fn loss_rows(vocabulary: usize, ranks: usize) -> usize {
+    let row = size_of::<f32>() * vocabulary.div_ceil(ranks).max(1);
+    (LOSS_BYTES / row).clamp(LOGIT_ROWS_MAX, LOSS_ROWS_MAX)
 }
 
 /// The whole batch under one adapter.
