@@ -197,6 +197,8 @@ pub(crate) trait Int16: Copy {
 
 /// A computation over sixteen lanes, written once for every instruction set.
 pub(crate) trait LaneKernel {
+    /// Whether it depends on how an instruction set multiplies bytes. What does not is compiled once for all kinds of AVX-512.
+    const MULTIPLIES_BYTES: bool = false;
     /// What it returns.
     type Output;
     /// The body; implementations must be `#[inline(always)]`.
@@ -260,10 +262,10 @@ pub(crate) unsafe fn dispatch<K: LaneKernel>(isa: Isa, kernel: K) -> K::Output {
     match isa {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: the caller vouches for the instruction set.
-        Isa::Avx512 => unsafe { avx512::run(kernel) },
+        Isa::Avx512 if K::MULTIPLIES_BYTES => unsafe { avx512::run(kernel) },
         #[cfg(target_arch = "x86_64")]
         // SAFETY: the caller vouches for the instruction set.
-        Isa::Avx512Bw => unsafe { avx512::run_without_vnni(kernel) },
+        Isa::Avx512 | Isa::Avx512Bw => unsafe { avx512::run_without_vnni(kernel) },
         #[cfg(target_arch = "x86_64")]
         // SAFETY: the caller vouches for the instruction set.
         Isa::Avx2 => unsafe { avx2::run(kernel) },

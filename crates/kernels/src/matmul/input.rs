@@ -245,6 +245,7 @@ impl RowBlocks {
 struct TileRows;
 
 impl LaneKernel for TileRows {
+    const MULTIPLIES_BYTES: bool = true;
     type Output = usize;
     #[inline(always)]
     fn run<S: Simd16>(self) -> usize {
@@ -256,6 +257,7 @@ impl LaneKernel for TileRows {
 struct ExtraOf(WeightType);
 
 impl LaneKernel for ExtraOf {
+    const MULTIPLIES_BYTES: bool = true;
     type Output = Extra;
     #[inline(always)]
     fn run<S: Simd16>(self) -> Extra {

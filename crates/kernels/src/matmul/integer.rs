@@ -39,6 +39,8 @@ pub(super) struct IntegerChain<'a, F> {
 struct QuadBuffer([u8; GROUP * QUADS * VECTOR]);
 
 impl<F: Format> Chain for IntegerChain<'_, F> {
+    const MULTIPLIES_BYTES: bool = true;
+
     #[inline(always)]
     fn chain<S: Simd16>(&self, part: usize, sums: *mut f32) {
         // What a batch of decoding sequences usually is goes the short way.

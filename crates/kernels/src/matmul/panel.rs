@@ -15,6 +15,9 @@ const DEPTH: usize = 4;
 
 /// What adds up the terms of one part; there is one for each kind of weights.
 pub(super) trait Chain {
+    /// See [`LaneKernel::MULTIPLIES_BYTES`].
+    const MULTIPLIES_BYTES: bool = false;
+
     /// One ascending chain over part `part` of the inputs (not empty) for every row and output of a panel; `sums` receives
     /// `[rows][width]`. Implementations are `#[inline(always)]`.
     fn chain<S: Simd16>(&self, part: usize, sums: *mut f32);
@@ -73,6 +76,7 @@ pub(super) struct PanelKernel<'a, C> {
 struct Sums([[f32; ROW_BLOCK * PANEL]; DEPTH]);
 
 impl<C: Chain> LaneKernel for PanelKernel<'_, C> {
+    const MULTIPLIES_BYTES: bool = C::MULTIPLIES_BYTES;
     type Output = ();
 
     #[inline(always)]
