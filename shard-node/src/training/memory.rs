@@ -25,7 +25,8 @@ pub struct SessionSize<'a> {
     pub in_flight: usize,
 }
 
-/// What a session reserves: the adapter in all its forms, tapes, and workspaces. Workspaces are counted at their largest.
+/// What a session reserves beside its trainer's buffers: the adapter in all its forms, tapes, rows on their way, and the rows
+/// of the head that it had to load.
 pub fn session_bytes(size: &SessionSize<'_>) -> Bytes {
     let SessionSize { shape, slice, spec, rows, .. } = *size;
     let hidden = shape.hidden_size;
@@ -41,19 +42,12 @@ pub fn session_bytes(size: &SessionSize<'_>) -> Bytes {
     let whole = 2 * hidden + (query + key) + (query + 2 * key) + query + 2 * feed_forward + low;
     let tape = if size.keep { whole } else { hidden };
     let tapes = size.in_flight * layers * rows * tape + if size.keep { 0 } else { rows * whole };
-    let ranks = slice.tensor_parallel_size;
-    let gathered = if ranks > 1 { ranks * hidden } else { 0 };
-    let wide = (query + 2 * key).max(2 * feed_forward);
-    // Forward, backward, and rows on their way.
-    let work = rows
-        * (6 * hidden + 3 * wide + 3 * query.max(feed_forward) + 2 * gathered + 2 * key + shape.head_dim);
-    let logits = ashlar_model::stage::LOGIT_ROWS_MAX * (shape.vocab_size + 4 * hidden);
-    let loss = if slice.last { 3 * logits } else { 0 };
+    let (ranks, on_their_way) = (slice.tensor_parallel_size, 2 * rows * hidden);
     let spread = slice.head.is_some_and(|head| head.of > ranks);
     let head = if slice.last && spread {
         shape.head_bytes(ashlar_vocabulary::HeadSlice { index: slice.tensor_rank, of: ranks })
     } else {
         0
     };
-    Bytes((4 * (adapter + tapes + work + loss) + head) as u64)
+    Bytes((4 * (adapter + tapes + on_their_way) + head) as u64)
 }

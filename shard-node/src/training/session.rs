@@ -154,7 +154,7 @@ impl<'a> Session<'a> {
             keep: settings.keep_activations,
             in_flight: stages_behind + 1,
         };
-        let reserved = session_bytes(&size);
+        let reserved = session_bytes(&size) + trainer.buffer_bytes(spec.rank);
         let engine = Engine {
             tree: RunTree::new(&spec, shape, &slice),
             kernels,
