@@ -29,20 +29,6 @@ fn matrix(kind: WeightType, n: usize, parts: &[Range<usize>], seed: usize) -> Pa
     })
 }
 
-const KINDS: [WeightType; 11] = [
-    WeightType::F32,
-    WeightType::F16,
-    WeightType::Bf16,
-    WeightType::Q8_0,
-    WeightType::Q4_0,
-    WeightType::Q4_1,
-    WeightType::Q5_0,
-    WeightType::Q5_1,
-    WeightType::Q4K,
-    WeightType::Q5K,
-    WeightType::Q6K,
-];
-
 /// The product of separately normed rows, on one thread of portable code, row by row.
 fn plain(
     rows: usize,
@@ -76,7 +62,7 @@ fn rows_that_are_normed_on_the_way_in_give_the_bits_of_normed_rows() {
     const K: usize = 1100;
     let whole: [Range<usize>; 1] = [0..K];
     let weight = numbers(K, 1);
-    let mixtures = KINDS.map(|kind| vec![kind]).into_iter().chain([
+    let mixtures = WeightType::ALL.map(|kind| vec![kind]).into_iter().chain([
         vec![WeightType::Q4K, WeightType::Q4K, WeightType::Q6K],
         vec![WeightType::F16, WeightType::Q8_0, WeightType::Bf16, WeightType::Q5_0, WeightType::Q6K],
     ]);
@@ -123,7 +109,7 @@ fn results_added_to_a_residual_have_the_bits_of_a_product_and_a_sum() {
     const K: usize = 320;
     let parts: Vec<Range<usize>> = (0..8).map(|part| part * K / 8..(part + 1) * K / 8).collect();
     let bias = numbers(150, 2);
-    for kind in KINDS {
+    for kind in WeightType::ALL {
         let weights = matrix(kind, 150, &parts, 0);
         for (rows, bias) in [(1, None), (9, Some(&bias[..])), (100, None)] {
             let (x, residual) = (numbers(rows * K, 3), numbers(rows * 150, 4));
@@ -144,7 +130,7 @@ fn gates_and_ups_give_the_bits_of_a_product_and_its_activation() {
     const K: usize = 96;
     let whole: [Range<usize>; 1] = [0..K];
     // In one segment with panels that fall in with its halves, and not; in two of one or different types; in three.
-    let stacks = KINDS.map(|kind| (vec![kind], 256)).into_iter().chain([
+    let stacks = WeightType::ALL.map(|kind| (vec![kind], 256)).into_iter().chain([
         (vec![WeightType::Q4_0], 160),
         (vec![WeightType::Bf16], 34),
         (vec![WeightType::Q4K, WeightType::Q6K], 72),

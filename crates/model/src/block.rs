@@ -362,39 +362,28 @@ impl Block {
         if adapters.is_none() && tape.is_none() {
             let input = Input::Normed { x, weight: &self.feed_forward_norm, eps: d.eps, room: normed };
             kernels.product(&product, input, Output::SiluMul { out: activated, room: gate_up });
-            return self.reduce_into_residual(
-                kernels,
-                count,
-                Target::Down,
-                &self.down,
-                &d.feed_forward_parts,
-                self.down_bias.as_deref(),
-                group,
-                adapters,
-                None,
-                work,
-            );
+        } else {
+            // Adapters add to gates and ups, and the tape keeps them: both need them in memory.
+            kernels.rms_norm(count, d.hidden, x, &self.feed_forward_norm, d.eps, normed);
+            kernels.product(&product, Input::Rows(normed), Output::Write(gate_up));
+            for (target, at) in self.gate_up_targets() {
+                let (low, stride) = (tape.as_deref_mut().map(|tape| &mut tape.low), 2 * d.feed_forward);
+                adapters.add(
+                    kernels,
+                    target,
+                    normed,
+                    &mut gate_up[at.start..],
+                    stride,
+                    group,
+                    &mut work.adapters,
+                    low,
+                )?;
+            }
+            if let Some(tape) = tape.as_deref_mut() {
+                tape.keep_feed_forward(&work.x[..count * d.hidden], gate_up);
+            }
+            kernels.silu_mul(count, d.feed_forward, gate_up, activated);
         }
-        // Adapters add to gates and ups, and the tape keeps them: both need them in memory.
-        kernels.rms_norm(count, d.hidden, x, &self.feed_forward_norm, d.eps, normed);
-        kernels.product(&product, Input::Rows(normed), Output::Write(gate_up));
-        for (target, at) in self.gate_up_targets() {
-            let (low, stride) = (tape.as_deref_mut().map(|tape| &mut tape.low), 2 * d.feed_forward);
-            adapters.add(
-                kernels,
-                target,
-                normed,
-                &mut gate_up[at.start..],
-                stride,
-                group,
-                &mut work.adapters,
-                low,
-            )?;
-        }
-        if let Some(tape) = tape.as_deref_mut() {
-            tape.keep_feed_forward(&work.x[..count * d.hidden], gate_up);
-        }
-        kernels.silu_mul(count, d.feed_forward, gate_up, activated);
         self.reduce_into_residual(
             kernels,
             count,
