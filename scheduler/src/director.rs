@@ -9,6 +9,7 @@ use crate::time::Millis;
 use ashlar_protocol::admin::{AdminReply, AdminRequest};
 use ashlar_protocol::membership::{FromNode, ToNode};
 use ashlar_protocol::serving::{ClusterSnapshot, FromScheduler, ToScheduler};
+use ashlar_protocol::training::TrainingReport;
 use ashlar_vocabulary::{LeaseTerm, ReplicaId};
 use std::collections::BTreeMap;
 
@@ -169,7 +170,9 @@ impl Director {
 
     /// The cluster as gateways may know it.
     pub fn snapshot(&self) -> ClusterSnapshot {
-        ClusterSnapshot { adapters: self.adapters.views(), ..self.cluster.snapshot(&self.engine) }
+        let mut snapshot = self.cluster.snapshot(&self.engine);
+        (snapshot.counters.training_steps, snapshot.counters.trained_tokens) = self.jobs.trained();
+        ClusterSnapshot { adapters: self.adapters.views(), ..snapshot }
     }
 
     /// Whether no choice is in progress.
@@ -204,7 +207,7 @@ impl Director {
     }
 
     fn node(&mut self, now: Millis, connection: NodeConnection, message: FromNode) {
-        use cluster::Event;
+        use cluster::{Event, Spent};
         let event = match message {
             FromNode::Join(join) => Event::Join { connection, join },
             FromNode::Refused { revision: _, term } => Event::Refused { connection, term },
@@ -218,26 +221,30 @@ impl Director {
             FromNode::AdapterLoaded { revision, adapter, outcome } => {
                 let answer = adapters::Event::Answer { connection, revision, adapter, outcome };
                 self.adapter_event(now, answer);
-                Event::Heard { connection, timing: None }
+                Event::Heard { connection, spent: Spent::Nothing }
             }
             FromNode::Training { session, report } => {
+                let spent = match &*report {
+                    TrainingReport::Prepared { timing, .. } => Spent::Training(*timing),
+                    _ => Spent::Nothing,
+                };
                 self.job_event(now, jobs::Event::Report { connection, session, report });
-                Event::Heard { connection, timing: None }
+                Event::Heard { connection, spent }
             }
-            FromNode::Beat => Event::Heard { connection, timing: None },
+            FromNode::Beat => Event::Heard { connection, spent: Spent::Nothing },
             FromNode::StepResult(result) => {
-                let timing = Some(result.timing);
+                let spent = Spent::Serving(result.timing);
                 if let Some((replica, _)) = self.cluster.place_of(connection) {
                     self.engine_event(now, engine::Event::StepResult { replica, result });
                 }
-                Event::Heard { connection, timing }
+                Event::Heard { connection, spent }
             }
             FromNode::StepDone { revision, step, timing } => {
                 if let Some((replica, stage)) = self.cluster.place_of(connection) {
                     let event = engine::Event::StepDone { replica, revision, stage, step, timing };
                     self.engine_event(now, event);
                 }
-                Event::Heard { connection, timing: Some(timing) }
+                Event::Heard { connection, spent: Spent::Serving(timing) }
             }
         };
         self.cluster_event(now, event);

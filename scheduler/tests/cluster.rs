@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
 use ashlar_protocol::membership::{Assignment, HeldSlice, Join};
-use ashlar_scheduler::cluster::{Cluster, ClusterConfig, Effect, Event, NodeConnection};
+use ashlar_scheduler::cluster::{Cluster, ClusterConfig, Effect, Event, NodeConnection, Spent};
 use ashlar_scheduler::time::Millis;
 use ashlar_shard_plan::Links;
 use ashlar_vocabulary::{
@@ -223,10 +223,10 @@ fn silence_is_noticed_within_a_second_and_the_schedulers_own_stall_is_forgiven()
     let (mut test, a, b) = Test::up();
     for _ in 0..5 {
         test.now += 200;
-        test.send(Event::Heard { connection: a, timing: None });
+        test.send(Event::Heard { connection: a, spent: Spent::Nothing });
         assert!(down(&test.send(Event::Tick { slowest_step_ms: 10 })).is_none());
     }
-    test.send(Event::Heard { connection: a, timing: None });
+    test.send(Event::Heard { connection: a, spent: Spent::Nothing });
     let effects = test.tick(100);
     assert!(down(&effects).is_some_and(|reason| reason.contains("node b was lost: nothing heard")));
     assert!(
@@ -266,8 +266,8 @@ fn a_failed_assignment_is_tried_again_after_a_growing_pause() {
         assert!(test.cluster.problem().is_some_and(|p| p.contains("node b failed: model.safetensors")));
         let started = test.now;
         loop {
-            test.send(Event::Heard { connection: a, timing: None });
-            test.send(Event::Heard { connection: b, timing: None });
+            test.send(Event::Heard { connection: a, spent: Spent::Nothing });
+            test.send(Event::Heard { connection: b, spent: Spent::Nothing });
             if let Some((_, assignment)) = assignments(&test.tick(50)).first() {
                 assert!(assignment.revision > revision);
                 revision = assignment.revision;
@@ -400,7 +400,7 @@ fn where_the_layout_is_left_open_what_is_left_is_laid_out_anew_in_the_end() {
     test.lose(a);
     let mut effects = Vec::new();
     for _ in 0..60 {
-        test.send(Event::Heard { connection: big, timing: None });
+        test.send(Event::Heard { connection: big, spent: Spent::Nothing });
         effects.extend(test.tick(100));
     }
     let anew = assignments(&effects);

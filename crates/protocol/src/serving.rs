@@ -249,6 +249,8 @@ pub struct NodeView {
     pub resident: Bytes,
     /// Cumulated time since the assignment: computing, waiting, exchanging, sending (µs).
     pub busy: crate::step::StepTiming,
+    /// Cumulated time of the steps of fine-tuning jobs since it joined (µs).
+    pub trained: crate::training::TrainingTiming,
 }
 
 /// A replica.
@@ -285,4 +287,8 @@ pub struct SchedulerCounters {
     pub scheduled_tokens: u64,
     /// Tokens generated so far.
     pub generated_tokens: u64,
+    /// Steps of fine-tuning jobs that this scheduler has committed.
+    pub training_steps: u64,
+    /// Tokens that they computed.
+    pub trained_tokens: u64,
 }

@@ -133,3 +133,13 @@ pub struct StepTiming {
     /// Sending activations on.
     pub send_us: u64,
 }
+
+impl StepTiming {
+    /// Adds another step's.
+    pub fn add(&mut self, other: &StepTiming) {
+        self.compute_us += other.compute_us;
+        self.wait_us += other.wait_us;
+        self.collective_us += other.collective_us;
+        self.send_us += other.send_us;
+    }
+}

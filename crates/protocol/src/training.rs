@@ -260,6 +260,16 @@ pub struct TrainingTiming {
     pub durable_us: u64,
 }
 
+impl TrainingTiming {
+    /// Adds another step's.
+    pub fn add(&mut self, other: &TrainingTiming) {
+        self.compute_us += other.compute_us;
+        self.wait_us += other.wait_us;
+        self.exchange_us += other.exchange_us;
+        self.durable_us += other.durable_us;
+    }
+}
+
 /// Names a rank of a session.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct SessionRank {

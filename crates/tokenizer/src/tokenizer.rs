@@ -163,14 +163,21 @@ impl Tokenizer {
         file: PathBuf,
         files: CheckpointFiles,
     ) -> Result<Tokenizer, TokenizerError> {
-        /// The only part of the file that `tokenizers` does not show.
+        /// What `tokenizers` does not show of the file.
         #[derive(Deserialize)]
-        struct DecoderOnly {
+        struct Hidden {
             #[serde(default)]
             decoder: Value,
+            #[serde(default)]
+            added_tokens: Vec<Added>,
+        }
+        #[derive(Deserialize)]
+        struct Added {
+            id: u32,
+            content: String,
         }
         let load = |reason: String| TokenizerError::Load { file: file.clone(), reason };
-        let DecoderOnly { decoder } = serde_json::from_str(json)
+        let Hidden { decoder, added_tokens } = serde_json::from_str(json)
             .map_err(|source| TokenizerError::Json { file: file.clone(), source })?;
         let (coding, leading_space) = read_decoder(&decoder)
             .ok_or_else(|| TokenizerError::UnsupportedDecoder { file: file.clone() })?;
@@ -179,6 +186,15 @@ impl Tokenizer {
         // A file may carry the lengths of some training run; serving must see the whole text.
         encoder.with_truncation(None).map_err(|e| load(e.to_string()))?;
         encoder.with_padding(None);
+        // `tokenizers` numbers an added token that the vocabulary lacks after the vocabulary's size, whatever the file says.
+        for Added { id, content } in &added_tokens {
+            if let Some(found) = encoder.token_to_id(content).filter(|found| found != id) {
+                return Err(load(format!(
+                    "its added token `{content}` has id {id}, but the vocabulary makes it {found}: give the vocabulary \
+                     no holes, or name the token there, too"
+                )));
+            }
+        }
 
         let vocab = encoder.get_vocab(true);
         let size = vocab.values().max().map_or(0, |&id| id.saturating_add(1));

@@ -42,6 +42,19 @@ pub(super) fn render(snapshot: &ClusterSnapshot, model_name: &str) -> String {
         counters.scheduled_tokens as f64,
     );
 
+    page.plain(
+        "ashlar_training_steps_total",
+        "counter",
+        "Committed steps of fine-tuning jobs.",
+        counters.training_steps as f64,
+    );
+    page.plain(
+        "ashlar_training_tokens_total",
+        "counter",
+        "Tokens that these computed.",
+        counters.trained_tokens as f64,
+    );
+
     let bytes: [NodeSeries; 4] = [
         ("ashlar_node_memory_offered_bytes", "Memory that the node offered.", |n| n.memory.0 as f64),
         ("ashlar_ledger_reserved_bytes", "Memory that the ledger has reserved.", |n| n.reserved.0 as f64),
@@ -63,7 +76,23 @@ pub(super) fn render(snapshot: &ClusterSnapshot, model_name: &str) -> String {
             n.busy.send_us as f64 / 1e6
         }),
     ];
-    for series in seconds {
+    let training: [NodeSeries; 4] = [
+        (
+            "ashlar_training_compute_seconds_total",
+            "Time that training computed, interruptions included.",
+            |n| n.trained.compute_us as f64 / 1e6,
+        ),
+        ("ashlar_training_wait_seconds_total", "Time that training waited for another stage.", |n| {
+            n.trained.wait_us as f64 / 1e6
+        }),
+        ("ashlar_training_exchange_seconds_total", "Time that training exchanged with other ranks.", |n| {
+            n.trained.exchange_us as f64 / 1e6
+        }),
+        ("ashlar_training_durable_seconds_total", "Time that training took to store its state.", |n| {
+            n.trained.durable_us as f64 / 1e6
+        }),
+    ];
+    for series in seconds.into_iter().chain(training) {
         page.nodes(&snapshot.nodes, "counter", series);
     }
     page.text

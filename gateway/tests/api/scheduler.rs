@@ -9,6 +9,7 @@ use ashlar_protocol::serving::{
     RequestFailure, SchedulerCounters, Submit, ToScheduler, TokenEvent,
 };
 use ashlar_protocol::step::StepTiming;
+use ashlar_protocol::training::TrainingTiming;
 use ashlar_vocabulary::{
     Bytes, JobId, LayerRange, LeaseTerm, ModelDigest, NodeId, ReplicaId, ReplicaRevision, StageIndex,
     TensorRank, TokenId, TokenLogprob, TokenLogprobs,
@@ -332,6 +333,7 @@ fn cluster() -> ClusterSnapshot {
             reserved: Bytes(1 << 20),
             resident: Bytes(1 << 19),
             busy: StepTiming { compute_us: 1_500_000, wait_us: 10, collective_us: 0, send_us: 5 },
+            trained: TrainingTiming { compute_us: 2_500_000, wait_us: 20, exchange_us: 30, durable_us: 40 },
         }],
         replicas: vec![ReplicaView {
             replica: ReplicaId(0),

@@ -72,6 +72,7 @@ async fn metrics_keep_vllms_names() {
         "ashlar_replicas_ready 1",
         "ashlar_ledger_reserved_bytes{node=\"a\",replica=\"0\",stage=\"0\",rank=\"0\"} 1048576",
         "ashlar_stage_compute_seconds_total{node=\"a\",replica=\"0\",stage=\"0\",rank=\"0\"} 1.5",
+        "ashlar_training_compute_seconds_total{node=\"a\",replica=\"0\",stage=\"0\",rank=\"0\"} 2.5",
     ] {
         assert!(page.contains(line), "{line}\n{page}");
     }

@@ -3,6 +3,7 @@
 use crate::engine::ReplicaUp;
 use ashlar_protocol::membership::{Assignment, Join};
 use ashlar_protocol::step::StepTiming;
+use ashlar_protocol::training::TrainingTiming;
 use ashlar_shard_plan::Links;
 use ashlar_vocabulary::{Bytes, LeaseTerm, ModelDigest, ModelShape, Precision, ReplicaId, ReplicaRevision};
 
@@ -51,6 +52,17 @@ pub struct ClusterConfig {
     pub replan_after_ms: u64,
     /// Assumed links between nodes.
     pub links: Links,
+}
+
+/// What a node has been computing when it says something.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Spent {
+    /// Nothing that is counted.
+    Nothing,
+    /// A step of serving.
+    Serving(StepTiming),
+    /// A step of training.
+    Training(TrainingTiming),
 }
 
 /// What the cluster core is told.
@@ -117,8 +129,8 @@ pub enum Event {
     Heard {
         /// Which node.
         connection: NodeConnection,
-        /// A completed step.
-        timing: Option<StepTiming>,
+        /// What it has been computing.
+        spent: Spent,
     },
     /// The engine has given up a replica.
     ReplicaFault {

@@ -14,12 +14,13 @@ mod place;
 mod reconcile;
 mod snapshot;
 
-pub use events::{ClusterConfig, Effect, Event, NodeConnection};
+pub use events::{ClusterConfig, Effect, Event, NodeConnection, Spent};
 
 use crate::jobs::{TrainingRank, TrainingReplica};
 use crate::time::Millis;
 use ashlar_protocol::membership::Join;
 use ashlar_protocol::step::StepTiming;
+use ashlar_protocol::training::TrainingTiming;
 use ashlar_vocabulary::{Bytes, LeaseTerm, NodeId, ReplicaId, ReplicaRevision, StageIndex};
 use place::{Node, Observed, Phase, Replica};
 use std::collections::BTreeMap;
@@ -97,7 +98,7 @@ impl Cluster {
             }
             Event::Refused { connection, term } => self.refused(now, connection, term, effects),
             Event::GatewayRefused { term } => self.gateway_refused(term, effects),
-            Event::Heard { connection, timing } => self.heard(now, connection, timing),
+            Event::Heard { connection, spent } => self.heard(now, connection, spent),
             Event::ReplicaFault { replica, revision, reason } => {
                 self.fault(now, replica, revision, reason, effects);
             }
@@ -174,6 +175,7 @@ impl Cluster {
             reserved: Bytes(0),
             resident: Bytes(0),
             busy: StepTiming::default(),
+            trained: TrainingTiming::default(),
         };
         self.nodes.insert(name, node);
         (self.changed, self.unplanned) = (now, true);
@@ -293,16 +295,15 @@ impl Cluster {
         }
     }
 
-    fn heard(&mut self, now: Millis, connection: NodeConnection, timing: Option<StepTiming>) {
+    fn heard(&mut self, now: Millis, connection: NodeConnection, spent: Spent) {
         let Some(node) = self.connections.get(&connection).and_then(|name| self.nodes.get_mut(name)) else {
             return;
         };
         node.heard = now;
-        if let Some(timing) = timing {
-            node.busy.compute_us += timing.compute_us;
-            node.busy.wait_us += timing.wait_us;
-            node.busy.collective_us += timing.collective_us;
-            node.busy.send_us += timing.send_us;
+        match spent {
+            Spent::Nothing => {}
+            Spent::Serving(timing) => node.busy.add(&timing),
+            Spent::Training(timing) => node.trained.add(&timing),
         }
     }
 

@@ -4,6 +4,7 @@ use super::events::NodeConnection;
 use crate::time::Millis;
 use ashlar_protocol::membership::{HeldSlice, Join};
 use ashlar_protocol::step::StepTiming;
+use ashlar_protocol::training::TrainingTiming;
 use ashlar_shard_plan::{MemoryLedger, Position, ReplicaLayout};
 use ashlar_vocabulary::{Bytes, LayerRange, NodeId, ReplicaId, ReplicaRevision, StageIndex, TensorRank};
 
@@ -22,6 +23,8 @@ pub(super) struct Node {
     pub(super) reserved: Bytes,
     pub(super) resident: Bytes,
     pub(super) busy: StepTiming,
+    /// Cumulated over its training sessions.
+    pub(super) trained: TrainingTiming,
 }
 
 /// A node's place.

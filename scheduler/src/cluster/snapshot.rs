@@ -23,6 +23,7 @@ impl Cluster {
             reserved: node.reserved,
             resident: node.resident,
             busy: node.busy,
+            trained: node.trained,
         });
         let replicas = self.replicas.values().map(|replica| {
             let running = engine.replica(replica.id);

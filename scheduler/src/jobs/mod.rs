@@ -70,6 +70,8 @@ pub struct Jobs {
     reads: BTreeMap<u64, Read>,
     reads_made: u64,
     sweep_due: Millis,
+    /// Steps committed in this term, and tokens computed for them.
+    trained: (u64, u64),
 }
 
 impl Jobs {
@@ -94,6 +96,7 @@ impl Jobs {
             reads: BTreeMap::new(),
             reads_made: 0,
             sweep_due: Millis(0),
+            trained: (0, 0),
         }
     }
 
@@ -153,6 +156,11 @@ impl Jobs {
     /// A job's record, as far as the job is; the durable one may be a step behind.
     pub fn job(&self, id: JobId) -> Option<&JobRecord> {
         self.jobs.get(id).map(|job| &job.record)
+    }
+
+    /// Steps of all jobs that were committed in this term, and tokens computed for them.
+    pub fn trained(&self) -> (u64, u64) {
+        self.trained
     }
 
     /// Whether nobody has a session.

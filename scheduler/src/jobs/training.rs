@@ -185,6 +185,10 @@ impl Jobs {
         let unix_s = self.unix_s;
         let Some(job) = self.jobs.get_mut(id) else { return };
         let committed = job.commit_held(unix_s);
+        if let Some(last) = job.record.last.filter(|_| committed) {
+            self.trained.0 += 1;
+            self.trained.1 += last.tokens;
+        }
         if committed && job.progress.skipped > SKIPPED_MAX {
             let text =
                 format!("{SKIPPED_MAX} steps and one more had no finite loss: lower the learning rate");
