@@ -263,7 +263,7 @@ fn preferences_are_learnt_as_with_peft_and_its_adapter_disabled() {
         eprintln!(
             "{name}: losses and rewards differ by {worst:.1e}, adapters by {apart:.1e} of a tensor's largest"
         );
-        assert!(apart <= 1e-2, "{name}: {apart}");
+        assert!(apart <= 1e-3, "{name}: {apart}");
     }
 }
 
