@@ -147,6 +147,7 @@ fn node(address: SocketAddr) -> AbortOnDrop {
                             targets: 10,
                             tokens: 20,
                             skipped: false,
+                            rewards: None,
                         };
                         let report = TrainingReport::Prepared {
                             step,

@@ -12,7 +12,7 @@ use ashlar_model::{RankSlice, SingleRank, StageInput, StageModel};
 use ashlar_protocol::data::{LinkFaults, LinkPurpose};
 use ashlar_protocol::membership::FromNode;
 use ashlar_protocol::training::{
-    LearningRateDecay, LearningRateSchedule, LoraSettings, OpenSession, SessionStart, StepMetrics,
+    LearningRateDecay, LearningRateSchedule, LoraSettings, OpenSession, Rewards, SessionStart, StepMetrics,
     TrainingMethod, TrainingReport, TrainingSettings, TrainingWork, ValidationData,
 };
 use ashlar_shard_node::links::{self, LinkSettings};
@@ -44,6 +44,8 @@ struct World {
     /// The samples, in the store and here.
     dataset: BlobId,
     bytes: Vec<u8>,
+    /// Pairs of answers, in the store.
+    pairs: BlobId,
 }
 
 static WORLD: LazyLock<World> = LazyLock::new(|| {
@@ -73,11 +75,30 @@ static WORLD: LazyLock<World> = LazyLock::new(|| {
         writer.push(&Sample { example: index, sequences: vec![sequence] }).unwrap();
     }
     let (bytes, _) = writer.finish().unwrap();
+    let pairs = pairs((0..13).map(|index| vec![answer(index, 0), answer(index, 1)]));
     let address = directory.path().join("blobs");
     let blobs = runtime.block_on(blobs::open(address.to_str().unwrap(), &BlobOptions::default())).unwrap();
     let dataset = runtime.block_on(blobs.put(&bytes)).unwrap().id;
-    World { runtime, directory, blobs, dataset, bytes }
+    let pairs = runtime.block_on(blobs.put(&pairs)).unwrap().id;
+    World { runtime, directory, blobs, dataset, bytes, pairs }
 });
+
+/// An answer of its own length to a prompt that both answers share.
+fn answer(index: u32, which: u32) -> TokenSequence {
+    let (prompt, length) = (1 + index % 4, 1 + (index * 5 + which * 3) % 11);
+    let token = |i| if i < prompt { i * 13 + index } else { i * 31 + index * 17 + which * 29 + 5 };
+    let tokens = (0..prompt + length).map(|i| token(i) % 320).collect();
+    TokenSequence::new(tokens, vec![prompt..prompt + length]).unwrap()
+}
+
+/// Samples of preferences as a dataset's bytes.
+fn pairs(samples: impl Iterator<Item = Vec<TokenSequence>>) -> Vec<u8> {
+    let mut writer = DatasetWriter::new(Vec::new(), Method::Dpo).unwrap();
+    for (example, sequences) in (0..).zip(samples) {
+        writer.push(&Sample { example, sequences }).unwrap();
+    }
+    writer.finish().unwrap().0
+}
 
 impl World {
     fn model(&self) -> PathBuf {
@@ -118,6 +139,11 @@ fn settings() -> TrainingSettings {
         evaluate_every: 3,
         patience: None,
     }
+}
+
+/// The same for pairs of answers.
+fn preferences() -> TrainingSettings {
+    TrainingSettings { dataset: WORLD.pairs, method: TrainingMethod::Dpo { beta: 0.4 }, ..settings() }
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -428,6 +454,53 @@ fn every_layout_and_micro_batch_exports_the_same_adapter() {
 }
 
 #[test]
+fn preferences_are_learnt_alike_on_every_layout() {
+    let (expected, metrics) = Job::train(&preferences(), ONE);
+    let (first, last) = (&metrics[0], &metrics[STEPS as usize - 1]);
+    assert!((first.loss - std::f64::consts::LN_2).abs() < 1e-9, "{first:?}");
+    assert_eq!((first.accuracy, first.rewards), (0.0, Some(Rewards { preferred: 0.0, non_preferred: 0.0 })));
+    assert!(last.loss < first.loss && last.accuracy > 0.5, "{metrics:?}");
+    assert!(last.rewards.is_some_and(|rewards| rewards.margin() > 0.0), "{last:?}");
+    assert!(metrics.iter().all(|step| !step.skipped && step.gradient_norm > 0.0), "{metrics:?}");
+    for (grid, micro_batch_rows, keep_activations) in [
+        (grid(2, 1, 1), 40, true),
+        (grid(2, 1, 1), 27, false),
+        (grid(4, 1, 1), 27, true),
+        (grid(1, 2, 1), 64, false),
+        (grid(2, 2, 2), 30, true),
+        (Grid { spread_head: true, shared_memory: true, ..grid(2, 2, 1) }, 27, true),
+    ] {
+        let settings = TrainingSettings { micro_batch_rows, keep_activations, ..preferences() };
+        let (tensors, own) = Job::train(&settings, grid);
+        assert_eq!(own, metrics, "{grid:?}");
+        assert!(tensors == expected, "{grid:?}, {micro_batch_rows} rows, keep {keep_activations}");
+    }
+}
+
+#[test]
+fn what_is_no_pair_of_answers_is_refused_when_its_step_comes() {
+    for wrong in [vec![answer(0, 0)], vec![answer(0, 0), answer(0, 1), answer(1, 0)]] {
+        let samples = (0..13).map(|index| match index {
+            12 => wrong.clone(),
+            _ => vec![answer(index, 0), answer(index, 1)],
+        });
+        let dataset = WORLD.runtime.block_on(WORLD.blobs.put(&pairs(samples))).unwrap().id;
+        let mut job = Job::start(ONE);
+        job.open(&TrainingSettings { dataset, ..preferences() }, &SessionStart::New);
+        // One epoch has every sample.
+        (0..STEPS / 2).for_each(|step| job.give(&TrainingWork::Step { step }));
+        let refused = loop {
+            match job.nodes[0].report(job.session) {
+                TrainingReport::Prepared { .. } => {}
+                other => break other,
+            }
+        };
+        let TrainingReport::Failed { message, retry: false } = refused else { panic!("{refused:?}") };
+        assert!(message.contains("sample 12 is no pair"), "{message}");
+    }
+}
+
+#[test]
 fn narrow_activations_travel_between_stages_without_a_trace() {
     let narrow = Grid { activations: FloatType::Bf16, ..ONE };
     let expected = Job::train(&settings(), narrow);
@@ -467,7 +540,9 @@ fn validation_data_is_measured_alike_on_every_layout_and_changes_nothing() {
     of_split.steps = steps_of(split.training.len() as u32);
     let mut of_file = settings();
     of_file.validation = ValidationData::File(WORLD.dataset);
-    for settings in [of_split, of_file] {
+    let mut of_pairs = preferences();
+    of_pairs.validation = ValidationData::File(WORLD.pairs);
+    for settings in [of_split, of_file, of_pairs] {
         let mut seen: Option<((f64, f64), (f64, f64))> = None;
         for (grid, rows) in [(ONE, 64), (grid(2, 2, 1), 25), (grid(2, 1, 2), 30)] {
             let settings = TrainingSettings { micro_batch_rows: rows, ..settings.clone() };
@@ -583,7 +658,17 @@ fn what_can_never_work_is_refused_for_good() {
             "dropout",
             TrainingSettings { lora: LoraSettings { dropout: 0.1, ..settings().lora }, ..settings() },
         ),
-        ("DPO", TrainingSettings { method: TrainingMethod::Dpo { beta: 0.1 }, ..settings() }),
+        ("method supervised, the job's is dpo", TrainingSettings { dataset: WORLD.dataset, ..preferences() }),
+        ("method dpo, the job's is supervised", TrainingSettings { dataset: WORLD.pairs, ..settings() }),
+        (
+            "method dpo, the job's is",
+            TrainingSettings { validation: ValidationData::File(WORLD.pairs), ..settings() },
+        ),
+        ("-0.1 is no beta", TrainingSettings { method: TrainingMethod::Dpo { beta: -0.1 }, ..preferences() }),
+        (
+            "NaN is no beta",
+            TrainingSettings { method: TrainingMethod::Dpo { beta: f64::NAN }, ..preferences() },
+        ),
         ("larger micro-batches", TrainingSettings { micro_batch_rows: 8, ..settings() }),
         ("create the job again", TrainingSettings { steps: 99, ..settings() }),
         ("learning rate", TrainingSettings { learning_rate: f64::INFINITY, ..settings() }),

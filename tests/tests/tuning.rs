@@ -128,6 +128,58 @@ fn a_job_gives_the_same_adapter_on_every_layout_and_after_every_death() {
     assert!(adapters.iter().all(|adapter| *adapter == adapters[0]), "{adapters:?}");
 }
 
+/// Questions, each with an answer to prefer to another.
+fn preferences(count: u32) -> String {
+    let answer = |text: &str| json!([{"role": "assistant", "content": text}]);
+    let mut lines = String::new();
+    for number in 0..count {
+        let letter = char::from(b'a' + (number % 26) as u8);
+        let line = json!({
+            "input": {"messages": [{"role": "user", "content": format!("May I have {number} of {letter}?")}]},
+            "preferred_output": answer("Yes, of course."), "non_preferred_output": answer("No, go away."),
+        });
+        writeln!(lines, "{line}").expect("a string");
+    }
+    lines
+}
+
+#[test]
+fn the_demo_model_learns_to_prefer_one_answer_to_another() {
+    let cluster = Cluster::start(&["--stages", "2"]);
+    let file = upload(&cluster, &preferences(24)).ok()["id"].as_str().expect("an id").to_owned();
+    let hyperparameters = json!({"beta": 0.2, "n_epochs": 2, "batch_size": 4});
+    let body = json!({
+        "model": "ashlar-demo", "training_file": file, "seed": 7, "learning_rate": 1e-3, "lora": {"r": 4},
+        "method": {"type": "dpo", "dpo": {"hyperparameters": hyperparameters}},
+        "early_stopping": {"patience": 10, "validation_split": 0.2},
+    });
+    let before = ask(&cluster, "ashlar-demo");
+    let created = cluster.post("/v1/fine_tuning/jobs", &body).ok();
+    let id = created["id"].as_str().expect("an id");
+    let job = ended(&cluster, id);
+    assert_eq!(
+        (&job["status"], &job["method"]["dpo"]["hyperparameters"]["beta"]),
+        (&json!("succeeded"), &json!(0.2))
+    );
+    let events = cluster.get(&format!("/v1/fine_tuning/jobs/{id}/events?limit=100")).ok();
+    let data = |name: &str| -> Vec<f64> {
+        let events = events["data"].as_array().expect("a list").iter().rev();
+        events.filter_map(|event| event["data"][name].as_f64()).collect()
+    };
+    let (losses, measured) = (data("train_loss"), data("valid_loss"));
+    assert!((losses[0] - std::f64::consts::LN_2).abs() < 1e-9, "{losses:?}");
+    // Of examples that are not trained.
+    assert!(measured.last() < measured.first() && measured.last() < Some(&0.5), "{measured:?}");
+    assert_eq!(data("valid_accuracy").last(), Some(&1.0));
+    assert!(data("train_reward_margin").last() > Some(&0.0), "{:?}", data("train_reward_margin"));
+    assert_eq!(ask(&cluster, "ashlar-demo"), before, "the base model after a job");
+    let name = job["fine_tuned_model"].as_str().expect("a model");
+    assert_ne!(ask(&cluster, name), before, "an adapter that changes nothing");
+    let results = job["result_files"][0].as_str().expect("a file");
+    let table = cluster.get(&format!("/v1/files/{results}/content")).text();
+    assert!(table.starts_with("step,train_loss,train_accuracy,valid_loss,valid_accuracy,"), "{table}");
+}
+
 #[test]
 fn what_cannot_be_trained_fails_with_its_reason_and_the_cluster_serves_on() {
     let cluster = Cluster::start(&["--stages", "2"]);

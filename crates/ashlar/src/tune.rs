@@ -10,11 +10,16 @@ use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 use show::Display;
+use std::fs::File;
+use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 /// Before a job is followed again whose stream broke off.
 const PAUSE: Duration = Duration::from_secs(1);
+
+/// Within so many bytes the first example is looked at: no line of a training file may be longer.
+const FIRST_BYTES_MAX: u64 = 8 << 20;
 
 /// The job was cancelled: neither a success nor a failure.
 #[derive(Debug, thiserror::Error)]
@@ -26,13 +31,15 @@ pub(crate) struct Cancelled(String);
 #[command(after_help = "FILE has one example per line, as OpenAI's fine-tuning takes them:
   {\"messages\": [{\"role\": \"user\", \"content\": \"…\"}, {\"role\": \"assistant\", \"content\": \"…\"}]}
   {\"prompt\": \"…\", \"completion\": \"…\"}   or   {\"text\": \"…\"}
-  {\"input\": {\"messages\": […]}, \"preferred_output\": […], \"non_preferred_output\": […]}     with --method dpo
-At least 10 of them.
+  {\"input\": {\"messages\": […]}, \"preferred_output\": […], \"non_preferred_output\": […]}
+At least 10 of them. The last form is learnt by direct preference optimisation (--method dpo): to give the one answer
+rather than the other, while staying close to the model as it is, the closer the larger --beta.
 
 Examples:
   ashlar tune train.jsonl                           on the cluster that `ashlar up` started, and watch
   ashlar tune train.jsonl --epochs 3 --suffix mine  the model is then called ft:MODEL:…:mine:…
   ashlar tune train.jsonl --validation valid.jsonl --rank 8 --lr 1e-4
+  ashlar tune preferences.jsonl --method dpo --beta 0.2
   ashlar tune train.jsonl --detach                  prints the job's id and ends
   ashlar tune --follow ftjob-…                      watches a job again
   ashlar tune --list
@@ -51,9 +58,12 @@ pub(crate) struct TuneArgs {
     /// Part of the fine-tuned model's name.
     #[arg(long)]
     suffix: Option<String>,
-    /// How to learn from the examples.
-    #[arg(long, value_enum, default_value_t = Method::Supervised)]
-    method: Method,
+    /// How to learn from the examples; default: as the first one asks for.
+    #[arg(long, value_enum)]
+    method: Option<Method>,
+    /// Of dpo: how closely the model stays at the one that it starts from, up to 2; default: 0.1.
+    #[arg(long, value_name = "BETA")]
+    beta: Option<f64>,
     /// How often every example is trained; default: by the size of the file.
     #[arg(long, value_name = "N")]
     epochs: Option<u32>,
@@ -155,24 +165,65 @@ async fn create(client: &Client, args: &TuneArgs, file: &Path) -> Result<Value> 
         Some(model) => model.clone(),
         None => first_model(client).await?,
     };
+    let method = chosen_method(args, file)?;
     let training_file = upload(client, args, file).await?;
     let validation_file = match &args.validation {
         Some(file) => Some(upload(client, args, file).await?),
         None => None,
     };
-    client.post("/v1/fine_tuning/jobs", &request(args, &model, &training_file, validation_file)).await
+    let body = request(args, method, &model, &training_file, validation_file);
+    client.post("/v1/fine_tuning/jobs", &body).await
+}
+
+/// The method that was named, or the one that the file's first example is for.
+fn chosen_method(args: &TuneArgs, file: &Path) -> Result<Method> {
+    let method = match args.method {
+        Some(method) => method,
+        None => {
+            let opened = File::open(file).with_context(|| format!("cannot read {}", file.display()))?;
+            method_of(opened).with_context(|| format!("cannot read {}", file.display()))?
+        }
+    };
+    if args.beta.is_some() && method != Method::Dpo {
+        bail!("--beta is of preferences: give a file of them, or leave it out");
+    }
+    Ok(method)
+}
+
+/// Which method takes the first example. What cannot be read is left to the gateway, which names its line.
+fn method_of(examples: impl Read) -> std::io::Result<Method> {
+    for line in BufReader::new(examples.take(FIRST_BYTES_MAX)).split(b'\n') {
+        let line = line?;
+        if line.trim_ascii().is_empty() {
+            continue;
+        }
+        let example: Value = serde_json::from_slice(&line).unwrap_or_default();
+        let of_pairs =
+            ["preferred_output", "non_preferred_output"].iter().any(|name| example.get(name).is_some());
+        return Ok(if of_pairs { Method::Dpo } else { Method::Supervised });
+    }
+    Ok(Method::Supervised)
 }
 
 /// The body that creates the job. What was not chosen is left to the gateway.
-fn request(args: &TuneArgs, model: &str, training_file: &str, validation_file: Option<String>) -> Value {
+fn request(
+    args: &TuneArgs,
+    method: Method,
+    model: &str,
+    training_file: &str,
+    validation_file: Option<String>,
+) -> Value {
     let mut hyperparameters = json!({});
+    if let Some(beta) = args.beta {
+        hyperparameters["beta"] = beta.into();
+    }
     let numbers = [("n_epochs", args.epochs), ("batch_size", args.batch_size)];
     for (name, number) in numbers {
         if let Some(number) = number {
             hyperparameters[name] = number.into();
         }
     }
-    let method = match args.method {
+    let method = match method {
         Method::Supervised => "supervised",
         Method::Dpo => "dpo",
     };
@@ -213,7 +264,7 @@ async fn upload(client: &Client, args: &TuneArgs, file: &Path) -> Result<String>
             .context("progress bar")?,
     );
     bar.set_message(format!("uploading {name}"));
-    let opened = std::fs::File::open(file).with_context(|| format!("cannot read {}", file.display()))?;
+    let opened = File::open(file).with_context(|| format!("cannot read {}", file.display()))?;
     let answer = client.upload("/v1/files", &[("purpose", "fine-tune")], &name, opened, &bar).await;
     bar.finish_and_clear();
     let answer = answer.with_context(|| format!("cannot upload {}", file.display()))?;
@@ -338,17 +389,36 @@ mod tests {
 
     #[test]
     fn what_is_not_chosen_is_left_to_the_gateway() {
-        let body = request(&parse("tune f.jsonl").unwrap(), "m", "file-1", None);
+        let body = request(&parse("tune f.jsonl").unwrap(), Method::Supervised, "m", "file-1", None);
         let method = json!({"type": "supervised", "supervised": {"hyperparameters": {}}});
         assert_eq!(body, json!({"model": "m", "training_file": "file-1", "method": method}));
-        let args = parse("tune f --method dpo --epochs 2 --rank 8 --lr 1e-4 --seed 7 --suffix s").unwrap();
-        let body = request(&args, "m", "file-1", Some("file-2".into()));
-        assert_eq!(body["method"]["dpo"]["hyperparameters"], json!({"n_epochs": 2}));
+        let args = parse("tune f --method dpo --beta 0.5 --epochs 2 --rank 8 --lr 1e-4 --seed 7 --suffix s")
+            .unwrap();
+        let body = request(&args, args.method.unwrap(), "m", "file-1", Some("file-2".into()));
+        assert_eq!(body["method"]["type"], "dpo");
+        assert_eq!(body["method"]["dpo"]["hyperparameters"], json!({"n_epochs": 2, "beta": 0.5}));
         assert_eq!(
             (&body["lora"]["r"], &body["learning_rate"], &body["seed"]),
             (&json!(8), &json!(1e-4), &json!(7))
         );
         assert_eq!((&body["validation_file"], &body["suffix"]), (&json!("file-2"), &json!("s")));
+    }
+
+    #[test]
+    fn a_file_of_preferences_is_learnt_as_such() {
+        let method = |text: &str| method_of(text.as_bytes()).unwrap();
+        let preference = r#"{"input": {}, "preferred_output": [], "non_preferred_output": []}"#;
+        assert_eq!(method(preference), Method::Dpo);
+        assert_eq!(method(&format!("\n \r\n{preference}\r\n{{")), Method::Dpo);
+        for other in
+            ["", "\n", "no json", "[]", r#"{"text": "preferred_output"}"#, &format!("{{}}\n{preference}")]
+        {
+            assert_eq!(method(other), Method::Supervised, "{other}");
+        }
+        // What was named counts, and no file is looked at.
+        let nowhere = Path::new("/nowhere");
+        assert_eq!(chosen_method(&parse("tune f --method dpo").unwrap(), nowhere).unwrap(), Method::Dpo);
+        assert!(chosen_method(&parse("tune f --method supervised --beta 0.2").unwrap(), nowhere).is_err());
     }
 
     #[test]

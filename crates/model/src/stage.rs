@@ -23,7 +23,7 @@ use std::sync::Arc;
 
 mod training;
 
-pub use training::{BatchLoss, ExactSum, MicroBatch, StageTape, StageTrainer, TargetRow};
+pub use training::{BatchLoss, ExactSum, MicroBatch, StageTape, StageTrainer, TargetRow, TargetScore};
 
 /// Rows whose logits are computed together; bounds the logits workspace.
 pub const LOGIT_ROWS_MAX: usize = 32;

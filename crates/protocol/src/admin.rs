@@ -309,7 +309,7 @@ pub enum JobEventKind {
         step: u64,
         /// Mean loss.
         loss: f64,
-        /// Share of targets that were the most probable token.
+        /// Share of targets that were the most probable token, or of pairs of answers with a positive margin.
         accuracy: f64,
     },
     /// A checkpoint can be used.

@@ -207,9 +207,9 @@ pub enum TrainingReport {
     },
     /// The validation data was measured.
     Evaluated {
-        /// Mean loss of its targets, in nats.
+        /// Mean loss of its targets, or pairs of answers, in nats.
         loss: f64,
-        /// Share of its targets that were the most probable token.
+        /// Share of its targets that were the most probable token, or of pairs with a positive margin.
         accuracy: f64,
     },
     /// The adapter is stored.
@@ -231,9 +231,9 @@ pub enum TrainingReport {
 /// What a step showed.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct StepMetrics {
-    /// Mean loss of the batch's targets, in nats, before the step.
+    /// Mean loss of the batch's targets, or pairs of answers, in nats, before the step.
     pub loss: f64,
-    /// Share of the targets that were the most probable token.
+    /// Share of the targets that were the most probable token, or of pairs with a positive margin.
     pub accuracy: f64,
     /// The learning rate of the step.
     pub learning_rate: f64,
@@ -241,10 +241,30 @@ pub struct StepMetrics {
     pub gradient_norm: f64,
     /// Targets of the batch.
     pub targets: u64,
-    /// Tokens computed for it.
+    /// Tokens of the batch. Those of a preference are computed without the adapter, too, but count once.
     pub tokens: u64,
     /// The loss or the gradient was no number, so the weights stayed as they were.
     pub skipped: bool,
+    /// How much more probable the answers have become, where pairs of them are learnt.
+    #[serde(default)]
+    pub rewards: Option<Rewards>,
+}
+
+/// Mean rewards of a batch's answers: β times what their log-probability, in nats, has gained on the model without the adapter. The
+/// difference is the mean margin.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Rewards {
+    /// Of the preferred answers.
+    pub preferred: f64,
+    /// Of the others.
+    pub non_preferred: f64,
+}
+
+impl Rewards {
+    /// The mean margin.
+    pub fn margin(&self) -> f64 {
+        self.preferred - self.non_preferred
+    }
 }
 
 /// How a rank spent a step, in microseconds.

@@ -4,6 +4,7 @@
 //! * [`norm`]: the norm of a gradient that lies on many ranks.
 //! * [`init`]: what an adapter starts from.
 //! * [`state`]: weights and moments of a rank, moved by one step at a time.
+//! * [`preference`]: the loss of pairs of answers.
 //! * [`checkpoint`]: the same as bytes, and the way back onto any other layout.
 //!
 //! **Invariants:** no socket, clock, thread or file. Whatever the grid, the numbers that belong to one tensor are the same
@@ -13,10 +14,12 @@
 pub mod checkpoint;
 pub mod init;
 pub mod norm;
+pub mod preference;
 pub mod runs;
 pub mod state;
 
 pub use init::initial_adapter;
 pub use norm::{NormTerms, gradient_norm};
+pub use preference::Preference;
 pub use runs::RunTree;
 pub use state::{AdapterState, Hyperparameters};

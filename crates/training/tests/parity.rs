@@ -7,10 +7,10 @@ use ashlar_kernels::{BLOCK_TOKENS, Isa, Kernels, RowContext};
 use ashlar_model::adapter::{AdaptedRows, Adapter};
 use ashlar_model::peft::PeftAdapter;
 use ashlar_model::{ModelConfig, NoHeadRanks, RankSlice, SingleRank, StageInput, StageModel};
-use ashlar_training::Hyperparameters;
+use ashlar_training::{Hyperparameters, Preference};
 use ashlar_vocabulary::{BlockId, Quantization};
 use common::serving::{goldens as models, relative_error};
-use common::{Cut, Job, Sample};
+use common::{Cut, Job, Pair, Sample};
 use serde::Deserialize;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -25,6 +25,19 @@ struct Golden {
     norms: Vec<f64>,
     prompt: Vec<u32>,
     logits: String,
+}
+
+#[derive(Deserialize)]
+struct Preferences {
+    pairs: Vec<[GoldenSample; 2]>,
+    batches: Vec<Vec<usize>>,
+    beta: f64,
+    optimizer: Optimizer,
+    losses: Vec<f64>,
+    norms: Vec<f64>,
+    accuracies: Vec<f64>,
+    preferred: Vec<f64>,
+    others: Vec<f64>,
 }
 
 #[derive(Deserialize)]
@@ -99,24 +112,34 @@ fn golden(name: &str) -> Golden {
 
 impl Golden {
     fn samples(&self) -> Vec<Sample> {
-        let sample = |s: &GoldenSample| Sample {
-            tokens: s.tokens.clone(),
-            targets: s.targets.iter().map(|&target| target == 1).collect(),
-        };
-        self.samples.iter().map(sample).collect()
+        self.samples.iter().map(GoldenSample::sample).collect()
     }
+}
+
+impl GoldenSample {
+    fn sample(&self) -> Sample {
+        let targets = self.targets.iter().map(|&target| target == 1).collect();
+        Sample { tokens: self.tokens.clone(), targets }
+    }
+}
+
+impl Optimizer {
+    fn hyperparameters(&self) -> Hyperparameters {
+        let &Optimizer { beta1, beta2, epsilon, weight_decay, max_norm, .. } = self;
+        Hyperparameters { beta1, beta2, epsilon, weight_decay, norm_max: Some(max_norm) }
+    }
+}
+
+fn preferences(name: &str) -> (Preferences, Vec<Pair>) {
+    let bytes = fs::read(folder(name).join("preferences.json")).unwrap();
+    let golden: Preferences = serde_json::from_slice(&bytes).unwrap();
+    let pairs = golden.pairs.iter().map(|pair| [pair[0].sample(), pair[1].sample()]).collect();
+    (golden, pairs)
 }
 
 fn check(name: &str) {
     let golden = golden(name);
-    let o = &golden.optimizer;
-    let with = Hyperparameters {
-        beta1: o.beta1,
-        beta2: o.beta2,
-        epsilon: o.epsilon,
-        weight_decay: o.weight_decay,
-        norm_max: Some(o.max_norm),
-    };
+    let (o, with) = (&golden.optimizer, golden.optimizer.hyperparameters());
     let samples = golden.samples();
     let start = adapter(name, "initial.safetensors");
     let cut = Cut { stages: 2, ranks: 2, samples: 3, ..Cut::default() };
@@ -174,6 +197,73 @@ fn gradients_are_those_of_double_precision() {
             }
             eprintln!("{name}: gradients differ by {worst:.1e} of a tensor's largest");
         }
+    }
+}
+
+#[test]
+fn gradients_of_preferences_are_those_of_double_precision() {
+    let name = "qwen2";
+    let (golden, pairs) = preferences(name);
+    let preference = Preference::new(golden.beta).unwrap();
+    let point = adapter(name, "point.safetensors");
+    let expected = adapter(name, "preferences-gradient.safetensors");
+    for cut in [Cut::default(), Cut { stages: 2, ranks: 2, samples: 4, keep: false, ..Cut::default() }] {
+        let start = |config: &ModelConfig, slice: &RankSlice| point.cut(&config.shape, slice);
+        let with = Hyperparameters::default();
+        let mut job = Job::new(&models().join(name), None::<Quantization>, cut, &point.spec, with, &start);
+        let (_, found) = job.gradient_of_pairs(&pairs, preference);
+        let mut worst = 0f32;
+        for (place, expected) in &expected.pairs {
+            let found = &found.pairs[place];
+            let errors = [relative_error(&found.a, &expected.a), relative_error(&found.b, &expected.b)];
+            assert!(errors[0].max(errors[1]) <= 1e-5, "{name}, {place:?}: {errors:?}");
+            worst = worst.max(errors[0]).max(errors[1]);
+        }
+        eprintln!("{name}: gradients of preferences differ by {worst:.1e} of a tensor's largest");
+    }
+}
+
+#[test]
+fn preferences_are_learnt_as_with_peft_and_its_adapter_disabled() {
+    for name in ["llama", "qwen2"] {
+        let (golden, pairs) = preferences(name);
+        assert!(golden.batches.len() >= 30);
+        let (o, with) = (&golden.optimizer, golden.optimizer.hyperparameters());
+        let preference = Preference::new(golden.beta).unwrap();
+        let start = adapter(name, "initial.safetensors");
+        let cut = Cut { stages: 2, ranks: 2, samples: 3, ..Cut::default() };
+        let first = |config: &ModelConfig, slice: &RankSlice| start.cut(&config.shape, slice);
+        let mut job = Job::new(&models().join(name), None::<Quantization>, cut, &start.spec, with, &first);
+        let mut worst = 0f64;
+        for (step, batch) in golden.batches.iter().enumerate() {
+            let batch: Vec<Pair> = batch.iter().map(|&index| pairs[index].clone()).collect();
+            let report = job.step_of_pairs(&batch, preference, o.learning_rate);
+            let rewards = report.loss.rewards.map(|sum| sum.value() / batch.len() as f64);
+            for (what, found, expected) in [
+                ("loss", report.loss.mean(), golden.losses[step]),
+                ("reward of the preferred", rewards[0], golden.preferred[step]),
+                ("reward of the others", rewards[1], golden.others[step]),
+            ] {
+                assert!((found - expected).abs() <= 1e-4, "{name}, step {step}, {what}: {found} {expected}");
+                worst = worst.max((found - expected).abs());
+            }
+            // Where nothing has moved yet, whether PyTorch's margin is positive is chance.
+            if step > 0 {
+                assert_eq!(report.loss.accuracy(), golden.accuracies[step], "{name}, step {step}");
+            }
+            let norm = golden.norms[step];
+            assert!((report.norm - norm).abs() <= 1e-3 * norm, "{name}, step {step}: {} {norm}", report.norm);
+        }
+        let (own, theirs) = (job.adapter(), adapter(name, "preferences-final.safetensors"));
+        let mut apart = 0f32;
+        for (place, theirs) in &theirs.pairs {
+            let own = &own.pairs[place];
+            apart = apart.max(relative_error(&own.a, &theirs.a)).max(relative_error(&own.b, &theirs.b));
+        }
+        eprintln!(
+            "{name}: losses and rewards differ by {worst:.1e}, adapters by {apart:.1e} of a tensor's largest"
+        );
+        assert!(apart <= 1e-3, "{name}: {apart}");
     }
 }
 

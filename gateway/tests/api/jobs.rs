@@ -2,7 +2,7 @@
 
 use crate::world::World;
 use ashlar_protocol::admin::{Checkpoint, JobEventKind, JobStatus};
-use ashlar_protocol::training::StepMetrics;
+use ashlar_protocol::training::{Rewards, StepMetrics, TrainingMethod};
 use ashlar_store::blobs::Manifest;
 use ashlar_vocabulary::{AdapterId, BlobId, FileId, JobId};
 use async_openai::types::finetuning::{
@@ -23,6 +23,18 @@ pub(crate) fn examples(count: usize) -> Vec<u8> {
     (0..count).map(line).collect::<String>().into_bytes()
 }
 
+/// Enough good preferences.
+pub(crate) fn preferences(count: usize) -> Vec<u8> {
+    let answer = |text: &str| json!([{"role": "assistant", "content": text}]);
+    let line = |i: usize| {
+        let input = json!({"messages": [{"role": "user", "content": format!("{i}?")}]});
+        let pair =
+            json!({"input": input, "preferred_output": answer("yes"), "non_preferred_output": answer("no")});
+        format!("{pair}\n")
+    };
+    (0..count).map(line).collect::<String>().into_bytes()
+}
+
 fn metrics(loss: f64) -> StepMetrics {
     StepMetrics {
         loss,
@@ -32,6 +44,7 @@ fn metrics(loss: f64) -> StepMetrics {
         targets: 10,
         tokens: 100,
         skipped: false,
+        rewards: None,
     }
 }
 
@@ -162,8 +175,10 @@ async fn a_bad_request_names_its_field() {
         (json!({"method": {"type": "dpo"}, "hyperparameters": {}}), "hyperparameters".into()),
         (json!({"hyperparameters": {"n_epochs": 0}}), "hyperparameters.n_epochs".into()),
         (dpo(json!({"beta": 0})), path("dpo", "beta")),
+        (dpo(json!({"beta": -0.1})), path("dpo", "beta")),
+        (dpo(json!({"beta": 2.5})), path("dpo", "beta")),
         (dpo(json!({"beta": "little"})), path("dpo", "beta")),
-        (dpo(json!({"beta": 0.3})), "method.type".into()),
+        (dpo(json!({"beta": [0.1]})), path("dpo", "beta")),
         (json!({"lora": {"dropout": 0.25}}), "lora.dropout".into()),
         (json!({"lora": {"r": 0}}), "lora.r".into()),
         (json!({"lora": {"r": 257}}), "lora.r".into()),
@@ -212,6 +227,51 @@ async fn a_bad_request_names_its_field() {
     let answer = world.tune(json!({"model": "other", "training_file": file})).await;
     assert_eq!((answer.status, &answer.json()["error"]["code"]), (404, &json!("model_not_found")));
     assert!(world.scheduler.admin(|admin| admin.jobs.is_empty()));
+}
+
+#[tokio::test]
+async fn preferences_are_taken_with_openais_hyperparameters() {
+    let world = World::tuning().await;
+    let file = world.upload(&preferences(12)).await;
+    let auto =
+        json!({"n_epochs": "auto", "batch_size": "auto", "learning_rate_multiplier": "auto", "beta": "auto"});
+    let chosen = json!({"n_epochs": 2, "batch_size": 4, "learning_rate_multiplier": 0.5, "beta": 0.3});
+    for (index, (given, beta, rate)) in
+        [(json!({}), 0.1, 2e-5), (auto, 0.1, 2e-5), (chosen, 0.3, 1e-5)].into_iter().enumerate()
+    {
+        let method = json!({"type": "dpo", "dpo": {"hyperparameters": given}});
+        let answer = world.tune(json!({"model": "tiny", "training_file": file, "method": method})).await;
+        assert_eq!(answer.status, 200, "{}", answer.text());
+        let job = answer.json();
+        assert_eq!(job["method"]["type"], "dpo");
+        assert_eq!(job["method"]["dpo"]["hyperparameters"]["beta"], beta);
+        let typed: FineTuningJob = serde_json::from_value(job).unwrap();
+        world.scheduler.until_admin(|admin| admin.prepared.len() > index).await;
+        let prepared = world.scheduler.admin(|admin| admin.prepared[index].1.clone()).unwrap();
+        assert_eq!(prepared.settings.method, TrainingMethod::Dpo { beta });
+        assert_eq!(prepared.settings.learning_rate, rate);
+        assert_eq!(typed.status, FineTuningJobStatus::ValidatingFiles);
+    }
+    // What a step shows: pairs, not tokens, and their rewards.
+    let id = world.scheduler.admin(|admin| admin.jobs[0].request.id);
+    let rewards = Some(Rewards { preferred: 0.5, non_preferred: -0.25 });
+    let metrics = StepMetrics { rewards, ..metrics(0.5) };
+    world.scheduler.admin(|admin| {
+        admin.tell(id, JobEventKind::Step { step: 1, steps: 3, metrics });
+        admin.tell(id, JobEventKind::Evaluated { step: 1, loss: 0.5, accuracy: 0.75 });
+    });
+    let path = format!("/v1/fine_tuning/jobs/ftjob-{id}/events?limit=2");
+    let events = world.http.get(&path).await.json();
+    let (measured, step) = (&events["data"][0]["data"], &events["data"][1]["data"]);
+    assert_eq!((&measured["valid_accuracy"], &step["train_accuracy"]), (&json!(0.75), &json!(0.5)));
+    assert_eq!(
+        (&step["train_reward_preferred"], &step["train_reward_non_preferred"], &step["train_reward_margin"]),
+        (&json!(0.5), &json!(-0.25), &json!(0.75))
+    );
+    assert!(
+        step.get("train_mean_token_accuracy").is_none()
+            && measured.get("valid_mean_token_accuracy").is_none()
+    );
 }
 
 #[tokio::test]

@@ -1,6 +1,6 @@
 //! A job's files, validated for the scheduler: from upload to settled settings and samples, or to the job's error.
 
-use crate::jobs::examples;
+use crate::jobs::{examples, preferences};
 use crate::world::World;
 use ashlar_dataset::plan::{JobPlan, PlanSettings, split};
 use ashlar_dataset::{DatasetReader, Method};
@@ -87,28 +87,23 @@ async fn validation_data_is_a_file_or_set_aside() {
 }
 
 #[tokio::test]
-async fn a_preference_file_becomes_samples_for_dpo_alone() {
+async fn each_method_takes_its_own_files() {
     let world = World::tuning().await;
-    let answer = |text: &str| json!([{"role": "assistant", "content": text}]);
-    let line = |i: usize| {
-        let input = json!({"messages": [{"role": "user", "content": format!("{i}?")}]});
-        json!({"input": input, "preferred_output": answer("yes"), "non_preferred_output": answer("no")})
-    };
-    let file: String = (0..10).map(|i| format!("{}\n", line(i))).collect();
-    let error = outcome(&world, file.as_bytes(), None, json!({})).await.unwrap_err();
-    assert_eq!(error.code, "invalid_training_file");
-    // The endpoint refuses the method as long as nodes cannot train it.
-    let job = world.scheduler.admin(|admin| {
-        let request = &mut admin.jobs[0].request;
-        request.settings =
-            request.settings.replace(r#""method":"supervised""#, r#""method":{"dpo":{"beta":null}}"#);
-        request.id
-    });
-    world.scheduler.prepare(job).await;
-    world.scheduler.until_admin(|admin| admin.prepared.len() > 1).await;
-    let prepared = world.scheduler.admin(|admin| admin.prepared[1].1.clone()).unwrap();
+    let dpo = json!({"method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": "auto"}}}});
+    let prepared = outcome(&world, &preferences(10), None, dpo.clone()).await.unwrap();
     assert_eq!(prepared.settings.method, TrainingMethod::Dpo { beta: 0.1 });
-    assert_eq!(dataset(&world, &prepared).await.method(), Method::Dpo);
+    let samples = dataset(&world, &prepared).await;
+    assert_eq!((samples.method(), samples.sizes().len()), (Method::Dpo, 10));
+    for (file, validation, body, field) in [
+        (preferences(10), None, json!({}), "training_file"),
+        (examples(10), None, dpo.clone(), "training_file"),
+        (preferences(10), Some(examples(10)), dpo, "validation_file"),
+        (examples(10), Some(preferences(10)), json!({}), "validation_file"),
+    ] {
+        let error = outcome(&world, &file, validation.as_deref(), body).await.unwrap_err();
+        assert_eq!((error.code, error.param), (format!("invalid_{field}"), Some(field.to_owned())));
+        assert!(error.message.contains("does not take"), "{}", error.message);
+    }
 }
 
 #[tokio::test]

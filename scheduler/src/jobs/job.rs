@@ -6,7 +6,7 @@ use super::session::Session;
 use crate::engine::GatewayId;
 use crate::time::Millis;
 use ashlar_protocol::admin::{JobEvent, JobEventKind, JobRecord, JobRequest, JobStatus};
-use ashlar_protocol::training::{StepMetrics, TrainingSettings, ValidationData};
+use ashlar_protocol::training::{Rewards, StepMetrics, TrainingMethod, TrainingSettings, ValidationData};
 use ashlar_vocabulary::{BlobId, LeaseTerm};
 
 /// Longest text of a rank or a gateway that a record keeps, in bytes.
@@ -263,8 +263,13 @@ impl Job {
 
 /// Why settings cannot be trained with, if so. Numbers that are none would not come back from the store.
 pub(super) fn check(settings: &TrainingSettings) -> Result<(), &'static str> {
-    let TrainingSettings { learning_rate, adam, weight_decay, norm_max, lora, .. } = settings;
+    let TrainingSettings { learning_rate, adam, weight_decay, norm_max, lora, method, .. } = settings;
+    let beta_is_finite = match method {
+        TrainingMethod::Supervised => true,
+        TrainingMethod::Dpo { beta } => beta.is_finite(),
+    };
     let finite = learning_rate.is_finite()
+        && beta_is_finite
         && [adam.0, adam.1, adam.2, *weight_decay, lora.dropout].iter().all(|number| number.is_finite())
         && norm_max.is_none_or(f64::is_finite)
         && lora.alpha.is_finite();
@@ -294,6 +299,10 @@ fn printable(metrics: StepMetrics) -> StepMetrics {
         accuracy: share(metrics.accuracy),
         learning_rate: finite(metrics.learning_rate),
         gradient_norm: finite(metrics.gradient_norm),
+        rewards: metrics.rewards.map(|rewards| Rewards {
+            preferred: finite(rewards.preferred),
+            non_preferred: finite(rewards.non_preferred),
+        }),
         ..metrics
     }
 }

@@ -445,6 +445,7 @@ impl World {
                             targets: 10,
                             tokens: 20,
                             skipped: self.skipped,
+                            rewards: None,
                         };
                         TrainingReport::Prepared {
                             step: *step,

@@ -5,7 +5,7 @@ use super::storage::Storage;
 use ashlar_dataset::plan::{Batch, JobPlan, PlanSettings, replica_runs, split};
 use ashlar_dataset::{DatasetReader, Method, SampleSize};
 use ashlar_model::stage::{MicroBatch, TargetRow};
-use ashlar_protocol::training::{TrainingSettings, ValidationData};
+use ashlar_protocol::training::{TrainingMethod, TrainingSettings, ValidationData};
 use ashlar_vocabulary::TokenId;
 use std::fs::File;
 use std::ops::Range;
@@ -44,12 +44,29 @@ pub(super) struct StepPlan {
     pub(super) runs: Range<usize>,
     /// Targets of the whole batch, all replicas together.
     pub(super) targets: u64,
+    /// Samples of the whole batch; of preferences, pairs.
+    pub(super) samples: u64,
     /// Tokens of the whole batch.
     pub(super) rows: u64,
 }
 
 fn refused(error: impl std::fmt::Display) -> SessionError {
     SessionError::Refused(error.to_string())
+}
+
+/// Refuses samples that were made for another method than the job's.
+fn check_method(file: &DatasetReader<File>, settings: &TrainingSettings) -> Result<(), SessionError> {
+    let wanted = match settings.method {
+        TrainingMethod::Supervised => Method::Supervised,
+        TrainingMethod::Dpo { .. } => Method::Dpo,
+    };
+    if file.method() == wanted {
+        return Ok(());
+    }
+    let found = file.method();
+    Err(refused(format!(
+        "the samples are for the method {found}, the job's is {wanted}: create the job again"
+    )))
 }
 
 impl SessionData {
@@ -60,9 +77,7 @@ impl SessionData {
         directory: &Path,
     ) -> Result<SessionData, SessionError> {
         let training = DatasetReader::open(storage.fetch(settings.dataset, directory)?)?;
-        if training.method() != Method::Supervised {
-            return Err(refused("the training data is for DPO, the job is supervised: tokenise it again"));
-        }
+        check_method(&training, settings)?;
         let sizes = training.sizes().to_vec();
         let all = |sizes: &[SampleSize]| (0..sizes.len() as u32).collect::<Vec<u32>>();
         let mut validation_file = None;
@@ -74,6 +89,7 @@ impl SessionData {
             }
             ValidationData::File(id) => {
                 let file = DatasetReader::open(storage.fetch(*id, directory)?)?;
+                check_method(&file, settings)?;
                 let validation = all(file.sizes());
                 validation_file = Some(file);
                 (all(&sizes), validation)
@@ -128,7 +144,8 @@ impl SessionData {
         for run in runs.clone() {
             micros.extend(self.micro_plans(&batch, run)?);
         }
-        Ok(Some(StepPlan { micros, runs, targets: batch.targets(), rows: batch.rows() }))
+        let (targets, samples, rows) = (batch.targets(), batch.samples().len() as u64, batch.rows());
+        Ok(Some(StepPlan { micros, runs, targets, samples, rows }))
     }
 
     fn micro_plans(&self, batch: &Batch, run: usize) -> Result<Vec<MicroPlan>, SessionError> {
@@ -170,8 +187,13 @@ impl SessionData {
             _ => &mut self.training,
         };
         let (mut lengths, mut tokens, mut targets) = (Vec::new(), Vec::new(), Vec::new());
+        let pairs = file.method() == Method::Dpo;
         for &sample in &plan.samples {
-            for sequence in file.read(sample)?.sequences {
+            let sequences = file.read(sample)?.sequences;
+            if pairs && (sequences.len() != 2 || sequences.iter().any(|answer| answer.target_count() == 0)) {
+                return Err(refused(format!("sample {sample} is no pair of answers: create the job again")));
+            }
+            for sequence in sequences {
                 let rows = sequence.rows() as usize;
                 if rows == 0 {
                     continue;

@@ -3,6 +3,9 @@
 //! Micro-batches go through the stages in 1F1B order: a stage begins as many forward passes as there are stages behind it, then
 //! takes turns, backward and forward. Backward passes come in the order of the micro-batches on every stage, so a gradient is
 //! one chain over the samples in their order, whatever the number of stages.
+//!
+//! Preferences need a micro-batch's log-probabilities under the model without the adapter, too: it goes through all stages
+//! once more just before, over the same weights, and nothing but one number per answer is kept of that, on the last stage.
 
 use super::alarm::{Alarm, Ended};
 use super::data::{Micro, MicroPlan, SessionData};
@@ -14,8 +17,9 @@ use ashlar_kernels::Kernels;
 use ashlar_model::adapter::{Adapter, AdapterWeights};
 use ashlar_model::stage::{BatchLoss, ForwardError, StageTape, StageTrainer};
 use ashlar_model::{Collective as _, CollectiveError, StageInput};
-use ashlar_protocol::training::{StepMetrics, TrainingTiming};
-use ashlar_training::{AdapterState, Hyperparameters, NormTerms, RunTree, gradient_norm};
+use ashlar_protocol::training::{Rewards, StepMetrics, TrainingTiming};
+use ashlar_training::preference::{AnswerScore, answer_scores};
+use ashlar_training::{AdapterState, Hyperparameters, NormTerms, Preference, RunTree, gradient_norm};
 use ashlar_vocabulary::StepId;
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -31,6 +35,8 @@ pub(super) struct Engine {
     pub(super) data: SessionData,
     pub(super) alarm: Alarm,
     pub(super) course: Course,
+    /// Where the samples are pairs of answers.
+    pub(super) preference: Option<Preference>,
     /// Stages behind this one.
     pub(super) stages_behind: usize,
     pub(super) replica: usize,
@@ -63,7 +69,11 @@ struct InFlight {
     micro: Micro,
     run: usize,
     tape: StageTape,
+    reference: Reference,
 }
+
+/// The answers' scores without the adapter: on the last stage, of preferences.
+type Reference = Vec<AnswerScore>;
 
 impl Engine {
     /// Computes a step and takes it, unless its loss or gradient is no number.
@@ -73,20 +83,21 @@ impl Engine {
         let Some(plan) = plan else {
             return Err(SessionError::Refused(format!("the job has no step {step}")));
         };
-        let factor = 1.0 / plan.targets as f32;
+        // What the loss is a mean of.
+        let count = if self.preference.is_some() { plan.samples } else { plan.targets };
         let mut loss = BatchLoss::default();
         let mut open_run = plan.runs.start;
         let mut flight: VecDeque<InFlight> = VecDeque::new();
         for micro in &plan.micros {
-            flight.push_back(self.forward(micro, self.keep, false)?);
+            flight.push_back(self.forward(micro)?);
             if flight.len() > self.stages_behind
                 && let Some(first) = flight.pop_front()
             {
-                loss = loss.and(self.backward(first, factor, &mut open_run)?);
+                loss = loss.and(self.backward(first, count, &mut open_run)?);
             }
         }
         while let Some(first) = flight.pop_front() {
-            loss = loss.and(self.backward(first, factor, &mut open_run)?);
+            loss = loss.and(self.backward(first, count, &mut open_run)?);
         }
         (open_run..plan.runs.end).for_each(|_| self.tree.end_run(&self.kernels));
         let mut gradient = self.tree.take();
@@ -101,17 +112,22 @@ impl Engine {
         self.tree.recycle(gradient);
         let metrics = StepMetrics {
             loss: loss.mean(),
-            accuracy: loss.correct as f64 / loss.targets as f64,
+            accuracy: loss.accuracy(),
             learning_rate,
             gradient_norm: norm,
-            targets: loss.targets as u64,
+            targets: plan.targets,
             tokens: plan.rows,
             skipped,
+            rewards: self.preference.map(|_| {
+                let [preferred, non_preferred] = loss.rewards.map(|sum| sum.value() / loss.weight.value());
+                Rewards { preferred, non_preferred }
+            }),
         };
         Ok((metrics, self.timing(started)))
     }
 
-    /// Mean loss of the validation data, and the share of its targets that were the most probable token.
+    /// Mean loss of the validation data, and the share of its targets that were the most probable token, or of its pairs with a
+    /// positive margin.
     pub(super) fn evaluate(&mut self) -> Result<(f64, f64), SessionError> {
         self.begin();
         if !self.data.is_validated() {
@@ -119,15 +135,17 @@ impl Engine {
         }
         let mut loss = BatchLoss::default();
         for plan in self.data.validation(self.replica, self.replicas) {
-            let done = self.forward(&plan, false, true)?;
+            let micro = self.data.read(&plan, true)?;
+            let reference = self.reference(&micro)?;
+            self.measure(&micro, true)?;
             if self.is_last() {
-                loss = loss.and(self.loss(&done.micro, 0.0)?);
+                loss = loss.and(self.loss_alone(&micro, &reference)?);
             }
         }
         let loss = self.relay(Vec::new(), loss)?.loss;
         let loss = self.links.replicas.sum_loss(loss)?;
         let mean = if loss.not_finite > 0 { f64::NAN } else { loss.mean() };
-        Ok((mean, loss.correct as f64 / loss.targets as f64))
+        Ok((mean, loss.accuracy()))
     }
 
     fn is_last(&self) -> bool {
@@ -153,46 +171,114 @@ impl Engine {
         }
     }
 
-    /// A micro-batch through this stage.
-    fn forward(&mut self, plan: &MicroPlan, keep: bool, validation: bool) -> Result<InFlight, SessionError> {
-        let micro = self.data.read(plan, validation)?;
-        let Engine { kernels, trainer, state, links, alarm, rows, timing, .. } = self;
-        let hidden = trainer.model().config().shape.hidden_size;
-        let input = match &mut links.previous {
-            None => StageInput::Tokens(&micro.tokens),
-            Some(previous) => {
-                rows.resize(micro.batch.rows() * hidden, 0.0);
-                let waiting = Instant::now();
-                previous.receive_rows(kernels, rows)?;
-                timing.wait += waiting.elapsed();
-                StageInput::Activations(rows)
-            }
-        };
+    /// A micro-batch through this stage, on the way to its backward pass.
+    fn forward(&mut self, plan: &MicroPlan) -> Result<InFlight, SessionError> {
+        let micro = self.data.read(plan, false)?;
+        let reference = self.reference(&micro)?;
+        self.receive_rows(&micro)?;
+        let Engine { trainer, state, links, alarm, rows, keep, .. } = self;
+        let input = input(links, &micro, rows);
         let adapter: &Adapter = state.packed();
-        let beat = &mut || stop(alarm);
-        let pass = trainer.forward(&micro.batch, input, Some(adapter), keep, &mut links.group, beat);
+        let (group, beat) = (&mut links.group, &mut || stop(alarm));
+        let pass = trainer.forward(&micro.batch, input, Some(adapter), *keep, group, beat);
         let tape = pass.map_err(|error| because(alarm, error))?;
-        if let Some(next) = &mut links.next {
-            next.send_rows(kernels, trainer.activations(micro.batch.rows()))?;
-        }
-        Ok(InFlight { run: plan.run, micro, tape })
+        self.send_rows(&micro)?;
+        Ok(InFlight { run: plan.run, micro, tape, reference })
     }
 
-    /// The loss of the micro-batch that went through the last stage last; its gradient is in `rows`.
-    fn loss(&mut self, micro: &Micro, factor: f32) -> Result<BatchLoss, SessionError> {
-        let Engine { trainer, links, alarm, rows, .. } = self;
-        let done = trainer.loss(&micro.targets, factor, micro.batch.rows(), &mut links.group);
-        let (loss, gradient) = done.map_err(|error| because(alarm, error))?;
+    /// A micro-batch through this stage with nothing kept, with the adapter or without.
+    fn measure(&mut self, micro: &Micro, adapted: bool) -> Result<(), SessionError> {
+        self.receive_rows(micro)?;
+        let Engine { trainer, state, links, alarm, rows, .. } = self;
+        let input = input(links, micro, rows);
+        let adapter: Option<&Adapter> = if adapted { Some(state.packed()) } else { None };
+        let (group, beat) = (&mut links.group, &mut || stop(alarm));
+        let pass = trainer.forward_only(&micro.batch, input, adapter, group, beat);
+        pass.map_err(|error| because(alarm, error))?;
+        self.send_rows(micro)
+    }
+
+    /// What the model without the adapter makes of a micro-batch's answers; nothing where there are no pairs of them.
+    fn reference(&mut self, micro: &Micro) -> Result<Reference, SessionError> {
+        if self.preference.is_none() {
+            return Ok(Reference::new());
+        }
+        self.measure(micro, false)?;
+        if !self.is_last() {
+            return Ok(Reference::new());
+        }
+        let Engine { trainer, links, alarm, .. } = self;
+        let scores = trainer.score(&micro.targets, &mut links.group);
+        let scores = scores.map_err(|error| because(alarm, error))?;
+        Ok(answer_scores(&micro.batch, &micro.targets, &scores))
+    }
+
+    /// The previous stage's rows, unless this is the first.
+    fn receive_rows(&mut self, micro: &Micro) -> Result<(), SessionError> {
+        let Engine { kernels, trainer, links, rows, timing, .. } = self;
+        if let Some(previous) = &mut links.previous {
+            rows.resize(micro.batch.rows() * trainer.model().config().shape.hidden_size, 0.0);
+            let waiting = Instant::now();
+            previous.receive_rows(kernels, rows)?;
+            timing.wait += waiting.elapsed();
+        }
+        Ok(())
+    }
+
+    /// Rows on to the next stage, unless this is the last.
+    fn send_rows(&mut self, micro: &Micro) -> Result<(), SessionError> {
+        let Engine { kernels, trainer, links, .. } = self;
+        match &mut links.next {
+            Some(next) => next.send_rows(kernels, trainer.activations(micro.batch.rows())),
+            None => Ok(()),
+        }
+    }
+
+    /// The loss of the micro-batch that went through the last stage last, of which the whole batch's is a mean over `count`; its
+    /// gradient is in `rows`.
+    fn loss(
+        &mut self,
+        micro: &Micro,
+        reference: &[AnswerScore],
+        count: u64,
+    ) -> Result<BatchLoss, SessionError> {
+        let Engine { trainer, links, alarm, rows, preference, .. } = self;
+        let (batch, targets, group) = (&micro.batch, &micro.targets, &mut links.group);
+        let (loss, gradient) = match preference {
+            None => trainer.loss(targets, 1.0 / count as f32, batch.rows(), group),
+            Some(preference) => {
+                let scored = trainer.score_with_gradient(targets, 1.0, batch.rows(), group);
+                scored.map(|(scores, gradient)| {
+                    let policy = answer_scores(batch, targets, &scores);
+                    (preference.loss(batch, &policy, reference, count, gradient), gradient)
+                })
+            }
+        }
+        .map_err(|error| because(alarm, error))?;
         rows.clear();
         rows.extend_from_slice(gradient);
         Ok(loss)
+    }
+
+    /// The same loss without its gradient.
+    fn loss_alone(&mut self, micro: &Micro, reference: &[AnswerScore]) -> Result<BatchLoss, SessionError> {
+        let Engine { trainer, links, alarm, preference, .. } = self;
+        let (batch, targets) = (&micro.batch, &micro.targets);
+        let scores = trainer.score(targets, &mut links.group).map_err(|error| because(alarm, error))?;
+        Ok(match preference {
+            None => BatchLoss::of_targets(targets, &scores),
+            Some(preference) => {
+                let policy = answer_scores(batch, targets, &scores);
+                preference.loss(batch, &policy, reference, 1, &mut [])
+            }
+        })
     }
 
     /// A micro-batch back through this stage; ends the runs before its own.
     fn backward(
         &mut self,
         first: InFlight,
-        factor: f32,
+        count: u64,
         open_run: &mut usize,
     ) -> Result<BatchLoss, SessionError> {
         while *open_run < first.run {
@@ -201,7 +287,7 @@ impl Engine {
         }
         let mut loss = BatchLoss::default();
         if self.is_last() {
-            loss = self.loss(&first.micro, factor)?;
+            loss = self.loss(&first.micro, &first.reference, count)?;
         }
         let Engine { trainer, state, tree, links, alarm, rows, timing, .. } = self;
         if let Some(next) = &mut links.next {
@@ -273,6 +359,14 @@ impl Engine {
         previous.as_mut().map_or(Ok(()), |previous: &mut StageLink| previous.send_facts(&facts))?;
         self.timing.wait += waiting.elapsed();
         Ok(facts)
+    }
+}
+
+/// What a stage computes a micro-batch from: tokens on the first, elsewhere the rows that have arrived.
+fn input<'a>(links: &Links, micro: &'a Micro, rows: &'a [f32]) -> StageInput<'a> {
+    match &links.previous {
+        None => StageInput::Tokens(&micro.tokens),
+        Some(_) => StageInput::Activations(rows),
     }
 }
 

@@ -45,8 +45,9 @@ impl Facts {
 
 pub(super) fn encode_loss(loss: &BatchLoss) -> Vec<f32> {
     let mut words = Vec::new();
-    let numbers = [loss.correct, loss.targets, loss.not_finite].map(|count| count as u64);
-    let sums = [loss.loss, loss.weight].map(|ExactSum(sum)| sum as u64);
+    let numbers = [loss.correct, loss.judged, loss.not_finite].map(|count| count as u64);
+    let [preferred, other] = loss.rewards;
+    let sums = [loss.loss, loss.weight, preferred, other].map(|ExactSum(sum)| sum as u64);
     sums.into_iter().chain(numbers).for_each(|number| push(&mut words, number));
     words
 }
@@ -84,9 +85,10 @@ impl Words<'_> {
     }
 
     fn loss(&mut self) -> Option<BatchLoss> {
-        let (loss, weight) = (ExactSum(self.take()? as i64), ExactSum(self.take()? as i64));
+        let mut sum = || self.take().map(|sum| ExactSum(sum as i64));
+        let (loss, weight, rewards) = (sum()?, sum()?, [sum()?, sum()?]);
         let mut count = || self.take().and_then(|count| usize::try_from(count).ok());
-        Some(BatchLoss { loss, weight, correct: count()?, targets: count()?, not_finite: count()? })
+        Some(BatchLoss { loss, weight, correct: count()?, judged: count()?, not_finite: count()?, rewards })
     }
 
     /// Allocates only for words that are there.
@@ -114,8 +116,9 @@ mod tests {
             loss: ExactSum(-5),
             weight: ExactSum(i64::MAX),
             correct: 3,
-            targets: 1 << 40,
+            judged: 1 << 40,
             not_finite: 1,
+            rewards: [ExactSum(7), ExactSum(i64::MIN)],
         };
         let terms = NormTerms(vec![vec![1.5, -0.0, f64::INFINITY], vec![], vec![f64::MIN_POSITIVE]]);
         let facts = Facts { loss, terms: vec![vec![terms.clone(), terms.clone()], vec![]] };

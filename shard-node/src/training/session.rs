@@ -20,7 +20,7 @@ use ashlar_protocol::training::{
 };
 use ashlar_store::blobs::{BlobError, Manifest};
 use ashlar_training::checkpoint::{self, Position, Restore, Shard};
-use ashlar_training::{AdapterState, Hyperparameters, RunTree, initial_adapter};
+use ashlar_training::{AdapterState, Hyperparameters, Preference, RunTree, initial_adapter};
 use ashlar_vocabulary::{AdapterId, BlobId, Bytes};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
@@ -106,6 +106,7 @@ impl<'a> Session<'a> {
     ) -> Result<Session<'a>, SessionError> {
         let settings = &open.settings;
         let (spec, course) = (spec(&settings.lora)?, course(settings)?);
+        let preference = preference(settings.method)?;
         let Some(blobs) = resources.blobs.clone() else {
             return Err(refused("this node has no blob store: set `blobs` in its configuration"));
         };
@@ -164,6 +165,7 @@ impl<'a> Session<'a> {
             data,
             alarm: alarm.clone(),
             course,
+            preference,
             stages_behind,
             replica: open.replica as usize,
             replicas: open.replicas as usize,
@@ -264,10 +266,14 @@ fn spec(lora: &LoraSettings) -> Result<LoraSpec, SessionError> {
     Ok(LoraSpec { rank, alpha, rank_stabilized, targets })
 }
 
+/// What pairs of answers are learnt with, where they are.
+fn preference(method: TrainingMethod) -> Result<Option<Preference>, SessionError> {
+    let TrainingMethod::Dpo { beta } = method else { return Ok(None) };
+    let wrong = || refused(format!("{beta} is no beta: choose a number above 0"));
+    Preference::new(beta).map(Some).ok_or_else(wrong)
+}
+
 fn course(settings: &TrainingSettings) -> Result<Course, SessionError> {
-    if let TrainingMethod::Dpo { .. } = settings.method {
-        return Err(refused("DPO is not supported yet: train supervised"));
-    }
     if !settings.learning_rate.is_finite() || settings.learning_rate < 0.0 {
         return Err(refused(format!("{} is no learning rate: choose one above 0", settings.learning_rate)));
     }

@@ -63,6 +63,9 @@ impl Display {
             Some(loss) => format!("loss {loss:.4}"),
             None => "loss ?".to_owned(),
         };
+        if let Some(margin) = data["train_reward_margin"].as_f64() {
+            figures += &format!("  margin {margin:.3}");
+        }
         if let Some((tokens_per_s, step_time)) = self.rate.now() {
             let left = step_time.mul_f64(steps.saturating_sub(step) as f64);
             figures += &format!("  {tokens_per_s:.0} tokens/s  {} left", duration(left));

@@ -77,6 +77,15 @@ pub struct TargetRow {
     pub weight: f32,
 }
 
+/// What the head makes of a target.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct TargetScore {
+    /// ln p(token), in nats, as serving computes it.
+    pub logprob: f32,
+    /// Whether it was the most probable token.
+    pub best: bool,
+}
+
 /// A sum in units of 2⁻³²: exact, so that nothing depends on the order in which rows, micro-batches and replicas come.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 pub struct ExactSum(pub i64);
@@ -84,8 +93,8 @@ pub struct ExactSum(pub i64);
 impl ExactSum {
     const UNIT: f64 = 1.0 / (1u64 << 32) as f64;
 
-    /// Adds a term, rounded to a unit.
-    fn add(&mut self, term: f64) {
+    /// Adds a term, rounded to a unit; nothing for what is no number.
+    pub fn add(&mut self, term: f64) {
         self.0 = self.0.saturating_add((term / ExactSum::UNIT).round_ties_even() as i64);
     }
 
@@ -98,33 +107,56 @@ impl ExactSum {
 /// What a micro-batch lost.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 pub struct BatchLoss {
-    /// Σ weight · −ln p(token), in nats.
+    /// Σ weight · −ln p(token), in nats; of preferences the sum of the pairs' losses.
     pub loss: ExactSum,
-    /// Σ weight.
+    /// Σ weight; of preferences the number of pairs.
     pub weight: ExactSum,
-    /// Targets that were the most probable token.
+    /// Targets that were the most probable token; of preferences pairs in which the preferred answer has gained on the other.
     pub correct: usize,
-    /// Targets.
-    pub targets: usize,
+    /// Targets, or pairs.
+    pub judged: usize,
     /// Targets whose loss is no number: the step must not be taken.
     pub not_finite: usize,
+    /// Of preferences: sums of the rewards of the preferred answers, and of the others.
+    pub rewards: [ExactSum; 2],
 }
 
 impl BatchLoss {
+    /// Of targets with these scores. A target that counts for nothing is left out.
+    pub fn of_targets(targets: &[TargetRow], scores: &[TargetScore]) -> BatchLoss {
+        let mut sum = BatchLoss::default();
+        for (target, score) in targets.iter().zip(scores).filter(|(target, _)| target.weight != 0.0) {
+            let loss = -f64::from(target.weight) * f64::from(score.logprob);
+            sum.loss.add(loss);
+            sum.not_finite += usize::from(!loss.is_finite());
+            sum.weight.add(f64::from(target.weight));
+            sum.correct += usize::from(score.best);
+            sum.judged += 1;
+        }
+        sum
+    }
+
     /// Both together.
     pub fn and(self, other: BatchLoss) -> BatchLoss {
+        let sum = |a: ExactSum, b: ExactSum| ExactSum(a.0.saturating_add(b.0));
         BatchLoss {
-            loss: ExactSum(self.loss.0.saturating_add(other.loss.0)),
-            weight: ExactSum(self.weight.0.saturating_add(other.weight.0)),
+            loss: sum(self.loss, other.loss),
+            weight: sum(self.weight, other.weight),
             correct: self.correct + other.correct,
-            targets: self.targets + other.targets,
+            judged: self.judged + other.judged,
             not_finite: self.not_finite + other.not_finite,
+            rewards: [0, 1].map(|answer| sum(self.rewards[answer], other.rewards[answer])),
         }
     }
 
-    /// The mean over the targets' weights.
+    /// The mean over the targets' weights, or over pairs.
     pub fn mean(self) -> f64 {
         self.loss.value() / self.weight.value()
+    }
+
+    /// The share of targets, or of pairs, that were right; NaN of none.
+    pub fn accuracy(self) -> f64 {
+        self.correct as f64 / self.judged as f64
     }
 }
 
@@ -287,10 +319,34 @@ impl StageTrainer {
         Ok(StageTape { layers, kept: keep })
     }
 
-    /// The loss of the micro-batch that [`StageTrainer::forward`] computed last, on the last stage, and its gradient times
-    /// `factor` by the rows there (rows × hidden).
+    /// Runs the stage over a micro-batch as [`StageTrainer::forward`] does, with the same bits, and keeps nothing for a backward
+    /// pass.
     ///
-    /// A row's log-probability is computed as serving computes it.
+    /// # Panics
+    /// If the batch has more rows than this was made for.
+    pub fn forward_only(
+        &mut self,
+        batch: &MicroBatch,
+        input: StageInput<'_>,
+        adapter: Option<&Adapter>,
+        group: &mut dyn Collective,
+        beat: &mut dyn FnMut() -> Result<(), ForwardError>,
+    ) -> Result<(), ForwardError> {
+        assert!(batch.rows() <= self.rows_max && batch.blocks() <= self.cache.blocks());
+        let StageTrainer { model, kernels, cache, work, .. } = self;
+        let (contexts, adapted) = (batch.contexts(), adapted(batch, adapter));
+        model.enter(kernels, &contexts, input, group, work)?;
+        for (layer, block) in model.blocks.iter().enumerate() {
+            let step = AdapterStep { layer, adapted: &adapted };
+            block.forward(kernels, &contexts, cache.layer_mut(0), group, &step, None, work)?;
+            model.leave(kernels, layer, contexts.len(), work);
+            beat()?;
+        }
+        Ok(())
+    }
+
+    /// The loss of the micro-batch that went through the stage last, on the last stage, and its gradient times `factor` by the rows
+    /// there (rows × hidden).
     ///
     /// # Panics
     /// If a target's row does not exist, or this stage has no head of its own.
@@ -301,6 +357,50 @@ impl StageTrainer {
         rows: usize,
         group: &mut dyn Collective,
     ) -> Result<(BatchLoss, &mut [f32]), ForwardError> {
+        // What counts for nothing has no gradient.
+        let targets: Vec<TargetRow> = targets.iter().filter(|target| target.weight != 0.0).copied().collect();
+        let (scores, gradient) = self.score_with_gradient(&targets, factor, rows, group)?;
+        Ok((BatchLoss::of_targets(&targets, &scores), gradient))
+    }
+
+    /// What the head makes of targets of the micro-batch that went through the stage last, on the last stage: one score per
+    /// target, in their order.
+    ///
+    /// # Panics
+    /// If a target's row does not exist, or this stage has no head of its own.
+    pub fn score(
+        &mut self,
+        targets: &[TargetRow],
+        group: &mut dyn Collective,
+    ) -> Result<Vec<TargetScore>, ForwardError> {
+        self.head_pass(targets, None, group)
+    }
+
+    /// As [`StageTrainer::score`], and the gradient of Σ weight · −ln p(token), times `factor`, by the rows (rows × hidden). A row
+    /// has one target at most.
+    ///
+    /// # Panics
+    /// If a target's row does not exist, or this stage has no head of its own.
+    pub fn score_with_gradient(
+        &mut self,
+        targets: &[TargetRow],
+        factor: f32,
+        rows: usize,
+        group: &mut dyn Collective,
+    ) -> Result<(Vec<TargetScore>, &mut [f32]), ForwardError> {
+        let size = rows * self.model.config.shape.hidden_size;
+        grown(&mut self.gradients, size).fill(0.0);
+        let scores = self.head_pass(targets, Some(factor), group)?;
+        Ok((scores, &mut self.gradients[..size]))
+    }
+
+    /// Scores of targets; with a factor their rows' gradients are written, too.
+    fn head_pass(
+        &mut self,
+        targets: &[TargetRow],
+        factor: Option<f32>,
+        group: &mut dyn Collective,
+    ) -> Result<Vec<TargetScore>, ForwardError> {
         let StageTrainer {
             model, kernels, head, work, gradients, exchanged, gathered, picked, normed, ..
         } = self;
@@ -315,15 +415,11 @@ impl StageTrainer {
         let own = cut.rows(shape);
         let per_rank = PARTS / cut.of;
         let parts = shape.vocab_cut().rank_parts(cut.index, cut.of);
-        let gradients = grown(gradients, rows * hidden);
-        gradients.fill(0.0);
-        let mut sum = BatchLoss::default();
+        let mut scores = Vec::with_capacity(targets.len());
         let width = own.len();
         if let Some(target) = targets.iter().find(|target| target.token as usize >= shape.vocab_size) {
             return Err(ForwardError::Token(target.token));
         }
-        // What counts for nothing has no gradient.
-        let targets: Vec<TargetRow> = targets.iter().filter(|target| target.weight != 0.0).copied().collect();
         for targets in targets.chunks(loss_rows(shape.vocab_size, cut.of)) {
             let count = targets.len();
             let x = grown(picked, count * hidden);
@@ -366,17 +462,13 @@ impl StageTrainer {
                 }
                 let of = LogSumExp::from_parts(max, &all);
                 let logit = of_rank(owner(target.token as usize), row)[2];
-                let loss = -f64::from(target.weight) * f64::from(of.logprob(logit));
-                sum.loss.add(loss);
-                sum.not_finite += usize::from(!loss.is_finite());
-                sum.weight.add(f64::from(target.weight));
-                sum.correct += usize::from(best(row).1 == target.token);
-                sum.targets += 1;
-                gradient_rows.push(CrossEntropyRow {
-                    of,
-                    target: at(target),
-                    factor: factor * target.weight,
-                });
+                let (logprob, best) = (of.logprob(logit), best(row).1 == target.token);
+                scores.push(TargetScore { logprob, best });
+                let factor = factor.unwrap_or(0.0) * target.weight;
+                gradient_rows.push(CrossEntropyRow { of, target: at(target), factor });
+            }
+            if factor.is_none() {
+                continue;
             }
             kernels.cross_entropy_gradients(width, logits, &gradient_rows);
             let rows = StridedRows { data: logits, stride: width };
@@ -390,7 +482,7 @@ impl StageTrainer {
                 gradients[target.row * hidden..(target.row + 1) * hidden].copy_from_slice(from);
             }
         }
-        Ok((sum, gradients))
+        Ok(scores)
     }
 
     /// Runs the stage backwards: `gradient` (rows × hidden) by its outputs becomes that by its inputs, and the adapter's

@@ -9,7 +9,8 @@ use ashlar_model::adapter::{AdapterWeights, LoraSpec};
 use ashlar_model::peft::PeftAdapter;
 use ashlar_model::stage::{BatchLoss, MicroBatch, StageTape, StageTrainer, TargetRow};
 use ashlar_model::{ModelConfig, RankSlice, StageInput, StageModel};
-use ashlar_training::{AdapterState, Hyperparameters, NormTerms, RunTree, gradient_norm};
+use ashlar_training::preference::{AnswerScore, answer_scores};
+use ashlar_training::{AdapterState, Hyperparameters, NormTerms, Preference, RunTree, gradient_norm};
 use ashlar_vocabulary::{HeadSlice, LayerRange, PARTS, Precision, TokenId};
 use serving::{ThreadGroup, bits};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -23,13 +24,68 @@ pub struct Sample {
     pub targets: Vec<bool>,
 }
 
+/// Two answers, the preferred one first.
+pub type Pair = [Sample; 2];
+
+/// A batch, cut between samples of supervised learning, or between pairs.
+#[derive(Clone, Copy)]
+enum Batch<'a> {
+    Samples(&'a [Sample]),
+    Pairs(&'a [Pair], Preference),
+}
+
+impl<'a> Batch<'a> {
+    /// Samples, or pairs.
+    fn len(self) -> usize {
+        match self {
+            Batch::Samples(samples) => samples.len(),
+            Batch::Pairs(pairs, _) => pairs.len(),
+        }
+    }
+
+    fn part(self, range: std::ops::Range<usize>) -> Batch<'a> {
+        match self {
+            Batch::Samples(samples) => Batch::Samples(&samples[range]),
+            Batch::Pairs(pairs, preference) => Batch::Pairs(&pairs[range], preference),
+        }
+    }
+
+    fn sequences(self) -> &'a [Sample] {
+        match self {
+            Batch::Samples(samples) => samples,
+            Batch::Pairs(pairs, _) => pairs.as_flattened(),
+        }
+    }
+
+    fn preference(self) -> Option<Preference> {
+        match self {
+            Batch::Samples(_) => None,
+            Batch::Pairs(_, preference) => Some(preference),
+        }
+    }
+
+    /// What its loss is a mean over: targets, or pairs.
+    fn count(self) -> usize {
+        match self {
+            Batch::Samples(samples) => samples.iter().map(Sample::target_count).sum(),
+            Batch::Pairs(pairs, _) => pairs.len(),
+        }
+    }
+}
+
+impl Sample {
+    fn target_count(&self) -> usize {
+        self.targets.iter().filter(|&&target| target).count()
+    }
+}
+
 /// How the work is cut.
 #[derive(Debug, Clone, Copy)]
 pub struct Cut {
     pub stages: usize,
     pub ranks: usize,
     pub replicas: usize,
-    /// Most samples of a micro-batch.
+    /// Most samples, or pairs, of a micro-batch.
     pub samples: usize,
     /// Whether blocks keep their activations.
     pub keep: bool,
@@ -117,9 +173,18 @@ impl Job {
 
     /// One step over a global batch.
     pub fn step(&mut self, samples: &[Sample], learning_rate: f32) -> StepReport {
+        self.step_of(Batch::Samples(samples), learning_rate)
+    }
+
+    /// One step over a global batch of pairs.
+    pub fn step_of_pairs(&mut self, pairs: &[Pair], with: Preference, learning_rate: f32) -> StepReport {
+        self.step_of(Batch::Pairs(pairs, with), learning_rate)
+    }
+
+    fn step_of(&mut self, batch: Batch<'_>, learning_rate: f32) -> StepReport {
         let mut loss = BatchLoss::default();
         for index in 0..self.replicas.len() {
-            self.run_replica(index, samples, &mut loss);
+            self.run_replica(index, batch, &mut loss);
         }
         // Per stage and rank: the sum over replicas, which is the top of the tree.
         let kernels = self.kernels.clone();
@@ -159,14 +224,13 @@ impl Job {
         StepReport { loss, norm }
     }
 
-    fn run_replica(&mut self, index: usize, samples: &[Sample], loss: &mut BatchLoss) {
-        let targets: usize = samples.iter().map(|sample| sample.targets.iter().filter(|&&t| t).count()).sum();
-        let factor = 1.0 / targets as f32;
-        let each = PARTS / self.cut.replicas;
+    fn run_replica(&mut self, index: usize, batch: Batch<'_>, loss: &mut BatchLoss) {
+        let (count, each) = (batch.count(), PARTS / self.cut.replicas);
         for run in index * each..(index + 1) * each {
-            let run = &samples[run * samples.len() / PARTS..(run + 1) * samples.len() / PARTS];
-            for batch in run.chunks(self.cut.samples) {
-                *loss = loss.and(micro_batch(&mut self.replicas[index], batch, factor, self.cut.keep));
+            let run = batch.part(run * batch.len() / PARTS..(run + 1) * batch.len() / PARTS);
+            for start in (0..run.len()).step_by(self.cut.samples) {
+                let micro = run.part(start..run.len().min(start + self.cut.samples));
+                *loss = loss.and(micro_batch(&mut self.replicas[index], micro, count, self.cut.keep));
             }
             for rank in self.replicas[index].iter_mut().flatten() {
                 rank.tree.end_run(&self.kernels);
@@ -176,8 +240,17 @@ impl Job {
 
     /// The gradient's entries for one batch on one replica, without a step.
     pub fn gradient(&mut self, samples: &[Sample]) -> (BatchLoss, PeftAdapter) {
+        self.gradient_of(Batch::Samples(samples))
+    }
+
+    /// The same for a batch of pairs.
+    pub fn gradient_of_pairs(&mut self, pairs: &[Pair], with: Preference) -> (BatchLoss, PeftAdapter) {
+        self.gradient_of(Batch::Pairs(pairs, with))
+    }
+
+    fn gradient_of(&mut self, batch: Batch<'_>) -> (BatchLoss, PeftAdapter) {
         let mut loss = BatchLoss::default();
-        self.run_replica(0, samples, &mut loss);
+        self.run_replica(0, batch, &mut loss);
         let shares: Vec<(RankSlice, AdapterWeights)> = self.replicas[0]
             .iter_mut()
             .flatten()
@@ -201,8 +274,9 @@ impl Job {
     }
 }
 
-/// A micro-batch through all stages and back.
-fn micro_batch(stages: &mut [Vec<Rank>], samples: &[Sample], factor: f32, keep: bool) -> BatchLoss {
+/// A micro-batch through all stages and back; of pairs, first through all stages without the adapter.
+fn micro_batch(stages: &mut [Vec<Rank>], of: Batch<'_>, count: usize, keep: bool) -> BatchLoss {
+    let (samples, preference) = (of.sequences(), of.preference());
     let lengths: Vec<usize> = samples.iter().map(|sample| sample.tokens.len()).collect();
     let batch = &MicroBatch::new(&lengths);
     let tokens: Vec<TokenId> = samples.iter().flat_map(|sample| sample.tokens.clone()).collect();
@@ -216,6 +290,7 @@ fn micro_batch(stages: &mut [Vec<Rank>], samples: &[Sample], factor: f32, keep: 
         }
     }
     let (tokens, targets) = (&tokens[..], &targets[..]);
+    let reference = preference.map(|_| reference(stages, batch, tokens, targets)).unwrap_or_default();
     let mut activations: Vec<f32> = Vec::new();
     for ranks in stages.iter_mut() {
         let input = &activations[..];
@@ -237,8 +312,20 @@ fn micro_batch(stages: &mut [Vec<Rank>], samples: &[Sample], factor: f32, keep: 
             let mut gradient = from.to_vec();
             if rank.slice.last {
                 let Rank { trainer, group, .. } = rank;
-                let (loss, own) = trainer.loss(targets, factor, batch.rows(), group).unwrap();
-                gradient = own.to_vec();
+                let rows = batch.rows();
+                let loss = match preference {
+                    None => {
+                        let (loss, own) = trainer.loss(targets, 1.0 / count as f32, rows, group).unwrap();
+                        gradient = own.to_vec();
+                        loss
+                    }
+                    Some(preference) => {
+                        let (scores, own) = trainer.score_with_gradient(targets, 1.0, rows, group).unwrap();
+                        gradient = own.to_vec();
+                        let policy = answer_scores(batch, targets, &scores);
+                        preference.loss(batch, &policy, &reference, count as u64, &mut gradient)
+                    }
+                };
                 losses.lock().unwrap().push(loss);
             }
             let Rank { trainer, group, state, tree, tape, .. } = rank;
@@ -253,6 +340,33 @@ fn micro_batch(stages: &mut [Vec<Rank>], samples: &[Sample], factor: f32, keep: 
     let losses = losses.into_inner().unwrap();
     assert!(losses.iter().all(|loss| loss == &losses[0]), "ranks agree on the loss");
     losses[0]
+}
+
+/// What the model without the adapter makes of a micro-batch's answers.
+fn reference(
+    stages: &mut [Vec<Rank>],
+    batch: &MicroBatch,
+    tokens: &[TokenId],
+    targets: &[TargetRow],
+) -> Vec<AnswerScore> {
+    let mut activations: Vec<f32> = Vec::new();
+    let seen = Mutex::new(Vec::new());
+    for ranks in stages.iter_mut() {
+        let input = &activations[..];
+        activations = on_all(ranks, &|rank| {
+            let Rank { trainer, group, slice, .. } = rank;
+            let input = if slice.first { StageInput::Tokens(tokens) } else { StageInput::Activations(input) };
+            trainer.forward_only(batch, input, None, group, &mut || Ok(())).unwrap();
+            if slice.last {
+                let scores = trainer.score(targets, group).unwrap();
+                seen.lock().unwrap().push(answer_scores(batch, targets, &scores));
+            }
+            trainer.activations(batch.rows()).to_vec()
+        });
+    }
+    let mut seen = seen.into_inner().unwrap();
+    assert!(seen.iter().all(|scores| scores == &seen[0]), "ranks agree on the answers");
+    seen.swap_remove(0)
 }
 
 /// Runs something on every rank of a group at once; all must give the same bits.

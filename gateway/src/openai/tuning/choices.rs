@@ -165,10 +165,6 @@ fn refuse_what_is_not_yet(fields: &mut Fields) -> Result<(), ApiError> {
 
 /// What is understood, but nodes cannot do: better said now than by a job that fails.
 fn refuse_what_is_not_trained_yet(choices: &Choices) -> Result<(), ApiError> {
-    if matches!(choices.method, MethodChoice::Dpo { .. }) {
-        let message = "`method.type` dpo is not possible yet: use supervised";
-        return Err(ApiError::field("method.type", message));
-    }
     if choices.lora.dropout > 0.0 {
         let message = "`lora.dropout` above 0 is not possible yet: leave it out";
         return Err(ApiError::field("lora.dropout", message));

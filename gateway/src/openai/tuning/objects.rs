@@ -137,17 +137,38 @@ fn data_object(data: &DataReport) -> Value {
 }
 
 fn step_data(step: u64, steps: Option<u64>, metrics: &StepMetrics) -> Value {
-    json!({
+    let mut data = json!({
         "step": step,
         "total_steps": steps,
-        "train_loss": metrics.loss,
-        "train_mean_token_accuracy": metrics.accuracy,
         "learning_rate": metrics.learning_rate,
         "gradient_norm": metrics.gradient_norm,
         "target_tokens": metrics.targets,
         "tokens": metrics.tokens,
         "skipped": metrics.skipped,
-    })
+    });
+    add_training(metrics, &mut data);
+    data
+}
+
+/// Adds what a step showed of the training data; of pairs of answers their mean rewards, too, which OpenAI does not tell.
+fn add_training(metrics: &StepMetrics, to: &mut Value) {
+    to["train_loss"] = metrics.loss.into();
+    to[accuracy_name("train", metrics.rewards.is_some())] = metrics.accuracy.into();
+    if let Some(rewards) = &metrics.rewards {
+        to["train_reward_preferred"] = rewards.preferred.into();
+        to["train_reward_non_preferred"] = rewards.non_preferred.into();
+        to["train_reward_margin"] = rewards.margin().into();
+    }
+}
+
+/// What a share is called: OpenAI's word where it is one of tokens; `…_accuracy` where it is one of pairs of answers.
+fn accuracy_name(of: &str, pairs: bool) -> String {
+    if pairs { format!("{of}_accuracy") } else { format!("{of}_mean_token_accuracy") }
+}
+
+fn learns_pairs(job: &JobRecord) -> bool {
+    let method = job.settings.as_ref().map(|settings| settings.method);
+    matches!(method, Some(TrainingMethod::Dpo { .. }))
 }
 
 /// OpenAI's event object. Messages are OpenAI's where it has one for it.
@@ -201,7 +222,7 @@ fn tell(job: &JobRecord, what: &JobEventKind) -> (&'static str, String, Value) {
         JobEventKind::Evaluated { step, loss, accuracy } => (
             "info",
             format!("Step {step}: validation loss={loss:.2}"),
-            json!({"step": step, "valid_loss": loss, "valid_mean_token_accuracy": accuracy}),
+            json!({"step": step, "valid_loss": loss, accuracy_name("valid", learns_pairs(job)): accuracy}),
         ),
         JobEventKind::Checkpoint { step, model } => {
             info(format!("Checkpoint created at step {step}: {model}"))
@@ -228,20 +249,14 @@ pub(super) fn is_last(what: &JobEventKind) -> bool {
 
 /// OpenAI's checkpoint object.
 pub(super) fn checkpoint_object(job: JobId, checkpoint: &Checkpoint) -> Value {
-    let mut metrics = json!({
-        "step": checkpoint.step,
-        "train_loss": checkpoint.metrics.loss,
-        "train_mean_token_accuracy": checkpoint.metrics.accuracy,
-    });
+    let mut metrics = json!({"step": checkpoint.step});
+    add_training(&checkpoint.metrics, &mut metrics);
     if let Some((loss, accuracy)) = checkpoint.validation {
+        let pairs = checkpoint.metrics.rewards.is_some();
         // Validation data is always measured in full.
-        for (name, value) in [
-            ("valid_loss", loss),
-            ("valid_mean_token_accuracy", accuracy),
-            ("full_valid_loss", loss),
-            ("full_valid_mean_token_accuracy", accuracy),
-        ] {
-            metrics[name] = value.into();
+        for of in ["valid", "full_valid"] {
+            metrics[format!("{of}_loss")] = loss.into();
+            metrics[accuracy_name(of, pairs)] = accuracy.into();
         }
     }
     json!({
