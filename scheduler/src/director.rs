@@ -169,7 +169,17 @@ impl Director {
 
     /// The cluster as gateways may know it.
     pub fn snapshot(&self) -> ClusterSnapshot {
-        ClusterSnapshot { adapters: self.adapters.views(), ..self.cluster.snapshot(&self.engine) }
+        let mut snapshot =
+            ClusterSnapshot { adapters: self.adapters.views(), ..self.cluster.snapshot(&self.engine) };
+        for node in &mut snapshot.nodes {
+            if let Some((replica, ..)) = node.place {
+                node.adapters = self.adapters.held(replica);
+            }
+            if let Some(connection) = self.cluster.connection_of(&node.node) {
+                node.jobs = self.jobs.reserved_on(connection);
+            }
+        }
+        snapshot
     }
 
     /// Whether no choice is in progress.
@@ -247,6 +257,11 @@ impl Director {
         self.adapters.handle(now, event, &self.engine, &mut self.adapter_effects);
     }
 
+    fn tell_adapters_held(&mut self, now: Millis, replica: ReplicaId) {
+        let bytes = self.adapters.held(replica);
+        self.job_event(now, jobs::Event::AdaptersHeld { replica, bytes });
+    }
+
     fn engine_event(&mut self, now: Millis, event: engine::Event) {
         self.engine.apply(now, event, &mut self.engine_effects);
     }
@@ -269,9 +284,11 @@ impl Director {
                 outputs.push(Output::ToNodes(ranks, Box::new(ToNode::UnloadAdapter { adapter })));
             }
             Effect::Resident { replica, adapter } => {
+                self.tell_adapters_held(now, replica);
                 self.engine_event(now, engine::Event::AdapterResident { replica, adapter });
             }
             Effect::Gone { replica, adapter } => {
+                self.tell_adapters_held(now, replica);
                 self.engine_event(now, engine::Event::AdapterGone { replica, adapter });
             }
             Effect::Failed { replica, adapter, reason } => {

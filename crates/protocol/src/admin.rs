@@ -245,6 +245,9 @@ pub struct DataReport {
     pub tokens: u64,
     /// Targets among them.
     pub target_tokens: u64,
+    /// Rows of the longest sample, validation data included: no micro-batch can be smaller.
+    #[serde(default)]
+    pub longest_sample_rows: u32,
     /// Examples that were cut off.
     pub truncated_examples: u64,
     /// Tokens that were cut off.
@@ -338,6 +341,8 @@ pub enum JobEventKind {
     Cancelled,
     /// It has failed.
     Failed(JobError),
+    /// It waits until others have given memory back; why, in numbers.
+    WaitsForMemory(String),
 }
 
 /// An adapter to be served.

@@ -29,9 +29,10 @@ pub struct TrainingSettings {
     pub batch_size: u32,
     /// Of the order, the split, the adapter's start and dropout.
     pub seed: u64,
-    /// Most rows of a micro-batch. It changes no bit.
+    /// Most rows of a micro-batch; a session may have fewer, where memory is short. It changes no bit.
     pub micro_batch_rows: u32,
-    /// Whether blocks keep their activations for the backward pass instead of computing them again. It changes no bit.
+    /// Whether blocks may keep their activations for the backward pass instead of computing them again; a session does where
+    /// there is room. It changes no bit.
     pub keep_activations: bool,
     /// Highest learning rate.
     pub learning_rate: f64,
