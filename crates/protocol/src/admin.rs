@@ -222,7 +222,7 @@ pub struct JobRecord {
     pub fine_tuned_model: Option<String>,
     /// The finished adapter.
     pub adapter: Option<AdapterId>,
-    /// The table of steps, once the job has ended.
+    /// Once the job has ended: the table of steps, and of one that has succeeded the files of its model.
     pub result_files: Vec<FileId>,
     /// Why it failed.
     pub error: Option<JobError>,
@@ -267,6 +267,9 @@ pub struct Checkpoint {
     pub step: u64,
     /// The adapter.
     pub adapter: AdapterId,
+    /// Its files, which anybody may read.
+    #[serde(default)]
+    pub files: Vec<FileId>,
     /// The name under which it is served.
     pub model: String,
     /// The last step's.

@@ -217,6 +217,8 @@ pub enum TrainingReport {
     Exported {
         /// A manifest with `adapter_config.json` and `adapter_model.safetensors`.
         adapter: AdapterId,
+        /// What the manifest holds.
+        files: Vec<ExportedFile>,
         /// Whether every number of it is finite, and some pair changes something.
         usable: Result<(), String>,
     },
@@ -227,6 +229,17 @@ pub enum TrainingReport {
         /// Whether another attempt may succeed (a lost link), or never will (a module that does not exist).
         retry: bool,
     },
+}
+
+/// A file of an adapter that is stored.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExportedFile {
+    /// Its name, for example `adapter_config.json`.
+    pub name: String,
+    /// Where its bytes are.
+    pub blob: BlobId,
+    /// How many there are.
+    pub bytes: u64,
 }
 
 /// What a step showed.

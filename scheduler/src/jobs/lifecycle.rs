@@ -174,6 +174,9 @@ impl Jobs {
         job.saving.superseded.extend(shards.map(|shard| (record.steps, shard)));
         if record.steps > 0 && blobs {
             record.result_files = vec![names::results_file(id)];
+            if let (JobStatus::Succeeded, Some(last)) = (status, record.checkpoints.last()) {
+                record.result_files.extend(&last.files);
+            }
             job.progress.results_due = true;
         }
         job.phase = Phase::Ended;

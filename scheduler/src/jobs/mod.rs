@@ -25,7 +25,7 @@ mod shelf;
 mod training;
 
 pub use events::{CHUNK_EVENTS, Effect, Event, JobsConfig, Loaded, Progress, References, SaveId, StoredJob};
-pub use names::results_file;
+pub use names::{checkpoint_file, results_file};
 pub use replicas::{RankRoom, TrainingRank, TrainingReplica};
 
 use crate::engine::GatewayId;

@@ -193,10 +193,10 @@ impl Jobs {
                 job.evaluated(unix_s, loss, accuracy);
                 self.advance(id);
             }
-            TrainingReport::Exported { adapter, usable } if root && open.doing == Doing::Exporting => {
+            TrainingReport::Exported { adapter, files, usable } if root && open.doing == Doing::Exporting => {
                 open.doing = Doing::Idle;
                 match usable {
-                    Ok(()) => self.checkpoint(id, adapter),
+                    Ok(()) => self.checkpoint(id, adapter, files),
                     Err(why) => self.fail(id, error("no_effect", why)),
                 }
                 self.advance(id);

@@ -6,7 +6,7 @@ use ashlar_protocol::admin::{
 };
 use ashlar_protocol::membership::ToNode;
 use ashlar_protocol::training::{
-    LearningRateDecay, LearningRateSchedule, LoraSettings, SessionStart, StepMetrics, TrainingMethod,
+    ExportedFile, LearningRateDecay, LearningRateSchedule, LoraSettings, SessionStart, StepMetrics, TrainingMethod,
     TrainingReport, TrainingSettings, TrainingTiming, TrainingWork, ValidationData,
 };
 use ashlar_scheduler::cluster::NodeConnection;
@@ -24,6 +24,9 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 pub(crate) const DIGEST: ModelDigest = ModelDigest([7; 32]);
 pub(crate) const STAGES: u32 = 2;
+
+/// The files of an adapter.
+pub(crate) const ADAPTER_FILES: [&str; 2] = ["adapter_config.json", "adapter_model.safetensors"];
 
 /// What outlives a scheduler.
 #[derive(Default)]
@@ -537,7 +540,13 @@ impl World {
                     TrainingWork::Export { shards } if part.root => {
                         assert_eq!(shards.len(), STAGES as usize);
                         let adapter = AdapterId(share(part.job, part.steps, 99));
-                        TrainingReport::Exported { adapter, usable: self.usable.clone() }
+                        let file = |(number, name): (u32, &str)| ExportedFile {
+                            name: name.to_owned(),
+                            blob: share(part.job, part.steps, 90 + number),
+                            bytes: 10,
+                        };
+                        let files = (0..).zip(ADAPTER_FILES).map(file).collect();
+                        TrainingReport::Exported { adapter, files, usable: self.usable.clone() }
                     }
                     TrainingWork::Evaluate | TrainingWork::Export { .. } => return,
                     TrainingWork::Close => {

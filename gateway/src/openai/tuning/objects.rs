@@ -251,6 +251,7 @@ pub(super) fn checkpoint_object(job: JobId, checkpoint: &Checkpoint) -> Value {
         "object": "fine_tuning.job.checkpoint",
         "created_at": checkpoint.created_at,
         "fine_tuned_model_checkpoint": checkpoint.model,
+        "files": checkpoint.files.iter().map(|file| file_name(*file)).collect::<Vec<_>>(),
         "fine_tuning_job_id": job_name(job),
         "metrics": metrics,
         "step_number": checkpoint.step,
