@@ -170,9 +170,18 @@ impl Director {
 
     /// The cluster as gateways may know it.
     pub fn snapshot(&self) -> ClusterSnapshot {
-        let mut snapshot = self.cluster.snapshot(&self.engine);
+        let mut snapshot =
+            ClusterSnapshot { adapters: self.adapters.views(), ..self.cluster.snapshot(&self.engine) };
         (snapshot.counters.training_steps, snapshot.counters.trained_tokens) = self.jobs.trained();
-        ClusterSnapshot { adapters: self.adapters.views(), ..snapshot }
+        for node in &mut snapshot.nodes {
+            if let Some((replica, ..)) = node.place {
+                node.adapters = self.adapters.held(replica);
+            }
+            if let Some(connection) = self.cluster.connection_of(&node.node) {
+                node.jobs = self.jobs.reserved_on(connection);
+            }
+        }
+        snapshot
     }
 
     /// Whether no choice is in progress.
@@ -254,6 +263,11 @@ impl Director {
         self.adapters.handle(now, event, &self.engine, &mut self.adapter_effects);
     }
 
+    fn tell_adapters_held(&mut self, now: Millis, replica: ReplicaId) {
+        let bytes = self.adapters.held(replica);
+        self.job_event(now, jobs::Event::AdaptersHeld { replica, bytes });
+    }
+
     fn engine_event(&mut self, now: Millis, event: engine::Event) {
         self.engine.apply(now, event, &mut self.engine_effects);
     }
@@ -276,9 +290,11 @@ impl Director {
                 outputs.push(Output::ToNodes(ranks, Box::new(ToNode::UnloadAdapter { adapter })));
             }
             Effect::Resident { replica, adapter } => {
+                self.tell_adapters_held(now, replica);
                 self.engine_event(now, engine::Event::AdapterResident { replica, adapter });
             }
             Effect::Gone { replica, adapter } => {
+                self.tell_adapters_held(now, replica);
                 self.engine_event(now, engine::Event::AdapterGone { replica, adapter });
             }
             Effect::Failed { replica, adapter, reason } => {

@@ -277,6 +277,7 @@ fn prepared() -> PreparedJob {
         samples: 10,
         tokens: 100,
         target_tokens: 50,
+        longest_sample_rows: 8,
         truncated_examples: 0,
         truncated_tokens: 0,
         warnings: vec!["a \"warning\"".into()],

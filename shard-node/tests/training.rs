@@ -343,7 +343,7 @@ impl Job {
     fn export(&mut self, shards: Vec<BlobId>) -> (Vec<u8>, Result<(), String>) {
         self.give(&TrainingWork::Export { shards });
         let report = self.nodes[0].report(self.session);
-        let TrainingReport::Exported { adapter, usable } = report else { panic!("{report:?}") };
+        let TrainingReport::Exported { adapter, usable, files: _ } = report else { panic!("{report:?}") };
         (WORLD.tensors(adapter), usable)
     }
 

@@ -113,6 +113,20 @@ impl Client {
         json_of(ok(sent.with_context(|| format!("cannot reach {}", self.base))?).await?).await
     }
 
+    /// GET of a file into `to`, whole or not at all as far as the service says its length; gives that. An error status becomes
+    /// an error with the service's message.
+    pub(crate) async fn download(&self, path: &str, to: &mut impl io::Write) -> Result<u64> {
+        let mut body = ok(self.send(Method::GET, path, None).await?).await?.into_body();
+        let mut bytes = 0;
+        while let Some(frame) = body.frame().await {
+            if let Ok(data) = frame.context("the download broke off")?.into_data() {
+                to.write_all(&data)?;
+                bytes += data.len() as u64;
+            }
+        }
+        Ok(bytes)
+    }
+
     /// GET of server-sent events; an error status becomes an error with the service's message.
     pub(crate) async fn follow(&self, path: &str) -> Result<EventStream> {
         Ok(EventStream::of(ok(self.send(Method::GET, path, None).await?).await?))

@@ -1,5 +1,6 @@
 //! `ashlar tune`: a fine-tuning job from the terminal: upload, create, follow.
 
+mod download;
 mod show;
 
 use crate::http::Client;
@@ -44,10 +45,11 @@ Examples:
   ashlar tune --follow ftjob-…                      watches a job again
   ashlar tune --list
   ashlar tune --cancel ftjob-…
+  ashlar tune --download ftjob-… ./mine             writes its adapter, which PEFT loads, and results.csv
 While it watches, Ctrl-C detaches: the job goes on. Exit code: 0 succeeded (or detached), 1 failed, 3 cancelled.")]
 pub(crate) struct TuneArgs {
     /// Examples to train on, one JSON object per line.
-    #[arg(value_name = "FILE", required_unless_present_any = ["list", "cancel", "follow"])]
+    #[arg(value_name = "FILE", required_unless_present_any = ["list", "cancel", "follow", "download"])]
     file: Option<PathBuf>,
     /// Address of the gateway.
     #[arg(long, default_value = "http://127.0.0.1:8080")]
@@ -100,6 +102,9 @@ pub(crate) struct TuneArgs {
     /// Watch a job that exists.
     #[arg(long, value_name = "ID", conflicts_with = "file")]
     follow: Option<String>,
+    /// Write a finished job's adapter, as PEFT loads it, and its table of steps to a directory.
+    #[arg(long, num_args = 2, value_names = ["ID", "DIR"], conflicts_with_all = ["file", "list", "cancel", "follow"])]
+    download: Option<Vec<String>>,
     /// API key, if the gateway wants one.
     #[arg(long, env = "OPENAI_API_KEY", hide_env_values = true)]
     key: Option<String>,
@@ -121,6 +126,9 @@ pub(crate) fn run(args: TuneArgs) -> Result<()> {
         }
         if let Some(id) = &args.cancel {
             return cancel(&client, &args, id).await;
+        }
+        if let Some([id, directory]) = args.download.as_deref() {
+            return download::download(&client, &job_path(id)?, Path::new(directory), args.json).await;
         }
         let job = match (&args.follow, &args.file) {
             (Some(id), _) => client.get_ok(&job_path(id)?).await?,
@@ -426,6 +434,8 @@ mod tests {
         assert!(parse("tune").is_err());
         assert!(parse("tune f --list").is_err());
         assert!(parse("tune f --watch --detach").is_err());
+        assert!(parse("tune --download ftjob-1").is_err() && parse("tune f --download ftjob-1 d").is_err());
+        assert!(parse("tune --download ftjob-1 d").is_ok());
         assert!(parse("tune --list").is_ok() && parse("tune --cancel ftjob-1").is_ok());
         assert!(job_path("../../admin").is_err());
     }

@@ -222,7 +222,7 @@ pub struct JobRecord {
     pub fine_tuned_model: Option<String>,
     /// The finished adapter.
     pub adapter: Option<AdapterId>,
-    /// The table of steps, once the job has ended.
+    /// Once the job has ended: the table of steps, and of one that has succeeded the files of its model.
     pub result_files: Vec<FileId>,
     /// Why it failed.
     pub error: Option<JobError>,
@@ -245,6 +245,9 @@ pub struct DataReport {
     pub tokens: u64,
     /// Targets among them.
     pub target_tokens: u64,
+    /// Rows of the longest sample, validation data included: no micro-batch can be smaller.
+    #[serde(default)]
+    pub longest_sample_rows: u32,
     /// Examples that were cut off.
     pub truncated_examples: u64,
     /// Tokens that were cut off.
@@ -264,6 +267,9 @@ pub struct Checkpoint {
     pub step: u64,
     /// The adapter.
     pub adapter: AdapterId,
+    /// Its files, which anybody may read.
+    #[serde(default)]
+    pub files: Vec<FileId>,
     /// The name under which it is served.
     pub model: String,
     /// The last step's.
@@ -338,6 +344,8 @@ pub enum JobEventKind {
     Cancelled,
     /// It has failed.
     Failed(JobError),
+    /// It waits until others have given memory back; why, in numbers.
+    WaitsForMemory(String),
 }
 
 /// An adapter to be served.

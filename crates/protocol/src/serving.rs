@@ -243,8 +243,12 @@ pub struct NodeView {
     pub layers: LayerRange,
     /// Share of weights loaded, 0…1.
     pub loaded: f32,
-    /// Reserved memory.
+    /// Memory reserved for serving: weights, KV cache, workspaces.
     pub reserved: Bytes,
+    /// Memory that adapters in memory take; of a replica's ranks that of the fullest.
+    pub adapters: Bytes,
+    /// Memory reserved for sessions of fine-tuning jobs.
+    pub jobs: Bytes,
     /// Observed resident memory.
     pub resident: Bytes,
     /// Cumulated time since the assignment: computing, waiting, exchanging, sending (µs).

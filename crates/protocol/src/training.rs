@@ -29,9 +29,10 @@ pub struct TrainingSettings {
     pub batch_size: u32,
     /// Of the order, the split, the adapter's start and dropout.
     pub seed: u64,
-    /// Most rows of a micro-batch. It changes no bit.
+    /// Most rows of a micro-batch; a session may have fewer, where memory is short. It changes no bit.
     pub micro_batch_rows: u32,
-    /// Whether blocks keep their activations for the backward pass instead of computing them again. It changes no bit.
+    /// Whether blocks may keep their activations for the backward pass instead of computing them again; a session does where
+    /// there is room. It changes no bit.
     pub keep_activations: bool,
     /// Highest learning rate.
     pub learning_rate: f64,
@@ -216,6 +217,8 @@ pub enum TrainingReport {
     Exported {
         /// A manifest with `adapter_config.json` and `adapter_model.safetensors`.
         adapter: AdapterId,
+        /// What the manifest holds.
+        files: Vec<ExportedFile>,
         /// Whether every number of it is finite, and some pair changes something.
         usable: Result<(), String>,
     },
@@ -226,6 +229,17 @@ pub enum TrainingReport {
         /// Whether another attempt may succeed (a lost link), or never will (a module that does not exist).
         retry: bool,
     },
+}
+
+/// A file of an adapter that is stored.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExportedFile {
+    /// Its name, for example `adapter_config.json`.
+    pub name: String,
+    /// Where its bytes are.
+    pub blob: BlobId,
+    /// How many there are.
+    pub bytes: u64,
 }
 
 /// What a step showed.

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 const BYTES_PER_ACTIVATION: usize = 4;
 
 /// Logits are computed for at most this many rows at a time.
-const LOGIT_ROWS: usize = 32;
+pub(crate) const LOGIT_ROWS: usize = 32;
 
 /// Values that each rank of a tensor-parallel group on one host shares with the others, to exchange through memory.
 const GROUP_VALUES: usize = 2 * (32 << 10);
@@ -120,40 +120,45 @@ impl Piece {
         shape.tied_head && self.first && self.head == Some(HeadSlice { index: 0, of: 1 })
     }
 
-    /// Bytes of the buffers that the largest step needs on this rank: the residual stream and its copy, the widest and
-    /// the narrowest product of a layer, rotation angles, the group's contributions, activations received and waiting to
-    /// be sent, what products and attention work in, where there is a head a chunk of logits, and memory shared with other
-    /// ranks on the one that makes it: whether they will be on one host is not known here.
-    fn activation_bytes(&self, shares: &Shares<'_>, request: &PlanRequest, threads: u32) -> usize {
+    /// Bytes of what passes of at most `rows` rows work in on this rank, without what stands around the head: the residual stream
+    /// and its copy, the widest and the narrowest product of a layer, rotation angles, the group's contributions, and what
+    /// products and attention work in.
+    pub(crate) fn workspace_bytes(&self, shares: &Shares<'_>, rows: usize, threads: usize) -> usize {
         let shape = shares.shape;
         let slice = |cut: ashlar_vocabulary::AxisCut| cut.rank(self.rank, self.tensor_parallel_size).len();
         let (q, kv) = (slice(shape.attention_cut()), slice(shape.key_cut()));
         let ff = slice(shape.feed_forward_cut());
-        let size = self.tensor_parallel_size;
-        let gathered = if size > 1 { size } else { 0 };
+        let gathered = if self.tensor_parallel_size > 1 { self.tensor_parallel_size } else { 0 };
         // Products of a layer for all rows, those of the head for a chunk of them, take their activations in one place.
-        let products = (request.max_num_batched_tokens * shares.row_words(self.rank, self.layers))
+        let products = (rows * shares.row_words(self.rank, self.layers))
             .max(self.head.map_or(0, |_| LOGIT_ROWS * shares.head_row_words()));
-        let per_token = (2 + gathered + usize::from(!self.first)) * shape.hidden_size
-            + (q + 2 * kv).max(2 * ff)
-            + q.max(ff)
-            + shape.head_dim;
+        let per_row =
+            (2 + gathered) * shape.hidden_size + (q + 2 * kv).max(2 * ff) + q.max(ff) + shape.head_dim;
         let attention = AttentionMemory {
-            threads: threads.max(1) as usize,
+            threads: threads.max(1),
             query_heads: q / shape.head_dim,
             kv_heads: kv / shape.head_dim,
             head_dim: shape.head_dim,
         };
+        (rows * per_row + products) * BYTES_PER_ACTIVATION + attention.bytes(rows)
+    }
+
+    /// Bytes of the buffers that the largest step needs on this rank: its workspace, activations received and waiting to be
+    /// sent, where there is a head a chunk of logits, and memory shared with other ranks on the one that makes it: whether they
+    /// will be on one host is not known here.
+    fn activation_bytes(&self, shares: &Shares<'_>, request: &PlanRequest, threads: u32) -> usize {
+        let (shape, rows, size) = (shares.shape, request.max_num_batched_tokens, self.tensor_parallel_size);
         let of_head: usize = self.head.map_or(0, |head| self.logit_values(shape, head));
         let exchanged = if size > 1 && self.rank == 0 { size * GROUP_VALUES } else { 0 };
+        let received = if self.first { 0 } else { rows * shape.hidden_size };
         // Rows on their way from or to another stage; narrower ones are widened, from a buffer of their own.
         let narrow = usize::from(shape.activations != FloatType::F32);
         let in_transit = (narrow * usize::from(!self.first) + 2 * usize::from(!self.last))
             * shape.hidden_size
             * shape.activations.bytes();
-        (request.max_num_batched_tokens * per_token + products + of_head + exchanged) * BYTES_PER_ACTIVATION
-            + request.max_num_batched_tokens * in_transit
-            + attention.bytes(request.max_num_batched_tokens)
+        (received + of_head + exchanged) * BYTES_PER_ACTIVATION
+            + rows * in_transit
+            + self.workspace_bytes(shares, rows, threads as usize)
     }
 
     /// Values that a chunk of rows needs around the head.

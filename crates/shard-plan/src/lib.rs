@@ -2,7 +2,7 @@
 //! layer ranges and a ledger of every byte.
 //!
 //! Layout: [`request`] (what goes in), [`speeds`] (what counts as equally fast), [`layout`] (what comes out), [`position`] (what a stage holds by its
-//! place), [`shares`] (what its ranks hold of each layer), [`ledger`] (memory of one rank), [`cost`] (seconds of one stage), [`cut`] (the exact dynamic program over contiguous ranges), [`plan`](mod@plan) (which stages,
+//! place), [`shares`] (what its ranks hold of each layer), [`ledger`] (memory of one rank), [`session`] (what fine-tuning takes of it), [`cost`] (seconds of one stage), [`cut`] (the exact dynamic program over contiguous ranges), [`plan`](mod@plan) (which stages,
 //! replicas and standbys), [`error`] (why not).
 //!
 //! **Invariants:** pure — no clock, randomness, I/O or randomly seeded map; equal inputs give equal layouts. Only
@@ -17,6 +17,7 @@ pub mod ledger;
 pub mod plan;
 pub mod position;
 pub mod request;
+pub mod session;
 pub mod shares;
 pub mod speeds;
 
@@ -25,8 +26,9 @@ mod overrides;
 
 pub use error::PlanError;
 pub use layout::{Layout, Prediction, ReplicaLayout, StageLayout};
-pub use ledger::{LedgerRow, MemoryLedger};
+pub use ledger::{LedgerRow, MemoryLedger, Piece};
 pub use plan::{plan, survivable_losses};
 pub use position::Position;
 pub use request::{DeviceReport, LinkReport, Links, PlanRequest};
+pub use session::{SessionMemory, SessionRequest};
 pub use shares::{LayerShare, Shares};

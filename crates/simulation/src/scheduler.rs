@@ -28,6 +28,8 @@ impl Scheduler {
         let jobs = JobsConfig {
             term: cluster.term,
             model_digest: cluster.model_digest,
+            shape: cluster.shape.clone(),
+            adapter_memory: Bytes(1 << 30),
             max_jobs_running: 1,
             blobs: false,
         };

@@ -2,7 +2,7 @@
 //!
 //! Layout: [`ids`] (newtypes), [`blob`] (names of stored bytes), [`units`] (bytes, milliseconds), [`parts`] (the eight-part cut that the numeric
 //! contract is built on), [`head`] (who computes which of its rows), [`shape`] (what a model looks like, without its weights), [`sampling`] (what a request asks of
-//! the sampler), [`weights`] (the types of weights), [`blocks`] and [`packed`] (how they lie in memory), [`memory`] (how much of it a rank needs for them), [`attention`] (what attention works in), [`precision`] (what an owner chooses among them, and for the cache), [`random`] (the counter-based generator).
+//! the sampler), [`weights`] (the types of weights), [`blocks`] and [`packed`] (how they lie in memory), [`memory`] (how much of it a rank needs for them), [`attention`] (what attention works in), [`gradient`] (what backward passes do), [`precision`] (what an owner chooses among them, and for the cache), [`random`] (the counter-based generator).
 //!
 //! **Invariant:** this crate imports nothing of ours, performs no I/O and reads no clock.
 #![forbid(unsafe_code)]
@@ -10,6 +10,7 @@
 pub mod attention;
 pub mod blob;
 pub mod blocks;
+pub mod gradient;
 pub mod head;
 pub mod ids;
 pub mod memory;
@@ -24,6 +25,7 @@ pub mod weights;
 
 pub use attention::AttentionMemory;
 pub use blob::{BlobId, UnknownBlobId};
+pub use gradient::GradientMemory;
 pub use head::HeadSlice;
 pub use ids::*;
 pub use parts::{AxisCut, PARTS};

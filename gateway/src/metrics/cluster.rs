@@ -55,9 +55,15 @@ pub(super) fn render(snapshot: &ClusterSnapshot, model_name: &str) -> String {
         counters.trained_tokens as f64,
     );
 
-    let bytes: [NodeSeries; 4] = [
+    let bytes: [NodeSeries; 6] = [
         ("ashlar_node_memory_offered_bytes", "Memory that the node offered.", |n| n.memory.0 as f64),
-        ("ashlar_ledger_reserved_bytes", "Memory that the ledger has reserved.", |n| n.reserved.0 as f64),
+        ("ashlar_ledger_reserved_bytes", "Memory that the ledger has reserved for serving.", |n| {
+            n.reserved.0 as f64
+        }),
+        ("ashlar_ledger_adapters_bytes", "Memory that adapters take on the replica's fullest rank.", |n| {
+            n.adapters.0 as f64
+        }),
+        ("ashlar_ledger_jobs_bytes", "Memory that is reserved for fine-tuning jobs.", |n| n.jobs.0 as f64),
         ("ashlar_ledger_resident_bytes", "Memory that is really resident.", |n| n.resident.0 as f64),
         ("ashlar_node_loaded_ratio", "Share of the node's weights that is loaded.", |n| f64::from(n.loaded)),
     ];

@@ -120,6 +120,12 @@ pub(crate) struct Samples<'a> {
     pub(crate) sizes: &'a [SampleSize],
 }
 
+/// Rows of the longest sample: no micro-batch can be smaller.
+pub(crate) fn longest_sample(training: &Samples<'_>, validation: Option<&Samples<'_>>) -> u32 {
+    let measured = validation.map_or(&[][..], |samples| samples.sizes);
+    training.sizes.iter().chain(measured).map(|size| size.rows).max().unwrap_or(0)
+}
+
 impl Choices {
     /// The dataset's word for the method.
     pub(crate) fn dataset_method(&self) -> Method {
@@ -148,7 +154,10 @@ impl Choices {
         let plan = JobPlan::new(training.sizes.to_vec(), trained, settings)?;
         let (steps, steps_per_epoch) = (plan.steps(), u64::from(plan.steps_per_epoch()));
         let measured = validation.map_or(&[][..], |samples| samples.sizes);
-        let largest = training.sizes.iter().chain(measured).map(|size| size.rows).max().unwrap_or(0);
+        let largest = longest_sample(training, validation);
+        // A small file never fills the micro-batches that are allowed.
+        let all = |sizes: &[SampleSize]| sizes.iter().map(|size| u64::from(size.rows)).sum::<u64>();
+        let rows = u32::try_from(all(training.sizes).max(all(measured))).unwrap_or(u32::MAX);
         Ok(TrainingSettings {
             dataset: training.blob,
             validation: match validation {
@@ -164,9 +173,9 @@ impl Choices {
             epochs,
             batch_size,
             seed: self.seed,
-            micro_batch_rows: largest.max(MICRO_BATCH_ROWS),
-            // Memory is what nodes are short of, as they go on serving.
-            keep_activations: false,
+            micro_batch_rows: rows.clamp(largest, largest.max(MICRO_BATCH_ROWS)).max(1),
+            // Whether there is memory for it is seen when a session opens.
+            keep_activations: true,
             learning_rate: self.learning_rate * self.learning_rate_multiplier.unwrap_or(1.0),
             schedule: LearningRateSchedule {
                 warmup_steps: self.schedule.warmup.steps(steps),

@@ -4,7 +4,7 @@
 //! may be done any number of times, by any gateway: the same files and choices give the same blobs and settings.
 
 use super::blob_io::{BlobFile, BlobSink, BlobSource, Stop};
-use super::settings::{Choices, Samples};
+use super::settings::{Choices, Samples, longest_sample};
 use crate::scheduler_client::SchedulerClient;
 use crate::text::ModelText;
 use ashlar_dataset::{
@@ -235,6 +235,7 @@ fn data_report(training: &Tokenised, validation: Option<&Tokenised>, max_seq_len
         samples: report.samples,
         tokens: report.tokens,
         target_tokens: report.target_tokens,
+        longest_sample_rows: longest_sample(&training.samples(), validation.map(Tokenised::samples).as_ref()),
         truncated_examples: report.truncated.examples,
         truncated_tokens: report.truncated.tokens,
         warnings,

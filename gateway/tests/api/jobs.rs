@@ -414,6 +414,7 @@ async fn checkpoints_and_the_adapter_can_be_fetched() {
         let job = admin.job(id).unwrap();
         (job.adapter, job.status) = (Some(adapter), JobStatus::Succeeded);
         let checkpoint = |number: u64, validation| Checkpoint {
+            files: vec![FileId(20 + u128::from(number)), FileId(30)],
             number,
             created_at: 5,
             step: number + 1,
@@ -433,6 +434,8 @@ async fn checkpoints_and_the_adapter_can_be_fetched() {
     let newest: &FineTuningJobCheckpoint = &typed.data[0];
     assert_eq!((newest.step_number, newest.metrics.valid_loss), (2, 0.5));
     assert_eq!(newest.fine_tuned_model_checkpoint, "ft:tiny:ashlar::1:ckpt-step-2");
+    let files = [21, 30].map(|id: u128| format!("file-{id:032x}"));
+    assert_eq!(list["data"][0]["files"], json!(files));
     let after = list["last_id"].as_str().unwrap();
     let rest = world.http.get(&format!("{path}/checkpoints?after={after}")).await.json();
     assert_eq!((&rest["data"][0]["step_number"], &rest["has_more"]), (&json!(1), &json!(false)));

@@ -331,6 +331,8 @@ fn cluster() -> ClusterSnapshot {
             layers: LayerRange { start: 0, end: 4 },
             loaded: 1.0,
             reserved: Bytes(1 << 20),
+            adapters: Bytes(3 << 10),
+            jobs: Bytes(5 << 10),
             resident: Bytes(1 << 19),
             busy: StepTiming { compute_us: 1_500_000, wait_us: 10, collective_us: 0, send_us: 5 },
             trained: TrainingTiming { compute_us: 2_500_000, wait_us: 20, exchange_us: 30, durable_us: 40 },

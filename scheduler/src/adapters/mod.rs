@@ -83,6 +83,11 @@ impl Adapters {
         self.names.values().flat_map(|record| &record.generations).map(|view| view.adapter)
     }
 
+    /// What adapters take on a replica's fullest rank, as far as they are loaded.
+    pub fn held(&self, replica: ReplicaId) -> Bytes {
+        self.residents.bytes(replica)
+    }
+
     /// Applies one event.
     pub fn handle(&mut self, now: Millis, event: Event, users: &dyn Users, effects: &mut Vec<Effect>) {
         match event {

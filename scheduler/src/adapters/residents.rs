@@ -130,7 +130,7 @@ impl Residents {
     }
 
     /// What adapters take on the replica's fullest rank, as far as is known.
-    fn bytes(&self, replica: ReplicaId) -> Bytes {
+    pub(super) fn bytes(&self, replica: ReplicaId) -> Bytes {
         let adapters = self.places.get(&replica).into_iter().flat_map(|place| place.adapters.keys());
         adapters.map(|adapter| self.sizes.get(adapter).copied().unwrap_or_default()).sum()
     }

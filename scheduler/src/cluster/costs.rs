@@ -28,7 +28,8 @@ pub(super) fn plan_request(config: &ClusterConfig) -> PlanRequest {
     }
 }
 
-fn piece(seat: &Seat, replica: &Replica) -> Piece {
+/// The piece of the model that a seat holds.
+pub(super) fn piece(seat: &Seat, replica: &Replica) -> Piece {
     let position = replica.position(seat.place.stage.0 as usize);
     position.piece(seat.place.layers, seat.place.rank.0 as usize, replica.tensor_parallel_size)
 }

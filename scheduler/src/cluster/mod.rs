@@ -16,7 +16,7 @@ mod snapshot;
 
 pub use events::{ClusterConfig, Effect, Event, NodeConnection, Spent};
 
-use crate::jobs::{TrainingRank, TrainingReplica};
+use crate::jobs::{RankRoom, TrainingRank, TrainingReplica};
 use crate::time::Millis;
 use ashlar_protocol::membership::Join;
 use ashlar_protocol::step::StepTiming;
@@ -114,7 +114,7 @@ impl Cluster {
         nodes.map(|node| node.connection).collect()
     }
 
-    /// A replica as jobs train on it: its ranks with their addresses and layers.
+    /// A replica as jobs train on it: its ranks with their addresses, layers and room.
     pub fn training_replica(&self, id: ReplicaId) -> Option<TrainingReplica> {
         let replica = self.replicas.get(&id)?;
         let rank = |seat: &place::Seat| {
@@ -125,10 +125,22 @@ impl Cluster {
                 stage: seat.place.stage,
                 rank: seat.place.rank,
                 layers: seat.place.layers,
+                room: RankRoom {
+                    node: seat.node.clone(),
+                    capacity: node.join.memory,
+                    serving: node.reserved,
+                    threads: node.join.threads,
+                    piece: costs::piece(seat, replica),
+                },
             })
         };
         let ranks: Option<Vec<TrainingRank>> = replica.seats.iter().map(rank).collect();
         Some(TrainingReplica { replica: id, revision: replica.revision, ranks: ranks? })
+    }
+
+    /// The connection of a node that has joined.
+    pub fn connection_of(&self, node: &NodeId) -> Option<NodeConnection> {
+        self.nodes.get(node).map(|node| node.connection)
     }
 
     /// Where the node of a connection stands: its replica and stage.

@@ -4,9 +4,10 @@ use super::Cluster;
 use super::place::{Observed, Phase};
 use crate::engine::Engine;
 use ashlar_protocol::serving::{ClusterSnapshot, NodeView, ReplicaView};
+use ashlar_vocabulary::Bytes;
 
 impl Cluster {
-    /// The cluster as it is now, with the engine's numbers.
+    /// The cluster as it is now, with the engine's numbers; what adapters and jobs take is others' to say.
     pub fn snapshot(&self, engine: &Engine) -> ClusterSnapshot {
         let nodes = self.nodes.iter().map(|(name, node)| NodeView {
             node: name.clone(),
@@ -21,6 +22,8 @@ impl Cluster {
                 Observed::Ready { .. } => 1.0,
             },
             reserved: node.reserved,
+            adapters: Bytes(0),
+            jobs: Bytes(0),
             resident: node.resident,
             busy: node.busy,
             trained: node.trained,

@@ -10,7 +10,9 @@ use ashlar_protocol::admin::{
 use ashlar_protocol::membership::ToNode;
 use ashlar_protocol::serving::PrepareJob;
 use ashlar_protocol::training::TrainingReport;
-use ashlar_vocabulary::{AdapterId, BlobId, FileId, JobId, LeaseTerm, ModelDigest, ReplicaId, SessionId};
+use ashlar_vocabulary::{
+    AdapterId, BlobId, Bytes, FileId, JobId, LeaseTerm, ModelDigest, ModelShape, ReplicaId, SessionId,
+};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
 
@@ -24,6 +26,10 @@ pub struct JobsConfig {
     pub term: LeaseTerm,
     /// The base model that is served; jobs for another are refused.
     pub model_digest: ModelDigest,
+    /// What that model looks like: sessions take memory by it.
+    pub shape: ModelShape,
+    /// Most memory of a rank that adapters take.
+    pub adapter_memory: Bytes,
     /// Most jobs that train at once.
     pub max_jobs_running: usize,
     /// Whether there is a place for blobs; without one files and jobs are refused.
@@ -101,6 +107,13 @@ pub enum Event {
         replica: ReplicaId,
         /// Why.
         reason: String,
+    },
+    /// What adapters in memory take on a replica's fullest rank has changed.
+    AdaptersHeld {
+        /// Which replica.
+        replica: ReplicaId,
+        /// What they take now.
+        bytes: Bytes,
     },
     /// A rank reports.
     Report {

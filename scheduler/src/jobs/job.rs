@@ -27,6 +27,8 @@ pub(super) struct Job {
     pub(super) saving: Saving,
     /// Sessions lost since it last made progress.
     pub(super) failures: u32,
+    /// It waits for memory: which state of the room it was told to wait in.
+    pub(super) waits_since: Option<u64>,
     /// A step for which every rank has voted, and that is committed once the one before is durable.
     pub(super) held: Option<Held>,
 }
@@ -149,7 +151,7 @@ impl Job {
     }
 
     fn with(record: JobRecord, progress: Progress, phase: Phase, log: EventLog) -> Job {
-        Job { record, progress, phase, log, saving: Saving::default(), failures: 0, held: None }
+        Job { record, progress, phase, log, saving: Saving::default(), failures: 0, waits_since: None, held: None }
     }
 
     /// Notes that something happened.

@@ -174,6 +174,9 @@ impl Jobs {
         job.saving.superseded.extend(shards.map(|shard| (record.steps, shard)));
         if record.steps > 0 && blobs {
             record.result_files = vec![names::results_file(id)];
+            if let (JobStatus::Succeeded, Some(last)) = (status, record.checkpoints.last()) {
+                record.result_files.extend(&last.files);
+            }
             job.progress.results_due = true;
         }
         job.phase = Phase::Ended;
@@ -279,8 +282,24 @@ impl Jobs {
             })
             .collect();
         queue.sort_unstable();
-        for (_, id) in queue.into_iter().take(self.config.max_jobs_running.saturating_sub(running)) {
+        let mut places = self.config.max_jobs_running.saturating_sub(running);
+        for (_, id) in queue {
+            if places == 0 {
+                return;
+            }
+            let trained = self.jobs.get(id).is_some_and(|job| job.next() == Next::Finish);
+            if !trained && self.allot(id).is_none() {
+                match self.jobs.get(id).is_some_and(Job::ended) {
+                    true => continue,
+                    // Nobody overtakes it: a large job would wait for ever.
+                    false => return,
+                }
+            }
+            places -= 1;
             self.begin_job(id);
+            if !trained {
+                self.open_session(id);
+            }
         }
     }
 

@@ -2,7 +2,7 @@
 //!
 //! Layout: [`events`] (what goes in and out), `admin` (calls of gateways), `lifecycle` (from validation to the end), `training`
 //! (sessions, steps, votes), `publishing` (adapters under names), `saving` (what is durable); of one job: `job` (its record and what
-//! comes next), `session` (its ranks and their votes), `event_log`; `replicas` (who trains), `shelf` (records and their lists), `names`, [`results`]
+//! comes next), `session` (its ranks and their votes), `event_log`; `replicas` (who trains), `room` (whether there is memory for it), `shelf` (records and their lists), `names`, [`results`]
 //! (the table of steps).
 //!
 //! **Invariants:** no tokio, clock, randomness or I/O: the store is an effect, its answers are events. A step is committed only
@@ -18,20 +18,21 @@ mod names;
 mod publishing;
 mod replicas;
 pub mod results;
+mod room;
 mod saving;
 mod session;
 mod shelf;
 mod training;
 
 pub use events::{CHUNK_EVENTS, Effect, Event, JobsConfig, Loaded, Progress, References, SaveId, StoredJob};
-pub use names::results_file;
-pub use replicas::{TrainingRank, TrainingReplica};
+pub use names::{checkpoint_file, results_file};
+pub use replicas::{RankRoom, TrainingRank, TrainingReplica};
 
 use crate::engine::GatewayId;
 use crate::time::Millis;
 use admin::Read;
 use ashlar_protocol::admin::{FileRecord, JobRecord, JobStatus};
-use ashlar_vocabulary::{FileId, JobId, ReplicaId, SessionId};
+use ashlar_vocabulary::{Bytes, FileId, JobId, ReplicaId, SessionId};
 use job::{Job, Phase};
 use saving::FileSaves;
 use shelf::Shelf;
@@ -63,6 +64,10 @@ pub struct Jobs {
     gateways: BTreeSet<GatewayId>,
     /// Replicas that serve.
     replicas: BTreeMap<ReplicaId, TrainingReplica>,
+    /// What adapters in memory take on each of them.
+    adapters_held: BTreeMap<ReplicaId, Bytes>,
+    /// Counts changes of what there is for sessions, from 1.
+    room_changes: u64,
     sessions: BTreeMap<SessionId, JobId>,
     sessions_made: u64,
     queue_places: u64,
@@ -89,6 +94,8 @@ impl Jobs {
             active: BTreeSet::new(),
             gateways: BTreeSet::new(),
             replicas: BTreeMap::new(),
+            adapters_held: BTreeMap::new(),
+            room_changes: 1,
             sessions: BTreeMap::new(),
             sessions_made: 0,
             queue_places: 0,
@@ -112,9 +119,15 @@ impl Jobs {
             Event::Admin { gateway, call, request } => self.admin((gateway, call), *request),
             Event::Prepared { gateway: _, job, outcome } => self.prepared(job, *outcome),
             Event::ReplicaUp(replica) => {
+                self.adapters_held.remove(&replica.replica);
                 self.replicas.insert(replica.replica, replica);
+                self.room_changes += 1;
             }
             Event::ReplicaDown { replica, reason } => self.replica_down(replica, &reason),
+            Event::AdaptersHeld { replica, bytes } => {
+                self.adapters_held.insert(replica, bytes);
+                self.room_changes += 1;
+            }
             Event::Report { connection, session, report } => self.report(connection, session, *report),
             Event::Saved(SaveId::Job(job)) => self.job_saved(job),
             Event::Saved(SaveId::File(file)) => self.file_saved(file),
@@ -205,6 +218,6 @@ impl Jobs {
                 return Err(format!("session {} of job {id} is not known", session.id));
             }
         }
-        Ok(())
+        self.check_room()
     }
 }

@@ -28,6 +28,17 @@ pub(super) fn root(job: JobId) -> String {
 pub fn results_file(job: JobId) -> FileId {
     let mut hash = blake3::Hasher::new_derive_key("ashlar fine-tuning results");
     hash.update(&job.0.to_le_bytes());
+    file_id(&hash)
+}
+
+/// A file of a job's state after a step, by the same rule.
+pub fn checkpoint_file(job: JobId, step: u64, name: &str) -> FileId {
+    let mut hash = blake3::Hasher::new_derive_key("ashlar fine-tuning checkpoint files");
+    hash.update(&job.0.to_le_bytes()).update(&step.to_le_bytes()).update(name.as_bytes());
+    file_id(&hash)
+}
+
+fn file_id(hash: &blake3::Hasher) -> FileId {
     let mut id = [0; 16];
     hash.finalize_xof().fill(&mut id);
     FileId(u128::from_le_bytes(id))

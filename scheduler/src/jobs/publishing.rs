@@ -6,13 +6,17 @@ use super::events::Effect;
 use super::job::{self, Phase};
 use super::lifecycle::error;
 use super::{Jobs, names};
+use super::results::RESULTS_PURPOSE;
 use ashlar_protocol::admin::{
-    AdminFailure, AdminFailureKind, Checkpoint, JobEventKind, JobStatus, LoadAdapter,
+    AdminFailure, AdminFailureKind, Checkpoint, FileRecord, JobEventKind, JobStatus, LoadAdapter,
 };
+use ashlar_protocol::training::ExportedFile;
 use ashlar_vocabulary::{AdapterId, JobId};
 
 /// Checkpoints that a job keeps.
 const CHECKPOINTS_MAX: usize = 3;
+/// Most files of a checkpoint; a PEFT adapter has two.
+const CHECKPOINT_FILES_MAX: usize = 64;
 /// How often it is tried to have a finished model served.
 const ATTEMPTS_MAX: u32 = 10;
 /// The pause before the second attempt; it doubles with each.
@@ -21,19 +25,29 @@ const RETRY_MS: u64 = 1_000;
 const RETRY_MS_MAX: u64 = 60_000;
 
 impl Jobs {
-    /// An adapter was made of the committed state: a checkpoint, served under a name of its own.
-    pub(super) fn checkpoint(&mut self, id: JobId, adapter: AdapterId) {
+    /// An adapter was made of the committed state: a checkpoint, served under a name of its own, whose files can be read.
+    pub(super) fn checkpoint(&mut self, id: JobId, adapter: AdapterId, files: Vec<ExportedFile>) {
         let unix_s = self.unix_s;
         let Some(job) = self.jobs.get_mut(id) else { return };
         let step = job.record.steps;
         let Some(metrics) = job.record.last else { return };
         let model = names::checkpoint(&job.record.request, step);
+        let record = |file: ExportedFile| FileRecord {
+            id: names::checkpoint_file(id, step, &file.name),
+            name: job::short(file.name),
+            purpose: RESULTS_PURPOSE.to_owned(),
+            bytes: file.bytes,
+            created_at: unix_s,
+            blob: file.blob,
+        };
+        let files: Vec<FileRecord> = files.into_iter().take(CHECKPOINT_FILES_MAX).map(record).collect();
         let validation = job.progress.evaluated.filter(|(measured, ..)| *measured == step);
         job.record.checkpoints.push(Checkpoint {
             number: job.progress.checkpoints,
             created_at: unix_s,
             step,
             adapter,
+            files: files.iter().map(|file| file.id).collect(),
             model: model.clone(),
             metrics,
             validation: validation.map(|(_, loss, accuracy)| (loss, accuracy)),
@@ -43,7 +57,16 @@ impl Jobs {
         let outdated = job.record.checkpoints.len().saturating_sub(CHECKPOINTS_MAX);
         let outdated: Vec<Checkpoint> = job.record.checkpoints.drain(..outdated).collect();
         job.happened(unix_s, JobEventKind::Checkpoint { step, model: model.clone() });
-        self.effects.extend(outdated.into_iter().map(|checkpoint| Effect::Withdraw(checkpoint.model)));
+        for checkpoint in outdated {
+            self.effects.push(Effect::Withdraw(checkpoint.model));
+            for file in checkpoint.files {
+                // One that its owner has deleted is gone already.
+                if self.files.contains(file) {
+                    self.forget_file(file, None);
+                }
+            }
+        }
+        files.into_iter().for_each(|file| self.save_file(file, None));
         self.effects.push(Effect::Publish(load(model, adapter, id, unix_s)));
     }
 

@@ -3,7 +3,10 @@
 use crate::cluster::NodeConnection;
 use ashlar_protocol::membership::ToNode;
 use ashlar_protocol::training::{OpenSession, SessionStart, TrainingSettings};
-use ashlar_vocabulary::{JobId, LayerRange, ReplicaId, ReplicaRevision, SessionId, StageIndex, TensorRank};
+use ashlar_shard_plan::Piece;
+use ashlar_vocabulary::{
+    Bytes, JobId, LayerRange, NodeId, ReplicaId, ReplicaRevision, SessionId, StageIndex, TensorRank,
+};
 
 /// A replica that serves.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -29,6 +32,23 @@ pub struct TrainingRank {
     pub rank: TensorRank,
     /// The stage's layers.
     pub layers: LayerRange,
+    /// What it has for sessions.
+    pub room: RankRoom,
+}
+
+/// What decides what a session takes on a rank, and what the rank has for it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RankRoom {
+    /// Its node.
+    pub node: NodeId,
+    /// Memory that the node offers.
+    pub capacity: Bytes,
+    /// Of it, reserved for what serves: weights, KV cache, workspaces.
+    pub serving: Bytes,
+    /// Threads of the node.
+    pub threads: u32,
+    /// The rank's piece of the model.
+    pub piece: Piece,
 }
 
 /// Most replicas that train one job together.
@@ -38,6 +58,16 @@ impl TrainingReplica {
     /// What must be equal where ranks of several replicas exchange gradients: the same cut of the model.
     fn cut(&self) -> Vec<(StageIndex, TensorRank, LayerRange)> {
         self.ranks.iter().map(|rank| (rank.stage, rank.rank, rank.layers)).collect()
+    }
+
+    /// Stages of the replica.
+    pub(super) fn stages(&self) -> usize {
+        self.ranks.iter().map(|rank| rank.stage.0 as usize + 1).max().unwrap_or(0)
+    }
+
+    /// Ranks of each stage.
+    pub(super) fn tensor_parallel_size(&self) -> usize {
+        self.ranks.iter().map(|rank| rank.rank.0 as usize + 1).max().unwrap_or(1)
     }
 
     fn at(&self, stage: StageIndex, rank: TensorRank) -> Option<&TrainingRank> {
@@ -108,6 +138,20 @@ mod tests {
             stage: StageIndex(stage),
             rank: TensorRank(0),
             layers: LayerRange { start, end },
+            room: RankRoom {
+                node: NodeId(format!("{number}-{stage}")),
+                capacity: Bytes(0),
+                serving: Bytes(0),
+                threads: 1,
+                piece: Piece {
+                    layers: LayerRange { start, end },
+                    first: stage == 0,
+                    last: end == 8,
+                    rank: 0,
+                    tensor_parallel_size: 1,
+                    head: None,
+                },
+            },
         });
         let ranks = ranks.collect();
         TrainingReplica {

@@ -162,6 +162,8 @@ impl Jobs {
             }
             gone.retain(|blob| !other.blobs().any(|held| held == *blob));
         }
+        // Somebody may have uploaded the same bytes.
+        gone.retain(|blob| !self.files.values().any(|file| file.blob == *blob));
         if !gone.is_empty() {
             self.effects.push(Effect::DeleteBlobs(gone));
         }
@@ -201,7 +203,7 @@ impl Jobs {
                 self.save_file(file, None);
             }
             Err(why) => {
-                job.record.result_files.clear();
+                job.record.result_files.retain(|file| *file != names::results_file(id));
                 self.effects
                     .push(Effect::Warn(format!("job {id}: its table of steps cannot be written: {why}")));
             }

@@ -1,5 +1,6 @@
 //! A job's stay on a set of ranks: what they do now, and who has voted.
 
+use super::room::Allotment;
 use crate::cluster::NodeConnection;
 use crate::time::Millis;
 use ashlar_protocol::membership::ToNode;
@@ -14,6 +15,8 @@ pub(super) struct Session {
     /// Its ranks; the first one is the root.
     ranks: Vec<NodeConnection>,
     replicas: Vec<ReplicaId>,
+    /// What it has reserved.
+    pub(super) allotment: Allotment,
     pub(super) doing: Doing,
     /// When it began to do so, or a rank last said something.
     pub(super) heard: Millis,
@@ -48,9 +51,10 @@ impl Session {
         id: SessionId,
         ranks: Vec<NodeConnection>,
         replicas: Vec<ReplicaId>,
+        allotment: Allotment,
         now: Millis,
     ) -> Session {
-        Session { id, ranks, replicas, doing: Doing::Opening(BTreeSet::new()), heard: now }
+        Session { id, ranks, replicas, allotment, doing: Doing::Opening(BTreeSet::new()), heard: now }
     }
 
     pub(super) fn has(&self, connection: NodeConnection) -> bool {

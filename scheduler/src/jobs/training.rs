@@ -3,12 +3,15 @@
 use super::events::Effect;
 use super::job::{self, Held, Job, Next, Phase};
 use super::lifecycle::error;
+use super::room::{Allotment, Verdict};
 use super::session::{Doing, Session};
 use super::{Jobs, replicas};
 use crate::cluster::NodeConnection;
 use ashlar_protocol::admin::JobEventKind;
 use ashlar_protocol::membership::ToNode;
-use ashlar_protocol::training::{SessionStart, StepMetrics, TrainingReport, TrainingWork};
+use ashlar_protocol::training::{
+    SessionStart, StepMetrics, TrainingReport, TrainingSettings, TrainingWork,
+};
 use ashlar_vocabulary::{BlobId, JobId, ReplicaId, SessionId};
 
 /// Sessions of one term: `term × SESSIONS_PER_TERM + n`, so that they rise over all terms.
@@ -27,26 +30,62 @@ const SLOW_STEP_FACTOR: f64 = 20.0;
 const SKIPPED_MAX: u32 = 3;
 
 impl Jobs {
-    /// Opens a session on the replicas that serve, if there are any.
+    /// Opens a session on the replicas that serve, if there are any and they have room.
     pub(super) fn open_session(&mut self, id: JobId) {
+        // A step that is not committed yet changes where it starts.
+        if self.jobs.get(id).is_none_or(|job| job.held.is_some()) {
+            return;
+        }
+        let Some(allotment) = self.allot(id) else { return };
         let replicas = replicas::choose(self.replicas.values());
         let Some(job) = self.jobs.get_mut(id) else { return };
-        // A step that is not committed yet changes where it starts.
-        let ready = !replicas.is_empty() && job.held.is_none();
-        let Some(settings) = job.record.settings.as_ref().filter(|_| ready) else { return };
+        let Some(settings) = &job.record.settings else { return };
+        let settings = TrainingSettings {
+            keep_activations: allotment.keep_activations,
+            micro_batch_rows: allotment.micro_batch_rows,
+            ..settings.clone()
+        };
         self.sessions_made += 1;
         let session = SessionId(self.config.term.0 * SESSIONS_PER_TERM + self.sessions_made);
         let start = match job.record.steps {
             0 => SessionStart::New,
             steps => SessionStart::Resume { steps, shards: job.record.shards.clone() },
         };
-        let messages = replicas::open(&replicas, (session, id), settings, &start);
+        let messages = replicas::open(&replicas, (session, id), &settings, &start);
         let ranks = messages.iter().map(|(connection, _)| *connection).collect();
         let replicas = replicas.iter().map(|replica| replica.replica).collect();
-        job.phase = Phase::Training(Session::new(session, ranks, replicas, self.now));
+        job.phase = Phase::Training(Session::new(session, ranks, replicas, allotment, self.now));
         self.sessions.insert(session, id);
+        self.room_changes += 1;
         let to_one = |(connection, message)| Effect::ToNodes(vec![connection], Box::new(message));
         self.effects.extend(messages.into_iter().map(to_one));
+    }
+
+    /// What a job's session may take now. A job that has to wait, and one that will never fit, hears so.
+    pub(super) fn allot(&mut self, id: JobId) -> Option<Allotment> {
+        let unix_s = self.unix_s;
+        if self.jobs.get(id)?.waits_since == Some(self.room_changes) {
+            return None;
+        }
+        let verdict = self.room_for(id)?;
+        let job = self.jobs.get_mut(id)?;
+        let why = match verdict {
+            Verdict::Fits(allotment) => {
+                job.waits_since = None;
+                return Some(allotment);
+            }
+            // What it has learnt is not given up: other nodes may come back, or its owner may end it.
+            Verdict::Never(why) if job.record.steps > 0 => why,
+            Verdict::Never(why) => {
+                self.fail(id, error("does_not_fit", why));
+                return None;
+            }
+            Verdict::Waits(why) => why,
+        };
+        if job.waits_since.replace(self.room_changes).is_none() {
+            job.happened(unix_s, JobEventKind::WaitsForMemory(job::short(why)));
+        }
+        None
     }
 
     /// Closes a job's session, if it has one. What its ranks say later is not heard.
@@ -54,6 +93,7 @@ impl Jobs {
         let Some(session) = self.jobs.get(id).and_then(Job::session) else { return };
         let (ranks, message) = session.tell(TrainingWork::Close);
         self.sessions.remove(&session.id);
+        self.room_changes += 1;
         self.effects.push(Effect::ToNodes(ranks, message));
     }
 
@@ -71,6 +111,8 @@ impl Jobs {
     /// Every session on a replica that is lost is lost.
     pub(super) fn replica_down(&mut self, replica: ReplicaId, reason: &str) {
         self.replicas.remove(&replica);
+        self.adapters_held.remove(&replica);
+        self.room_changes += 1;
         let hit = |id: &JobId| {
             let session = self.jobs.get(*id).and_then(Job::session);
             session.is_some_and(|session| session.uses(replica))
@@ -151,10 +193,10 @@ impl Jobs {
                 job.evaluated(unix_s, loss, accuracy);
                 self.advance(id);
             }
-            TrainingReport::Exported { adapter, usable } if root && open.doing == Doing::Exporting => {
+            TrainingReport::Exported { adapter, files, usable } if root && open.doing == Doing::Exporting => {
                 open.doing = Doing::Idle;
                 match usable {
-                    Ok(()) => self.checkpoint(id, adapter),
+                    Ok(()) => self.checkpoint(id, adapter, files),
                     Err(why) => self.fail(id, error("no_effect", why)),
                 }
                 self.advance(id);

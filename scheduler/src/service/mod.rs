@@ -231,6 +231,8 @@ impl Scheduler {
         JobsConfig {
             term: lease.term,
             model_digest: self.model.digest,
+            shape: self.model.shape.clone(),
+            adapter_memory: Bytes(self.config.adapter_memory_bytes),
             max_jobs_running: self.config.max_jobs_running,
             blobs: self.blobs.is_some(),
         }

@@ -1,9 +1,9 @@
-use crate::world::{World, settings};
+use crate::world::{ADAPTER_FILES, World, file, settings};
 use ashlar_protocol::admin::{
-    AdminFailure, AdminFailureKind, AdminReply, AdminRequest, JobAction, JobError, JobStatus,
+    AdminFailure, AdminFailureKind, AdminReply, AdminRequest, FileRecord, JobAction, JobError, JobStatus,
 };
 use ashlar_protocol::training::{TrainingReport, TrainingSettings, ValidationData};
-use ashlar_scheduler::jobs::{Event, results_file};
+use ashlar_scheduler::jobs::{Event, checkpoint_file, results_file};
 use ashlar_vocabulary::JobId;
 
 fn created(replicas: u32) -> (World, JobId) {
@@ -57,7 +57,10 @@ fn a_job_goes_from_its_files_to_a_model_that_is_served() {
     assert_eq!(record.checkpoints[1].validation, Some((1.0, 0.25)));
     assert_eq!((record.trained_tokens, record.steps), (60, 6));
     let results = results_file(id);
-    assert_eq!(record.result_files, [results]);
+    let [config, weights] = ADAPTER_FILES.map(|name| checkpoint_file(id, 6, name));
+    assert_eq!(record.result_files, [results, config, weights]);
+    assert_eq!(record.checkpoints[1].files, [config, weights]);
+    assert_eq!(world.stored.files[&weights].name, "adapter_model.safetensors");
     assert_eq!(world.stored.files[&results].purpose, "fine-tune-results");
     assert!(record.shards.is_empty() && world.stored.blobs.is_empty(), "the states are needed no more");
     assert_eq!(world.stored.jobs[&id].record, record);
@@ -377,4 +380,39 @@ fn a_session_that_says_nothing_for_half_an_hour_is_given_up() {
     assert_eq!(world.record(id).events, 5);
     world.pass(200_000);
     assert_eq!(world.record(id).events, 6, "it is interrupted");
+}
+
+#[test]
+fn files_of_a_checkpoint_are_there_as_long_as_it_is_and_longer_than_nobody_wants_them() {
+    let (mut world, id) = created(1);
+    world.settings = TrainingSettings { steps: 10, steps_per_epoch: 2, ..settings() };
+    world.until(id, |record| record.checkpoints.len() == 1);
+    while world.store_works() {}
+    let of = |step| ADAPTER_FILES.map(|name| checkpoint_file(id, step, name));
+    let [first, _] = of(2);
+    let blob = world.stored.files[&first].blob;
+    assert!(world.jobs.references().blobs.contains(&blob), "a sweep respects it");
+    // Its owner may delete one; the rest goes with the checkpoint.
+    let reply = world.ask(AdminRequest::DeleteFile(of(4)[0]));
+    assert!(matches!(reply, AdminReply::Refused(_)), "there is no second checkpoint yet");
+    world.until(id, |record| record.checkpoints.len() == 2);
+    assert!(matches!(world.ask(AdminRequest::DeleteFile(of(4)[0])), AdminReply::Done));
+    world.settle();
+    let steps: Vec<u64> = world.record(id).checkpoints.iter().map(|checkpoint| checkpoint.step).collect();
+    assert_eq!(steps, [6, 8, 10]);
+    let there = |step| of(step).map(|file| world.stored.files.contains_key(&file));
+    assert_eq!([2, 4, 6, 8, 10].map(there), [[false; 2], [false; 2], [true; 2], [true; 2], [true; 2]]);
+    assert_eq!(world.record(id).result_files[1..], of(10));
+}
+
+#[test]
+fn a_state_that_somebody_has_uploaded_too_is_not_deleted() {
+    let (mut world, id) = created(1);
+    world.until(id, |record| record.steps == 1);
+    let shard = world.record(id).shards[0];
+    let reply = world.ask(AdminRequest::PutFile(FileRecord { blob: shard, ..file(9) }));
+    assert!(matches!(reply, AdminReply::File(_)));
+    world.settle();
+    assert_eq!(world.status(id), JobStatus::Succeeded);
+    assert_eq!(world.stored.blobs.iter().collect::<Vec<_>>(), [&shard]);
 }

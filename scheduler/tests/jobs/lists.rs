@@ -1,4 +1,4 @@
-use crate::world::{DIGEST, World, file, request, settings};
+use crate::world::{ADAPTER_MEMORY, DIGEST, World, file, request, settings, shape};
 use ashlar_protocol::admin::{
     AdminFailureKind, AdminReply, AdminRequest, JobRequest, JobStatus, LoadAdapter, Page,
 };
@@ -120,7 +120,14 @@ fn a_file_that_is_deleted_does_not_concern_a_job_that_was_validated() {
 #[test]
 fn before_the_store_is_read_and_without_blobs_nothing_is_promised() {
     let mut effects = Vec::new();
-    let config = JobsConfig { term: LeaseTerm(1), model_digest: DIGEST, max_jobs_running: 1, blobs: false };
+    let config = JobsConfig {
+        term: LeaseTerm(1),
+        model_digest: DIGEST,
+        shape: shape(),
+        adapter_memory: ADAPTER_MEMORY,
+        max_jobs_running: 1,
+        blobs: false,
+    };
     let mut jobs = Jobs::new(config);
     let put =
         || Event::Admin { gateway: GatewayId(1), call: 1, request: Box::new(AdminRequest::PutFile(file(1))) };

@@ -4,4 +4,5 @@
 mod lifecycle;
 mod lists;
 mod random;
+mod room;
 mod world;

@@ -6,23 +6,27 @@ use ashlar_protocol::admin::{
 };
 use ashlar_protocol::membership::ToNode;
 use ashlar_protocol::training::{
-    LearningRateDecay, LearningRateSchedule, LoraSettings, SessionStart, StepMetrics, TrainingMethod,
+    ExportedFile, LearningRateDecay, LearningRateSchedule, LoraSettings, SessionStart, StepMetrics, TrainingMethod,
     TrainingReport, TrainingSettings, TrainingTiming, TrainingWork, ValidationData,
 };
 use ashlar_scheduler::cluster::NodeConnection;
 use ashlar_scheduler::engine::GatewayId;
 use ashlar_scheduler::jobs::{
-    Effect, Event, Jobs, JobsConfig, Loaded, SaveId, StoredJob, TrainingRank, TrainingReplica,
+    Effect, Event, Jobs, JobsConfig, Loaded, RankRoom, SaveId, StoredJob, TrainingRank, TrainingReplica,
 };
 use ashlar_scheduler::time::Millis;
+use ashlar_shard_plan::{Piece, SessionRequest, Shares};
 use ashlar_vocabulary::{
-    AdapterId, BlobId, Bytes, FileId, JobId, LayerRange, LeaseTerm, ModelDigest, ReplicaId, ReplicaRevision,
-    SessionId, StageIndex, TensorRank,
+    AdapterId, BlobId, Bytes, FileId, FloatType, HeadSlice, JobId, LayerRange, LayerVectors, LeaseTerm, ModelDigest,
+    ModelShape, NodeId, ReplicaId, ReplicaRevision, SessionId, StageIndex, TensorRank, WeightType, WeightTypes,
 };
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 pub(crate) const DIGEST: ModelDigest = ModelDigest([7; 32]);
 pub(crate) const STAGES: u32 = 2;
+
+/// The files of an adapter.
+pub(crate) const ADAPTER_FILES: [&str; 2] = ["adapter_config.json", "adapter_model.safetensors"];
 
 /// What outlives a scheduler.
 #[derive(Default)]
@@ -59,6 +63,10 @@ pub(crate) struct World {
     pub(crate) now: Millis,
     pub(crate) term: u64,
     pub(crate) max_jobs_running: usize,
+    /// What nodes of new replicas offer beside what serves.
+    pub(crate) memory: Bytes,
+    /// What validation finds.
+    pub(crate) longest_sample_rows: u32,
     pub(crate) stored: Stored,
     ranks: BTreeMap<NodeConnection, Rank>,
     pub(crate) up: BTreeMap<ReplicaId, TrainingReplica>,
@@ -71,6 +79,8 @@ pub(crate) struct World {
     pub(crate) published: Vec<String>,
     pub(crate) withdrawn: Vec<String>,
     pub(crate) deleted: Vec<BlobId>,
+    /// What every rank was told to train with.
+    pub(crate) opened: Vec<(JobId, TrainingSettings)>,
     /// How files are validated.
     pub(crate) settings: TrainingSettings,
     /// The validation losses that the root reports, by step; 1 where there is none.
@@ -149,7 +159,66 @@ fn share(job: JobId, steps: u64, stage: u32) -> BlobId {
 }
 
 fn config(term: u64, max_jobs_running: usize) -> JobsConfig {
-    JobsConfig { term: LeaseTerm(term), model_digest: DIGEST, max_jobs_running, blobs: true }
+    JobsConfig {
+        term: LeaseTerm(term),
+        model_digest: DIGEST,
+        shape: shape(),
+        adapter_memory: ADAPTER_MEMORY,
+        max_jobs_running,
+        blobs: true,
+    }
+}
+
+/// What adapters may take on a rank.
+pub(crate) const ADAPTER_MEMORY: Bytes = Bytes(1 << 20);
+/// What serving takes there.
+pub(crate) const SERVING: Bytes = Bytes(5 << 20);
+
+/// The model that is served.
+pub(crate) fn shape() -> ModelShape {
+    ModelShape {
+        hidden_size: 64,
+        intermediate_size: 128,
+        num_layers: 4 * STAGES as usize,
+        num_heads: 4,
+        num_kv_heads: 4,
+        head_dim: 16,
+        vocab_size: 256,
+        max_position_embeddings: 512,
+        tied_head: true,
+        weights: WeightTypes::uniform(WeightType::F32, 4 * STAGES as usize),
+        kv_cache: FloatType::F32,
+        activations: FloatType::F32,
+        vectors: LayerVectors::default(),
+    }
+}
+
+fn piece(stage: u32) -> Piece {
+    let (start, last) = (stage as usize * 4, stage + 1 == STAGES);
+    Piece {
+        layers: LayerRange { start, end: start + 4 },
+        first: stage == 0,
+        last,
+        rank: 0,
+        tensor_parallel_size: 1,
+        head: last.then_some(HeadSlice { index: 0, of: 1 }),
+    }
+}
+
+/// What a session takes on each stage's rank.
+pub(crate) fn session_bytes(settings: &TrainingSettings, keep_activations: bool, rows: u32) -> Vec<Bytes> {
+    let (shape, request) = (
+        shape(),
+        SessionRequest {
+            rank: settings.lora.rank as usize,
+            modules: &settings.lora.targets,
+            micro_batch_rows: rows as usize,
+            keep_activations,
+        },
+    );
+    let shares = Shares::new(&shape, 1);
+    let of = |stage: u32| piece(stage).session(&shares, (STAGES - stage - 1) as usize, 1, &request).total();
+    (0..STAGES).map(of).collect()
 }
 
 impl World {
@@ -160,6 +229,8 @@ impl World {
             now: Millis(0),
             term: 1,
             max_jobs_running: 2,
+            memory: Bytes(1 << 40),
+            longest_sample_rows: 8,
             stored: Stored::default(),
             ranks: BTreeMap::new(),
             up: BTreeMap::new(),
@@ -172,6 +243,7 @@ impl World {
             published: Vec::new(),
             withdrawn: Vec::new(),
             deleted: Vec::new(),
+            opened: Vec::new(),
             settings: settings(),
             losses: BTreeMap::new(),
             skipped: false,
@@ -382,6 +454,13 @@ impl World {
                 stage: StageIndex(stage),
                 rank: TensorRank(0),
                 layers: LayerRange { start, end: start + 4 },
+                room: RankRoom {
+                    node: NodeId(format!("{replica}-{stage}")),
+                    capacity: SERVING + self.memory,
+                    serving: SERVING,
+                    threads: 1,
+                    piece: piece(stage),
+                },
             });
         }
         let revision = ReplicaRevision(self.connections);
@@ -421,6 +500,7 @@ impl World {
                     open.session,
                     Part { job: open.job, stage, names_shares, root, steps, prepared: false },
                 );
+                self.opened.push((open.job, open.settings.clone()));
                 rank.said.push_back((open.session, TrainingReport::Opened { reserved: Bytes(1) }));
                 let members = self.members.entry(open.session);
                 members.or_insert((open.job, BTreeSet::new())).1.insert(connection);
@@ -461,7 +541,13 @@ impl World {
                     TrainingWork::Export { shards } if part.root => {
                         assert_eq!(shards.len(), STAGES as usize);
                         let adapter = AdapterId(share(part.job, part.steps, 99));
-                        TrainingReport::Exported { adapter, usable: self.usable.clone() }
+                        let file = |(number, name): (u32, &str)| ExportedFile {
+                            name: name.to_owned(),
+                            blob: share(part.job, part.steps, 90 + number),
+                            bytes: 10,
+                        };
+                        let files = (0..).zip(ADAPTER_FILES).map(file).collect();
+                        TrainingReport::Exported { adapter, files, usable: self.usable.clone() }
                     }
                     TrainingWork::Evaluate | TrainingWork::Export { .. } => return,
                     TrainingWork::Close => {
@@ -508,6 +594,7 @@ impl World {
             samples: 10,
             tokens: 100,
             target_tokens: 50,
+            longest_sample_rows: self.longest_sample_rows,
             truncated_examples: 0,
             truncated_tokens: 0,
             warnings: Vec::new(),
@@ -634,6 +721,7 @@ impl World {
             JobEventKind::Succeeded => "succeeded".into(),
             JobEventKind::Cancelled => "cancelled".into(),
             JobEventKind::Failed(error) => format!("failed {}", error.code),
+            JobEventKind::WaitsForMemory(_) => "waits".into(),
         };
         self.events(id).iter().map(short).collect()
     }

@@ -1,12 +1,9 @@
-//! What a session reserves, by shape.
+//! What a session reserves, by shape: the ledger's formula, but that a trainer knows its own buffers to the byte.
 
 use ashlar_model::RankSlice;
-use ashlar_model::adapter::LoraSpec;
+use ashlar_model::adapter::{LoraSpec, Target};
+use ashlar_shard_plan::{Piece, SessionRequest, Shares};
 use ashlar_vocabulary::{Bytes, ModelShape};
-
-/// Copies of a rank's share of the adapter: weights and two moments, their packed form, gradients of the runs and of open
-/// subtrees of a batch (at most four), zeros to start one from, and the bytes of the next state.
-const COPIES: usize = 1 + 2 + 1 + 5 + 1 + 3;
 
 /// What decides how much memory a session takes on a rank.
 #[derive(Debug, Clone, Copy)]
@@ -28,26 +25,23 @@ pub struct SessionSize<'a> {
 /// What a session reserves beside its trainer's buffers: the adapter in all its forms, tapes, rows on their way, and the rows
 /// of the head that it had to load.
 pub fn session_bytes(size: &SessionSize<'_>) -> Bytes {
-    let SessionSize { shape, slice, spec, rows, .. } = *size;
-    let hidden = shape.hidden_size;
-    let (query, key) = (slice.queries(shape).len(), slice.keys(shape).len());
-    let feed_forward = slice.feed_forward(shape).len();
-    let layers = slice.layers.len();
-    let pair = |target: &ashlar_model::adapter::Target| {
-        spec.rank * (target.inputs(shape, slice).len() + target.outputs(shape, slice).len())
+    let slice = size.slice;
+    let piece = Piece {
+        layers: slice.layers,
+        first: slice.first,
+        last: slice.last,
+        rank: slice.tensor_rank,
+        tensor_parallel_size: slice.tensor_parallel_size,
+        head: slice.head,
     };
-    let adapter = COPIES * layers * spec.targets.iter().map(pair).sum::<usize>();
-    let low = spec.rank * spec.targets.len();
-    // Per row and layer: queries and keys before their norms, rotated ones and values, attended heads, middle, gate and up.
-    let whole = 2 * hidden + (query + key) + (query + 2 * key) + query + 2 * feed_forward + low;
-    let tape = if size.keep { whole } else { hidden };
-    let tapes = size.in_flight * layers * rows * tape + if size.keep { 0 } else { rows * whole };
-    let (ranks, on_their_way) = (slice.tensor_parallel_size, 2 * rows * hidden);
-    let spread = slice.head.is_some_and(|head| head.of > ranks);
-    let head = if slice.last && spread {
-        shape.head_bytes(ashlar_vocabulary::HeadSlice { index: slice.tensor_rank, of: ranks })
-    } else {
-        0
+    let modules: Vec<String> = size.spec.targets.iter().map(|target| Target::module(*target).into()).collect();
+    let request = SessionRequest {
+        rank: size.spec.rank,
+        modules: &modules,
+        micro_batch_rows: size.rows,
+        keep_activations: size.keep,
     };
-    Bytes((4 * (adapter + tapes + on_their_way) + head) as u64)
+    let shares = Shares::new(size.shape, slice.tensor_parallel_size);
+    let memory = piece.session(&shares, size.in_flight.saturating_sub(1), 1, &request);
+    memory.adapter + memory.tapes + memory.head
 }

@@ -15,10 +15,10 @@ use ashlar_model::adapter::{LoraSpec, Target};
 use ashlar_model::peft::{CONFIG_FILE, PeftError, WEIGHTS_FILE};
 use ashlar_model::stage::StageTrainer;
 use ashlar_protocol::training::{
-    LearningRateDecay, LoraSettings, OpenSession, SessionStart, TrainingMethod, TrainingReport,
+    ExportedFile, LearningRateDecay, LoraSettings, OpenSession, SessionStart, TrainingMethod, TrainingReport,
     TrainingSettings, TrainingWork,
 };
-use ashlar_store::blobs::{BlobError, Manifest};
+use ashlar_store::blobs::{BlobError, Manifest, ManifestEntry};
 use ashlar_training::checkpoint::{self, Position, Restore, Shard};
 use ashlar_training::{AdapterState, Hyperparameters, Preference, RunTree, initial_adapter};
 use ashlar_vocabulary::{AdapterId, BlobId, Bytes};
@@ -228,7 +228,13 @@ impl<'a> Session<'a> {
         add(CONFIG_FILE, &config)?;
         add(WEIGHTS_FILE, &weights)?;
         let adapter = AdapterId(self.storage.put_manifest(&manifest)?.id);
-        Ok(TrainingReport::Exported { adapter, usable })
+        let file = |(name, entry): (&str, ManifestEntry)| ExportedFile {
+            name: name.to_owned(),
+            blob: entry.blob,
+            bytes: entry.bytes,
+        };
+        let files = manifest.entries().map(file).collect();
+        Ok(TrainingReport::Exported { adapter, files, usable })
     }
 }
 

@@ -14,20 +14,18 @@ use crate::lanes::{LANES, LaneKernel, Simd16};
 use crate::math;
 use crate::matmul::PanelRun;
 use crate::strided::{DisjointMut, StridedRows};
+use ashlar_vocabulary::GradientMemory;
+use ashlar_vocabulary::gradient::QUERIES;
 use std::cell::Cell;
 use std::ops::Range;
 
-/// Queries that are computed together.
-const QUERIES: usize = 48;
 /// Keys, or elements of a head, of a panel.
 const PANEL: usize = 4 * LANES;
 
 impl Kernels {
     /// Memory that [`Kernels::attention_gradient`] takes for sequences of up to `rows` rows, in bytes.
     pub fn attention_gradient_bytes(&self, rows: usize, head_dim: usize) -> usize {
-        let (keys, elements) = (rows.next_multiple_of(PANEL), head_dim.next_multiple_of(LANES));
-        let of_keys = 2 * head_dim + 3 * elements + 2 * QUERIES;
-        size_of::<f32>() * self.threads() * (keys * of_keys + QUERIES * (2 * PANEL + elements))
+        GradientMemory { threads: self.threads() }.attention_bytes(rows, head_dim)
     }
 
     /// The gradient of attention by queries, keys and values, where each range of `sequences` is the rows of one sequence

@@ -14,27 +14,19 @@ use crate::kernels::Kernels;
 use crate::lanes::{LANES, LaneKernel, Simd16};
 use crate::strided::{DisjointMut, StridedRows};
 use crate::transpose::{Place, transpose};
+use ashlar_vocabulary::GradientMemory;
+use ashlar_vocabulary::gradient::{
+    CHUNK_OUTPUTS as CHUNK, CHUNK_STRIDE as STRIDE, TASK_INPUTS, TASK_ROWS, TREE_DEPTH as DEPTH, WEIGHT_ROWS,
+};
 use std::cell::Cell;
 use std::ops::Range;
 
-/// Outputs that are widened together: 64 rows' gradients by them take 32 KiB, and stay in the L1 cache.
-const CHUNK: usize = 128;
-/// Distance between rows of a chunk's memory: not a power of two, of which all rows would share a few lines of a cache.
-const STRIDE: usize = CHUNK + LANES;
-/// Most inputs of one task: enough that turning its rows around is a small part.
-const TASK_INPUTS: usize = 8 * PANEL;
 /// Fewest inputs of a task where there are more, to have work for all threads.
 const TASK_INPUTS_MIN: usize = 2 * PANEL;
-/// Most rows of one task: enough that widening the weights is a small part. With 512 inputs, the open sums of a part take 512 KiB.
-const TASK_ROWS: usize = 4 * PANEL;
 /// Tasks per thread where the product is large enough.
 const TASKS_PER_THREAD: usize = 4;
-/// Rows of a weight gradient that are turned around together.
-const WEIGHT_ROWS: usize = 512;
 /// Most rows of sums of one task of a weight gradient.
 const WEIGHT_SUMS: usize = 96;
-/// Open sums of the streaming tree: of 8 parts at most 3 wait while a fourth is computed.
-const DEPTH: usize = 4;
 
 thread_local! {
     /// Reused from task to task.
@@ -81,9 +73,7 @@ impl Kernels {
     /// Memory that gradients of products take beyond their operands, in bytes: at most this much for each thread, and what
     /// turns one side of a weight gradient around, `side` being the shorter of its dimensions.
     pub fn gradient_bytes(&self, side: usize) -> usize {
-        let panel = (CHUNK * TASK_ROWS).max(WEIGHT_ROWS * PANEL);
-        let task = TASK_INPUTS * STRIDE + panel + DEPTH * TASK_INPUTS * TASK_ROWS + LANES * STRIDE;
-        size_of::<f32>() * (self.threads() * task + WEIGHT_ROWS * side)
+        GradientMemory { threads: self.threads() }.products_bytes(side)
     }
 
     /// dx = dy·W, the gradient of y = x·Wᵀ by x. Of quantised weights it is that of the numbers that they stand for; the

@@ -8,18 +8,13 @@ use crate::adapter::{AdaptedRows, Adapter, AdapterStep, AdapterWeights, grown, s
 use crate::block::{Backward, BackwardWork, BlockTape, Sequences};
 use crate::collective::Collective;
 use crate::kv::KvCache;
-use crate::stage::LOGIT_ROWS_MAX;
 use ashlar_kernels::{
     BLOCK_TOKENS, CrossEntropyRow, Kernels, KvLayout, LogSumExp, PackedMatrix, RowContext, StridedRows,
 };
+use ashlar_vocabulary::gradient::loss_rows;
 use ashlar_vocabulary::{BlockId, Bytes, HeadSlice, PARTS, TokenId};
 use std::ops::Range;
 use std::sync::Arc;
-
-/// Memory of the logits of rows whose loss is computed together, unless [`LOGIT_ROWS_MAX`] of them take more.
-const LOSS_BYTES: usize = 64 << 20;
-/// Most of these rows: more would gain nothing.
-const LOSS_ROWS_MAX: usize = 512;
 
 /// Whole sequences that go through the stages together.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -533,13 +528,6 @@ impl StageTrainer {
         }
         Ok(())
     }
-}
-
-/// Rows whose logits lie in memory together while their loss is computed: as many as take [`LOSS_BYTES`] on a rank, as every
-/// pass over the head widens it once more. The same on all ranks of a group.
-fn loss_rows(vocabulary: usize, ranks: usize) -> usize {
-    let row = size_of::<f32>() * vocabulary.div_ceil(ranks).max(1);
-    (LOSS_BYTES / row).clamp(LOGIT_ROWS_MAX, LOSS_ROWS_MAX)
 }
 
 /// The whole batch under one adapter.

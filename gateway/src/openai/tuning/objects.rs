@@ -130,6 +130,7 @@ fn data_object(data: &DataReport) -> Value {
         "samples": data.samples,
         "tokens": data.tokens,
         "target_tokens": data.target_tokens,
+        "longest_sample_rows": data.longest_sample_rows,
         "truncated_examples": data.truncated_examples,
         "truncated_tokens": data.truncated_tokens,
         "warnings": data.warnings,
@@ -230,6 +231,7 @@ fn tell(job: &JobRecord, what: &JobEventKind) -> (&'static str, String, Value) {
         JobEventKind::Interrupted(why) => {
             warn(format!("Fine-tuning interrupted, going on from the last step: {why}"))
         }
+        JobEventKind::WaitsForMemory(why) => info(format!("Fine-tuning job waits for memory: {why}")),
         JobEventKind::Paused => info("Fine-tuning job paused".to_owned()),
         JobEventKind::Resumed => info("Fine-tuning job resumed".to_owned()),
         JobEventKind::StoppedEarly { step } => {
@@ -264,6 +266,7 @@ pub(super) fn checkpoint_object(job: JobId, checkpoint: &Checkpoint) -> Value {
         "object": "fine_tuning.job.checkpoint",
         "created_at": checkpoint.created_at,
         "fine_tuned_model_checkpoint": checkpoint.model,
+        "files": checkpoint.files.iter().map(|file| file_name(*file)).collect::<Vec<_>>(),
         "fine_tuning_job_id": job_name(job),
         "metrics": metrics,
         "step_number": checkpoint.step,

@@ -1,0 +1,69 @@
+//! A finished job's files, written to a directory.
+
+use crate::http::Client;
+use anyhow::{Context, Result, bail};
+use serde_json::{Value, json};
+use std::fs::{self, File};
+use std::path::Path;
+
+/// Writes what the job at `path` has left to `directory`, which is made if need be. Files of the same names are replaced, each
+/// only once the new one is whole.
+pub(super) async fn download(client: &Client, path: &str, directory: &Path, json: bool) -> Result<()> {
+    let job = client.get_ok(path).await?;
+    let files: Vec<&str> =
+        job["result_files"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
+    if job["status"] != "succeeded" || files.is_empty() {
+        bail!(
+            "the job is {}, and has no finished adapter to download: its checkpoints may have files, see {path}/checkpoints",
+            job["status"].as_str().unwrap_or("unknown")
+        );
+    }
+    fs::create_dir_all(directory).with_context(|| format!("cannot make {}", directory.display()))?;
+    for id in files {
+        let file = client.get_ok(&format!("/v1/files/{id}")).await?;
+        let name = plain_name(file["filename"].as_str().unwrap_or_default())?;
+        let (to, part) = (directory.join(name), directory.join(format!("{name}.part")));
+        let bytes = fetch(client, id, &part).await.inspect_err(|_| drop(fs::remove_file(&part)))?;
+        fs::rename(&part, &to).with_context(|| format!("cannot write {}", to.display()))?;
+        show(&to, bytes, json);
+    }
+    Ok(())
+}
+
+async fn fetch(client: &Client, id: &str, part: &Path) -> Result<u64> {
+    let mut to = File::create(part).with_context(|| format!("cannot write {}", part.display()))?;
+    let bytes = client.download(&format!("/v1/files/{id}/content"), &mut to).await?;
+    to.sync_all().with_context(|| format!("cannot write {}", part.display()))?;
+    Ok(bytes)
+}
+
+/// A name that stays in the directory.
+fn plain_name(name: &str) -> Result<&str> {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
+    if name.is_empty() || name.starts_with('.') || !name.chars().all(plain) {
+        bail!("the gateway names a file `{}`, which is no plain name", name.escape_debug());
+    }
+    Ok(name)
+}
+
+fn show(path: &Path, bytes: u64, json: bool) {
+    if json {
+        println!("{}", json!({"file": path, "bytes": bytes}));
+    } else {
+        println!("{} ({bytes} bytes)", path.display());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn names_that_lead_elsewhere_are_refused() {
+        assert_eq!(plain_name("adapter_model.safetensors").unwrap(), "adapter_model.safetensors");
+        for wrong in ["", "..", ".bashrc", "a/b", "/etc/passwd", "a\\b", "a b"] {
+            assert!(plain_name(wrong).is_err(), "{wrong}");
+        }
+    }
+}
