@@ -14,7 +14,7 @@ use hyper_util::rt::TokioExecutor;
 use indicatif::ProgressBar;
 use serde_json::Value;
 use std::fs::File;
-use std::io;
+use std::io::{self, Write as _};
 use std::time::Instant;
 use upload::Form;
 
@@ -111,6 +111,18 @@ impl Client {
         }
         let sent = self.inner.request(request.body(form.boxed_unsync())?).await;
         json_of(ok(sent.with_context(|| format!("cannot reach {}", self.base))?).await?).await
+    }
+
+    /// GET of a file, which is written to `to` as it comes; an error status becomes an error with the service's message.
+    pub(crate) async fn download(&self, path: &str, to: &mut File) -> Result<()> {
+        let mut body = ok(self.send(Method::GET, path, None).await?).await?.into_body();
+        // A body that breaks off is an error: its length was announced.
+        while let Some(frame) = body.frame().await {
+            if let Ok(data) = frame.context("the download broke off")?.into_data() {
+                to.write_all(&data)?;
+            }
+        }
+        Ok(())
     }
 
     /// GET of server-sent events; an error status becomes an error with the service's message.

@@ -1,5 +1,6 @@
 //! `ashlar tune`: a fine-tuning job from the terminal: upload, create, follow.
 
+mod download;
 mod show;
 
 use crate::http::Client;
@@ -33,6 +34,7 @@ Examples:
   ashlar tune train.jsonl                           on the cluster that `ashlar up` started, and watch
   ashlar tune train.jsonl --epochs 3 --suffix mine  the model is then called ft:MODEL:…:mine:…
   ashlar tune train.jsonl --validation valid.jsonl --rank 8 --lr 1e-4
+  ashlar tune train.jsonl --full --download new     trains all weights; then: ashlar up --model new
   ashlar tune train.jsonl --detach                  prints the job's id and ends
   ashlar tune --follow ftjob-…                      watches a job again
   ashlar tune --list
@@ -60,12 +62,27 @@ pub(crate) struct TuneArgs {
     /// Samples of a step; default: by the size of the file.
     #[arg(long, value_name = "N")]
     batch_size: Option<u32>,
-    /// Highest learning rate; default: 2e-4, for dpo 2e-5.
+    /// Highest learning rate; default: 2e-4, for dpo 2e-5, with --full 1e-5, from random weights 1e-3.
     #[arg(long, value_name = "RATE")]
     lr: Option<f64>,
     /// Rank of the adapter; default: 16.
     #[arg(long, value_name = "N")]
     rank: Option<u32>,
+    /// Train all weights of a copy of the model instead of an adapter. The result is files, which are not served by themselves.
+    #[arg(long, conflicts_with = "rank")]
+    full: bool,
+    /// What the copy starts from.
+    #[arg(long, value_enum, requires = "full")]
+    init: Option<Init>,
+    /// The learning rate's course; default: linear.
+    #[arg(long, value_name = "SHAPE", value_parser = ["constant", "linear", "cosine", "late"])]
+    schedule: Option<String>,
+    /// Decoupled weight decay; default: 0.
+    #[arg(long, value_name = "RATE")]
+    weight_decay: Option<f64>,
+    /// Where the files of a model trained with --full go once the job has succeeded; works with --follow, too.
+    #[arg(long, value_name = "DIR", conflicts_with = "detach")]
+    download: Option<PathBuf>,
     /// Examples to measure on, never trained.
     #[arg(long, value_name = "FILE")]
     validation: Option<PathBuf>,
@@ -101,6 +118,15 @@ enum Method {
     Supervised,
     /// To prefer one answer to another.
     Dpo,
+}
+
+/// What a copy of the model starts from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Init {
+    /// The served model's weights.
+    Model,
+    /// Random weights, by the seed.
+    Random,
 }
 
 pub(crate) fn run(args: TuneArgs) -> Result<()> {
@@ -191,6 +217,16 @@ fn request(args: &TuneArgs, model: &str, training_file: &str, validation_file: O
     put("seed", args.seed.map(Value::from));
     put("learning_rate", args.lr.map(Value::from));
     put("lora", args.rank.map(|rank| json!({"r": rank})));
+    put("full", args.full.then_some(Value::Bool(true)));
+    put(
+        "init",
+        args.init.map(|init| match init {
+            Init::Model => "model".into(),
+            Init::Random => "random".into(),
+        }),
+    );
+    put("schedule", args.schedule.clone().map(Value::from));
+    put("weight_decay", args.weight_decay.map(Value::from));
     body
 }
 
@@ -235,7 +271,7 @@ async fn watch(client: &Client, args: &TuneArgs, job: Value) -> Result<()> {
     };
     display.close();
     match ended {
-        Some(job) => outcome(args, &job),
+        Some(job) => outcome(client, args, &job).await,
         None => detached(args, &job),
     }
 }
@@ -275,12 +311,27 @@ fn is_final(job: &Value) -> bool {
     matches!(job["status"].as_str(), Some("succeeded" | "failed" | "cancelled"))
 }
 
-fn outcome(args: &TuneArgs, job: &Value) -> Result<()> {
+async fn outcome(client: &Client, args: &TuneArgs, job: &Value) -> Result<()> {
     let id = job["id"].as_str().unwrap_or_default();
     if args.json {
         println!("{job}");
     }
     match job["status"].as_str() {
+        Some("succeeded") if job["ashlar"]["full"] == true => match &args.download {
+            Some(directory) => {
+                download::download(client, job, directory).await?;
+                if !args.json {
+                    println!("{}", directory.display());
+                    eprintln!("\nServe it:\n  ashlar up --model {}", directory.display());
+                }
+                Ok(())
+            }
+            None => {
+                let url = url_option(args);
+                eprintln!("\nFetch the model:\n  ashlar tune --follow {id} --download DIR{url}");
+                Ok(())
+            }
+        },
         Some("succeeded") => {
             if let (false, Some(model)) = (args.json, job["fine_tuned_model"].as_str()) {
                 println!("{model}");
@@ -349,6 +400,11 @@ mod tests {
             (&json!(8), &json!(1e-4), &json!(7))
         );
         assert_eq!((&body["validation_file"], &body["suffix"]), (&json!("file-2"), &json!("s")));
+        let body = request(&parse("tune f --full --init random").unwrap(), "m", "file-1", None);
+        assert_eq!(
+            (&body["full"], &body["init"], &body["lora"]),
+            (&json!(true), &json!("random"), &Value::Null)
+        );
     }
 
     #[test]
@@ -356,6 +412,7 @@ mod tests {
         assert!(parse("tune").is_err());
         assert!(parse("tune f --list").is_err());
         assert!(parse("tune f --watch --detach").is_err());
+        assert!(parse("tune f --full --rank 8").is_err() && parse("tune f --init random").is_err());
         assert!(parse("tune --list").is_ok() && parse("tune --cancel ftjob-1").is_ok());
         assert!(job_path("../../admin").is_err());
     }

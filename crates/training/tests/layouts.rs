@@ -5,9 +5,9 @@
 mod common;
 
 use ashlar_kernels::Isa;
-use ashlar_model::ModelConfig;
 use ashlar_model::adapter::{LoraSpec, Target};
 use ashlar_model::stage::BatchLoss;
+use ashlar_model::{ModelConfig, Trained};
 use ashlar_training::{Hyperparameters, initial_adapter};
 use ashlar_vocabulary::{FloatType, Precision, Quantization, WeightType};
 use common::serving::goldens;
@@ -34,8 +34,8 @@ fn samples(count: usize) -> Vec<Sample> {
 fn train(name: &str, precision: Precision, cut: Cut) -> (Vec<u8>, Vec<(BatchLoss, u64)>) {
     let directory = goldens().join(name);
     let with = Hyperparameters { weight_decay: 0.01, norm_max: Some(0.4), ..Hyperparameters::default() };
-    let mut job = Job::new(&directory, precision, cut, &spec(), with, &|config, slice| {
-        initial_adapter(&spec(), &config.shape, slice, 11)
+    let mut job = Job::new(&directory, precision, cut, &Trained::Adapter(spec()), with, &|config, slice| {
+        initial_adapter(&spec(), &config.shape, slice, 11).tensors
     });
     // Fewer samples than runs, as many, and more.
     let reports = [3, 8, 13].map(|count| job.step(&samples(count), 1e-2));

@@ -26,8 +26,16 @@ pub(super) fn root(job: JobId) -> String {
 
 /// The file of a job's results. It follows from the job's name, so that it is made once, whoever makes it.
 pub fn results_file(job: JobId) -> FileId {
-    let mut hash = blake3::Hasher::new_derive_key("ashlar fine-tuning results");
-    hash.update(&job.0.to_le_bytes());
+    file(blake3::Hasher::new_derive_key("ashlar fine-tuning results").update(&job.0.to_le_bytes()))
+}
+
+/// The file that a model which a job trained has under a name.
+pub fn model_file(job: JobId, name: &str) -> FileId {
+    let mut hash = blake3::Hasher::new_derive_key("ashlar fine-tuning model files");
+    file(hash.update(&job.0.to_le_bytes()).update(name.as_bytes()))
+}
+
+fn file(hash: &blake3::Hasher) -> FileId {
     let mut id = [0; 16];
     hash.finalize_xof().fill(&mut id);
     FileId(u128::from_le_bytes(id))

@@ -201,7 +201,7 @@ impl Jobs {
                 self.save_file(file, None);
             }
             Err(why) => {
-                job.record.result_files.clear();
+                job.record.result_files.retain(|file| *file != names::results_file(id));
                 self.effects
                     .push(Effect::Warn(format!("job {id}: its table of steps cannot be written: {why}")));
             }

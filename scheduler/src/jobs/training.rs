@@ -33,7 +33,11 @@ impl Jobs {
         let Some(job) = self.jobs.get_mut(id) else { return };
         // A step that is not committed yet changes where it starts.
         let ready = !replicas.is_empty() && job.held.is_none();
-        let Some(settings) = job.record.settings.as_ref().filter(|_| ready) else { return };
+        if !ready {
+            return;
+        }
+        job.go_back();
+        let Some(settings) = job.record.settings.as_ref() else { return };
         self.sessions_made += 1;
         let session = SessionId(self.config.term.0 * SESSIONS_PER_TERM + self.sessions_made);
         let start = match job.record.steps {
@@ -159,7 +163,19 @@ impl Jobs {
                 }
                 self.advance(id);
             }
-            TrainingReport::Evaluated { .. } | TrainingReport::Exported { .. } => {}
+            TrainingReport::ModelExported { manifest, files, usable }
+                if root && open.doing == Doing::Exporting =>
+            {
+                open.doing = Doing::Idle;
+                match usable {
+                    Ok(()) => self.model_exported(id, manifest, files),
+                    Err(why) => self.fail(id, error("no_effect", why)),
+                }
+                self.advance(id);
+            }
+            TrainingReport::Evaluated { .. }
+            | TrainingReport::Exported { .. }
+            | TrainingReport::ModelExported { .. } => {}
             TrainingReport::Failed { message, retry: true } => self.interrupt(id, message),
             TrainingReport::Failed { message, retry: false } => {
                 self.fail(id, error("training_failed", message))
@@ -169,10 +185,12 @@ impl Jobs {
 
     /// Every rank has voted for the present step.
     fn step_is_done(&mut self, id: JobId, metrics: Option<StepMetrics>, shards: Vec<BlobId>, took_ms: u64) {
-        let Some(metrics) = metrics.filter(|_| !shards.is_empty()) else {
+        let Some(job) = self.jobs.get_mut(id) else { return };
+        let settings = job.record.settings.as_ref();
+        let is_durable = settings.is_none_or(|settings| settings.is_durable(job.record.steps + 1));
+        let Some(metrics) = metrics.filter(|_| shards.is_empty() != is_durable) else {
             return self.interrupt(id, "the ranks did not say what a step came to".to_owned());
         };
-        let Some(job) = self.jobs.get_mut(id) else { return };
         job.held = Some(Held { metrics, shards, took_ms });
         if let Phase::Training(session) = &mut job.phase {
             session.doing = Doing::Idle;

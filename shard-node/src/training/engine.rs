@@ -11,11 +11,11 @@ use super::facts::{self, Facts};
 use super::links::{Links, StageLink};
 use ashlar_dataset::plan::Schedule;
 use ashlar_kernels::Kernels;
-use ashlar_model::adapter::{Adapter, AdapterWeights};
+use ashlar_model::adapter::Adapter;
 use ashlar_model::stage::{BatchLoss, ForwardError, StageTape, StageTrainer};
-use ashlar_model::{Collective as _, CollectiveError, StageInput};
+use ashlar_model::{Collective as _, CollectiveError, StageInput, Tensors, Trained};
 use ashlar_protocol::training::{StepMetrics, TrainingTiming};
-use ashlar_training::{AdapterState, Hyperparameters, NormTerms, RunTree, gradient_norm};
+use ashlar_training::{Hyperparameters, NormTerms, RunTree, TrainingState, gradient_norm, settle};
 use ashlar_vocabulary::StepId;
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -25,7 +25,7 @@ use std::time::{Duration, Instant};
 pub(super) struct Engine {
     pub(super) kernels: Arc<Kernels>,
     pub(super) trainer: StageTrainer,
-    pub(super) state: AdapterState,
+    pub(super) state: TrainingState,
     pub(super) tree: RunTree,
     pub(super) links: Links,
     pub(super) data: SessionData,
@@ -89,14 +89,18 @@ impl Engine {
             loss = loss.and(self.backward(first, factor, &mut open_run)?);
         }
         (open_run..plan.runs.end).for_each(|_| self.tree.end_run(&self.kernels));
-        let mut gradient = self.tree.take();
-        let (loss, norm) = self.agree(loss, &mut gradient)?;
+        let sums = self.tree.take();
+        let gradient = self.gradient(sums)?;
+        let (loss, norm) = self.agree(loss, &gradient)?;
         let skipped = plan.targets == 0 || loss.not_finite > 0 || !norm.is_finite();
         let learning_rate = self.course.learning_rate * self.course.schedule.factor(step, self.course.steps);
         if !skipped {
             let (kernels, model) = (&self.kernels, self.trainer.model());
             let (shape, slice) = (&model.config().shape, model.slice());
             self.state.step(&gradient, norm, learning_rate as f32, &self.course.with, shape, slice, kernels);
+            if let Trained::Model = self.state.trained() {
+                self.trainer.reload(self.state.weights())?;
+            }
         }
         self.tree.recycle(gradient);
         let metrics = StepMetrics {
@@ -121,7 +125,7 @@ impl Engine {
         for plan in self.data.validation(self.replica, self.replicas) {
             let done = self.forward(&plan, false, true)?;
             if self.is_last() {
-                loss = loss.and(self.loss(&done.micro, 0.0)?);
+                loss = loss.and(self.loss(&done.micro, 0.0, false)?);
             }
         }
         let loss = self.relay(Vec::new(), loss)?.loss;
@@ -168,9 +172,9 @@ impl Engine {
                 StageInput::Activations(rows)
             }
         };
-        let adapter: &Adapter = state.packed();
+        let adapter: Option<&Adapter> = state.packed().map(|adapter| &**adapter);
         let beat = &mut || stop(alarm);
-        let pass = trainer.forward(&micro.batch, input, Some(adapter), keep, &mut links.group, beat);
+        let pass = trainer.forward(&micro.batch, input, adapter, keep, &mut links.group, beat);
         let tape = pass.map_err(|error| because(alarm, error))?;
         if let Some(next) = &mut links.next {
             next.send_rows(kernels, trainer.activations(micro.batch.rows()))?;
@@ -178,10 +182,12 @@ impl Engine {
         Ok(InFlight { run: plan.run, micro, tape })
     }
 
-    /// The loss of the micro-batch that went through the last stage last; its gradient is in `rows`.
-    fn loss(&mut self, micro: &Micro, factor: f32) -> Result<BatchLoss, SessionError> {
-        let Engine { trainer, links, alarm, rows, .. } = self;
-        let done = trainer.loss(&micro.targets, factor, micro.batch.rows(), &mut links.group);
+    /// The loss of the micro-batch that went through the last stage last; its gradient is in `rows`. Where it `trains`, the head
+    /// learns of it.
+    fn loss(&mut self, micro: &Micro, factor: f32, trains: bool) -> Result<BatchLoss, SessionError> {
+        let Engine { trainer, tree, links, alarm, rows, .. } = self;
+        let sink = trains.then(|| tree.current());
+        let done = trainer.loss(&micro.targets, factor, micro.batch.rows(), sink, &mut links.group);
         let (loss, gradient) = done.map_err(|error| because(alarm, error))?;
         rows.clear();
         rows.extend_from_slice(gradient);
@@ -201,7 +207,7 @@ impl Engine {
         }
         let mut loss = BatchLoss::default();
         if self.is_last() {
-            loss = self.loss(&first.micro, factor)?;
+            loss = self.loss(&first.micro, factor, true)?;
         }
         let Engine { trainer, state, tree, links, alarm, rows, timing, .. } = self;
         if let Some(next) = &mut links.next {
@@ -211,10 +217,10 @@ impl Engine {
             next.receive_gradients(rows)?;
             timing.wait += waiting.elapsed();
         }
-        let adapter: &Adapter = state.packed();
+        let adapter: Option<&Adapter> = state.packed().map(|adapter| &**adapter);
         let (sink, beat) = (tree.current(), &mut || stop(alarm));
         let group = &mut links.group;
-        let pass = trainer.backward(&first.micro.batch, first.tape, Some(adapter), rows, sink, group, beat);
+        let pass = trainer.backward(&first.micro.batch, first.tape, adapter, rows, sink, group, beat);
         pass.map_err(|error| because(alarm, error))?;
         if let Some(previous) = &mut links.previous {
             previous.send_gradients(rows)?;
@@ -222,19 +228,31 @@ impl Engine {
         Ok(loss)
     }
 
-    /// Sums gradient and loss over the replicas; every rank of the session learns the whole loss and the whole gradient's norm.
-    fn agree(
-        &mut self,
-        loss: BatchLoss,
-        gradient: &mut AdapterWeights,
-    ) -> Result<(BatchLoss, f64), SessionError> {
+    /// The gradient by the weights from a replica's sums: those of all replicas, and what comes together at the end of a batch.
+    fn gradient(&mut self, mut sums: Tensors) -> Result<Tensors, SessionError> {
         let exchanging = Instant::now();
-        for tensor in gradient.tensors_mut() {
-            self.links.replicas.sum(&self.kernels, tensor)?;
+        let Engine { kernels, trainer, state, links, .. } = self;
+        let Links { group, previous, next, replicas } = links;
+        let of_group = group.spent();
+        for tensor in sums.tensors_mut() {
+            replicas.sum(kernels, tensor)?;
         }
-        self.timing.exchange += exchanging.elapsed();
-        let model = self.trainer.model();
-        let terms = NormTerms::of(gradient, &model.config().shape, model.slice(), &self.kernels);
+        let model = trainer.model();
+        let (shape, slice) = (&model.config().shape, model.slice());
+        let table = slice.vocabulary(shape).len() * shape.hidden_size;
+        let is_tied = *state.trained() == Trained::Model && shape.tied_head && !(slice.first && slice.last);
+        let mut other_end = |own: &mut [f32]| exchange_ends(previous.as_mut(), next.as_mut(), table, own);
+        let other_end = is_tied.then_some(&mut other_end as _);
+        let gradient = settle(sums, state.weights().layout(), kernels, group, other_end)?;
+        // The group keeps its own account of the time it takes.
+        let of_group = group.spent().saturating_sub(of_group);
+        self.timing.exchange += exchanging.elapsed().saturating_sub(of_group);
+        Ok(gradient)
+    }
+
+    /// Sums the loss over the replicas; every rank of the session learns the whole loss and the whole gradient's norm.
+    fn agree(&mut self, loss: BatchLoss, gradient: &Tensors) -> Result<(BatchLoss, f64), SessionError> {
+        let terms = NormTerms::of(gradient, self.trainer.model().slice(), &self.kernels);
         let mut own = Vec::new();
         facts::encode_terms(&terms, &mut own);
         let group = &mut self.links.group;
@@ -273,6 +291,36 @@ impl Engine {
         previous.as_mut().map_or(Ok(()), |previous: &mut StageLink| previous.send_facts(&facts))?;
         self.timing.wait += waiting.elapsed();
         Ok(facts)
+    }
+}
+
+/// Exchanges what the first and the last stage have of a tied table, over the stages between them.
+fn exchange_ends(
+    previous: Option<&mut StageLink>,
+    next: Option<&mut StageLink>,
+    table: usize,
+    own: &mut [f32],
+) -> Result<(), SessionError> {
+    match (previous, next) {
+        (None, Some(next)) => {
+            next.send_table(own)?;
+            next.receive_table(own)
+        }
+        (Some(previous), None) => {
+            let mut theirs = vec![0.0; own.len()];
+            previous.receive_table(&mut theirs)?;
+            previous.send_table(own)?;
+            own.copy_from_slice(&theirs);
+            Ok(())
+        }
+        (Some(previous), Some(next)) => {
+            let mut passing = vec![0.0; table];
+            previous.receive_table(&mut passing)?;
+            next.send_table(&passing)?;
+            next.receive_table(&mut passing)?;
+            previous.send_table(&passing)
+        }
+        (None, None) => Ok(()),
     }
 }
 
