@@ -69,3 +69,80 @@ fn tree(terms: &[f64]) -> f64 {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use ashlar_kernels::Isa;
+    use ashlar_model::Trained;
+    use ashlar_model::adapter::{LoraSpec, Target};
+    use ashlar_vocabulary::{
+        FloatType, HeadSlice, LayerRange, LayerVectors, ModelShape, WeightType, WeightTypes,
+    };
+    use std::convert::Infallible;
+
+    fn shape() -> ModelShape {
+        ModelShape {
+            hidden_size: 16,
+            intermediate_size: 40,
+            num_layers: 2,
+            num_heads: 8,
+            num_kv_heads: 8,
+            head_dim: 4,
+            vocab_size: 64,
+            max_position_embeddings: 16,
+            tied_head: true,
+            weights: WeightTypes::uniform(WeightType::F32, 2),
+            kv_cache: FloatType::F32,
+            activations: FloatType::F32,
+            vectors: LayerVectors {
+                qkv_bias: true,
+                output_bias: true,
+                feed_forward_bias: true,
+                head_norms: true,
+            },
+        }
+    }
+
+    /// The norm of one and the same gradient, cut for a grid.
+    fn norm(trained: &Trained, stages: usize, ranks: usize) -> f64 {
+        let (shape, kernels) = (shape(), Kernels::new(Isa::best(), 1));
+        let of_rank = |stage: usize, rank: usize| {
+            let slice = RankSlice {
+                layers: LayerRange {
+                    start: stage * shape.num_layers / stages,
+                    end: (stage + 1) * shape.num_layers / stages,
+                },
+                first: stage == 0,
+                last: stage + 1 == stages,
+                tensor_rank: rank,
+                tensor_parallel_size: ranks,
+                head: HeadSlice::of_rank(false, (stage, stages), (rank, ranks)),
+            };
+            let whole = |share: &TensorShare| {
+                let base = share.name.bytes().fold(7, |sum, byte| (sum * 31 + usize::from(byte)) % 9973);
+                let number = |i: usize| ((base + i * 37) % 101) as f32 / 64.0 - 0.8;
+                Ok::<_, Infallible>((0..share.shape[0] * share.shape[1]).map(number).collect())
+            };
+            let gradient = Tensors::cut(&trained.weights(&shape, &slice), whole).unwrap();
+            NormTerms::of(&gradient, &slice, &kernels)
+        };
+        let stages: Vec<Vec<NormTerms>> =
+            (0..stages).map(|stage| (0..ranks).map(|rank| of_rank(stage, rank)).collect()).collect();
+        gradient_norm(&stages)
+    }
+
+    #[test]
+    fn the_norm_has_the_same_bits_on_every_grid_up_to_a_rank_per_part() {
+        let spec = LoraSpec { rank: 3, alpha: 6.0, rank_stabilized: false, targets: Target::ALL.to_vec() };
+        for trained in [Trained::Adapter(spec), Trained::Model] {
+            let expected = norm(&trained, 1, 1);
+            assert!(expected > 1.0);
+            for (stages, ranks) in [(2, 1), (1, 2), (2, 4), (1, 8), (2, 8)] {
+                let found = norm(&trained, stages, ranks);
+                assert_eq!(found.to_bits(), expected.to_bits(), "{trained:?} over {stages} × {ranks}");
+            }
+        }
+    }
+}

@@ -176,8 +176,8 @@ impl Choices {
             batch_size,
             seed: self.seed,
             micro_batch_rows: largest.max(MICRO_BATCH_ROWS),
-            // Memory is what nodes are short of, as they go on serving.
-            keep_activations: false,
+            // Memory is what nodes are short of, as they go on serving; beside all weights in eight forms, activations are little.
+            keep_activations: self.full.is_some(),
             learning_rate: self.learning_rate * self.learning_rate_multiplier.unwrap_or(1.0),
             schedule: LearningRateSchedule {
                 warmup_steps: self.schedule.warmup.steps(steps),

@@ -243,9 +243,10 @@ impl Job {
         let steps = record.settings.as_ref().map_or(0, |settings| settings.steps);
         record.remaining_s = Some((steps.saturating_sub(record.steps) as f64 * mean / 1000.0).ceil() as u64);
         let step = record.steps;
-        self.failures = 0;
         self.happened(unix_s, JobEventKind::Step { step, steps, metrics });
         if is_durable {
+            // What is repeated is no progress.
+            self.failures = 0;
             self.progress.at_shards = Some(self.counts());
         }
     }
@@ -289,7 +290,9 @@ impl Job {
         let last = settings.is_some_and(|settings| step >= settings.steps);
         progress.stopped = !last && patience.is_some_and(|patience| progress.worse >= patience.max(1));
         let stopped = progress.stopped;
-        self.failures = 0;
+        if self.record.steps_since_shards == 0 {
+            self.failures = 0;
+        }
         self.happened(unix_s, JobEventKind::Evaluated { step, loss, accuracy });
         if stopped {
             self.happened(unix_s, JobEventKind::StoppedEarly { step });

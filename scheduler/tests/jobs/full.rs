@@ -72,6 +72,20 @@ fn a_job_that_dies_before_its_first_durable_step_begins_anew() {
 }
 
 #[test]
+fn steps_that_are_only_ever_repeated_are_no_progress() {
+    let (mut world, id) = created(1);
+    world.until(id, |record| record.steps == 5);
+    for _ in 0..20 {
+        world.until(id, |record| record.steps == 7 || record.status == JobStatus::Failed);
+        world.replica_dies(0);
+        world.replica_up(0);
+    }
+    world.settle();
+    let error = world.record(id).error.clone().unwrap();
+    assert_eq!((world.status(id), &error.code[..]), (JobStatus::Failed, "training_interrupted"));
+}
+
+#[test]
 fn whatever_dies_when_the_model_is_stored() {
     for moment in 0..90 {
         for scheduler in [true, false] {

@@ -219,7 +219,13 @@ pub(super) fn refused(what: impl Into<String>) -> SessionError {
 
 /// What the settings say is trained.
 fn trained(settings: &TrainingSettings) -> Result<Trained, SessionError> {
-    if settings.full.is_some() { Ok(Trained::Model) } else { Ok(Trained::Adapter(spec(&settings.lora)?)) }
+    match (settings.full, settings.method) {
+        (None, _) => Ok(Trained::Adapter(spec(&settings.lora)?)),
+        (Some(_), TrainingMethod::Supervised) => Ok(Trained::Model),
+        (Some(_), TrainingMethod::Dpo { .. }) => Err(refused(
+            "preferences need the model as it was beside the one that trains: train an adapter on them",
+        )),
+    }
 }
 
 /// The adapter that the settings describe.
