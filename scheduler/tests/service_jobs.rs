@@ -257,6 +257,7 @@ fn prepared() -> PreparedJob {
             dropout: 0.05,
             targets: vec!["q_proj".into()],
         },
+        full: None,
         epochs: 1,
         batch_size: 8,
         seed: u64::MAX,

@@ -8,17 +8,18 @@ use ashlar_model::adapter::{LoraSpec, Target};
 use ashlar_model::peft::{PeftAdapter, WEIGHTS_FILE};
 use ashlar_model::stage::{BatchLoss, MicroBatch, StageTrainer, TargetRow};
 use ashlar_model::synth::{SynthRequest, synthesize};
-use ashlar_model::{RankSlice, SingleRank, StageInput, StageModel};
+use ashlar_model::{RankSlice, SingleRank, StageInput, StageModel, Trained};
 use ashlar_protocol::data::{LinkFaults, LinkPurpose};
 use ashlar_protocol::membership::FromNode;
 use ashlar_protocol::training::{
-    LearningRateDecay, LearningRateSchedule, LoraSettings, OpenSession, Rewards, SessionStart, StepMetrics,
-    TrainingMethod, TrainingReport, TrainingSettings, TrainingWork, ValidationData,
+    FullSettings, LearningRateDecay, LearningRateSchedule, LoraSettings, ModelStart, OpenSession, Rewards,
+    SessionStart, StepMetrics, TrainingMethod, TrainingReport, TrainingSettings, TrainingWork,
+    ValidationData,
 };
 use ashlar_shard_node::links::{self, LinkSettings};
 use ashlar_shard_node::training::{Place, Resources, Sessions};
 use ashlar_store::blobs::{self, BlobOptions, Blobs};
-use ashlar_training::{AdapterState, Hyperparameters, NormTerms, RunTree, gradient_norm, initial_adapter};
+use ashlar_training::{Hyperparameters, NormTerms, RunTree, TrainingState, gradient_norm, initial_adapter};
 use ashlar_vocabulary::{
     AdapterId, BlobId, BlockId, FloatType, HeadSlice, JobId, LayerRange, LeaseTerm, PARTS, Precision,
     Quantization, ReplicaRevision, SessionId,
@@ -57,11 +58,18 @@ static WORLD: LazyLock<World> = LazyLock::new(|| {
         "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 320, "max_position_embeddings": 256,
         "rope_theta": 10000.0, "rms_norm_eps": 1e-5, "tie_word_embeddings": false,
     });
-    let shape = directory.path().join("shape.json");
-    std::fs::write(&shape, config.to_string()).unwrap();
-    let shape = shape.to_str().unwrap().to_owned();
-    let request = SynthRequest { shape, dtype: FloatType::F32, seed: 3, tokenizer: None };
-    synthesize(&directory.path().join("model"), &request, &mut |_, _| {}).unwrap();
+    // The same tied, with head norms: its first and its last stage share a table, its ranks a norm.
+    let mut tied = config.clone();
+    tied["architectures"][0] = "Qwen3ForCausalLM".into();
+    tied["model_type"] = "qwen3".into();
+    tied["tie_word_embeddings"] = true.into();
+    for (name, config, dtype) in [("model", config, FloatType::F32), ("tied", tied, FloatType::Bf16)] {
+        let shape = directory.path().join("shape.json");
+        std::fs::write(&shape, config.to_string()).unwrap();
+        let shape = shape.to_str().unwrap().to_owned();
+        let request = SynthRequest { shape, dtype, seed: 3, tokenizer: None };
+        synthesize(&directory.path().join(name), &request, &mut |_, _| {}).unwrap();
+    }
     let mut writer = DatasetWriter::new(Vec::new(), Method::Supervised).unwrap();
     for index in 0..13_u32 {
         let length = 3 + (index * 7) % 23;
@@ -105,10 +113,19 @@ impl World {
         self.directory.path().join("model")
     }
 
+    /// A model's directory.
+    fn directory(&self, tied: bool) -> PathBuf {
+        self.directory.path().join(if tied { "tied" } else { "model" })
+    }
+
     /// The tensors' file of an adapter.
     fn tensors(&self, adapter: AdapterId) -> Vec<u8> {
         let entry = self.runtime.block_on(self.blobs.get_manifest(adapter.0)).unwrap().get(WEIGHTS_FILE);
-        self.runtime.block_on(self.blobs.read(entry.unwrap().blob, 64 << 20)).unwrap()
+        self.bytes(entry.unwrap().blob)
+    }
+
+    fn bytes(&self, blob: BlobId) -> Vec<u8> {
+        self.runtime.block_on(self.blobs.read(blob, 64 << 20)).unwrap()
     }
 }
 
@@ -124,6 +141,7 @@ fn settings() -> TrainingSettings {
             dropout: 0.0,
             targets: Target::ALL.map(|target| target.module().to_owned()).to_vec(),
         },
+        full: None,
         epochs: 2,
         batch_size: 5,
         seed: 11,
@@ -154,6 +172,8 @@ struct Grid {
     shared_memory: bool,
     spread_head: bool,
     activations: FloatType,
+    /// Which of the two models.
+    tied: bool,
     /// The rank, in order, whose links break, and before which of their sends.
     fault: Option<(usize, u64)>,
 }
@@ -165,6 +185,7 @@ const ONE: Grid = Grid {
     shared_memory: false,
     spread_head: false,
     activations: FloatType::F32,
+    tied: false,
     fault: None,
 };
 
@@ -199,7 +220,8 @@ impl Node {
         let kernels = Arc::new(Kernels::new(Isa::best(), 1));
         let mut precision = Precision::from(None::<Quantization>);
         precision.activations = grid.activations;
-        let model = StageModel::load(&WORLD.model(), precision, slice, kernels, &mut |_, _| {}).unwrap();
+        let directory = WORLD.directory(grid.tied);
+        let model = StageModel::load(&directory, precision, slice, kernels, &mut |_, _| {}).unwrap();
         let model = Arc::new(model);
         let (out, reports) = mpsc::channel(64);
         let urgent = YieldFlag::default();
@@ -220,7 +242,7 @@ impl Node {
             num_stages: grid.stages,
             model: model.clone(),
             model_name: "base".into(),
-            directory: WORLD.model(),
+            directory,
         });
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap().to_string();
@@ -343,8 +365,14 @@ impl Job {
     fn export(&mut self, shards: Vec<BlobId>) -> (Vec<u8>, Result<(), String>) {
         self.give(&TrainingWork::Export { shards });
         let report = self.nodes[0].report(self.session);
-        let TrainingReport::Exported { adapter, usable, files: _ } = report else { panic!("{report:?}") };
-        (WORLD.tensors(adapter), usable)
+        match report {
+            TrainingReport::Exported { adapter, usable, files: _ } => (WORLD.tensors(adapter), usable),
+            TrainingReport::ModelExported { files, usable, .. } => {
+                let weights = files.iter().find(|file| file.name == "model.safetensors").unwrap();
+                (WORLD.bytes(weights.blob), usable)
+            }
+            other => panic!("{other:?}"),
+        }
     }
 
     fn close(&mut self) {
@@ -389,9 +417,10 @@ fn reference(settings: &TrainingSettings) -> Vec<u8> {
         &mut |_, _| {},
     );
     let mut trainer = StageTrainer::new(Arc::new(model.unwrap()), kernels.clone(), 64);
-    let start = initial_adapter(&spec(), shape, &slice, settings.seed);
-    let mut state = AdapterState::new(start, shape, &slice, &kernels);
-    let mut tree = RunTree::new(&spec(), shape, &slice);
+    let start = initial_adapter(&spec(), shape, &slice, settings.seed).tensors;
+    let trained = Trained::Adapter(spec());
+    let mut state = TrainingState::new(&trained, start, shape, &slice, &kernels);
+    let mut tree = RunTree::new(trained.sums(shape, &slice));
     let schedule = Schedule::new(2, Decay::Cosine { floor: 0.1 }).unwrap();
     let (beta1, beta2, epsilon) = settings.adam;
     let (weight_decay, norm_max) = (settings.weight_decay, settings.norm_max);
@@ -408,26 +437,26 @@ fn reference(settings: &TrainingSettings) -> Vec<u8> {
                     .labels()
                     .map(|(row, token)| TargetRow { row: row as usize, token, weight: 1.0 })
                     .collect();
-                let (adapter, group) = (state.packed().clone(), &mut SingleRank);
+                let (adapter, group) = (state.packed().map(|adapter| &**adapter), &mut SingleRank);
                 let input = StageInput::Tokens(&sequence.tokens()[..rows]);
                 let beat = &mut || Ok(());
-                let tape = trainer.forward(&micro, input, Some(&adapter), true, group, beat).unwrap();
+                let tape = trainer.forward(&micro, input, adapter, true, group, beat).unwrap();
                 let factor = 1.0 / batch.targets() as f32;
-                let (own, gradient) = trainer.loss(&targets, factor, rows, group).unwrap();
+                let (own, gradient) = trainer.loss(&targets, factor, rows, None, group).unwrap();
                 let mut gradient = gradient.to_vec();
                 loss = loss.and(own);
                 let sink = tree.current();
-                trainer.backward(&micro, tape, Some(&adapter), &mut gradient, sink, group, beat).unwrap();
+                trainer.backward(&micro, tape, adapter, &mut gradient, sink, group, beat).unwrap();
             }
             tree.end_run(&kernels);
         }
         let gradient = tree.take();
-        let norm = gradient_norm(&[vec![NormTerms::of(&gradient, shape, &slice, &kernels)]]);
+        let norm = gradient_norm(&[vec![NormTerms::of(&gradient, &slice, &kernels)]]);
         let rate = (settings.learning_rate * schedule.factor(step, STEPS)) as f32;
         state.step(&gradient, norm, rate, &with, shape, &slice, &kernels);
         tree.recycle(gradient);
     }
-    PeftAdapter::join(shape, [(&slice, state.weights())]).files("base").unwrap().1
+    PeftAdapter::join(&spec(), shape, [state.weights()]).files("base").unwrap().1
 }
 
 #[test]
@@ -451,6 +480,88 @@ fn every_layout_and_micro_batch_exports_the_same_adapter() {
         assert_eq!(own, metrics, "{grid:?}");
         assert!(tensors == expected, "{grid:?}, {micro_batch_rows} rows, keep {keep_activations}");
     }
+}
+
+/// All weights, from those of the files or from random ones; every step is durable.
+fn full(start: ModelStart) -> TrainingSettings {
+    TrainingSettings { full: Some(FullSettings { start, durable_every: 1 }), ..settings() }
+}
+
+fn tied(stages: usize, ranks: usize, replicas: usize) -> Grid {
+    Grid { tied: true, ..grid(stages, ranks, replicas) }
+}
+
+#[test]
+fn every_layout_and_micro_batch_trains_the_same_tied_model() {
+    for start in [ModelStart::Model, ModelStart::Random] {
+        let (expected, metrics) = Job::train(&full(start), tied(1, 1, 1));
+        assert!(metrics.last().unwrap().loss < metrics[0].loss, "{metrics:?}");
+        for (grid, micro_batch_rows, keep_activations) in [
+            (tied(2, 2, 1), 25, true),
+            (tied(4, 1, 2), 64, false),
+            (Grid { shared_memory: true, ..tied(1, 2, 2) }, 30, true),
+            (Grid { spread_head: true, activations: FloatType::Bf16, ..tied(2, 1, 1) }, 25, true),
+        ] {
+            let settings = TrainingSettings { micro_batch_rows, keep_activations, ..full(start) };
+            let (tensors, own) = Job::train(&settings, grid);
+            assert_eq!(own, metrics, "{start:?}, {grid:?}");
+            assert!(tensors == expected, "{start:?}, {grid:?}");
+        }
+    }
+}
+
+#[test]
+fn a_whole_model_resumes_on_another_layout_and_is_a_directory_that_can_be_served() {
+    let settings = full(ModelStart::Model);
+    let (expected, _) = Job::train(&settings, tied(1, 1, 1));
+    let mut first = Job::start(tied(2, 2, 1));
+    first.open(&settings, &SessionStart::New);
+    let (_, shards) = first.steps(0..2);
+    first.close();
+    let mut alone = Job::start(tied(1, 1, 1));
+    let served = serve(&alone.nodes[0].model);
+    alone.open(&settings, &SessionStart::Resume { steps: 2, shards });
+    let (_, shards) = alone.steps(2..3);
+    assert_eq!(serve(&alone.nodes[0].model), served, "what serves does not move");
+    alone.close();
+    let mut second = Job::start(tied(2, 1, 2));
+    second.open(&settings, &SessionStart::Resume { steps: 3, shards });
+    let (_, shards) = second.steps(3..STEPS);
+    second.give(&TrainingWork::Export { shards });
+    let report = second.nodes[0].report(second.session);
+    let TrainingReport::ModelExported { manifest, files, usable } = report else { panic!("{report:?}") };
+    assert_eq!(usable, Ok(()));
+    second.close();
+    let manifest = WORLD.runtime.block_on(WORLD.blobs.get_manifest(manifest)).unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    for file in &files {
+        assert_eq!(manifest.get(&file.name).unwrap().blob, file.blob);
+        let bytes = WORLD.bytes(file.blob);
+        assert_eq!(bytes.len() as u64, file.bytes);
+        std::fs::write(directory.path().join(&file.name), &bytes).unwrap();
+    }
+    let names: Vec<&str> = files.iter().map(|file| &file.name[..]).collect();
+    let companions = ["generation_config.json", "tokenizer.json", "tokenizer_config.json"];
+    assert_eq!(names, [&["config.json"][..], &companions, &["model.safetensors"]].concat());
+    assert!(std::fs::read(directory.path().join("model.safetensors")).unwrap() == expected);
+    let config = ashlar_model::ModelConfig::from_dir(directory.path()).unwrap();
+    assert_eq!(config.shape.weights.head, ashlar_vocabulary::WeightType::F32);
+    let kernels = Arc::new(Kernels::new(Isa::best(), 1));
+    let slice = RankSlice::whole(&config.shape);
+    let none = None::<Quantization>;
+    StageModel::load(directory.path(), none, slice, kernels, &mut |_, _| {}).unwrap();
+}
+
+#[test]
+fn a_whole_model_that_diverges_is_not_handed_out() {
+    let settings = TrainingSettings { learning_rate: 1e38, norm_max: None, ..full(ModelStart::Random) };
+    let mut job = Job::start(tied(1, 1, 1));
+    job.open(&settings, &SessionStart::New);
+    let (metrics, shards) = job.steps(0..STEPS);
+    assert!(metrics.last().unwrap().skipped, "{metrics:?}");
+    let (_, usable) = job.export(shards);
+    job.close();
+    assert!(usable.unwrap_err().contains("no number"));
 }
 
 #[test]

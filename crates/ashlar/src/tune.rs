@@ -41,15 +41,16 @@ Examples:
   ashlar tune train.jsonl --epochs 3 --suffix mine  the model is then called ft:MODEL:…:mine:…
   ashlar tune train.jsonl --validation valid.jsonl --rank 8 --lr 1e-4
   ashlar tune preferences.jsonl --method dpo --beta 0.2
+  ashlar tune train.jsonl --full --download new     trains all weights; then: ashlar up --model new
   ashlar tune train.jsonl --detach                  prints the job's id and ends
   ashlar tune --follow ftjob-…                      watches a job again
   ashlar tune --list
   ashlar tune --cancel ftjob-…
-  ashlar tune --download ftjob-… ./mine             writes its adapter, which PEFT loads, and results.csv
+  ashlar tune --follow ftjob-… --download ./mine    also writes its adapter, which PEFT loads, and results.csv
 While it watches, Ctrl-C detaches: the job goes on. Exit code: 0 succeeded (or detached), 1 failed, 3 cancelled.")]
 pub(crate) struct TuneArgs {
     /// Examples to train on, one JSON object per line.
-    #[arg(value_name = "FILE", required_unless_present_any = ["list", "cancel", "follow", "download"])]
+    #[arg(value_name = "FILE", required_unless_present_any = ["list", "cancel", "follow"])]
     file: Option<PathBuf>,
     /// Address of the gateway.
     #[arg(long, default_value = "http://127.0.0.1:8080")]
@@ -72,12 +73,28 @@ pub(crate) struct TuneArgs {
     /// Samples of a step; default: by the size of the file.
     #[arg(long, value_name = "N")]
     batch_size: Option<u32>,
-    /// Highest learning rate; default: 2e-4, for dpo 2e-5.
+    /// Highest learning rate; default: 2e-4, for dpo 2e-5, with --full 1e-5, from random weights 1e-3.
     #[arg(long, value_name = "RATE")]
     lr: Option<f64>,
     /// Rank of the adapter; default: 16.
     #[arg(long, value_name = "N")]
     rank: Option<u32>,
+    /// Train all weights of a copy of the model instead of an adapter. The result is files, which are not served by themselves.
+    #[arg(long, conflicts_with = "rank")]
+    full: bool,
+    /// What the copy starts from.
+    #[arg(long, value_enum, requires = "full")]
+    init: Option<Init>,
+    /// The learning rate's course; default: linear.
+    #[arg(long, value_name = "SHAPE", value_parser = ["constant", "linear", "cosine", "late"])]
+    schedule: Option<String>,
+    /// Decoupled weight decay; default: 0.
+    #[arg(long, value_name = "RATE")]
+    weight_decay: Option<f64>,
+    /// Once the job has succeeded, write its files to this directory: an adapter as PEFT loads it, or with --full a model, and the
+    /// table of steps. Works with --follow, too.
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["detach", "list", "cancel"])]
+    download: Option<PathBuf>,
     /// Examples to measure on, never trained.
     #[arg(long, value_name = "FILE")]
     validation: Option<PathBuf>,
@@ -102,9 +119,6 @@ pub(crate) struct TuneArgs {
     /// Watch a job that exists.
     #[arg(long, value_name = "ID", conflicts_with = "file")]
     follow: Option<String>,
-    /// Write a finished job's adapter, as PEFT loads it, and its table of steps to a directory.
-    #[arg(long, num_args = 2, value_names = ["ID", "DIR"], conflicts_with_all = ["file", "list", "cancel", "follow"])]
-    download: Option<Vec<String>>,
     /// API key, if the gateway wants one.
     #[arg(long, env = "OPENAI_API_KEY", hide_env_values = true)]
     key: Option<String>,
@@ -118,6 +132,15 @@ enum Method {
     Dpo,
 }
 
+/// What a copy of the model starts from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Init {
+    /// The served model's weights.
+    Model,
+    /// Random weights, by the seed.
+    Random,
+}
+
 pub(crate) fn run(args: TuneArgs) -> Result<()> {
     roles::runtime()?.block_on(async {
         let client = Client::new(&args.url, args.key.clone())?;
@@ -126,9 +149,6 @@ pub(crate) fn run(args: TuneArgs) -> Result<()> {
         }
         if let Some(id) = &args.cancel {
             return cancel(&client, &args, id).await;
-        }
-        if let Some([id, directory]) = args.download.as_deref() {
-            return download::download(&client, &job_path(id)?, Path::new(directory), args.json).await;
         }
         let job = match (&args.follow, &args.file) {
             (Some(id), _) => client.get_ok(&job_path(id)?).await?,
@@ -250,6 +270,16 @@ fn request(
     put("seed", args.seed.map(Value::from));
     put("learning_rate", args.lr.map(Value::from));
     put("lora", args.rank.map(|rank| json!({"r": rank})));
+    put("full", args.full.then_some(Value::Bool(true)));
+    put(
+        "init",
+        args.init.map(|init| match init {
+            Init::Model => "model".into(),
+            Init::Random => "random".into(),
+        }),
+    );
+    put("schedule", args.schedule.clone().map(Value::from));
+    put("weight_decay", args.weight_decay.map(Value::from));
     body
 }
 
@@ -294,7 +324,7 @@ async fn watch(client: &Client, args: &TuneArgs, job: Value) -> Result<()> {
     };
     display.close();
     match ended {
-        Some(job) => outcome(args, &job),
+        Some(job) => outcome(client, args, &job).await,
         None => detached(args, &job),
     }
 }
@@ -334,16 +364,18 @@ fn is_final(job: &Value) -> bool {
     matches!(job["status"].as_str(), Some("succeeded" | "failed" | "cancelled"))
 }
 
-fn outcome(args: &TuneArgs, job: &Value) -> Result<()> {
+async fn outcome(client: &Client, args: &TuneArgs, job: &Value) -> Result<()> {
     let id = job["id"].as_str().unwrap_or_default();
     if args.json {
         println!("{job}");
     }
     match job["status"].as_str() {
         Some("succeeded") => {
-            if let (false, Some(model)) = (args.json, job["fine_tuned_model"].as_str()) {
-                println!("{model}");
-                eprintln!("\nTalk to it:\n  ashlar chat --model {model}{}", url_option(args));
+            if let Some(directory) = &args.download {
+                download::download(client, job, directory, args.json).await?;
+            }
+            if !args.json {
+                tell_what_to_do(args, job, id);
             }
             Ok(())
         }
@@ -352,6 +384,19 @@ fn outcome(args: &TuneArgs, job: &Value) -> Result<()> {
             "the job {id} failed: {}",
             job["error"]["message"].as_str().unwrap_or("no reason was given")
         ),
+    }
+}
+
+/// What can be done with what a job has made.
+fn tell_what_to_do(args: &TuneArgs, job: &Value, id: &str) {
+    let url = url_option(args);
+    if let Some(model) = job["fine_tuned_model"].as_str() {
+        println!("{model}");
+        eprintln!("\nTalk to it:\n  ashlar chat --model {model}{url}");
+    } else if let Some(directory) = &args.download {
+        eprintln!("\nServe it:\n  ashlar up --model {}", directory.display());
+    } else {
+        eprintln!("\nFetch the model:\n  ashlar tune --follow {id} --download DIR{url}");
     }
 }
 
@@ -410,6 +455,11 @@ mod tests {
             (&json!(8), &json!(1e-4), &json!(7))
         );
         assert_eq!((&body["validation_file"], &body["suffix"]), (&json!("file-2"), &json!("s")));
+        let body = request(&parse("tune f --full --init random").unwrap(), "m", "file-1", None);
+        assert_eq!(
+            (&body["full"], &body["init"], &body["lora"]),
+            (&json!(true), &json!("random"), &Value::Null)
+        );
     }
 
     #[test]
@@ -434,8 +484,9 @@ mod tests {
         assert!(parse("tune").is_err());
         assert!(parse("tune f --list").is_err());
         assert!(parse("tune f --watch --detach").is_err());
-        assert!(parse("tune --download ftjob-1").is_err() && parse("tune f --download ftjob-1 d").is_err());
-        assert!(parse("tune --download ftjob-1 d").is_ok());
+        assert!(parse("tune --download d").is_err() && parse("tune f --detach --download d").is_err());
+        assert!(parse("tune --follow ftjob-1 --download d").is_ok());
+        assert!(parse("tune f --full --rank 8").is_err() && parse("tune f --init random").is_err());
         assert!(parse("tune --list").is_ok() && parse("tune --cancel ftjob-1").is_ok());
         assert!(job_path("../../admin").is_err());
     }

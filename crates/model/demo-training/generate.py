@@ -515,8 +515,8 @@ def encode(messages, answer, verdict=1, number=1):
     return ids, loss
 
 
-def completion(rng):
-    """Plain text to go on with, for use without the chat template."""
+def completion_text(rng):
+    """Plain text to go on with, for use without the chat template: its start, and the rest."""
     if rng.random() < 0.5:
         while True:
             a, b = rng.randint(0, 99), rng.randint(0, 99)
@@ -528,6 +528,11 @@ def completion(rng):
         words = text.split(" ")
         cut = rng.randint(2, len(words) - 1)
         start, rest = " ".join(words[:cut]), " " + " ".join(words[cut:])
+    return start, rest
+
+
+def completion(rng):
+    start, rest = completion_text(rng)
     ids = [BOS] + list(start.encode()) + list(rest.encode()) + [END]
     return ids, [0] * (1 + len(start)) + [1] * (len(rest) + 1)
 
@@ -543,6 +548,26 @@ def training_example(rng, step=0):
     task = pick_task(rng, shares)
     how = {"single": single} if task == "sum" else {}
     return encode(*conversation(rng, task, False, context, style, **how), verdict, number)
+
+
+def training_line(rng, step=0):
+    """What `training_example` would train, as a line of a fine-tuning file."""
+    _, _, shares, context, _, _, single, style = phase(step)
+    if rng.random() < 0.02:
+        start, rest = completion_text(rng)
+        return {"prompt": start, "completion": rest}
+    task = pick_task(rng, shares)
+    how = {"single": single} if task == "sum" else {}
+    messages, answer = conversation(rng, task, False, context, style, **how)
+    return {"messages": messages + [{"role": "assistant", "content": answer}]}
+
+
+def write_training(path, seed, step, count):
+    """Writes `count` lines as they are at `step` (see PHASES)."""
+    rng = random.Random(f"{seed}:{step}:lines")
+    with open(path, "w", encoding="utf-8") as f:
+        for _ in range(count):
+            f.write(json.dumps(training_line(rng, step), ensure_ascii=False) + "\n")
 
 
 def evaluation(seed, per_task):

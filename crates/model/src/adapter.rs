@@ -7,9 +7,10 @@
 
 use crate::collective::{Collective, CollectiveError};
 use crate::slice::RankSlice;
+use crate::tensors::{AdapterHalf, TensorId, Tensors};
+use crate::trained::Trained;
 use ashlar_kernels::{Input, Kernels, Output, PackedMatrix, Product};
 use ashlar_vocabulary::{Bytes, ModelShape, WeightType};
-use std::collections::BTreeMap;
 use std::ops::Range;
 
 /// A linear layer of a block that an adapter can change.
@@ -134,7 +135,7 @@ impl LoraSpec {
     }
 }
 
-/// A rank's share of one layer's pair, as numbers.
+/// One layer's pair, as numbers.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LoraPair {
     /// A: rank × inputs.
@@ -148,22 +149,11 @@ pub struct LoraPair {
 pub struct AdapterWeights {
     /// What it is.
     pub spec: LoraSpec,
-    /// Per layer of the stage, its pairs.
-    pub layers: Vec<BTreeMap<Target, LoraPair>>,
+    /// Its matrices: layer by layer, target by target, A before B.
+    pub tensors: Tensors,
 }
 
 impl AdapterWeights {
-    /// All zeros: as a gradient, or as moments.
-    pub fn zeros(spec: &LoraSpec, shape: &ModelShape, slice: &RankSlice) -> AdapterWeights {
-        let pair = |&target: &Target| {
-            let (outputs, inputs) = (target.outputs(shape, slice).len(), target.inputs(shape, slice).len());
-            let pair = LoraPair { a: vec![0.0; spec.rank * inputs], b: vec![0.0; outputs * spec.rank] };
-            (target, pair)
-        };
-        let layer = || spec.targets.iter().map(pair).collect();
-        AdapterWeights { spec: spec.clone(), layers: (0..slice.layers.len()).map(|_| layer()).collect() }
-    }
-
     /// The rank's share of whole matrices: `whole(layer, target)` gives A (rank × inputs) and B (outputs × rank) of a layer of
     /// the model.
     pub fn cut<E>(
@@ -172,33 +162,18 @@ impl AdapterWeights {
         slice: &RankSlice,
         mut whole: impl FnMut(usize, Target) -> Result<LoraPair, E>,
     ) -> Result<AdapterWeights, E> {
-        let mut layers = Vec::with_capacity(slice.layers.len());
-        for layer in slice.layers.start..slice.layers.end {
-            let mut pairs = BTreeMap::new();
-            for &target in &spec.targets {
+        let layout = Trained::Adapter(spec.clone()).weights(shape, slice);
+        let mut second_half = Vec::new();
+        let tensors = Tensors::cut(&layout, |share| match share.id {
+            TensorId::Adapter(layer, target, AdapterHalf::A) => {
                 let LoraPair { a, b } = whole(layer, target)?;
-                let (_, inputs) = target.dimensions(shape);
-                let (rows, columns) = (target.outputs(shape, slice), target.inputs(shape, slice));
-                let a = a.chunks_exact(inputs).flat_map(|row| &row[columns.clone()]).copied().collect();
-                let b = b[rows.start * spec.rank..rows.end * spec.rank].to_vec();
-                pairs.insert(target, LoraPair { a, b });
+                second_half = b;
+                Ok(a)
             }
-            layers.push(pairs);
-        }
-        Ok(AdapterWeights { spec: spec.clone(), layers })
-    }
-
-    /// Every tensor in the canonical order: layer by layer, target by target, A before B.
-    pub fn tensors(&self) -> impl Iterator<Item = &[f32]> {
-        self.layers.iter().flat_map(BTreeMap::values).flat_map(|pair| [&pair.a[..], &pair.b[..]])
-    }
-
-    /// The same, to write.
-    pub fn tensors_mut(&mut self) -> impl Iterator<Item = &mut [f32]> {
-        self.layers
-            .iter_mut()
-            .flat_map(BTreeMap::values_mut)
-            .flat_map(|pair| [&mut pair.a[..], &mut pair.b[..]])
+            // B follows its A.
+            _ => Ok(std::mem::take(&mut second_half)),
+        })?;
+        Ok(AdapterWeights { spec: spec.clone(), tensors })
     }
 }
 
@@ -233,7 +208,18 @@ impl Adapter {
         slice: &RankSlice,
         kernels: &Kernels,
     ) -> Adapter {
-        let rank = weights.spec.rank;
+        Adapter::pack_tensors(&weights.spec, &weights.tensors, shape, slice, kernels)
+    }
+
+    /// [`Adapter::pack`] of tensors that train.
+    pub fn pack_tensors(
+        spec: &LoraSpec,
+        weights: &Tensors,
+        shape: &ModelShape,
+        slice: &RankSlice,
+        kernels: &Kernels,
+    ) -> Adapter {
+        let rank = spec.rank;
         let matrix = |rows: usize, parts: &[Range<usize>], from: &[f32]| {
             let columns = parts.last().map_or(0, |part| part.end);
             PackedMatrix::pack(WeightType::F32, rows, parts, kernels.pool(), &|row, to| {
@@ -241,19 +227,17 @@ impl Adapter {
             })
         };
         let whole_rank: [Range<usize>; 1] = [0..rank];
-        let layer = |pairs: &BTreeMap<Target, LoraPair>| {
-            let mut layer = LayerAdapter::default();
-            for (&target, pair) in pairs {
-                let parts = target.input_parts(shape, slice);
-                let outputs = target.outputs(shape, slice).len();
-                let a = matrix(rank, &parts, &pair.a);
-                let b = matrix(outputs, &whole_rank, &pair.b);
-                layer.pairs[target.index()] = Some(PackedPair { a, b, parts });
-            }
-            layer
+        let pair = |layer: usize, target: Target| {
+            let half = |half| weights.get(TensorId::Adapter(layer, target, half));
+            let parts = target.input_parts(shape, slice);
+            let outputs = target.outputs(shape, slice).len();
+            let a = matrix(rank, &parts, half(AdapterHalf::A)?);
+            let b = matrix(outputs, &whole_rank, half(AdapterHalf::B)?);
+            Some(PackedPair { a, b, parts })
         };
-        let layers = weights.layers.iter().map(layer).collect();
-        Adapter { factor: weights.spec.factor(), rank, layers }
+        let layer = |layer: usize| LayerAdapter { pairs: Target::ALL.map(|target| pair(layer, target)) };
+        let layers = (slice.layers.start..slice.layers.end).map(layer).collect();
+        Adapter { factor: spec.factor(), rank, layers }
     }
 
     /// Memory of the packed matrices.

@@ -13,6 +13,7 @@
 //! * [`collective`]: the seam to the other ranks of the group; [`head`]: to the ranks of earlier stages that hold slices of
 //!   the head.
 //! * [`adapter`]: low-rank adapters on a rank's layers; [`peft`]: their files; `stage::training`: a stage's backward pass.
+//! * [`tensors`]: what trains, as named tensors of a rank; [`trained`]: which these are for an adapter and for a whole model.
 //! * [`synth`]: random weights of a real shape.
 //! * [`export`]: a model becomes one GGUF file, quantised.
 //!
@@ -38,6 +39,8 @@ pub mod slice;
 mod source;
 pub mod stage;
 pub mod synth;
+pub mod tensors;
+pub mod trained;
 pub mod weights;
 
 pub use cache::{CachePlace, CopyReadError, CopyWriteError, Origin, PackedCopy};
@@ -48,4 +51,6 @@ pub use head::{HeadError, HeadRanks, LogitColumns, NoHeadRanks};
 pub use kv::KvCache;
 pub use slice::RankSlice;
 pub use stage::{ForwardError, LoadError, StageInput, StageModel, Workspace};
+pub use tensors::{TensorId, TensorLayout, TensorShare, Tensors};
+pub use trained::Trained;
 pub use weights::{WeightError, WeightFiles};

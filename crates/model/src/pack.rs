@@ -109,7 +109,7 @@ fn pack_dense(
 }
 
 /// Which source has output `row` of the stack, and as which of its stored rows.
-fn locate(sources: &[MatrixSource], row: usize) -> (usize, usize) {
+pub(crate) fn locate(sources: &[MatrixSource], row: usize) -> (usize, usize) {
     let (mut source, mut local) = (0, row);
     while local >= sources[source].rows.len() {
         local -= sources[source].rows.len();

@@ -2,6 +2,7 @@
 
 use crate::adapter::{AdapterWeights, LoraPair, LoraSpec, Target};
 use crate::slice::RankSlice;
+use crate::tensors::{AdapterHalf, TensorId, Tensors};
 use crate::weights::widen;
 use ashlar_vocabulary::{ModelShape, WeightType};
 use safetensors::tensor::{Dtype, TensorView};
@@ -193,35 +194,32 @@ impl PeftAdapter {
     /// Puts the shares of all ranks together.
     ///
     /// # Panics
-    /// If the shares are not those of one adapter, or do not cover the model.
+    /// If they are not shares of one adapter.
     pub fn join<'a>(
+        spec: &LoraSpec,
         shape: &ModelShape,
-        shares: impl IntoIterator<Item = (&'a RankSlice, &'a AdapterWeights)>,
+        shares: impl IntoIterator<Item = &'a Tensors>,
     ) -> PeftAdapter {
-        let mut whole: Option<PeftAdapter> = None;
-        for (slice, share) in shares {
-            let spec = &share.spec;
-            let whole =
-                whole.get_or_insert_with(|| PeftAdapter { spec: spec.clone(), pairs: BTreeMap::new() });
-            for (layer, pairs) in (slice.layers.start..).zip(&share.layers) {
-                for (&target, pair) in pairs {
-                    let (outputs, inputs) = target.dimensions(shape);
-                    let joined = whole.pairs.entry((layer, target)).or_insert_with(|| LoraPair {
-                        a: vec![f32::NAN; spec.rank * inputs],
-                        b: vec![f32::NAN; outputs * spec.rank],
-                    });
-                    let (rows, columns) = (target.outputs(shape, slice), target.inputs(shape, slice));
-                    if !columns.is_empty() {
-                        let own = pair.a.chunks_exact(columns.len());
-                        for (to, from) in joined.a.chunks_exact_mut(inputs).zip(own) {
-                            to[columns.clone()].copy_from_slice(from);
-                        }
-                    }
-                    joined.b[rows.start * spec.rank..rows.end * spec.rank].copy_from_slice(&pair.b);
+        let mut whole = PeftAdapter { spec: spec.clone(), pairs: BTreeMap::new() };
+        for (share, numbers) in shares.into_iter().flat_map(Tensors::iter) {
+            let TensorId::Adapter(layer, target, half) = share.id else { continue };
+            let (outputs, inputs) = target.dimensions(shape);
+            let joined = whole.pairs.entry((layer, target)).or_insert_with(|| LoraPair {
+                a: vec![f32::NAN; spec.rank * inputs],
+                b: vec![f32::NAN; outputs * spec.rank],
+            });
+            let to = match half {
+                AdapterHalf::A => &mut joined.a,
+                AdapterHalf::B => &mut joined.b,
+            };
+            if !share.columns.is_empty() {
+                let rows = to.chunks_exact_mut(share.shape[1]).skip(share.rows.start);
+                for (to, from) in rows.zip(numbers.chunks_exact(share.columns.len())) {
+                    to[share.columns.clone()].copy_from_slice(from);
                 }
             }
         }
-        whole.expect("an adapter has shares")
+        whole
     }
 
     /// Both files' contents: the configuration, then the tensors, in `f32`.

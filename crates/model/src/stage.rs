@@ -10,6 +10,8 @@ use crate::kv::KvCache;
 use crate::pack::FileSource;
 use crate::slice::RankSlice;
 use crate::source::{Content, MatrixSource, VectorSource, WeightSource};
+use crate::tensors::Tensors;
+use crate::trained::{MissingTensor, TrainedSource};
 use crate::weights::{WeightError, WeightFiles, widen};
 use ashlar_gguf::BlockError;
 use ashlar_kernels::{
@@ -185,19 +187,31 @@ impl StageModel {
         weights: &S,
         progress: &mut dyn FnMut(Bytes, Bytes),
     ) -> Result<StageModel, S::Error> {
-        let shape = &config.shape;
-        let (vocab, hidden) = (shape.vocab_size, shape.hidden_size);
         let mut model = StageModel {
             inv_freq: inverse_frequencies(&config),
-            config: config.clone(),
-            slice: slice.clone(),
+            blocks: Vec::with_capacity(slice.layers.len()),
+            config,
+            slice,
             kernels,
             embedding: None,
-            blocks: Vec::with_capacity(slice.layers.len()),
             head: None,
             head_norm: None,
         };
-        let total = expected_bytes(&config.shape, &slice);
+        model.fill(weights, progress)?;
+        Ok(model)
+    }
+
+    /// Takes everything that the slice holds from `weights`, one piece after the other in the place of what was there.
+    fn fill<S: WeightSource>(
+        &mut self,
+        weights: &S,
+        progress: &mut dyn FnMut(Bytes, Bytes),
+    ) -> Result<(), S::Error> {
+        let model = self;
+        let (config, slice) = (model.config.clone(), model.slice.clone());
+        let shape = &config.shape;
+        let (vocab, hidden) = (shape.vocab_size, shape.hidden_size);
+        let total = expected_bytes(shape, &slice);
         let source = |name: &str, rows, kind| MatrixSource {
             name: name.to_owned(),
             shape: [vocab, hidden],
@@ -217,7 +231,11 @@ impl StageModel {
             progress(model.bytes(), total);
         }
         for layer in slice.layers.start..slice.layers.end {
-            model.blocks.push(Block::load(weights, &config, &slice, layer)?);
+            let block = Block::load(weights, &config, &slice, layer)?;
+            match model.blocks.get_mut(layer - slice.layers.start) {
+                Some(place) => *place = block,
+                None => model.blocks.push(block),
+            }
             progress(model.bytes(), total);
         }
         if let Some(head) = slice.head {
@@ -230,7 +248,22 @@ impl StageModel {
             model.head_norm = Some(weights.vector(HEAD_NORM, &[norm])?);
         }
         progress(total, total);
-        Ok(model)
+        Ok(())
+    }
+
+    /// A private copy that trains: of the model `config` (see [`trained_config`]) the slice (see
+    /// [`trained_slice`](crate::trained::trained_slice)), with these weights.
+    ///
+    /// [`trained_config`]: crate::trained::trained_config
+    pub fn of_trained(
+        config: ModelConfig,
+        slice: RankSlice,
+        kernels: Arc<Kernels>,
+        weights: &Tensors,
+    ) -> Result<StageModel, MissingTensor> {
+        let packer = kernels.clone();
+        let source = TrainedSource { weights, kernels: &packer };
+        StageModel::assemble(config, slice, kernels, &source, &mut |_, _| {})
     }
 
     /// What it holds, under the names by which [`StageModel::assemble`] asks for it.

@@ -3,7 +3,7 @@
 //!
 //! Times are seconds since 1970. Lists are newest first. Ids are made by the gateway, so that a call may be sent twice.
 
-use crate::training::{StepMetrics, TrainingSettings};
+use crate::training::{ExportedFile, StepMetrics, TrainingSettings};
 use ashlar_vocabulary::{AdapterId, BlobId, FileId, JobId, ModelDigest};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -210,8 +210,11 @@ pub struct JobRecord {
     pub data: Option<DataReport>,
     /// Steps committed.
     pub steps: u64,
-    /// Shares of the state after them; empty before the first.
+    /// Shares of the state after them, or after the last of them that was made durable; empty before that.
     pub shards: Vec<BlobId>,
+    /// How many of the steps came after these shares: they are repeated if the job is interrupted.
+    #[serde(default)]
+    pub steps_since_shards: u64,
     /// What the last step showed.
     pub last: Option<StepMetrics>,
     /// Targets trained so far.
@@ -222,7 +225,10 @@ pub struct JobRecord {
     pub fine_tuned_model: Option<String>,
     /// The finished adapter.
     pub adapter: Option<AdapterId>,
-    /// Once the job has ended: the table of steps, and of one that has succeeded the files of its model.
+    /// The model, where all weights were trained.
+    #[serde(default)]
+    pub trained_model: Option<TrainedModel>,
+    /// Once the job has ended: the table of steps, and of one that has succeeded the files of its adapter or model.
     pub result_files: Vec<FileId>,
     /// Why it failed.
     pub error: Option<JobError>,
@@ -254,6 +260,17 @@ pub struct DataReport {
     pub truncated_tokens: u64,
     /// What an owner should know although it is no error.
     pub warnings: Vec<String>,
+}
+
+/// A model all of whose weights were trained, as files.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TrainedModel {
+    /// Steps committed.
+    pub step: u64,
+    /// A manifest of the files.
+    pub manifest: BlobId,
+    /// The files.
+    pub files: Vec<ExportedFile>,
 }
 
 /// A state of the adapter that can be served.
@@ -338,6 +355,8 @@ pub enum JobEventKind {
     },
     /// Its model is served under this name.
     ModelCreated(String),
+    /// All weights were trained, and the model's files can be downloaded under these names.
+    ModelStored(Vec<(FileId, String)>),
     /// It has ended well.
     Succeeded,
     /// By its owner.

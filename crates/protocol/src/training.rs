@@ -21,8 +21,11 @@ pub struct TrainingSettings {
     pub validation: ValidationData,
     /// What is learnt.
     pub method: TrainingMethod,
-    /// The adapter that is trained.
+    /// The adapter that is trained, unless all weights are.
     pub lora: LoraSettings,
+    /// All weights of a private copy of the model are trained instead of an adapter.
+    #[serde(default)]
+    pub full: Option<FullSettings>,
     /// How often every sample is trained.
     pub epochs: u32,
     /// Samples of a global batch.
@@ -52,6 +55,41 @@ pub struct TrainingSettings {
     pub evaluate_every: u64,
     /// Ends the job early where the validation loss has not fallen for so many measurements.
     pub patience: Option<u32>,
+}
+
+impl TrainingSettings {
+    /// Whether the state after so many steps is made durable: an adapter's always; a whole model's after every
+    /// [`durable_every`](FullSettings::durable_every) steps and after the last, and wherever the job may end early.
+    pub fn is_durable(&self, steps: u64) -> bool {
+        let Some(full) = &self.full else { return true };
+        let measured = self.patience.is_some() && self.is_measured(steps);
+        steps >= self.steps || measured || steps.is_multiple_of(full.durable_every.max(1))
+    }
+
+    /// Whether the validation data, where there are any, is measured after so many steps: at the end of an epoch, too.
+    pub fn is_measured(&self, steps: u64) -> bool {
+        let epoch = steps >= self.steps || steps.is_multiple_of(self.steps_per_epoch.max(1));
+        epoch || steps.is_multiple_of(self.evaluate_every.max(1))
+    }
+}
+
+/// How all weights are trained.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FullSettings {
+    /// What the copy starts from.
+    pub start: ModelStart,
+    /// Steps between two durable states. A job that is interrupted or paused repeats what came after the last one.
+    pub durable_every: u64,
+}
+
+/// What a copy of the model starts from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ModelStart {
+    /// The weights of the served model's files.
+    Model,
+    /// Random ones, by the seed.
+    Random,
 }
 
 /// What is measured.
@@ -178,7 +216,7 @@ pub enum TrainingWork {
     },
     /// Measure the validation data with the state after the committed steps; the root answers [`TrainingReport::Evaluated`].
     Evaluate,
-    /// Put these shares of all ranks together as PEFT files; the root answers [`TrainingReport::Exported`].
+    /// Put these shares of all ranks together as PEFT files, or as those of a whole model; the root answers [`TrainingReport::Exported`].
     Export {
         /// Blobs of the shares.
         shards: Vec<BlobId>,
@@ -195,7 +233,7 @@ pub enum TrainingReport {
         /// What it has reserved.
         reserved: Bytes,
     },
-    /// A step is computed and this rank's next state durable.
+    /// A step is computed and this rank's next state durable, where it is to be ([`TrainingSettings::is_durable`]).
     Prepared {
         /// The step.
         step: u64,
@@ -222,6 +260,15 @@ pub enum TrainingReport {
         /// Whether every number of it is finite, and some pair changes something.
         usable: Result<(), String>,
     },
+    /// The whole model that was trained is stored.
+    ModelExported {
+        /// A manifest of the files.
+        manifest: BlobId,
+        /// What it holds: a directory as Hugging Face has models.
+        files: Vec<ExportedFile>,
+        /// Whether every number of it is finite, and every tensor had a gradient.
+        usable: Result<(), String>,
+    },
     /// This rank cannot go on; its session is closed.
     Failed {
         /// What to tell.
@@ -231,7 +278,7 @@ pub enum TrainingReport {
     },
 }
 
-/// A file of an adapter that is stored.
+/// A file of an adapter or a model that is stored.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ExportedFile {
     /// Its name, for example `adapter_config.json`.

@@ -30,5 +30,5 @@ pub use ledger::{LedgerRow, MemoryLedger, Piece};
 pub use plan::{plan, survivable_losses};
 pub use position::Position;
 pub use request::{DeviceReport, LinkReport, Links, PlanRequest};
-pub use session::{SessionMemory, SessionRequest};
+pub use session::{SessionMemory, SessionRequest, SessionWeights};
 pub use shares::{LayerShare, Shares};

@@ -7,8 +7,8 @@
 use ashlar_kernels::{Isa, Kernels, available_threads, measure};
 use ashlar_model::adapter::{LoraSpec, Target};
 use ashlar_model::stage::{MicroBatch, StageTrainer, TargetRow};
-use ashlar_model::{ModelConfig, RankSlice, SingleRank, StageInput, StageModel};
-use ashlar_training::{AdapterState, RunTree, initial_adapter};
+use ashlar_model::{ModelConfig, RankSlice, SingleRank, StageInput, StageModel, Trained};
+use ashlar_training::{RunTree, TrainingState, initial_adapter};
 use ashlar_vocabulary::Quantization;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -27,8 +27,10 @@ fn main() {
     let model =
         StageModel::load(&directory, quantization, slice.clone(), kernels.clone(), &mut |_, _| {}).unwrap();
     let spec = LoraSpec { rank, alpha: 32.0, rank_stabilized: false, targets: Target::ALL.to_vec() };
-    let mut state = AdapterState::new(initial_adapter(&spec, &shape, &slice, 1), &shape, &slice, &kernels);
-    let mut tree = RunTree::new(&spec, &shape, &slice);
+    let start = initial_adapter(&spec, &shape, &slice, 1).tensors;
+    let trained = Trained::Adapter(spec);
+    let mut state = TrainingState::new(&trained, start, &shape, &slice, &kernels);
+    let mut tree = RunTree::new(trained.sums(&shape, &slice));
     let mut trainer = StageTrainer::new(Arc::new(model), kernels.clone(), tokens);
     let batch = MicroBatch::new(&[tokens]);
     let ids: Vec<u32> = (0..tokens).map(|i| ((i * 7919 + 13) % shape.vocab_size) as u32).collect();
@@ -41,18 +43,18 @@ fn main() {
     // Without kept activations first: the process's largest memory only grows.
     for keep in [false, true] {
         for repetition in 0..3 {
-            let adapter = state.packed().clone();
+            let adapter = state.packed().cloned();
+            let adapter = adapter.as_deref();
             let start = Instant::now();
             let input = StageInput::Tokens(&ids);
-            let tape = trainer
-                .forward(&batch, input, Some(&adapter), keep, &mut SingleRank, &mut || Ok(()))
-                .unwrap();
+            let tape =
+                trainer.forward(&batch, input, adapter, keep, &mut SingleRank, &mut || Ok(())).unwrap();
             let (forward, bytes) = (start.elapsed(), tape.bytes());
             let (loss, gradient) =
-                trainer.loss(&targets, 1.0 / tokens as f32, tokens, &mut SingleRank).unwrap();
+                trainer.loss(&targets, 1.0 / tokens as f32, tokens, None, &mut SingleRank).unwrap();
             let mut gradient = gradient.to_vec();
             let with_loss = start.elapsed();
-            let (adapter, sink) = (Some(&*adapter), tree.current());
+            let sink = tree.current();
             trainer
                 .backward(&batch, tape, adapter, &mut gradient, sink, &mut SingleRank, &mut || Ok(()))
                 .unwrap();
@@ -72,7 +74,7 @@ fn main() {
                 (flops + again) / all.as_secs_f64() / peak * 100.0,
                 peak / 1e9,
                 bytes >> 20,
-                trainer.buffer_bytes(rank).0 >> 20,
+                trainer.buffer_bytes(&trained).0 >> 20,
                 memory_mib(),
             );
             tree.end_run(&kernels);

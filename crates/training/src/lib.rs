@@ -2,7 +2,8 @@
 //!
 //! * [`runs`]: gradients of a global batch's eight runs, added up in the contract's tree.
 //! * [`norm`]: the norm of a gradient that lies on many ranks.
-//! * [`init`]: what an adapter starts from.
+//! * [`settle`]: from these to gradients by weights, where the two differ.
+//! * [`init`]: what an adapter or a model starts from.
 //! * [`state`]: weights and moments of a rank, moved by one step at a time.
 //! * [`preference`]: the loss of pairs of answers.
 //! * [`checkpoint`]: the same as bytes, and the way back onto any other layout.
@@ -16,10 +17,12 @@ pub mod init;
 pub mod norm;
 pub mod preference;
 pub mod runs;
+pub mod settle;
 pub mod state;
 
-pub use init::initial_adapter;
+pub use init::{initial_adapter, initial_model};
 pub use norm::{NormTerms, gradient_norm};
 pub use preference::Preference;
 pub use runs::RunTree;
-pub use state::{AdapterState, Hyperparameters};
+pub use settle::settle;
+pub use state::{Hyperparameters, TrainingState};

@@ -5,33 +5,34 @@
 //! runs, so that what replicas exchange are the upper levels of that tree.
 
 use ashlar_kernels::Kernels;
-use ashlar_model::RankSlice;
-use ashlar_model::adapter::{AdapterWeights, LoraSpec};
-use ashlar_vocabulary::ModelShape;
+use ashlar_model::{TensorLayout, Tensors};
+use std::sync::Arc;
 
 /// A replica's gradients, run by run.
 #[derive(Debug)]
 pub struct RunTree {
+    layout: Arc<TensorLayout>,
     /// Sums of closed subtrees, the widest first, each with the number of runs it covers; `None` has no sample.
-    open: Vec<(usize, Option<AdapterWeights>)>,
+    open: Vec<(usize, Option<Tensors>)>,
     /// The run being computed.
-    current: Option<AdapterWeights>,
+    current: Option<Tensors>,
     /// Zeroed gradients to be used again.
-    spare: Vec<AdapterWeights>,
-    zeros: AdapterWeights,
+    spare: Vec<Tensors>,
 }
 
+/// Most sums of its layout that a tree has at a time: three closed subtrees, and the run being computed.
+pub const SUMS_MAX: usize = 4;
+
 impl RunTree {
-    /// No gradients yet.
-    pub fn new(spec: &LoraSpec, shape: &ModelShape, slice: &RankSlice) -> RunTree {
-        let zeros = AdapterWeights::zeros(spec, shape, slice);
-        RunTree { open: Vec::new(), current: None, spare: Vec::new(), zeros }
+    /// No gradients yet; they will be sums of this layout ([`Trained::sums`](ashlar_model::Trained::sums)).
+    pub fn new(layout: Arc<TensorLayout>) -> RunTree {
+        RunTree { layout, open: Vec::new(), current: None, spare: Vec::new() }
     }
 
     /// Where the current run's gradients add up.
-    pub fn current(&mut self) -> &mut AdapterWeights {
-        let (spare, zeros) = (&mut self.spare, &self.zeros);
-        self.current.get_or_insert_with(|| spare.pop().unwrap_or_else(|| zeros.clone()))
+    pub fn current(&mut self) -> &mut Tensors {
+        let (spare, layout) = (&mut self.spare, &self.layout);
+        self.current.get_or_insert_with(|| spare.pop().unwrap_or_else(|| Tensors::zeros(layout)))
     }
 
     /// Ends the current run; one that was never asked for has no samples.
@@ -48,7 +49,7 @@ impl RunTree {
                 (None, last) => *first = last,
                 (Some(first), Some(last)) => {
                     first.tensors_mut().zip(last.tensors()).for_each(|(to, from)| kernels.add(to, from));
-                    self.spare.extend(zeroed(last));
+                    self.spare.push(last.reset(&self.layout));
                 }
             }
         }
@@ -58,24 +59,19 @@ impl RunTree {
     ///
     /// # Panics
     /// If the runs so far are not 1, 2, 4 or 8.
-    pub fn take(&mut self) -> AdapterWeights {
+    pub fn take(&mut self) -> Tensors {
         let (Some((_, sum)), []) = (self.open.pop(), &self.open[..]) else {
             panic!("a replica has 1, 2, 4 or 8 runs, and they have ended");
         };
         sum.unwrap_or_else(|| {
-            let mut nothing = self.zeros.clone();
+            let mut nothing = self.spare.pop().unwrap_or_else(|| Tensors::zeros(&self.layout));
             nothing.tensors_mut().for_each(|tensor| tensor.fill(-0.0));
             nothing
         })
     }
 
     /// Gives gradients back that are of no use any more.
-    pub fn recycle(&mut self, gradient: AdapterWeights) {
-        self.spare.extend(zeroed(gradient));
+    pub fn recycle(&mut self, gradient: Tensors) {
+        self.spare.push(gradient.reset(&self.layout));
     }
-}
-
-fn zeroed(mut gradient: AdapterWeights) -> Option<AdapterWeights> {
-    gradient.tensors_mut().for_each(|tensor| tensor.fill(0.0));
-    Some(gradient)
 }

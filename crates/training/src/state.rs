@@ -1,8 +1,8 @@
-//! A rank's share of an adapter that trains: its weights, AdamW's moments, and the packed form that the passes multiply with.
+//! A rank's share of what trains: its weights, AdamW's moments, and of an adapter the packed form that the passes multiply with.
 
 use ashlar_kernels::{AdamW, Kernels};
-use ashlar_model::RankSlice;
-use ashlar_model::adapter::{Adapter, AdapterWeights};
+use ashlar_model::adapter::Adapter;
+use ashlar_model::{RankSlice, Tensors, Trained};
 use ashlar_vocabulary::ModelShape;
 use std::sync::Arc;
 
@@ -36,50 +36,62 @@ impl Hyperparameters {
 
 /// A rank's share of a job.
 #[derive(Debug)]
-pub struct AdapterState {
-    weights: AdapterWeights,
-    first: AdapterWeights,
-    second: AdapterWeights,
+pub struct TrainingState {
+    trained: Trained,
+    weights: Tensors,
+    first: Tensors,
+    second: Tensors,
     /// Steps taken.
     steps: u32,
-    packed: Arc<Adapter>,
+    /// Of an adapter: what products multiply with.
+    packed: Option<Arc<Adapter>>,
 }
 
-impl AdapterState {
+impl TrainingState {
     /// Starts from `weights`.
     pub fn new(
-        weights: AdapterWeights,
+        trained: &Trained,
+        weights: Tensors,
         shape: &ModelShape,
         slice: &RankSlice,
         kernels: &Kernels,
-    ) -> AdapterState {
-        let zeros = AdapterWeights::zeros(&weights.spec, shape, slice);
-        let packed = Arc::new(Adapter::pack(&weights, shape, slice, kernels));
-        AdapterState { weights, first: zeros.clone(), second: zeros, steps: 0, packed }
+    ) -> TrainingState {
+        let zeros = Tensors::zeros(weights.layout());
+        TrainingState::restored(trained, [weights, zeros.clone(), zeros], 0, shape, slice, kernels)
     }
 
-    /// What a checkpoint had.
-    #[allow(clippy::too_many_arguments)]
+    /// What a checkpoint had: weights and both moments, after so many steps.
     pub(crate) fn restored(
-        weights: AdapterWeights,
-        first: AdapterWeights,
-        second: AdapterWeights,
+        trained: &Trained,
+        [weights, first, second]: [Tensors; 3],
         steps: u32,
         shape: &ModelShape,
         slice: &RankSlice,
         kernels: &Kernels,
-    ) -> AdapterState {
-        let packed = Arc::new(Adapter::pack(&weights, shape, slice, kernels));
-        AdapterState { weights, first, second, steps, packed }
+    ) -> TrainingState {
+        let trained = trained.clone();
+        let mut state = TrainingState { trained, weights, first, second, steps, packed: None };
+        state.pack(shape, slice, kernels);
+        state
+    }
+
+    fn pack(&mut self, shape: &ModelShape, slice: &RankSlice, kernels: &Kernels) {
+        let pack = |spec| Arc::new(Adapter::pack_tensors(spec, &self.weights, shape, slice, kernels));
+        self.packed = self.trained.adapter().map(pack);
+    }
+
+    /// What it is that trains.
+    pub fn trained(&self) -> &Trained {
+        &self.trained
     }
 
     /// AdamW's moments.
-    pub(crate) fn moments(&self) -> (&AdapterWeights, &AdapterWeights) {
+    pub(crate) fn moments(&self) -> (&Tensors, &Tensors) {
         (&self.first, &self.second)
     }
 
     /// The weights.
-    pub fn weights(&self) -> &AdapterWeights {
+    pub fn weights(&self) -> &Tensors {
         &self.weights
     }
 
@@ -88,16 +100,18 @@ impl AdapterState {
         self.steps
     }
 
-    /// What products multiply with until the next step.
-    pub fn packed(&self) -> &Arc<Adapter> {
-        &self.packed
+    /// The adapter that products multiply with until the next step; of a whole model none, which is reloaded instead
+    /// ([`StageTrainer::reload`](ashlar_model::stage::StageTrainer::reload)).
+    pub fn packed(&self) -> Option<&Arc<Adapter>> {
+        self.packed.as_ref()
     }
 
-    /// One step with the whole batch's gradient, whose norm over all ranks is `norm`.
+    /// One step with the whole batch's gradient, whose norm over all ranks is `norm`. Weight decay leaves biases and weights of norms
+    /// alone, as is usual with PyTorch.
     #[allow(clippy::too_many_arguments)]
     pub fn step(
         &mut self,
-        gradient: &AdapterWeights,
+        gradient: &Tensors,
         norm: f64,
         learning_rate: f32,
         with: &Hyperparameters,
@@ -106,21 +120,21 @@ impl AdapterState {
         kernels: &Kernels,
     ) {
         self.steps += 1;
-        let adamw = AdamW {
-            learning_rate,
-            beta1: with.beta1,
-            beta2: with.beta2,
-            epsilon: with.epsilon,
-            weight_decay: with.weight_decay,
-            step: self.steps,
-            gradient_factor: with.gradient_factor(norm),
-        };
+        let layout = self.weights.layout().clone();
         let moments = self.first.tensors_mut().zip(self.second.tensors_mut());
-        for ((weights, gradient), (first, second)) in
-            self.weights.tensors_mut().zip(gradient.tensors()).zip(moments)
-        {
+        let weights = layout.shares().iter().zip(self.weights.tensors_mut());
+        for (((share, weights), gradient), (first, second)) in weights.zip(gradient.tensors()).zip(moments) {
+            let adamw = AdamW {
+                learning_rate,
+                beta1: with.beta1,
+                beta2: with.beta2,
+                epsilon: with.epsilon,
+                weight_decay: if share.decays() { with.weight_decay } else { 0.0 },
+                step: self.steps,
+                gradient_factor: with.gradient_factor(norm),
+            };
             kernels.adamw(&adamw, gradient, weights, first, second);
         }
-        self.packed = Arc::new(Adapter::pack(&self.weights, shape, slice, kernels));
+        self.pack(shape, slice, kernels);
     }
 }

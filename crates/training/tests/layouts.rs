@@ -5,9 +5,9 @@
 mod common;
 
 use ashlar_kernels::Isa;
-use ashlar_model::ModelConfig;
 use ashlar_model::adapter::{LoraSpec, Target};
 use ashlar_model::stage::{BatchLoss, ExactSum};
+use ashlar_model::{ModelConfig, Trained};
 use ashlar_training::{Hyperparameters, Preference, initial_adapter};
 use ashlar_vocabulary::{FloatType, Precision, Quantization, WeightType};
 use common::serving::goldens;
@@ -44,17 +44,18 @@ fn pairs(count: usize) -> Vec<Pair> {
     (0..count).map(|index| [answer(index, 0), answer(index, 1)]).collect()
 }
 
-type Trained = (Vec<u8>, Vec<(BatchLoss, u64)>);
+/// The adapter at the end, and losses and norms on the way.
+type Course = (Vec<u8>, Vec<(BatchLoss, u64)>);
 
 fn job(name: &str, precision: Precision, cut: Cut) -> Job {
     let directory = goldens().join(name);
     let with = Hyperparameters { weight_decay: 0.01, norm_max: Some(0.4), ..Hyperparameters::default() };
-    Job::new(&directory, precision, cut, &spec(), with, &|config, slice| {
-        initial_adapter(&spec(), &config.shape, slice, 11)
+    Job::new(&directory, precision, cut, &Trained::Adapter(spec()), with, &|config, slice| {
+        initial_adapter(&spec(), &config.shape, slice, 11).tensors
     })
 }
 
-fn train(name: &str, precision: Precision, cut: Cut) -> Trained {
+fn train(name: &str, precision: Precision, cut: Cut) -> Course {
     let mut job = job(name, precision, cut);
     // Fewer samples than runs, as many, and more.
     let reports = [3, 8, 13].map(|count| job.step(&samples(count), 1e-2));
@@ -62,7 +63,7 @@ fn train(name: &str, precision: Precision, cut: Cut) -> Trained {
     (job.adapter().files("base").unwrap().1, reports.to_vec())
 }
 
-fn prefer(name: &str, precision: Precision, cut: Cut) -> Trained {
+fn prefer(name: &str, precision: Precision, cut: Cut) -> Course {
     let mut job = job(name, precision, cut);
     let with = Preference::new(0.4).unwrap();
     let reports = [3, 8, 13].map(|count| job.step_of_pairs(&pairs(count), with, 1e-2));
@@ -74,12 +75,7 @@ fn assert_same(name: &str, precision: Precision, cuts: &[Cut]) {
     assert_same_by(train, name, precision, cuts);
 }
 
-fn assert_same_by(
-    train: fn(&str, Precision, Cut) -> Trained,
-    name: &str,
-    precision: Precision,
-    cuts: &[Cut],
-) {
+fn assert_same_by(train: fn(&str, Precision, Cut) -> Course, name: &str, precision: Precision, cuts: &[Cut]) {
     let expected = train(name, precision, Cut::default());
     for &cut in cuts {
         let found = train(name, precision, cut);

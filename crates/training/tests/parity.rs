@@ -6,7 +6,7 @@ mod common;
 use ashlar_kernels::{BLOCK_TOKENS, Isa, Kernels, RowContext};
 use ashlar_model::adapter::{AdaptedRows, Adapter};
 use ashlar_model::peft::PeftAdapter;
-use ashlar_model::{ModelConfig, NoHeadRanks, RankSlice, SingleRank, StageInput, StageModel};
+use ashlar_model::{ModelConfig, NoHeadRanks, RankSlice, SingleRank, StageInput, StageModel, Trained};
 use ashlar_training::{Hyperparameters, Preference};
 use ashlar_vocabulary::{BlockId, Quantization};
 use common::serving::{goldens as models, relative_error};
@@ -144,8 +144,9 @@ fn check(name: &str) {
     let start = adapter(name, "initial.safetensors");
     let cut = Cut { stages: 2, ranks: 2, samples: 3, ..Cut::default() };
     let directory = models().join(name);
-    let mut job = Job::new(&directory, None::<Quantization>, cut, &start.spec, with, &|config, slice| {
-        start.cut(&config.shape, slice)
+    let trained = Trained::Adapter(start.spec.clone());
+    let mut job = Job::new(&directory, None::<Quantization>, cut, &trained, with, &|config, slice| {
+        start.cut(&config.shape, slice).tensors
     });
     for (step, batch) in golden.batches.iter().enumerate() {
         let batch: Vec<Sample> = batch.iter().map(|&index| samples[index].clone()).collect();
@@ -185,14 +186,17 @@ fn gradients_are_those_of_double_precision() {
         for cut in [Cut::default(), Cut { stages: 2, ranks: 2, samples: 4, keep: false, ..Cut::default() }] {
             let directory = models().join(name);
             let with = Hyperparameters::default();
-            let start = |config: &ModelConfig, slice: &RankSlice| point.cut(&config.shape, slice);
-            let mut job = Job::new(&directory, None::<Quantization>, cut, &point.spec, with, &start);
+            let start = |config: &ModelConfig, slice: &RankSlice| point.cut(&config.shape, slice).tensors;
+            let trained = Trained::Adapter(point.spec.clone());
+            let mut job = Job::new(&directory, None::<Quantization>, cut, &trained, with, &start);
             let (_, found) = job.gradient(&golden.samples());
             let mut worst = 0f32;
-            for (place, expected) in &expected.pairs {
-                let found = &found.pairs[place];
-                let errors = [relative_error(&found.a, &expected.a), relative_error(&found.b, &expected.b)];
-                assert!(errors[0].max(errors[1]) <= 1e-5, "{name}, {place:?}: {errors:?}");
+            for ((layer, target), expected) in &expected.pairs {
+                let half =
+                    |half: &str| &found[&format!("model.layers.{layer}.{}.{half}.weight", target.path())];
+                let errors = [("lora_A", &expected.a), ("lora_B", &expected.b)]
+                    .map(|(name, expected)| relative_error(half(name), expected));
+                assert!(errors[0].max(errors[1]) <= 1e-5, "{name}, layer {layer}, {target:?}: {errors:?}");
                 worst = worst.max(errors[0]).max(errors[1]);
             }
             eprintln!("{name}: gradients differ by {worst:.1e} of a tensor's largest");

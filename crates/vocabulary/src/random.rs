@@ -14,6 +14,8 @@ pub enum Purpose {
     Split = 2,
     /// What an adapter starts from.
     Initial = 3,
+    /// What a model starts from.
+    InitialModel = 4,
 }
 
 /// Ten rounds of Philox over a counter, with a key of 64 bits (low word first).

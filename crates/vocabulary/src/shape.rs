@@ -2,7 +2,7 @@
 
 use crate::parts::AxisCut;
 use crate::precision::FloatType;
-use crate::weights::WeightTypes;
+use crate::weights::{WeightType, WeightTypes};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
@@ -54,6 +54,16 @@ pub struct LayerVectors {
 }
 
 impl ModelShape {
+    /// The same model with everything in `f32`, as a copy is that trains whole.
+    pub fn in_f32(&self) -> ModelShape {
+        ModelShape {
+            weights: WeightTypes::uniform(WeightType::F32, self.num_layers),
+            kv_cache: FloatType::F32,
+            activations: FloatType::F32,
+            ..self.clone()
+        }
+    }
+
     /// The attention axis in query elements: one granule per KV-head group.
     pub fn attention_cut(&self) -> AxisCut {
         AxisCut::grouped(self.num_kv_heads, self.num_heads / self.num_kv_heads * self.head_dim)

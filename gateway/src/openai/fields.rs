@@ -65,6 +65,11 @@ impl Fields {
         self.map.shift_remove(name).filter(|value| !value.is_null())
     }
 
+    /// Whether the field is there and not null.
+    pub(crate) fn has(&self, name: &str) -> bool {
+        self.map.get(name).is_some_and(|value| !value.is_null())
+    }
+
     /// Takes the field if it is as `wanted`; whether it was.
     pub(crate) fn take_if(&mut self, name: &str, wanted: impl Fn(&Value) -> bool) -> bool {
         let found = self.map.get(name).is_some_and(wanted);

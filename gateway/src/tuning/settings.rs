@@ -3,7 +3,8 @@
 use ashlar_dataset::plan::{JobPlan, PlanError, PlanSettings, auto_batch_size, auto_epochs, split};
 use ashlar_dataset::{Method, SampleSize};
 use ashlar_protocol::training::{
-    LearningRateDecay, LearningRateSchedule, LoraSettings, TrainingMethod, TrainingSettings, ValidationData,
+    FullSettings, LearningRateDecay, LearningRateSchedule, LoraSettings, ModelStart, TrainingMethod,
+    TrainingSettings, ValidationData,
 };
 use ashlar_vocabulary::BlobId;
 use serde::{Deserialize, Serialize};
@@ -15,6 +16,12 @@ pub(crate) const LINEAR_MODULES: [&str; 7] =
 pub(crate) const LEARNING_RATE: f64 = 2e-4;
 /// The same for preferences, which move a model much faster.
 pub(crate) const LEARNING_RATE_DPO: f64 = 2e-5;
+/// The same where all weights are trained from those that are served: each moves, so each has to move little.
+pub(crate) const LEARNING_RATE_FULL: f64 = 1e-5;
+/// The same from random weights.
+pub(crate) const LEARNING_RATE_RANDOM: f64 = 1e-3;
+/// Steps between two durable states where all weights are trained: storing one costs as much as some steps.
+const DURABLE_EVERY: u64 = 20;
 /// Share of all steps in which the learning rate rises.
 pub(crate) const WARMUP_SHARE: f64 = 0.03;
 /// Share of the steps in which the schedule `late` falls.
@@ -44,6 +51,9 @@ pub(crate) struct Choices {
     pub(crate) grad_clip: Option<f64>,
     pub(crate) seed: u64,
     pub(crate) lora: LoraSettings,
+    /// All weights are trained, from these.
+    #[serde(default)]
+    pub(crate) full: Option<ModelStart>,
     pub(crate) schedule: ScheduleChoice,
     pub(crate) max_seq_len: u32,
     pub(crate) early_stopping: Option<EarlyStopping>,
@@ -170,6 +180,7 @@ impl Choices {
                 MethodChoice::Dpo { beta } => TrainingMethod::Dpo { beta: beta.unwrap_or(DPO_BETA) },
             },
             lora: self.lora.clone(),
+            full: self.full.map(|start| FullSettings { start, durable_every: DURABLE_EVERY }),
             epochs,
             batch_size,
             seed: self.seed,

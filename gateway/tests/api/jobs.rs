@@ -118,6 +118,11 @@ async fn what_is_chosen_reaches_the_scheduler() {
     let default = settings(base.clone()).await;
     assert_eq!((&default["method"], &default["epochs"]), (&json!("supervised"), &Value::Null));
     assert_eq!((&default["learning_rate"], &default["grad_clip"]), (&json!(2e-4), &json!(1.0)));
+    assert_eq!(default["full"], Value::Null);
+    let full = settings(with(json!({"full": true}))).await;
+    assert_eq!((&full["full"], &full["learning_rate"]), (&json!("model"), &json!(1e-5)));
+    let random = settings(with(json!({"full": true, "init": "random", "lora": null}))).await;
+    assert_eq!((&random["full"], &random["learning_rate"]), (&json!("random"), &json!(1e-3)));
     assert_eq!((&default["lora"]["rank"], &default["lora"]["alpha"]), (&json!(16), &json!(32.0)));
     assert_eq!(default["lora"]["targets"].as_array().unwrap().len(), 7);
     assert_eq!(default["max_seq_len"], 4096);
@@ -167,7 +172,11 @@ async fn a_bad_request_names_its_field() {
         (json!({"seed": 1_u64 << 31}), "seed".into()),
         (json!({"metadata": {"a": 1}}), "metadata".into()),
         (json!({"metadata": {"a": "b".repeat(513)}}), "metadata".into()),
-        (json!({"full": true}), "full".into()),
+        (json!({"full": "yes"}), "full".into()),
+        (json!({"full": true, "lora": {"r": 8}}), "lora".into()),
+        (json!({"full": true, "method": {"type": "dpo"}}), "full".into()),
+        (json!({"full": true, "init": "zeros"}), "init".into()),
+        (json!({"init": "random"}), "init".into()),
         (json!({"packing": true}), "packing".into()),
         (json!({"integrations": [{"type": "wandb"}]}), "integrations".into()),
         (json!({"method": {}}), "method.type".into()),

@@ -70,6 +70,25 @@ pub struct Progress {
     pub step_ms: Option<f64>,
     /// The table of steps is to be written.
     pub results_due: bool,
+    /// How far it was when its present shards were made, where not every step has some.
+    pub at_shards: Option<Counts>,
+}
+
+/// What a job counts from step to step.
+#[derive(Debug, Default, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Counts {
+    /// Targets trained.
+    pub trained_tokens: u64,
+    /// As in [`Progress`].
+    pub evaluated: Option<(u64, f64, f64)>,
+    /// As in [`Progress`].
+    pub best_loss: Option<f64>,
+    /// As in [`Progress`].
+    pub worse: u32,
+    /// As in [`Progress`].
+    pub skipped: u32,
+    /// As in [`Progress`].
+    pub stopped: bool,
 }
 
 /// What the jobs core is told.

@@ -1,7 +1,7 @@
 //! One job: its record, where it is, and what comes next. Nothing here speaks to anybody.
 
 use super::event_log::EventLog;
-use super::events::{Progress, StoredJob};
+use super::events::{Counts, Progress, StoredJob};
 use super::session::Session;
 use crate::engine::GatewayId;
 use crate::time::Millis;
@@ -119,11 +119,13 @@ impl Job {
             data: None,
             steps: 0,
             shards: Vec::new(),
+            steps_since_shards: 0,
             last: None,
             trained_tokens: 0,
             remaining_s: None,
             fine_tuned_model: None,
             adapter: None,
+            trained_model: None,
             result_files: Vec::new(),
             error: None,
             finished_at: None,
@@ -151,7 +153,16 @@ impl Job {
     }
 
     fn with(record: JobRecord, progress: Progress, phase: Phase, log: EventLog) -> Job {
-        Job { record, progress, phase, log, saving: Saving::default(), failures: 0, waits_since: None, held: None }
+        Job {
+            record,
+            progress,
+            phase,
+            log,
+            saving: Saving::default(),
+            failures: 0,
+            waits_since: None,
+            held: None,
+        }
     }
 
     /// Notes that something happened.
@@ -193,13 +204,16 @@ impl Job {
         let last = steps >= settings.steps;
         let epoch = last || steps.is_multiple_of(settings.steps_per_epoch.max(1));
         let measured = progress.evaluated.map(|(step, ..)| step) == Some(steps);
-        let measure = epoch || steps.is_multiple_of(settings.evaluate_every.max(1));
-        if settings.validation != ValidationData::None && measure && !measured {
+        if settings.validation != ValidationData::None && settings.is_measured(steps) && !measured {
             return Next::Evaluate;
         }
         let ended = last || progress.stopped;
-        let exported = self.record.checkpoints.last().map(|last| last.step) == Some(steps);
-        if (epoch || ended) && !exported {
+        // A whole model is large, and not served: it is put together at the end alone.
+        let (wanted, exported) = match settings.full {
+            None => (epoch || ended, self.record.checkpoints.last().map(|last| last.step)),
+            Some(_) => (ended, self.record.trained_model.as_ref().map(|model| model.step)),
+        };
+        if wanted && exported != Some(steps) {
             return Next::Export;
         }
         if ended { Next::Finish } else { Next::Step(steps) }
@@ -219,8 +233,13 @@ impl Job {
     fn commit(&mut self, unix_s: u64, Held { metrics, shards, took_ms }: Held) {
         let metrics = printable(metrics);
         let record = &mut self.record;
-        let former = std::mem::replace(&mut record.shards, shards);
-        self.saving.superseded.extend(former.into_iter().map(|shard| (record.steps, shard)));
+        record.steps_since_shards += 1;
+        let is_durable = !shards.is_empty();
+        if is_durable {
+            let former = std::mem::replace(&mut record.shards, shards);
+            self.saving.superseded.extend(former.into_iter().map(|shard| (record.steps, shard)));
+            record.steps_since_shards = 0;
+        }
         record.steps += 1;
         record.last = Some(metrics);
         if metrics.skipped {
@@ -235,8 +254,35 @@ impl Job {
         let steps = record.settings.as_ref().map_or(0, |settings| settings.steps);
         record.remaining_s = Some((steps.saturating_sub(record.steps) as f64 * mean / 1000.0).ceil() as u64);
         let step = record.steps;
-        self.failures = 0;
         self.happened(unix_s, JobEventKind::Step { step, steps, metrics });
+        if is_durable {
+            // What is repeated is no progress.
+            self.failures = 0;
+            self.progress.at_shards = Some(self.counts());
+        }
+    }
+
+    fn counts(&self) -> Counts {
+        let Progress { evaluated, best_loss, worse, skipped, stopped, .. } = self.progress;
+        let trained_tokens = self.record.trained_tokens;
+        Counts { trained_tokens, evaluated, best_loss, worse, skipped, stopped }
+    }
+
+    /// Goes back to the last step whose state is durable: whoever opens the next session has no later one.
+    pub(super) fn go_back(&mut self) {
+        let steps = std::mem::take(&mut self.record.steps_since_shards);
+        if steps == 0 {
+            return;
+        }
+        self.record.steps = self.record.steps.saturating_sub(steps);
+        let counts = self.progress.at_shards.clone().unwrap_or_default();
+        self.record.trained_tokens = counts.trained_tokens;
+        self.progress.evaluated = counts.evaluated;
+        self.progress.best_loss = counts.best_loss;
+        self.progress.worse = counts.worse;
+        self.progress.skipped = counts.skipped;
+        self.progress.stopped = counts.stopped;
+        self.saving.dirty = true;
     }
 
     /// The validation data was measured.
@@ -255,7 +301,9 @@ impl Job {
         let last = settings.is_some_and(|settings| step >= settings.steps);
         progress.stopped = !last && patience.is_some_and(|patience| progress.worse >= patience.max(1));
         let stopped = progress.stopped;
-        self.failures = 0;
+        if self.record.steps_since_shards == 0 {
+            self.failures = 0;
+        }
         self.happened(unix_s, JobEventKind::Evaluated { step, loss, accuracy });
         if stopped {
             self.happened(unix_s, JobEventKind::StoppedEarly { step });

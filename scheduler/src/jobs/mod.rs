@@ -1,17 +1,19 @@
 //! Fine-tuning jobs and files as a pure function of events.
 //!
 //! Layout: [`events`] (what goes in and out), `admin` (calls of gateways), `lifecycle` (from validation to the end), `training`
-//! (sessions, steps, votes), `publishing` (adapters under names), `saving` (what is durable); of one job: `job` (its record and what
-//! comes next), `session` (its ranks and their votes), `event_log`; `replicas` (who trains), `room` (whether there is memory for it), `shelf` (records and their lists), `names`, [`results`]
+//! (sessions, steps, votes), `publishing` (adapters under names), `handing_out` (the files of a whole model), `saving` (what is
+//! durable); of one job: `job` (its record and what comes next), `session` (its ranks and their votes), `event_log`; `replicas` (who
+//! trains), `room` (whether there is memory for it), `shelf` (records and their lists), `names`, [`results`]
 //! (the table of steps).
 //!
 //! **Invariants:** no tokio, clock, randomness or I/O: the store is an effect, its answers are events. A step is committed only
-//! when every rank has voted for it. At most one committed step is not durable, so a new scheduler repeats one at most. A
-//! blob is deleted only when a later record is durable. Serving never waits for any of this.
+//! when every rank has voted for it. At most one committed step is not durable, so a new scheduler repeats one at most; where all
+//! weights train, those since the last step with shards. A blob is deleted only when a later record is durable. Serving never waits for any of this.
 
 mod admin;
 mod event_log;
 pub mod events;
+mod handing_out;
 mod job;
 mod lifecycle;
 mod names;
@@ -32,7 +34,7 @@ use crate::engine::GatewayId;
 use crate::time::Millis;
 use admin::Read;
 use ashlar_protocol::admin::{FileRecord, JobRecord, JobStatus};
-use ashlar_vocabulary::{Bytes, FileId, JobId, ReplicaId, SessionId};
+use ashlar_vocabulary::{AdapterId, Bytes, FileId, JobId, ReplicaId, SessionId};
 use job::{Job, Phase};
 use saving::FileSaves;
 use shelf::Shelf;
@@ -157,6 +159,9 @@ impl Jobs {
         references.blobs.extend(self.files.values().map(|file| file.blob));
         for job in self.jobs.values() {
             references.adapters.extend(job.record.adapter);
+            references
+                .adapters
+                .extend(job.record.trained_model.as_ref().map(|model| AdapterId(model.manifest)));
             references.adapters.extend(job.record.checkpoints.iter().map(|checkpoint| checkpoint.adapter));
             // Until its end is durable, the stored record still refers to what the job needed.
             if !job.ended() || self.active.contains(&job.record.request.id) {

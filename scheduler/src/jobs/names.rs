@@ -31,7 +31,7 @@ pub fn results_file(job: JobId) -> FileId {
     file_id(&hash)
 }
 
-/// A file of a job's state after a step, by the same rule.
+/// A file of a job's state after a step, an adapter's or a model's, by the same rule.
 pub fn checkpoint_file(job: JobId, step: u64, name: &str) -> FileId {
     let mut hash = blake3::Hasher::new_derive_key("ashlar fine-tuning checkpoint files");
     hash.update(&job.0.to_le_bytes()).update(&step.to_le_bytes()).update(name.as_bytes());

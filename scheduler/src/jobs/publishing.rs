@@ -1,12 +1,12 @@
-//! Checkpoints, and the finished model: adapters under names.
+//! Checkpoints, and the finished model: adapters under names (a model all of whose weights were trained: `handing_out`).
 //!
 //! Here jobs meet the adapters that are served: [`Effect::Publish`] and [`Effect::Withdraw`] are for whoever serves them.
 
 use super::events::Effect;
 use super::job::{self, Phase};
 use super::lifecycle::error;
-use super::{Jobs, names};
 use super::results::RESULTS_PURPOSE;
+use super::{Jobs, names};
 use ashlar_protocol::admin::{
     AdminFailure, AdminFailureKind, Checkpoint, FileRecord, JobEventKind, JobStatus, LoadAdapter,
 };
@@ -70,9 +70,12 @@ impl Jobs {
         self.effects.push(Effect::Publish(load(model, adapter, id, unix_s)));
     }
 
-    /// A job is trained: its session is closed and its model is served.
+    /// A job is trained: its session is closed and its model is served, or its files can be downloaded.
     pub(super) fn publish(&mut self, id: JobId) {
         self.close_session(id);
+        if self.jobs.get(id).is_some_and(|job| job.record.trained_model.is_some()) {
+            return self.hand_out(id);
+        }
         let now = self.now;
         let Some(job) = self.jobs.get_mut(id) else { return };
         job.phase = Phase::Publishing { asked: false, due: now, attempts: 0 };

@@ -8,7 +8,7 @@ use super::job::Job;
 use super::replicas::{self, RankRoom, TrainingRank, TrainingReplica};
 use crate::cluster::NodeConnection;
 use ashlar_protocol::training::{TrainingMethod, TrainingSettings};
-use ashlar_shard_plan::{Piece, SessionMemory, SessionRequest, Shares};
+use ashlar_shard_plan::{Piece, SessionMemory, SessionRequest, SessionWeights, Shares};
 use ashlar_vocabulary::{Bytes, JobId, LayerRange};
 use std::collections::BTreeMap;
 
@@ -72,12 +72,13 @@ impl Ask<'_> {
         rows: u32,
         lora_rank: u32,
     ) -> SessionMemory {
-        let request = SessionRequest {
-            rank: lora_rank as usize,
-            modules: &self.settings.lora.targets,
-            micro_batch_rows: rows as usize,
-            keep_activations,
+        let weights = match self.settings.full {
+            Some(_) => SessionWeights::Model,
+            None => {
+                SessionWeights::Adapter { rank: lora_rank as usize, modules: &self.settings.lora.targets }
+            }
         };
+        let request = SessionRequest { weights, micro_batch_rows: rows as usize, keep_activations };
         piece.session(&self.shares, place.stages_behind, place.rank.room.threads, &request)
     }
 
@@ -96,7 +97,9 @@ impl Jobs {
             return None;
         }
         let ranks = replicas.first().map_or(1, |replica| replica.tensor_parallel_size());
-        let ask = Ask { settings, shares: Shares::new(&self.config.shape, ranks) };
+        let copy = settings.full.map(|_| self.config.shape.in_f32());
+        let shape = copy.as_ref().unwrap_or(&self.config.shape);
+        let ask = Ask { settings, shares: Shares::new(shape, ranks) };
         let places: Vec<Place<'_>> = replicas.iter().flat_map(|replica| self.places(replica)).collect();
         Some(verdict(&ask, &places, longest_sample(job), self.config.adapter_memory))
     }
@@ -212,8 +215,10 @@ fn why_never(
         };
         helps.push(format!("a max_seq_len of at most {tokens}"));
     }
-    if let Some(rank) = most(rank, |rank| fits(longest, rank)) {
-        helps.push(format!("lora.r of at most {rank}"));
+    match ask.settings.full {
+        Some(_) => helps.push("an adapter instead of all weights".to_owned()),
+        None => helps
+            .extend(most(rank, |rank| fits(longest, rank)).map(|rank| format!("lora.r of at most {rank}"))),
     }
     let piece = room.piece;
     let with = |layers: u32| {
@@ -224,7 +229,9 @@ fn why_never(
     let layers = piece.layers.len() as u32;
     helps.push(match most(layers, with) {
         Some(fewer) => {
-            format!("more nodes or stages, so that this one holds {fewer} layers or fewer instead of {layers}")
+            format!(
+                "more nodes or stages, so that this one holds {fewer} layers or fewer instead of {layers}"
+            )
         }
         None => "a node with more memory".to_owned(),
     });

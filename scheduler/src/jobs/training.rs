@@ -9,9 +9,7 @@ use super::{Jobs, replicas};
 use crate::cluster::NodeConnection;
 use ashlar_protocol::admin::JobEventKind;
 use ashlar_protocol::membership::ToNode;
-use ashlar_protocol::training::{
-    SessionStart, StepMetrics, TrainingReport, TrainingSettings, TrainingWork,
-};
+use ashlar_protocol::training::{SessionStart, StepMetrics, TrainingReport, TrainingSettings, TrainingWork};
 use ashlar_vocabulary::{BlobId, JobId, ReplicaId, SessionId};
 
 /// Sessions of one term: `term × SESSIONS_PER_TERM + n`, so that they rise over all terms.
@@ -39,6 +37,7 @@ impl Jobs {
         let Some(allotment) = self.allot(id) else { return };
         let replicas = replicas::choose(self.replicas.values());
         let Some(job) = self.jobs.get_mut(id) else { return };
+        job.go_back();
         let Some(settings) = &job.record.settings else { return };
         let settings = TrainingSettings {
             keep_activations: allotment.keep_activations,
@@ -201,7 +200,19 @@ impl Jobs {
                 }
                 self.advance(id);
             }
-            TrainingReport::Evaluated { .. } | TrainingReport::Exported { .. } => {}
+            TrainingReport::ModelExported { manifest, files, usable }
+                if root && open.doing == Doing::Exporting =>
+            {
+                open.doing = Doing::Idle;
+                match usable {
+                    Ok(()) => self.model_exported(id, manifest, files),
+                    Err(why) => self.fail(id, error("no_effect", why)),
+                }
+                self.advance(id);
+            }
+            TrainingReport::Evaluated { .. }
+            | TrainingReport::Exported { .. }
+            | TrainingReport::ModelExported { .. } => {}
             TrainingReport::Failed { message, retry: true } => self.interrupt(id, message),
             TrainingReport::Failed { message, retry: false } => {
                 self.fail(id, error("training_failed", message))
@@ -211,10 +222,12 @@ impl Jobs {
 
     /// Every rank has voted for the present step.
     fn step_is_done(&mut self, id: JobId, metrics: Option<StepMetrics>, shards: Vec<BlobId>, took_ms: u64) {
-        let Some(metrics) = metrics.filter(|_| !shards.is_empty()) else {
+        let Some(job) = self.jobs.get_mut(id) else { return };
+        let settings = job.record.settings.as_ref();
+        let is_durable = settings.is_none_or(|settings| settings.is_durable(job.record.steps + 1));
+        let Some(metrics) = metrics.filter(|_| shards.is_empty() != is_durable) else {
             return self.interrupt(id, "the ranks did not say what a step came to".to_owned());
         };
-        let Some(job) = self.jobs.get_mut(id) else { return };
         job.held = Some(Held { metrics, shards, took_ms });
         if let Phase::Training(session) = &mut job.phase {
             session.doing = Doing::Idle;

@@ -6,8 +6,8 @@ use ashlar_protocol::admin::{
 };
 use ashlar_protocol::membership::ToNode;
 use ashlar_protocol::training::{
-    ExportedFile, LearningRateDecay, LearningRateSchedule, LoraSettings, SessionStart, StepMetrics, TrainingMethod,
-    TrainingReport, TrainingSettings, TrainingTiming, TrainingWork, ValidationData,
+    ExportedFile, LearningRateDecay, LearningRateSchedule, LoraSettings, SessionStart, StepMetrics,
+    TrainingMethod, TrainingReport, TrainingSettings, TrainingTiming, TrainingWork, ValidationData,
 };
 use ashlar_scheduler::cluster::NodeConnection;
 use ashlar_scheduler::engine::GatewayId;
@@ -15,10 +15,11 @@ use ashlar_scheduler::jobs::{
     Effect, Event, Jobs, JobsConfig, Loaded, RankRoom, SaveId, StoredJob, TrainingRank, TrainingReplica,
 };
 use ashlar_scheduler::time::Millis;
-use ashlar_shard_plan::{Piece, SessionRequest, Shares};
+use ashlar_shard_plan::{Piece, SessionRequest, SessionWeights, Shares};
 use ashlar_vocabulary::{
-    AdapterId, BlobId, Bytes, FileId, FloatType, HeadSlice, JobId, LayerRange, LayerVectors, LeaseTerm, ModelDigest,
-    ModelShape, NodeId, ReplicaId, ReplicaRevision, SessionId, StageIndex, TensorRank, WeightType, WeightTypes,
+    AdapterId, BlobId, Bytes, FileId, FloatType, HeadSlice, JobId, LayerRange, LayerVectors, LeaseTerm,
+    ModelDigest, ModelShape, NodeId, ReplicaId, ReplicaRevision, SessionId, StageIndex, TensorRank,
+    WeightType, WeightTypes,
 };
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
@@ -94,6 +95,9 @@ pub(crate) struct World {
     committed: BTreeMap<JobId, u64>,
 }
 
+/// What a model is stored as.
+pub(crate) const MODEL_FILES: [&str; 2] = ["config.json", "model.safetensors"];
+
 pub(crate) fn settings() -> TrainingSettings {
     TrainingSettings {
         dataset: BlobId([9; 32]),
@@ -106,6 +110,7 @@ pub(crate) fn settings() -> TrainingSettings {
             dropout: 0.0,
             targets: vec!["q_proj".into()],
         },
+        full: None,
         epochs: 2,
         batch_size: 8,
         seed: 1,
@@ -210,8 +215,10 @@ pub(crate) fn session_bytes(settings: &TrainingSettings, keep_activations: bool,
     let (shape, request) = (
         shape(),
         SessionRequest {
-            rank: settings.lora.rank as usize,
-            modules: &settings.lora.targets,
+            weights: SessionWeights::Adapter {
+                rank: settings.lora.rank as usize,
+                modules: &settings.lora.targets,
+            },
             micro_batch_rows: rows as usize,
             keep_activations,
         },
@@ -268,13 +275,21 @@ impl World {
         effects.into_iter().for_each(|effect| self.perform(effect));
     }
 
-    /// No step is committed without every vote, none twice, and none is taken back.
+    /// No step is committed without every vote, none twice, and none is taken back, but for those after the last durable one where
+    /// not every step is durable.
     fn note_commits(&mut self) {
         let sessions: Vec<(SessionId, JobId)> =
             self.members.iter().map(|(session, (job, _))| (*session, *job)).collect();
         for id in sessions.iter().map(|(_, job)| *job).collect::<BTreeSet<_>>() {
             let Some(record) = self.jobs.job(id) else { continue };
             let before = self.committed.entry(id).or_default();
+            if let Some(full) = record.settings.as_ref().and_then(|settings| settings.full)
+                && record.steps < *before
+            {
+                let durable = (*before - 1) / full.durable_every * full.durable_every;
+                assert!(record.steps >= durable, "job {id} fell from step {before} to {}", record.steps);
+                *before = record.steps;
+            }
             assert!(record.steps + 1 >= *before, "job {id} fell from step {before} to {}", record.steps);
             if record.steps <= *before {
                 continue;
@@ -354,7 +369,9 @@ impl World {
                     self.stored.events.insert((id, chunk), events);
                 }
                 if let Some(former) = self.stored.jobs.get(&id) {
-                    assert!(former.record.steps <= job.record.steps, "a record went back");
+                    let is_full =
+                        job.record.settings.as_ref().is_some_and(|settings| settings.full.is_some());
+                    assert!(is_full || former.record.steps <= job.record.steps, "a record went back");
                     assert!(!former.record.status.is_final() || job.record.status.is_final());
                 }
                 self.stored.jobs.insert(id, *job);
@@ -514,7 +531,8 @@ impl World {
                         assert_eq!(*step, part.steps, "a step is asked for out of turn");
                         part.prepared = true;
                         let shard = share(part.job, step + 1, part.stage);
-                        if part.names_shares {
+                        let names_one = part.names_shares && self.settings.is_durable(step + 1);
+                        if names_one {
                             self.stored.blobs.insert(shard);
                         }
                         let metrics = StepMetrics {
@@ -529,7 +547,7 @@ impl World {
                         };
                         TrainingReport::Prepared {
                             step: *step,
-                            shard: part.names_shares.then_some(shard),
+                            shard: names_one.then_some(shard),
                             metrics: part.root.then_some(metrics),
                             timing: TrainingTiming::default(),
                         }
@@ -540,14 +558,25 @@ impl World {
                     }
                     TrainingWork::Export { shards } if part.root => {
                         assert_eq!(shards.len(), STAGES as usize);
+                        let all = (0..STAGES).map(|stage| share(part.job, part.steps, stage));
+                        assert!(
+                            all.into_iter().all(|share| shards.contains(&share)),
+                            "shares of another step"
+                        );
                         let adapter = AdapterId(share(part.job, part.steps, 99));
                         let file = |(number, name): (u32, &str)| ExportedFile {
                             name: name.to_owned(),
                             blob: share(part.job, part.steps, 90 + number),
                             bytes: 10,
                         };
-                        let files = (0..).zip(ADAPTER_FILES).map(file).collect();
-                        TrainingReport::Exported { adapter, files, usable: self.usable.clone() }
+                        let usable = self.usable.clone();
+                        if self.settings.full.is_some() {
+                            let files = (0..).zip(MODEL_FILES).map(file).collect();
+                            TrainingReport::ModelExported { manifest: adapter.0, files, usable }
+                        } else {
+                            let files = (0..).zip(ADAPTER_FILES).map(file).collect();
+                            TrainingReport::Exported { adapter, files, usable }
+                        }
                     }
                     TrainingWork::Evaluate | TrainingWork::Export { .. } => return,
                     TrainingWork::Close => {
@@ -718,6 +747,7 @@ impl World {
             JobEventKind::Resumed => "resumed".into(),
             JobEventKind::StoppedEarly { step } => format!("stopped {step}"),
             JobEventKind::ModelCreated(_) => "model".into(),
+            JobEventKind::ModelStored(files) => format!("stored {} files", files.len()),
             JobEventKind::Succeeded => "succeeded".into(),
             JobEventKind::Cancelled => "cancelled".into(),
             JobEventKind::Failed(error) => format!("failed {}", error.code),

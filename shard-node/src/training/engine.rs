@@ -14,12 +14,14 @@ use super::facts::{self, Facts};
 use super::links::{Links, StageLink};
 use ashlar_dataset::plan::Schedule;
 use ashlar_kernels::Kernels;
-use ashlar_model::adapter::{Adapter, AdapterWeights};
+use ashlar_model::adapter::Adapter;
 use ashlar_model::stage::{BatchLoss, ForwardError, StageTape, StageTrainer};
-use ashlar_model::{Collective as _, CollectiveError, StageInput};
+use ashlar_model::{Collective as _, CollectiveError, StageInput, Tensors, Trained};
 use ashlar_protocol::training::{Rewards, StepMetrics, TrainingTiming};
 use ashlar_training::preference::{AnswerScore, answer_scores};
-use ashlar_training::{AdapterState, Hyperparameters, NormTerms, Preference, RunTree, gradient_norm};
+use ashlar_training::{
+    Hyperparameters, NormTerms, Preference, RunTree, TrainingState, gradient_norm, settle,
+};
 use ashlar_vocabulary::StepId;
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -29,7 +31,7 @@ use std::time::{Duration, Instant};
 pub(super) struct Engine {
     pub(super) kernels: Arc<Kernels>,
     pub(super) trainer: StageTrainer,
-    pub(super) state: AdapterState,
+    pub(super) state: TrainingState,
     pub(super) tree: RunTree,
     pub(super) links: Links,
     pub(super) data: SessionData,
@@ -100,14 +102,18 @@ impl Engine {
             loss = loss.and(self.backward(first, count, &mut open_run)?);
         }
         (open_run..plan.runs.end).for_each(|_| self.tree.end_run(&self.kernels));
-        let mut gradient = self.tree.take();
-        let (loss, norm) = self.agree(loss, &mut gradient)?;
+        let sums = self.tree.take();
+        let gradient = self.gradient(sums)?;
+        let (loss, norm) = self.agree(loss, &gradient)?;
         let skipped = plan.targets == 0 || loss.not_finite > 0 || !norm.is_finite();
         let learning_rate = self.course.learning_rate * self.course.schedule.factor(step, self.course.steps);
         if !skipped {
             let (kernels, model) = (&self.kernels, self.trainer.model());
             let (shape, slice) = (&model.config().shape, model.slice());
             self.state.step(&gradient, norm, learning_rate as f32, &self.course.with, shape, slice, kernels);
+            if let Trained::Model = self.state.trained() {
+                self.trainer.reload(self.state.weights())?;
+            }
         }
         self.tree.recycle(gradient);
         let metrics = StepMetrics {
@@ -178,9 +184,8 @@ impl Engine {
         self.receive_rows(&micro)?;
         let Engine { trainer, state, links, alarm, rows, keep, .. } = self;
         let input = input(links, &micro, rows);
-        let adapter: &Adapter = state.packed();
         let (group, beat) = (&mut links.group, &mut || stop(alarm));
-        let pass = trainer.forward(&micro.batch, input, Some(adapter), *keep, group, beat);
+        let pass = trainer.forward(&micro.batch, input, adapter(state), *keep, group, beat);
         let tape = pass.map_err(|error| because(alarm, error))?;
         self.send_rows(&micro)?;
         Ok(InFlight { run: plan.run, micro, tape, reference })
@@ -191,7 +196,7 @@ impl Engine {
         self.receive_rows(micro)?;
         let Engine { trainer, state, links, alarm, rows, .. } = self;
         let input = input(links, micro, rows);
-        let adapter: Option<&Adapter> = if adapted { Some(state.packed()) } else { None };
+        let adapter = if adapted { adapter(state) } else { None };
         let (group, beat) = (&mut links.group, &mut || stop(alarm));
         let pass = trainer.forward_only(&micro.batch, input, adapter, group, beat);
         pass.map_err(|error| because(alarm, error))?;
@@ -242,12 +247,13 @@ impl Engine {
         reference: &[AnswerScore],
         count: u64,
     ) -> Result<BatchLoss, SessionError> {
-        let Engine { trainer, links, alarm, rows, preference, .. } = self;
+        let Engine { trainer, tree, links, alarm, rows, preference, .. } = self;
         let (batch, targets, group) = (&micro.batch, &micro.targets, &mut links.group);
         let (loss, gradient) = match preference {
-            None => trainer.loss(targets, 1.0 / count as f32, batch.rows(), group),
+            None => trainer.loss(targets, 1.0 / count as f32, batch.rows(), Some(tree.current()), group),
             Some(preference) => {
-                let scored = trainer.score_with_gradient(targets, 1.0, batch.rows(), group);
+                // Preferences are learnt by adapters, and none is on the head.
+                let scored = trainer.score_with_gradient(targets, 1.0, batch.rows(), None, group);
                 scored.map(|(scores, gradient)| {
                     let policy = answer_scores(batch, targets, &scores);
                     (preference.loss(batch, &policy, reference, count, gradient), gradient)
@@ -297,10 +303,9 @@ impl Engine {
             next.receive_gradients(rows)?;
             timing.wait += waiting.elapsed();
         }
-        let adapter: &Adapter = state.packed();
         let (sink, beat) = (tree.current(), &mut || stop(alarm));
         let group = &mut links.group;
-        let pass = trainer.backward(&first.micro.batch, first.tape, Some(adapter), rows, sink, group, beat);
+        let pass = trainer.backward(&first.micro.batch, first.tape, adapter(state), rows, sink, group, beat);
         pass.map_err(|error| because(alarm, error))?;
         if let Some(previous) = &mut links.previous {
             previous.send_gradients(rows)?;
@@ -308,19 +313,31 @@ impl Engine {
         Ok(loss)
     }
 
-    /// Sums gradient and loss over the replicas; every rank of the session learns the whole loss and the whole gradient's norm.
-    fn agree(
-        &mut self,
-        loss: BatchLoss,
-        gradient: &mut AdapterWeights,
-    ) -> Result<(BatchLoss, f64), SessionError> {
+    /// The gradient by the weights from a replica's sums: those of all replicas, and what comes together at the end of a batch.
+    fn gradient(&mut self, mut sums: Tensors) -> Result<Tensors, SessionError> {
         let exchanging = Instant::now();
-        for tensor in gradient.tensors_mut() {
-            self.links.replicas.sum(&self.kernels, tensor)?;
+        let Engine { kernels, trainer, state, links, .. } = self;
+        let Links { group, previous, next, replicas } = links;
+        let of_group = group.spent();
+        for tensor in sums.tensors_mut() {
+            replicas.sum(kernels, tensor)?;
         }
-        self.timing.exchange += exchanging.elapsed();
-        let model = self.trainer.model();
-        let terms = NormTerms::of(gradient, &model.config().shape, model.slice(), &self.kernels);
+        let model = trainer.model();
+        let (shape, slice) = (&model.config().shape, model.slice());
+        let table = slice.vocabulary(shape).len() * shape.hidden_size;
+        let is_tied = *state.trained() == Trained::Model && shape.tied_head && !(slice.first && slice.last);
+        let mut other_end = |own: &mut [f32]| exchange_ends(previous.as_mut(), next.as_mut(), table, own);
+        let other_end = is_tied.then_some(&mut other_end as _);
+        let gradient = settle(sums, state.weights().layout(), kernels, group, other_end)?;
+        // The group keeps its own account of the time it takes.
+        let of_group = group.spent().saturating_sub(of_group);
+        self.timing.exchange += exchanging.elapsed().saturating_sub(of_group);
+        Ok(gradient)
+    }
+
+    /// Sums the loss over the replicas; every rank of the session learns the whole loss and the whole gradient's norm.
+    fn agree(&mut self, loss: BatchLoss, gradient: &Tensors) -> Result<(BatchLoss, f64), SessionError> {
+        let terms = NormTerms::of(gradient, self.trainer.model().slice(), &self.kernels);
         let mut own = Vec::new();
         facts::encode_terms(&terms, &mut own);
         let group = &mut self.links.group;
@@ -367,6 +384,41 @@ fn input<'a>(links: &Links, micro: &'a Micro, rows: &'a [f32]) -> StageInput<'a>
     match &links.previous {
         None => StageInput::Tokens(&micro.tokens),
         Some(_) => StageInput::Activations(rows),
+    }
+}
+
+/// What a state's passes multiply with beside the model's weights; nothing where these train themselves.
+fn adapter(state: &TrainingState) -> Option<&Adapter> {
+    state.packed().map(|adapter| &**adapter)
+}
+
+/// Exchanges what the first and the last stage have of a tied table, over the stages between them.
+fn exchange_ends(
+    previous: Option<&mut StageLink>,
+    next: Option<&mut StageLink>,
+    table: usize,
+    own: &mut [f32],
+) -> Result<(), SessionError> {
+    match (previous, next) {
+        (None, Some(next)) => {
+            next.send_table(own)?;
+            next.receive_table(own)
+        }
+        (Some(previous), None) => {
+            let mut theirs = vec![0.0; own.len()];
+            previous.receive_table(&mut theirs)?;
+            previous.send_table(own)?;
+            own.copy_from_slice(&theirs);
+            Ok(())
+        }
+        (Some(previous), Some(next)) => {
+            let mut passing = vec![0.0; table];
+            previous.receive_table(&mut passing)?;
+            next.send_table(&passing)?;
+            next.receive_table(&mut passing)?;
+            previous.send_table(&passing)
+        }
+        (None, None) => Ok(()),
     }
 }
 

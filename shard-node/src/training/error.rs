@@ -4,6 +4,7 @@ use super::alarm::Ended;
 use ashlar_dataset::DatasetError;
 use ashlar_model::CollectiveError;
 use ashlar_model::stage::{ForwardError, LoadError};
+use ashlar_model::trained::MissingTensor;
 use ashlar_protocol::frame::FrameError;
 use ashlar_store::blobs::BlobError;
 use ashlar_training::checkpoint::CheckpointError;
@@ -51,16 +52,17 @@ pub(crate) enum SessionError {
     /// The state of an earlier session.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
-    /// Rows of the head.
-    #[error("cannot load the head for training: {0}")]
-    Head(#[from] LoadError),
+    /// Weights that serving does not hold as training needs them.
+    #[error("cannot load weights for training: {0}")]
+    Weights(#[from] LoadError),
 }
 
 impl SessionError {
     /// Whether another attempt may succeed.
     pub(crate) fn may_retry(&self) -> bool {
         match self {
-            SessionError::Refused(_) | SessionError::Checkpoint(_) | SessionError::Head(_) => false,
+            SessionError::Checkpoint(CheckpointError::Read(_)) => true,
+            SessionError::Refused(_) | SessionError::Checkpoint(_) | SessionError::Weights(_) => false,
             SessionError::Dataset(error) => matches!(error, DatasetError::Io(_)),
             SessionError::Blobs(error) => !matches!(
                 error,
@@ -79,6 +81,12 @@ impl SessionError {
 impl From<Ended> for SessionError {
     fn from(Ended(reason): Ended) -> SessionError {
         SessionError::Ended(reason)
+    }
+}
+
+impl From<MissingTensor> for SessionError {
+    fn from(error: MissingTensor) -> SessionError {
+        SessionError::Refused(error.to_string())
     }
 }
 

@@ -26,6 +26,9 @@ const PATIENCE: Duration = Duration::from_millis(20);
 /// Values per exchange between replicas: small enough that both sides may send before either receives.
 const EXCHANGE_VALUES: usize = 8 << 10;
 
+/// Values of a message with a part of a table: what is queued is bounded.
+const TABLE_VALUES: usize = 256 << 10;
+
 /// A connection of this session that another rank has made.
 pub(super) type Arrival = (TrainingLink, TcpStream);
 
@@ -244,6 +247,16 @@ impl StageLink {
         let header = self.incoming(PayloadKind::Gradients);
         let alarm = self.alarm.clone();
         self.receiver.receive(header, rows, &mut || live(&alarm)).map_err(SessionError::lost(self.who))
+    }
+
+    /// Sends a rank's sum of gradients for a table.
+    pub(super) fn send_table(&mut self, table: &[f32]) -> Result<(), SessionError> {
+        table.chunks(TABLE_VALUES).try_for_each(|chunk| self.send_gradients(chunk))
+    }
+
+    /// Receives such a sum.
+    pub(super) fn receive_table(&mut self, table: &mut [f32]) -> Result<(), SessionError> {
+        table.chunks_mut(TABLE_VALUES).try_for_each(|chunk| self.receive_gradients(chunk))
     }
 
     pub(super) fn send_facts(&mut self, facts: &Facts) -> Result<(), SessionError> {

@@ -2,13 +2,14 @@
 //!
 //! * `manager`: which sessions there are; what reaches them; their end.
 //! * `session`: a session's life: opened, one piece of work after the other, closed.
-//! * `engine`: steps and measurements.
+//! * `start`: what it starts from, `engine`: steps and measurements, `export`: what comes of it.
 //! * `links`: connections of a session, `facts`: what travels on them beside numbers.
 //! * `data`: the samples and the plan, `storage`: the blob store.
 //! * `memory`: what a session reserves.
 //! * `alarm`: what ends a session from outside, `error`: why it ended.
 //!
-//! **Invariants:** a session shares nothing with serving but the weights, which it only reads: its kernels, threads and
+//! **Invariants:** a session shares nothing with serving but the weights, which it only reads (where all weights train, it has a
+//! copy of its own): its kernels, threads and
 //! connections are its own, its threads have the lowest priority and stop between tasks while the compute thread computes a step. It
 //! never outlives its layout: where weights are about to be replaced, sessions have given them up before.
 
@@ -16,11 +17,13 @@ mod alarm;
 mod data;
 mod engine;
 mod error;
+mod export;
 mod facts;
 mod links;
 mod manager;
 pub mod memory;
 mod session;
+mod start;
 mod storage;
 
 pub use manager::Sessions;

@@ -4,24 +4,24 @@ use super::alarm::Alarm;
 use super::data::SessionData;
 use super::engine::{Course, Engine, Timing};
 use super::error::SessionError;
+use super::export::Export;
 use super::links::{self, Arrival, Seat};
 use super::memory::{SessionSize, session_bytes};
+use super::start::{self, Start};
 use super::storage::Storage;
 use super::{Place, Resources};
 use ashlar_dataset::plan::{Decay, Schedule};
 use ashlar_kernels::{Kernels, ThreadPool};
-use ashlar_model::RankSlice;
 use ashlar_model::adapter::{LoraSpec, Target};
-use ashlar_model::peft::{CONFIG_FILE, PeftError, WEIGHTS_FILE};
 use ashlar_model::stage::StageTrainer;
+use ashlar_model::{RankSlice, Trained};
 use ashlar_protocol::training::{
-    ExportedFile, LearningRateDecay, LoraSettings, OpenSession, SessionStart, TrainingMethod, TrainingReport,
-    TrainingSettings, TrainingWork,
+    LearningRateDecay, LoraSettings, OpenSession, TrainingMethod, TrainingReport, TrainingSettings,
+    TrainingWork,
 };
-use ashlar_store::blobs::{BlobError, Manifest, ManifestEntry};
-use ashlar_training::checkpoint::{self, Position, Restore, Shard};
-use ashlar_training::{AdapterState, Hyperparameters, Preference, RunTree, initial_adapter};
-use ashlar_vocabulary::{AdapterId, BlobId, Bytes};
+use ashlar_training::checkpoint::{self, Position};
+use ashlar_training::{Hyperparameters, Preference, RunTree};
+use ashlar_vocabulary::{BlobId, Bytes, FloatType};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
@@ -89,7 +89,8 @@ struct Session<'a> {
     open: &'a OpenSession,
     place: Place,
     storage: Storage,
-    spec: LoraSpec,
+    resources: &'a Resources,
+    trained: Trained,
     engine: Engine,
     reserved: Bytes,
     /// Steps in the state.
@@ -100,12 +101,12 @@ impl<'a> Session<'a> {
     fn open(
         open: &'a OpenSession,
         place: Place,
-        resources: &Resources,
+        resources: &'a Resources,
         alarm: &Alarm,
         inbox: &Inbox,
     ) -> Result<Session<'a>, SessionError> {
         let settings = &open.settings;
-        let (spec, course) = (spec(&settings.lora)?, course(settings)?);
+        let (trained, course) = (trained(settings)?, course(settings)?);
         let preference = preference(settings.method)?;
         let Some(blobs) = resources.blobs.clone() else {
             return Err(refused("this node has no blob store: set `blobs` in its configuration"));
@@ -119,7 +120,10 @@ impl<'a> Session<'a> {
             rank: slice.tensor_rank,
             ranks: slice.tensor_parallel_size,
             follows: !slice.first,
-            activations: shape.activations,
+            activations: match trained {
+                Trained::Adapter(_) => shape.activations,
+                Trained::Model => FloatType::F32,
+            },
         };
         // Before the samples are fetched, so that whoever is ready finds the others.
         let links = links::make(open, &seat, resources.links, alarm, &inbox.arrivals)?;
@@ -127,37 +131,31 @@ impl<'a> Session<'a> {
         let pool = ThreadPool::in_background(resources.threads, resources.urgent.clone());
         let kernels = Arc::new(Kernels::on_pool(resources.isa, pool));
         let rows_max = data.rows_max();
-        let mut trainer = StageTrainer::new(place.model.clone(), kernels.clone(), rows_max);
-        if slice.last && slice.head.is_some_and(|head| head.of != slice.tensor_parallel_size) {
-            trainer = trainer.with_head(place.model.load_stage_head(&place.directory, &kernels)?);
-        }
-        let (state, steps) = match &open.start {
-            SessionStart::New => {
-                let weights = initial_adapter(&spec, shape, &slice, settings.seed);
-                (AdapterState::new(weights, shape, &slice, &kernels), 0)
-            }
-            SessionStart::Resume { steps, shards } => {
-                let at = Position { job: open.job, steps: *steps };
-                let mut restore = Restore::new(&spec, shape, &slice, at);
-                for &shard in shards {
-                    let bytes = storage.read(shard)?;
-                    restore.take(&Shard::parse(&bytes)?)?;
-                }
-                (restore.state(shape, &slice, &kernels)?, *steps)
+        let start = Start { open, place: &place, trained: &trained, storage: &storage, resources };
+        let (state, steps) = start.state(&kernels)?;
+        let mut trainer = match &trained {
+            Trained::Adapter(_) => StageTrainer::new(place.model.clone(), kernels.clone(), rows_max),
+            Trained::Model => {
+                StageTrainer::new(start::private_copy(&place, &state, &kernels)?, kernels.clone(), rows_max)
             }
         };
+        let spread = slice.head.is_some_and(|head| head.of != slice.tensor_parallel_size);
+        if slice.last && spread && trained.adapter().is_some() {
+            trainer = trainer.with_head(place.model.load_stage_head(&place.directory, &kernels)?);
+        }
         let stages_behind = place.num_stages.saturating_sub(place.stage + 1);
+        let of_trainer = trainer.model();
         let size = SessionSize {
-            shape,
-            slice: &slice,
-            spec: &spec,
+            shape: &of_trainer.config().shape,
+            slice: if trained.adapter().is_some() { &slice } else { of_trainer.slice() },
+            trained: &trained,
             rows: rows_max,
             keep: settings.keep_activations,
             in_flight: stages_behind + 1,
         };
-        let reserved = session_bytes(&size) + trainer.buffer_bytes(spec.rank);
+        let reserved = session_bytes(&size) + trainer.buffer_bytes(&trained);
         let engine = Engine {
-            tree: RunTree::new(&spec, shape, &slice),
+            tree: RunTree::new(trained.sums(shape, &slice)),
             kernels,
             trainer,
             state,
@@ -175,7 +173,7 @@ impl<'a> Session<'a> {
             timing: Timing::default(),
         };
         info!(session = %open.session, job = %open.job, steps, "opened a training session");
-        Ok(Session { open, place, storage, spec, engine, reserved, steps })
+        Ok(Session { open, place, storage, resources, trained, engine, reserved, steps })
     }
 
     /// The rank that speaks for all.
@@ -192,10 +190,8 @@ impl<'a> Session<'a> {
         let (metrics, mut timing) = self.engine.step(step)?;
         self.steps += 1;
         let started = Instant::now();
-        let shard = match self.open.replica {
-            0 => Some(self.store()?),
-            _ => None,
-        };
+        let stores = self.open.replica == 0 && self.open.settings.is_durable(self.steps);
+        let shard = if stores { Some(self.store()?) } else { None };
         timing.durable_us = started.elapsed().as_micros() as u64;
         let metrics = self.is_root().then_some(metrics);
         Ok(TrainingReport::Prepared { step, shard, metrics, timing })
@@ -203,43 +199,35 @@ impl<'a> Session<'a> {
 
     fn store(&self) -> Result<BlobId, SessionError> {
         let at = Position { job: self.open.job, steps: self.steps };
-        let model = &self.place.model;
-        let bytes = checkpoint::write(&self.engine.state, at, &model.config().shape, model.slice());
-        Ok(self.storage.put(&bytes)?.id)
+        let stored = self.storage.put_pieces(|put| checkpoint::write(&self.engine.state, at, put))?;
+        Ok(stored.id)
     }
 
-    /// Puts the adapter together from every rank's share.
+    /// Puts what was trained together from every rank's share.
     fn export(&self, shards: &[BlobId]) -> Result<TrainingReport, SessionError> {
-        let shape = &self.place.model.config().shape;
         let at = Position { job: self.open.job, steps: self.steps };
-        let mut whole = Restore::new(&self.spec, shape, &RankSlice::whole(shape), at);
-        for &shard in shards {
-            let bytes = self.storage.read(shard)?;
-            whole.take(&Shard::parse(&bytes)?)?;
+        let (place, storage, directory) = (&self.place, &self.storage, &self.resources.directory);
+        let export = Export { place, storage, directory, at };
+        match &self.trained {
+            Trained::Adapter(_) => export.adapter(&self.trained, shards),
+            Trained::Model => export.model(shards),
         }
-        let (adapter, usable) = whole.adapter()?;
-        let unwritable = |error: PeftError| refused(error.to_string());
-        let (config, weights) = adapter.files(base_name(&self.place.model_name)).map_err(unwritable)?;
-        let mut manifest = Manifest::default();
-        let mut add = |name: &str, bytes: &[u8]| -> Result<(), SessionError> {
-            let stored = self.storage.put(bytes)?;
-            manifest.insert(name, stored).map_err(|error: BlobError| error.into())
-        };
-        add(CONFIG_FILE, &config)?;
-        add(WEIGHTS_FILE, &weights)?;
-        let adapter = AdapterId(self.storage.put_manifest(&manifest)?.id);
-        let file = |(name, entry): (&str, ManifestEntry)| ExportedFile {
-            name: name.to_owned(),
-            blob: entry.blob,
-            bytes: entry.bytes,
-        };
-        let files = manifest.entries().map(file).collect();
-        Ok(TrainingReport::Exported { adapter, files, usable })
     }
 }
 
-fn refused(what: impl Into<String>) -> SessionError {
+pub(super) fn refused(what: impl Into<String>) -> SessionError {
     SessionError::Refused(what.into())
+}
+
+/// What the settings say is trained.
+fn trained(settings: &TrainingSettings) -> Result<Trained, SessionError> {
+    match (settings.full, settings.method) {
+        (None, _) => Ok(Trained::Adapter(spec(&settings.lora)?)),
+        (Some(_), TrainingMethod::Supervised) => Ok(Trained::Model),
+        (Some(_), TrainingMethod::Dpo { .. }) => Err(refused(
+            "preferences need the model as it was beside the one that trains: train an adapter on them",
+        )),
+    }
 }
 
 /// The adapter that the settings describe.
@@ -307,14 +295,4 @@ fn check_places(open: &OpenSession, slice: &RankSlice) -> Result<(), SessionErro
         return Err(refused("the session names other ranks than the layout has"));
     }
     Ok(())
-}
-
-/// What an adapter's files call the model: a hub's id, or the name of a directory wherever it lies, so that the same training gives
-/// the same files.
-fn base_name(model: &str) -> &str {
-    let path = std::path::Path::new(model);
-    if !path.is_absolute() {
-        return model;
-    }
-    path.file_name().and_then(std::ffi::OsStr::to_str).unwrap_or(model)
 }

@@ -10,9 +10,6 @@ use std::io::{Seek, SeekFrom, Write};
 use std::path::Path;
 use tokio::runtime::Handle;
 
-/// The largest share of a state that is read into memory.
-const SHARD_BYTES_MAX: u64 = 16 << 30;
-
 /// A blob store, and where its calls run.
 #[derive(Clone)]
 pub(crate) struct Storage {
@@ -44,20 +41,14 @@ impl Storage {
         Ok(file)
     }
 
-    /// Reads a whole blob, checked.
-    pub(crate) fn read(&self, id: BlobId) -> Result<Vec<u8>, SessionError> {
-        let mut reader = self.wait(self.blobs.get(id))?;
-        let size = reader.bytes();
-        if size > SHARD_BYTES_MAX {
-            return Err(
-                BlobError::TooLarge { what: format!("blob {id}"), size, limit: SHARD_BYTES_MAX }.into()
-            );
-        }
-        let mut bytes = Vec::with_capacity(size as usize);
-        while let Some(chunk) = self.wait(reader.next())? {
-            bytes.extend_from_slice(&chunk);
-        }
-        Ok(bytes)
+    /// Stores what `write` gives piece by piece; it is durable when this returns.
+    pub(crate) fn put_pieces(
+        &self,
+        write: impl FnOnce(&mut dyn FnMut(&[u8]) -> Result<(), SessionError>) -> Result<(), SessionError>,
+    ) -> Result<BlobInfo, SessionError> {
+        let mut writer = self.blobs.writer();
+        write(&mut |piece| self.wait(writer.write(piece)))?;
+        self.wait(writer.finish())
     }
 
     /// Stores bytes; they are durable when this returns.

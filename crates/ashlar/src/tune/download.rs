@@ -1,30 +1,29 @@
-//! A finished job's files, written to a directory.
+//! A finished job's files, written to a directory: an adapter that PEFT loads, or a model that can be served.
 
 use crate::http::Client;
 use anyhow::{Context, Result, bail};
+use indicatif::ProgressBar;
 use serde_json::{Value, json};
 use std::fs::{self, File};
 use std::path::Path;
 
-/// Writes what the job at `path` has left to `directory`, which is made if need be. Files of the same names are replaced, each
-/// only once the new one is whole.
-pub(super) async fn download(client: &Client, path: &str, directory: &Path, json: bool) -> Result<()> {
-    let job = client.get_ok(path).await?;
+/// Writes what `job`, which has succeeded, has left to `directory`, which is made if need be. Files of the same names are replaced,
+/// each only once the new one is whole.
+pub(super) async fn download(client: &Client, job: &Value, directory: &Path, json: bool) -> Result<()> {
     let files: Vec<&str> =
         job["result_files"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
-    if job["status"] != "succeeded" || files.is_empty() {
-        bail!(
-            "the job is {}, and has no finished adapter to download: its checkpoints may have files, see {path}/checkpoints",
-            job["status"].as_str().unwrap_or("unknown")
-        );
+    if files.is_empty() {
+        bail!("the job has no files to download: they may have been deleted");
     }
     fs::create_dir_all(directory).with_context(|| format!("cannot make {}", directory.display()))?;
     for id in files {
         let file = client.get_ok(&format!("/v1/files/{id}")).await?;
         let name = plain_name(file["filename"].as_str().unwrap_or_default())?;
-        let (to, part) = (directory.join(name), directory.join(format!("{name}.part")));
+        let bar = ProgressBar::new_spinner().with_message(format!("fetching {name}"));
+        let (to, part) = (directory.join(name), directory.join(format!(".{name}.part")));
         let bytes = fetch(client, id, &part).await.inspect_err(|_| drop(fs::remove_file(&part)))?;
         fs::rename(&part, &to).with_context(|| format!("cannot write {}", to.display()))?;
+        bar.finish_and_clear();
         show(&to, bytes, json);
     }
     Ok(())
@@ -50,7 +49,7 @@ fn show(path: &Path, bytes: u64, json: bool) {
     if json {
         println!("{}", json!({"file": path, "bytes": bytes}));
     } else {
-        println!("{} ({bytes} bytes)", path.display());
+        eprintln!("{} ({bytes} bytes)", path.display());
     }
 }
 
@@ -62,7 +61,7 @@ mod tests {
     #[test]
     fn names_that_lead_elsewhere_are_refused() {
         assert_eq!(plain_name("adapter_model.safetensors").unwrap(), "adapter_model.safetensors");
-        for wrong in ["", "..", ".bashrc", "a/b", "/etc/passwd", "a\\b", "a b"] {
+        for wrong in ["", "..", ".bashrc", "a/b", "/etc/passwd", "a\\b", "a b", "\u{7}"] {
             assert!(plain_name(wrong).is_err(), "{wrong}");
         }
     }

@@ -1,15 +1,15 @@
-//! The gradient of a block by its input and by its adapters.
+//! The gradient of a block by its input, and by whatever of its weights and adapters trains.
 //!
 //! What [`Block::forward`] computed lies on a [`BlockTape`]. Of a column-parallel product a rank has a partial gradient of the
 //! inputs, which goes through the group in the contract's tree, together with that of the adapters' low-rank inputs; of a
 //! row-parallel one it has all that belongs to its own inputs. The order of every sum is that of `NUMERICS.md`.
 
-use super::Block;
-use crate::adapter::{Adapter, LoraPair, PackedPair, Target, grown, sum_over_group};
+use super::{Block, BlockDims};
+use crate::adapter::{Adapter, PackedPair, Target, grown, sum_over_group};
 use crate::collective::{Collective, CollectiveError};
+use crate::tensors::{AdapterHalf, LayerTensor, TensorId, Tensors};
 use ashlar_kernels::{AttentionShape, Kernels, KvLayout, PackedMatrix, StridedRows};
 use ashlar_vocabulary::FloatType;
-use std::collections::BTreeMap;
 use std::ops::Range;
 
 /// What a block's forward pass leaves for its backward pass.
@@ -110,20 +110,23 @@ pub(crate) struct BackwardWork {
 pub(crate) struct Backward<'a> {
     pub(crate) kernels: &'a Kernels,
     pub(crate) sequences: Sequences<'a>,
-    /// The layer, counted from the stage's first, and the adapter that its rows had.
+    /// The layer, counted over the model.
     pub(crate) layer: usize,
+    /// The same, counted from the stage's first.
+    pub(crate) index: usize,
+    /// The adapter that its rows had.
     pub(crate) adapter: Option<&'a Adapter>,
     pub(crate) tape: &'a BlockTape,
 }
 
 impl Block {
-    /// Turns the gradient by the block's output into that by its input, and adds the gradients of the adapter's matrices to
-    /// `sink`. All ranks of the group call it with the same gradient, and get the same.
+    /// Turns the gradient by the block's output into that by its input, and adds the gradient of each of its tensors that `sink`
+    /// has. All ranks of the group call it with the same gradient, and get the same.
     pub(crate) fn backward(
         &self,
         with: &Backward<'_>,
         gradient: &mut [f32],
-        sink: &mut BTreeMap<Target, LoraPair>,
+        sink: &mut Tensors,
         group: &mut dyn Collective,
         work: &mut BackwardWork,
     ) -> Result<(), CollectiveError> {
@@ -135,7 +138,7 @@ impl Block {
         &self,
         with: &Backward<'_>,
         gradient: &mut [f32],
-        sink: &mut BTreeMap<Target, LoraPair>,
+        sink: &mut Tensors,
         group: &mut dyn Collective,
         work: &mut BackwardWork,
     ) -> Result<(), CollectiveError> {
@@ -163,6 +166,7 @@ impl Block {
         let d_normed = with.column_parallel(&product, sink, group, &mut work.exchange, &mut work.gathered)?;
         let middle = StridedRows { data: &tape.middle, stride: d.hidden };
         let norm = &self.feed_forward_norm;
+        with.norm_weight(LayerTensor::FeedForwardNorm, middle, d.eps, d_normed, sink);
         kernels.rms_norm_gradient(count, 1, d.hidden, middle, norm, d.eps, d_normed, d.hidden);
         kernels.add(gradient, d_normed);
         Ok(())
@@ -172,7 +176,7 @@ impl Block {
         &self,
         with: &Backward<'_>,
         gradient: &mut [f32],
-        sink: &mut BTreeMap<Target, LoraPair>,
+        sink: &mut Tensors,
         group: &mut dyn Collective,
         work: &mut BackwardWork,
     ) -> Result<(), CollectiveError> {
@@ -199,6 +203,12 @@ impl Block {
             let width = d.query + d.key;
             let queries = StridedRows { data: &tape.heads, stride: width };
             let keys = StridedRows { data: &tape.heads[d.query..], stride: width };
+            let key_parts: Vec<_> = d.key_parts().collect();
+            let of_queries = StridedRows { data: d_qkv, stride };
+            let of_keys = StridedRows { data: &d_qkv[d.query..], stride };
+            let dims = (count, d.head_dim, d.eps);
+            with.head_norm(LayerTensor::QueryNorm, dims, &d.attention_parts, queries, of_queries, sink);
+            with.head_norm(LayerTensor::KeyNorm, dims, &key_parts, keys, of_keys, sink);
             kernels.rms_norm_gradient(count, heads, d.head_dim, queries, q_norm, d.eps, d_qkv, stride);
             let d_keys = &mut d_qkv[d.query..];
             kernels.rms_norm_gradient(count, kv_heads, d.head_dim, keys, k_norm, d.eps, d_keys, stride);
@@ -206,9 +216,7 @@ impl Block {
         let normed = grown(&mut work.normed, count * d.hidden);
         kernels.rms_norm(count, d.hidden, &tape.input, &self.input_norm, d.eps, normed);
         // A part of the attention axis has some query heads and the KV heads that they share.
-        let per_key = d.query / d.key;
-        let key_parts: Vec<_> =
-            d.attention_parts.iter().map(|part| part.start / per_key..part.end / per_key).collect();
+        let key_parts: Vec<_> = d.key_parts().collect();
         let parts: Vec<_> = d
             .attention_parts
             .iter()
@@ -227,9 +235,18 @@ impl Block {
             ColumnParallel { weights: &self.qkv, parts: &parts, targets: &targets, rows, input: normed };
         let d_normed = with.column_parallel(&product, sink, group, &mut work.exchange, &mut work.gathered)?;
         let input = StridedRows { data: &tape.input, stride: d.hidden };
+        with.norm_weight(LayerTensor::InputNorm, input, d.eps, d_normed, sink);
         kernels.rms_norm_gradient(count, 1, d.hidden, input, &self.input_norm, d.eps, d_normed, d.hidden);
         kernels.add(gradient, d_normed);
         Ok(())
+    }
+}
+
+impl BlockDims {
+    /// The keys (or values) of each part of the attention axis: those that its query heads share.
+    fn key_parts(&self) -> impl Iterator<Item = Range<usize>> {
+        let per_key = self.query / self.key;
+        self.attention_parts.iter().map(move |part| part.start / per_key..part.end / per_key)
     }
 }
 
@@ -252,14 +269,14 @@ struct ColumnParallel<'a> {
 impl Backward<'_> {
     fn pair(&self, target: Target) -> Option<(&PackedPair, &Adapter)> {
         let adapter = self.adapter?;
-        Some((adapter.layers[self.layer].pairs[target.index()].as_ref()?, adapter))
+        Some((adapter.layers[self.index].pairs[target.index()].as_ref()?, adapter))
     }
 
     /// The gradient by the inputs of a column-parallel product and its adapters: rows × inputs, in `exchange`.
     fn column_parallel<'w>(
         &self,
         product: &ColumnParallel<'_>,
-        sink: &mut BTreeMap<Target, LoraPair>,
+        sink: &mut Tensors,
         group: &mut dyn Collective,
         exchange: &'w mut Vec<f32>,
         gathered: &mut Vec<f32>,
@@ -285,6 +302,10 @@ impl Backward<'_> {
             kernels.input_gradient(count, gradient_of(columns), &pair.b, &parts, own);
             d_low = rest;
         }
+        for (target, columns, _) in product.targets {
+            let input = StridedRows { data: product.input, stride: inputs };
+            self.linear(*target, count, (gradient_of(columns), columns.len()), (input, inputs), sink);
+        }
         // One exchange for all of them.
         sum_over_group(kernels, all, group, gathered)?;
         let (d_input, mut d_low) = all.split_at_mut(count * inputs);
@@ -305,7 +326,7 @@ impl Backward<'_> {
         gradient: &[f32],
         input: &[f32],
         d_input: &mut [f32],
-        sink: &mut BTreeMap<Target, LoraPair>,
+        sink: &mut Tensors,
         low: &mut Vec<f32>,
     ) {
         let outputs = weights.n();
@@ -313,10 +334,70 @@ impl Backward<'_> {
         let rows = StridedRows { data: gradient, stride: outputs };
         let uncut = [vec![0..outputs]];
         self.kernels.input_gradient(count, rows, weights, &uncut, d_input);
+        let inputs = weights.k();
+        self.linear(
+            target,
+            count,
+            (rows, outputs),
+            (StridedRows { data: input, stride: inputs }, inputs),
+            sink,
+        );
         if let Some((pair, adapter)) = self.pair(target) {
             let d_low = grown(low, count * adapter.rank);
             self.kernels.input_gradient(count, rows, &pair.b, &uncut, d_low);
             self.low_rank(target, pair, adapter, rows, input, d_low, d_input, sink);
+        }
+    }
+
+    /// Adds the gradients of a linear layer's own matrix and bias, where they train: that of a bias is the gradient of the matrix
+    /// of an input that is always 1.
+    fn linear(
+        &self,
+        target: Target,
+        count: usize,
+        d_out: (StridedRows<'_>, usize),
+        input: (StridedRows<'_>, usize),
+        sink: &mut Tensors,
+    ) {
+        if let Some(sink) = sink.get_mut(TensorId::Layer(self.layer, LayerTensor::Weight(target))) {
+            self.kernels.weight_gradient(count, d_out, input, sink);
+        }
+        if let Some(sink) = sink.get_mut(TensorId::Layer(self.layer, LayerTensor::Bias(target))) {
+            let one = StridedRows { data: &[1.0], stride: 0 };
+            self.kernels.weight_gradient(count, d_out, (one, 1), sink);
+        }
+    }
+
+    /// Adds the gradient of a norm's weight, where it trains: `x` was normed, `gradient` is by what came out.
+    fn norm_weight(
+        &self,
+        which: LayerTensor,
+        x: StridedRows<'_>,
+        eps: f32,
+        gradient: &[f32],
+        sink: &mut Tensors,
+    ) {
+        let Some(sink) = sink.get_mut(TensorId::Layer(self.layer, which)) else { return };
+        let dy = StridedRows { data: gradient, stride: x.stride };
+        self.kernels.rms_norm_weight_gradient(gradient.len() / x.stride, 1, x.stride, x, eps, dy, sink);
+    }
+
+    /// The same of a norm of heads: a sum for each part of the attention axis, which come together at the end of a batch.
+    fn head_norm(
+        &self,
+        which: LayerTensor,
+        (count, head_dim, eps): (usize, usize, f32),
+        parts: &[Range<usize>],
+        x: StridedRows<'_>,
+        dy: StridedRows<'_>,
+        sink: &mut Tensors,
+    ) {
+        let Some(sink) = sink.get_mut(TensorId::Layer(self.layer, which)) else { return };
+        for (part, sink) in parts.iter().zip(sink.chunks_exact_mut(head_dim)) {
+            let x = StridedRows { data: &x.data[part.start..], stride: x.stride };
+            let dy = StridedRows { data: &dy.data[part.start..], stride: dy.stride };
+            let heads = part.len() / head_dim;
+            self.kernels.rms_norm_weight_gradient(count, heads, head_dim, x, eps, dy, sink);
         }
     }
 
@@ -331,21 +412,21 @@ impl Backward<'_> {
         input: &[f32],
         d_low: &mut [f32],
         d_input: &mut [f32],
-        sink: &mut BTreeMap<Target, LoraPair>,
+        sink: &mut Tensors,
     ) {
         let (kernels, rank, inputs) = (self.kernels, adapter.rank, pair.a.k());
         let count = d_low.len() / rank;
-        if let Some(sink) = sink.get_mut(&target) {
+        let half = |half| TensorId::Adapter(self.layer, target, half);
+        if let Some(sink) = sink.get_mut(half(AdapterHalf::B)) {
             let low = StridedRows { data: &self.tape.low[target.index()], stride: rank };
-            kernels.weight_gradient(count, (d_out, pair.b.n()), (low, rank), &mut sink.b);
-            kernels.scale(d_low, adapter.factor);
-            let rows = StridedRows { data: d_low, stride: rank };
-            let input = StridedRows { data: input, stride: inputs };
-            kernels.weight_gradient(count, (rows, rank), (input, inputs), &mut sink.a);
-        } else {
-            kernels.scale(d_low, adapter.factor);
+            kernels.weight_gradient(count, (d_out, pair.b.n()), (low, rank), sink);
         }
+        kernels.scale(d_low, adapter.factor);
         let rows = StridedRows { data: d_low, stride: rank };
+        if let Some(sink) = sink.get_mut(half(AdapterHalf::A)) {
+            let input = StridedRows { data: input, stride: inputs };
+            kernels.weight_gradient(count, (rows, rank), (input, inputs), sink);
+        }
         let uncut = [vec![0..rank]];
         kernels.add_input_gradient(count, rows, &pair.a, &uncut, d_input);
     }

@@ -4,10 +4,12 @@
 //! which it is computed again: the bits are the same.
 
 use super::{ForwardError, StageInput, StageModel, Workspace};
-use crate::adapter::{AdaptedRows, Adapter, AdapterStep, AdapterWeights, grown, sum_over_group};
+use crate::adapter::{AdaptedRows, Adapter, AdapterStep, grown, sum_over_group};
 use crate::block::{Backward, BackwardWork, BlockTape, Sequences};
 use crate::collective::Collective;
 use crate::kv::KvCache;
+use crate::tensors::{TensorId, Tensors};
+use crate::trained::{MissingTensor, Trained, TrainedSource};
 use ashlar_kernels::{
     BLOCK_TOKENS, CrossEntropyRow, Kernels, KvLayout, LogSumExp, PackedMatrix, RowContext, StridedRows,
 };
@@ -160,6 +162,8 @@ impl BatchLoss {
 pub struct StageTape {
     layers: Vec<BlockTape>,
     kept: bool,
+    /// What entered a first stage.
+    tokens: Vec<TokenId>,
 }
 
 impl StageTape {
@@ -169,7 +173,7 @@ impl StageTape {
     }
 }
 
-/// A stage that trains: the weights that serve, and buffers of its own.
+/// A stage that trains: the weights that serve, or a copy of its own, and buffers.
 #[derive(Debug)]
 pub struct StageTrainer {
     model: Arc<StageModel>,
@@ -230,16 +234,31 @@ impl StageTrainer {
         self
     }
 
+    /// Replaces the weights of a private copy (see [`StageModel::of_trained`]) by what they have become.
+    ///
+    /// # Errors
+    /// [`MissingTensor`] where `weights` are those of something else.
+    ///
+    /// # Panics
+    /// If somebody else has the model, too: weights that serve never move.
+    pub fn reload(&mut self, weights: &Tensors) -> Result<(), MissingTensor> {
+        let Some(model) = Arc::get_mut(&mut self.model) else {
+            panic!("only a private copy of the model is replaced");
+        };
+        model.fill(&TrainedSource { weights, kernels: &self.kernels }, &mut |_, _| {})
+    }
+
     /// The rows of the head that losses are computed with.
     fn head(&self) -> Option<(HeadSlice, &PackedMatrix)> {
         let own = self.model.slice.head.zip(self.model.head.as_ref());
         self.head.as_ref().map(|(cut, head)| (*cut, head)).or(own)
     }
 
-    /// Memory of its buffers, in bytes, when micro-batches of `rows_max` tokens have gone through with an adapter of rank `rank` on
-    /// every layer: workspaces of both passes and of the loss, and those of the kernels. Tapes ([`StageTape::bytes`], and without
-    /// kept activations one block's) come on top.
-    pub fn buffer_bytes(&self, rank: usize) -> Bytes {
+    /// Memory of its buffers, in bytes, when micro-batches of `rows_max` tokens have gone through with what trains, an adapter on
+    /// every layer or all weights: workspaces of both passes and of the loss, and those of the kernels. Tapes
+    /// ([`StageTape::bytes`], and without kept activations one block's) come on top.
+    pub fn buffer_bytes(&self, trained: &Trained) -> Bytes {
+        let rank = trained.adapter().map_or(0, |spec| spec.rank);
         let (model, shape, rows) = (&self.model, &self.model.config.shape, self.rows_max);
         let (hidden, size) = (shape.hidden_size, model.slice.tensor_parallel_size);
         let (query, key) = (model.slice.queries(shape).len(), model.slice.keys(shape).len());
@@ -256,8 +275,10 @@ impl StageTrainer {
             let rows = loss_rows(shape.vocab_size, cut.of).min(rows);
             rows * (2 * hidden + of_group(hidden) + cut.rows(shape).len()) + head.scratch_words(rows)
         });
+        // The shorter side of what a weight gradient multiplies is turned around.
+        let side = trained.adapter().map_or(hidden, |spec| spec.rank);
         let of_kernels =
-            self.kernels.gradient_bytes(rank) + self.kernels.attention_gradient_bytes(rows, shape.head_dim);
+            self.kernels.gradient_bytes(side) + self.kernels.attention_gradient_bytes(rows, shape.head_dim);
         let own = size_of::<f32>() * (rows * per_row + loss) + of_kernels;
         Bytes(own as u64) + self.cache.bytes() + self.work.bytes()
     }
@@ -294,6 +315,10 @@ impl StageTrainer {
         }
         let contexts = batch.contexts();
         let size = contexts.len() * model.config.shape.hidden_size;
+        let tokens = match input {
+            StageInput::Tokens(tokens) => tokens.to_vec(),
+            StageInput::Activations(_) => Vec::new(),
+        };
         model.enter(kernels, &contexts, input, group, work)?;
         let mut layers = Vec::with_capacity(model.blocks.len());
         let adapted = adapted(batch, adapter);
@@ -311,7 +336,7 @@ impl StageTrainer {
             layers.push(tape);
             beat()?;
         }
-        Ok(StageTape { layers, kept: keep })
+        Ok(StageTape { layers, kept: keep, tokens })
     }
 
     /// Runs the stage over a micro-batch as [`StageTrainer::forward`] does, with the same bits, and keeps nothing for a backward
@@ -341,7 +366,7 @@ impl StageTrainer {
     }
 
     /// The loss of the micro-batch that went through the stage last, on the last stage, and its gradient times `factor` by the rows
-    /// there (rows × hidden).
+    /// there (rows × hidden). The gradients of the head and of the last norm are added to `sink`, if it has them.
     ///
     /// # Panics
     /// If a target's row does not exist, or this stage has no head of its own.
@@ -350,11 +375,12 @@ impl StageTrainer {
         targets: &[TargetRow],
         factor: f32,
         rows: usize,
+        sink: Option<&mut Tensors>,
         group: &mut dyn Collective,
     ) -> Result<(BatchLoss, &mut [f32]), ForwardError> {
         // What counts for nothing has no gradient.
         let targets: Vec<TargetRow> = targets.iter().filter(|target| target.weight != 0.0).copied().collect();
-        let (scores, gradient) = self.score_with_gradient(&targets, factor, rows, group)?;
+        let (scores, gradient) = self.score_with_gradient(&targets, factor, rows, sink, group)?;
         Ok((BatchLoss::of_targets(&targets, &scores), gradient))
     }
 
@@ -368,11 +394,11 @@ impl StageTrainer {
         targets: &[TargetRow],
         group: &mut dyn Collective,
     ) -> Result<Vec<TargetScore>, ForwardError> {
-        self.head_pass(targets, None, group)
+        self.head_pass(targets, None, None, group)
     }
 
     /// As [`StageTrainer::score`], and the gradient of Σ weight · −ln p(token), times `factor`, by the rows (rows × hidden). A row
-    /// has one target at most.
+    /// has one target at most. The gradients of the head and of the last norm are added to `sink`, if it has them.
     ///
     /// # Panics
     /// If a target's row does not exist, or this stage has no head of its own.
@@ -381,19 +407,21 @@ impl StageTrainer {
         targets: &[TargetRow],
         factor: f32,
         rows: usize,
+        sink: Option<&mut Tensors>,
         group: &mut dyn Collective,
     ) -> Result<(Vec<TargetScore>, &mut [f32]), ForwardError> {
         let size = rows * self.model.config.shape.hidden_size;
         grown(&mut self.gradients, size).fill(0.0);
-        let scores = self.head_pass(targets, Some(factor), group)?;
+        let scores = self.head_pass(targets, Some(factor), sink, group)?;
         Ok((scores, &mut self.gradients[..size]))
     }
 
-    /// Scores of targets; with a factor their rows' gradients are written, too.
+    /// Scores of targets; with a factor their rows' gradients are written, too, and what the head's own tensors learn is added.
     fn head_pass(
         &mut self,
         targets: &[TargetRow],
         factor: Option<f32>,
+        mut sink: Option<&mut Tensors>,
         group: &mut dyn Collective,
     ) -> Result<Vec<TargetScore>, ForwardError> {
         let StageTrainer {
@@ -467,11 +495,19 @@ impl StageTrainer {
             }
             kernels.cross_entropy_gradients(width, logits, &gradient_rows);
             let rows = StridedRows { data: logits, stride: width };
+            if let Some(sink) = sink.as_deref_mut().and_then(|sink| sink.get_mut(TensorId::Head)) {
+                let normed = StridedRows { data: normed, stride: hidden };
+                kernels.weight_gradient(count, (rows, width), (normed, hidden), sink);
+            }
             let parts: Vec<_> = parts.iter().map(|part| vec![part.clone()]).collect();
             kernels.input_gradient(count, rows, head, &parts, normed);
             sum_over_group(kernels, normed, group, gathered)?;
             let x = StridedRows { data: x, stride: hidden };
             let eps = model.config.rms_norm_eps;
+            if let Some(sink) = sink.as_deref_mut().and_then(|sink| sink.get_mut(TensorId::HeadNorm)) {
+                let dy = StridedRows { data: normed, stride: hidden };
+                kernels.rms_norm_weight_gradient(count, 1, hidden, x, eps, dy, sink);
+            }
             kernels.rms_norm_gradient(count, 1, hidden, x, norm, eps, normed, hidden);
             for (from, target) in normed.chunks_exact(hidden).zip(targets) {
                 gradients[target.row * hidden..(target.row + 1) * hidden].copy_from_slice(from);
@@ -480,8 +516,9 @@ impl StageTrainer {
         Ok(scores)
     }
 
-    /// Runs the stage backwards: `gradient` (rows × hidden) by its outputs becomes that by its inputs, and the adapter's
-    /// gradients are added to `sink`. `tape` is what the forward pass of the same micro-batch, with the same adapter, left.
+    /// Runs the stage backwards: `gradient` (rows × hidden) by its outputs becomes that by its inputs, and the gradients of all
+    /// tensors that `sink` has are added there: of an adapter, or of the stage's own weights. `tape` is what the forward pass of
+    /// the same micro-batch, with the same adapter, left.
     #[allow(clippy::too_many_arguments)]
     pub fn backward(
         &mut self,
@@ -489,7 +526,7 @@ impl StageTrainer {
         tape: StageTape,
         adapter: Option<&Adapter>,
         gradient: &mut [f32],
-        sink: &mut AdapterWeights,
+        sink: &mut Tensors,
         group: &mut dyn Collective,
         beat: &mut dyn FnMut() -> Result<(), ForwardError>,
     ) -> Result<(), ForwardError> {
@@ -501,8 +538,8 @@ impl StageTrainer {
         let back_sin = grown(back_sin, half);
         back_sin.iter_mut().zip(&work.sin).for_each(|(back, sin)| *back = -sin);
         let adapted = adapted(batch, adapter);
-        let kept = tape.kept;
-        for (layer, own) in tape.layers.into_iter().enumerate().rev() {
+        let StageTape { layers, kept, tokens } = tape;
+        for (layer, own) in layers.into_iter().enumerate().rev() {
             let block = &model.blocks[layer];
             let tape = if kept {
                 &own
@@ -516,15 +553,25 @@ impl StageTrainer {
             let with = Backward {
                 kernels,
                 sequences: Sequences { ranges: &batch.sequences, cos: &cos, back_sin },
-                layer,
+                layer: model.slice.layers.start + layer,
+                index: layer,
                 adapter,
                 tape,
             };
-            block.backward(&with, gradient, &mut sink.layers[layer], group, backward)?;
+            block.backward(&with, gradient, sink, group, backward)?;
             if spare.0 == kept {
                 spare.1.push(own);
             }
             beat()?;
+        }
+        if let Some(sink) = sink.get_mut(TensorId::Embedding) {
+            let (hidden, own) = (model.config.shape.hidden_size, model.slice.vocabulary(&model.config.shape));
+            for (row, &token) in gradient.chunks_exact(hidden).zip(&tokens) {
+                if own.contains(&(token as usize)) {
+                    let at = (token as usize - own.start) * hidden;
+                    kernels.add(&mut sink[at..at + hidden], row);
+                }
+            }
         }
         Ok(())
     }

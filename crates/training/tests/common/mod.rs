@@ -5,14 +5,22 @@
 pub mod serving;
 
 use ashlar_kernels::{Isa, Kernels};
-use ashlar_model::adapter::{AdapterWeights, LoraSpec};
 use ashlar_model::peft::PeftAdapter;
 use ashlar_model::stage::{BatchLoss, MicroBatch, StageTape, StageTrainer, TargetRow};
-use ashlar_model::{ModelConfig, RankSlice, StageInput, StageModel};
+use ashlar_model::trained::{trained_config, trained_slice};
+use ashlar_model::{
+    CollectiveError, ModelConfig, RankSlice, StageInput, StageModel, TensorId, Tensors, Trained,
+};
+use ashlar_training::checkpoint::{self, Position, Restore, Shard};
 use ashlar_training::preference::{AnswerScore, answer_scores};
-use ashlar_training::{AdapterState, Hyperparameters, NormTerms, Preference, RunTree, gradient_norm};
-use ashlar_vocabulary::{HeadSlice, LayerRange, PARTS, Precision, TokenId};
+use ashlar_training::{
+    Hyperparameters, NormTerms, Preference, RunTree, TrainingState, gradient_norm, settle,
+};
+use ashlar_vocabulary::{HeadSlice, JobId, LayerRange, PARTS, Precision, TokenId};
 use serving::{ThreadGroup, bits};
+use std::collections::BTreeMap;
+use std::convert::Infallible;
+use std::io::Cursor;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::{Arc, Mutex};
@@ -102,9 +110,10 @@ impl Default for Cut {
 
 struct Rank {
     slice: RankSlice,
+    kernels: Arc<Kernels>,
     trainer: StageTrainer,
     group: ThreadGroup,
-    state: AdapterState,
+    state: TrainingState,
     tree: RunTree,
     tape: Option<StageTape>,
 }
@@ -112,6 +121,7 @@ struct Rank {
 /// A job on a grid.
 pub struct Job {
     pub config: ModelConfig,
+    trained: Trained,
     cut: Cut,
     kernels: Arc<Kernels>,
     replicas: Vec<Vec<Vec<Rank>>>,
@@ -127,16 +137,54 @@ pub struct StepReport {
 
 const ROWS_MAX: usize = 512;
 
+/// What a rank starts from.
+pub type Start<'a> = &'a dyn Fn(&ModelConfig, &RankSlice) -> Tensors;
+
+/// Where a job's states claim to be from.
+fn position(steps: u64) -> Position {
+    Position { job: JobId(5), steps }
+}
+
 impl Job {
     pub fn new(
         directory: &Path,
         precision: impl Into<Precision>,
         cut: Cut,
-        spec: &LoraSpec,
+        trained: &Trained,
         with: Hyperparameters,
-        start: &dyn Fn(&ModelConfig, &RankSlice) -> AdapterWeights,
+        start: Start<'_>,
     ) -> Job {
-        let precision = precision.into();
+        Job::with_states(directory, precision.into(), cut, trained, with, &|config, slice, kernels| {
+            TrainingState::new(trained, start(config, slice), &config.shape, slice, kernels)
+        })
+    }
+
+    /// A job that goes on from the shards of another one.
+    pub fn resumed(
+        directory: &Path,
+        precision: impl Into<Precision>,
+        cut: Cut,
+        trained: &Trained,
+        with: Hyperparameters,
+        (steps, shards): (u64, &[Vec<u8>]),
+    ) -> Job {
+        Job::with_states(directory, precision.into(), cut, trained, with, &|config, slice, kernels| {
+            let mut restore = Restore::new(trained, &config.shape, slice, position(steps));
+            for bytes in shards {
+                restore.take(&mut Shard::open(Cursor::new(bytes)).unwrap()).unwrap();
+            }
+            restore.state(&config.shape, slice, kernels).unwrap()
+        })
+    }
+
+    fn with_states(
+        directory: &Path,
+        precision: Precision,
+        cut: Cut,
+        trained: &Trained,
+        with: Hyperparameters,
+        state: &dyn Fn(&ModelConfig, &RankSlice, &Kernels) -> TrainingState,
+    ) -> Job {
         let config = ModelConfig::open(directory, precision).unwrap();
         let kernels = Arc::new(Kernels::new(cut.isa, cut.threads));
         let layers = config.shape.num_layers;
@@ -154,13 +202,22 @@ impl Job {
             };
             // Ranks of a group compute at the same time.
             let own = Arc::new(Kernels::new(cut.isa, cut.threads));
-            let model =
-                StageModel::load(directory, precision, slice.clone(), own.clone(), &mut |_, _| {}).unwrap();
-            let weights = start(&config, &slice);
+            let state = state(&config, &slice, &kernels);
+            let model = match trained {
+                Trained::Adapter(_) => {
+                    StageModel::load(directory, precision, slice.clone(), own.clone(), &mut |_, _| {})
+                        .unwrap()
+                }
+                Trained::Model => {
+                    let (config, slice) = (trained_config(&config), trained_slice(&slice));
+                    StageModel::of_trained(config, slice, own.clone(), state.weights()).unwrap()
+                }
+            };
             Rank {
-                state: AdapterState::new(weights, &config.shape, &slice, &kernels),
-                tree: RunTree::new(spec, &config.shape, &slice),
-                trainer: StageTrainer::new(Arc::new(model), own, ROWS_MAX),
+                state,
+                tree: RunTree::new(trained.sums(&config.shape, &slice)),
+                trainer: StageTrainer::new(Arc::new(model), own.clone(), ROWS_MAX),
+                kernels: own,
                 slice,
                 group,
                 tape: None,
@@ -168,7 +225,7 @@ impl Job {
         };
         let stage = |stage| ThreadGroup::of(cut.ranks).into_iter().map(|group| rank(stage, group)).collect();
         let replicas = (0..cut.replicas).map(|_| (0..cut.stages).map(stage).collect()).collect();
-        Job { config, cut, kernels, replicas, with }
+        Job { config, trained: trained.clone(), cut, kernels, replicas, with }
     }
 
     /// One step over a global batch.
@@ -186,42 +243,81 @@ impl Job {
         for index in 0..self.replicas.len() {
             self.run_replica(index, batch, &mut loss);
         }
-        // Per stage and rank: the sum over replicas, which is the top of the tree.
-        let kernels = self.kernels.clone();
-        let shape = self.config.shape.clone();
-        let mut gradients: Vec<Vec<AdapterWeights>> = Vec::new();
-        for stage in 0..self.cut.stages {
-            let mut ranks = Vec::new();
-            for rank in 0..self.cut.ranks {
-                let shares: Vec<AdapterWeights> =
-                    self.replicas.iter_mut().map(|replica| replica[stage][rank].tree.take()).collect();
-                let mut sum = shares[0].clone();
-                for (index, to) in sum.tensors_mut().enumerate() {
-                    let parts: Vec<&[f32]> =
-                        shares.iter().map(|share| share.tensors().nth(index).unwrap()).collect();
-                    kernels.sum_tree(&parts, to);
-                }
-                ranks.push(sum);
-            }
-            gradients.push(ranks);
-        }
+        let gradients = self.settled();
         let terms: Vec<Vec<NormTerms>> = self.replicas[0]
             .iter()
             .zip(&gradients)
             .map(|(ranks, gradients)| {
                 let ranks = ranks.iter().zip(gradients);
-                ranks.map(|(rank, own)| NormTerms::of(own, &shape, &rank.slice, &kernels)).collect()
+                ranks.map(|(rank, own)| NormTerms::of(own, &rank.slice, &self.kernels)).collect()
             })
             .collect();
         let norm = gradient_norm(&terms);
+        let shape = self.config.shape.clone();
         for replica in &mut self.replicas {
             for (ranks, gradients) in replica.iter_mut().zip(&gradients) {
                 for (rank, gradient) in ranks.iter_mut().zip(gradients) {
-                    rank.state.step(gradient, norm, learning_rate, &self.with, &shape, &rank.slice, &kernels);
+                    let Rank { state, trainer, slice, .. } = rank;
+                    state.step(gradient, norm, learning_rate, &self.with, &shape, slice, &self.kernels);
+                    if self.trained == Trained::Model {
+                        trainer.reload(state.weights()).unwrap();
+                    }
                 }
             }
         }
         StepReport { loss, norm }
+    }
+
+    /// Per stage and rank the gradients of all replicas together.
+    fn settled(&mut self) -> Vec<Vec<Tensors>> {
+        let (kernels, cut) = (self.kernels.clone(), self.cut);
+        // The sum over replicas, which is the top of the tree.
+        let mut sum = |stage: usize, rank: usize| {
+            let shares: Vec<Tensors> =
+                self.replicas.iter_mut().map(|replica| replica[stage][rank].tree.take()).collect();
+            let mut sum = shares[0].clone();
+            for (index, to) in sum.tensors_mut().enumerate() {
+                let parts: Vec<&[f32]> =
+                    shares.iter().map(|share| share.tensors().nth(index).unwrap()).collect();
+                kernels.sum_tree(&parts, to);
+            }
+            sum
+        };
+        let sums: Vec<Vec<Tensors>> =
+            (0..cut.stages).map(|stage| (0..cut.ranks).map(|rank| sum(stage, rank)).collect()).collect();
+        let of_end = |stage: &Vec<Tensors>, id| -> Vec<Vec<f32>> {
+            stage.iter().map(|sums| sums.get(id).unwrap_or_default().to_vec()).collect()
+        };
+        let tables = of_end(&sums[0], TensorId::Embedding);
+        let heads = of_end(&sums[cut.stages - 1], TensorId::Head);
+        let shape = &self.config.shape;
+        let tied = self.trained == Trained::Model && shape.tied_head && cut.stages > 1;
+        let of_stage = |ranks: &mut Vec<Rank>, sums: Vec<Tensors>| -> Vec<Tensors> {
+            std::thread::scope(|scope| {
+                let running: Vec<_> = ranks
+                    .iter_mut()
+                    .zip(sums)
+                    .map(|(rank, sums)| {
+                        let Rank { slice, kernels, group, .. } = rank;
+                        let weights = self.trained.weights(shape, slice);
+                        let (tables, heads) = (&tables, &heads);
+                        scope.spawn(move || {
+                            let mut other_end = |own: &mut [f32]| {
+                                let other = if slice.first { heads } else { tables };
+                                if slice.first || slice.last {
+                                    own.copy_from_slice(&other[slice.tensor_rank]);
+                                }
+                                Ok::<_, CollectiveError>(())
+                            };
+                            let other_end = tied.then_some(&mut other_end as _);
+                            settle(sums, &weights, kernels, group, other_end).unwrap()
+                        })
+                    })
+                    .collect();
+                running.into_iter().map(|handle| handle.join().unwrap()).collect()
+            })
+        };
+        self.replicas[0].iter_mut().zip(sums).map(|(ranks, sums)| of_stage(ranks, sums)).collect()
     }
 
     fn run_replica(&mut self, index: usize, batch: Batch<'_>, loss: &mut BatchLoss) {
@@ -238,40 +334,73 @@ impl Job {
         }
     }
 
-    /// The gradient's entries for one batch on one replica, without a step.
-    pub fn gradient(&mut self, samples: &[Sample]) -> (BatchLoss, PeftAdapter) {
+    /// The gradient for one batch on one replica, without a step.
+    pub fn gradient(&mut self, samples: &[Sample]) -> (BatchLoss, Whole) {
         self.gradient_of(Batch::Samples(samples))
     }
 
     /// The same for a batch of pairs.
-    pub fn gradient_of_pairs(&mut self, pairs: &[Pair], with: Preference) -> (BatchLoss, PeftAdapter) {
+    pub fn gradient_of_pairs(&mut self, pairs: &[Pair], with: Preference) -> (BatchLoss, Whole) {
         self.gradient_of(Batch::Pairs(pairs, with))
     }
 
-    fn gradient_of(&mut self, batch: Batch<'_>) -> (BatchLoss, PeftAdapter) {
+    fn gradient_of(&mut self, batch: Batch<'_>) -> (BatchLoss, Whole) {
         let mut loss = BatchLoss::default();
         self.run_replica(0, batch, &mut loss);
-        let shares: Vec<(RankSlice, AdapterWeights)> = self.replicas[0]
-            .iter_mut()
-            .flatten()
-            .map(|rank| (rank.slice.clone(), rank.tree.take()))
-            .collect();
-        (loss, PeftAdapter::join(&self.config.shape, shares.iter().map(|(slice, share)| (slice, share))))
+        let gradients = self.settled();
+        (loss, join(gradients.iter().flatten()))
     }
 
-    /// The adapter as it is; every replica must hold the same.
-    pub fn adapter(&self) -> PeftAdapter {
-        let joined: Vec<PeftAdapter> = self
-            .replicas
-            .iter()
-            .map(|replica| {
-                let shares = replica.iter().flatten().map(|rank| (&rank.slice, rank.state.weights()));
-                PeftAdapter::join(&self.config.shape, shares)
-            })
-            .collect();
-        assert!(joined.iter().all(|other| other == &joined[0]), "replicas hold the same adapter");
+    /// The weights as they are; every replica must hold the same.
+    pub fn weights(&self) -> Whole {
+        let of_replica =
+            |replica: &Vec<Vec<Rank>>| join(replica.iter().flatten().map(|rank| rank.state.weights()));
+        let joined: Vec<Whole> = self.replicas.iter().map(of_replica).collect();
+        assert!(joined.iter().all(|other| other == &joined[0]), "replicas hold the same weights");
         joined.into_iter().next().unwrap()
     }
+
+    /// The adapter as it is.
+    pub fn adapter(&self) -> PeftAdapter {
+        self.weights();
+        let shares = self.replicas[0].iter().flatten().map(|rank| rank.state.weights());
+        PeftAdapter::join(self.trained.adapter().unwrap(), &self.config.shape, shares)
+    }
+
+    /// The states of the first replica's ranks after so many steps.
+    pub fn shards(&self, steps: u64) -> Vec<Vec<u8>> {
+        let bytes = |rank: &Rank| {
+            let mut bytes = Vec::new();
+            let mut put = |piece: &[u8]| {
+                bytes.extend_from_slice(piece);
+                Ok::<_, Infallible>(())
+            };
+            checkpoint::write(&rank.state, position(steps), &mut put).unwrap();
+            bytes
+        };
+        self.replicas[0].iter().flatten().map(bytes).collect()
+    }
+}
+
+/// Whole tensors by name.
+pub type Whole = BTreeMap<String, Vec<f32>>;
+
+/// Puts shares together; where several ranks have a number, it must be the same bits.
+pub fn join<'a>(shares: impl Iterator<Item = &'a Tensors>) -> Whole {
+    let mut whole: BTreeMap<String, Vec<Option<f32>>> = BTreeMap::new();
+    for (share, numbers) in shares.flat_map(Tensors::iter) {
+        let [rows, width] = share.shape;
+        let to = whole.entry(share.name.clone()).or_insert_with(|| vec![None; rows * width]);
+        let places = share.rows.clone().flat_map(|row| share.columns.clone().map(move |c| row * width + c));
+        for (place, &number) in places.zip(numbers) {
+            let known = to[place].get_or_insert(number).to_bits();
+            assert_eq!(known, number.to_bits(), "{} is the same wherever it is", share.name);
+        }
+    }
+    let all = |(name, numbers): (String, Vec<Option<f32>>)| {
+        (name, numbers.into_iter().map(|x| x.expect("every number is somewhere")).collect())
+    };
+    whole.into_iter().map(all).collect()
 }
 
 /// A micro-batch through all stages and back; of pairs, first through all stages without the adapter.
@@ -298,8 +427,8 @@ fn micro_batch(stages: &mut [Vec<Rank>], of: Batch<'_>, count: usize, keep: bool
             let first = rank.slice.first;
             let input = if first { StageInput::Tokens(tokens) } else { StageInput::Activations(input) };
             let Rank { trainer, group, state, .. } = rank;
-            let tape =
-                trainer.forward(batch, input, Some(state.packed()), keep, group, &mut || Ok(())).unwrap();
+            let adapter = state.packed().map(|adapter| &**adapter);
+            let tape = trainer.forward(batch, input, adapter, keep, group, &mut || Ok(())).unwrap();
             rank.tape = Some(tape);
             rank.trainer.activations(batch.rows()).to_vec()
         });
@@ -311,16 +440,18 @@ fn micro_batch(stages: &mut [Vec<Rank>], of: Batch<'_>, count: usize, keep: bool
         gradient = on_all(ranks, &|rank| {
             let mut gradient = from.to_vec();
             if rank.slice.last {
-                let Rank { trainer, group, .. } = rank;
+                let Rank { trainer, group, tree, .. } = rank;
                 let rows = batch.rows();
                 let loss = match preference {
                     None => {
-                        let (loss, own) = trainer.loss(targets, 1.0 / count as f32, rows, group).unwrap();
+                        let (factor, sink) = (1.0 / count as f32, Some(tree.current()));
+                        let (loss, own) = trainer.loss(targets, factor, rows, sink, group).unwrap();
                         gradient = own.to_vec();
                         loss
                     }
                     Some(preference) => {
-                        let (scores, own) = trainer.score_with_gradient(targets, 1.0, rows, group).unwrap();
+                        let scored = trainer.score_with_gradient(targets, 1.0, rows, None, group);
+                        let (scores, own) = scored.unwrap();
                         gradient = own.to_vec();
                         let policy = answer_scores(batch, targets, &scores);
                         preference.loss(batch, &policy, &reference, count as u64, &mut gradient)
@@ -329,11 +460,9 @@ fn micro_batch(stages: &mut [Vec<Rank>], of: Batch<'_>, count: usize, keep: bool
                 losses.lock().unwrap().push(loss);
             }
             let Rank { trainer, group, state, tree, tape, .. } = rank;
-            let (tape, adapter) = (tape.take().unwrap(), state.packed().clone());
+            let (tape, adapter) = (tape.take().unwrap(), state.packed().map(|adapter| &**adapter));
             let sink = tree.current();
-            trainer
-                .backward(batch, tape, Some(&adapter), &mut gradient, sink, group, &mut || Ok(()))
-                .unwrap();
+            trainer.backward(batch, tape, adapter, &mut gradient, sink, group, &mut || Ok(())).unwrap();
             gradient
         });
     }

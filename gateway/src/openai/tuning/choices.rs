@@ -5,9 +5,10 @@ use crate::openai::error::ApiError;
 use crate::openai::fields::{Fields, type_name};
 use crate::tuning::settings::{
     Choices, DecayChoice, EarlyStopping, GRADIENT_NORM_MAX, LATE_SHARE, LEARNING_RATE, LEARNING_RATE_DPO,
-    LINEAR_MODULES, MethodChoice, SEQUENCE_TOKENS_MAX, ScheduleChoice, Span, WARMUP_SHARE,
+    LEARNING_RATE_FULL, LEARNING_RATE_RANDOM, LINEAR_MODULES, MethodChoice, SEQUENCE_TOKENS_MAX,
+    ScheduleChoice, Span, WARMUP_SHARE,
 };
-use ashlar_protocol::training::LoraSettings;
+use ashlar_protocol::training::{LoraSettings, ModelStart};
 use ashlar_vocabulary::FileId;
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -62,9 +63,12 @@ impl JobForm {
         let seed = fields
             .integer("seed", 0, SEED_MAX)?
             .map_or(u64::from(seed) & SEED_MAX as u64, |seed| seed as u64);
-        let default_rate = match method {
-            MethodChoice::Supervised => LEARNING_RATE,
-            MethodChoice::Dpo { .. } => LEARNING_RATE_DPO,
+        let full = full(&mut fields, method)?;
+        let default_rate = match (method, full) {
+            (MethodChoice::Dpo { .. }, _) => LEARNING_RATE_DPO,
+            (MethodChoice::Supervised, None) => LEARNING_RATE,
+            (MethodChoice::Supervised, Some(ModelStart::Model)) => LEARNING_RATE_FULL,
+            (MethodChoice::Supervised, Some(ModelStart::Random)) => LEARNING_RATE_RANDOM,
         };
         let (low, high) = LEARNING_RATE_RANGE;
         let choices = Choices {
@@ -80,6 +84,7 @@ impl JobForm {
             },
             seed,
             lora: lora(&mut fields)?,
+            full,
             schedule: schedule(&mut fields)?,
             max_seq_len: match fields.integer("max_seq_len", 2, i64::from(context))? {
                 Some(tokens) => tokens as u32,
@@ -147,11 +152,6 @@ fn metadata(fields: &mut Fields) -> Result<BTreeMap<String, String>, ApiError> {
 }
 
 fn refuse_what_is_not_yet(fields: &mut Fields) -> Result<(), ApiError> {
-    if fields.bool("full")? == Some(true) {
-        let message =
-            "`full` is not possible yet: leave it out, and an adapter is trained instead of all weights";
-        return Err(ApiError::field("full", message));
-    }
     if fields.bool("packing")? == Some(true) {
         let message = "`packing` is not possible yet: leave it out, and each sample is a sequence of its own";
         return Err(ApiError::field("packing", message));
@@ -228,6 +228,35 @@ fn auto<T>(
     read: impl FnOnce(&mut Fields, &str) -> Result<Option<T>, ApiError>,
 ) -> Result<Option<T>, ApiError> {
     if given.take_if(name, |value| value == "auto") { Ok(None) } else { read(given, name) }
+}
+
+/// Whether all weights are trained instead of an adapter, and from what.
+fn full(fields: &mut Fields, method: MethodChoice) -> Result<Option<ModelStart>, ApiError> {
+    let full = fields.bool("full")? == Some(true);
+    let init = fields.string("init")?;
+    if !full {
+        return match init {
+            None => Ok(None),
+            Some(_) => {
+                let message =
+                    "`init` is for jobs that train all weights: send `full` true with it, or leave it out";
+                Err(ApiError::field("init", message))
+            }
+        };
+    }
+    if fields.has("lora") {
+        let message = "`lora` and `full` exclude each other: an adapter is trained, or all weights";
+        return Err(ApiError::field("lora", message));
+    }
+    if let MethodChoice::Dpo { .. } = method {
+        let message = "`full` is not possible with dpo: leave it out, and an adapter is trained";
+        return Err(ApiError::field("full", message));
+    }
+    match init.as_deref() {
+        None | Some("model") => Ok(Some(ModelStart::Model)),
+        Some("random") => Ok(Some(ModelStart::Random)),
+        Some(_) => Err(ApiError::field("init", "`init` must be model or random")),
+    }
 }
 
 fn lora(fields: &mut Fields) -> Result<LoraSettings, ApiError> {

@@ -98,7 +98,8 @@ fn error_object(error: &JobError) -> Value {
 
 fn additional(job: &JobRecord, choices: Option<&Choices>) -> Value {
     let settled = job.settings.as_ref();
-    let lora = settled.map(|s| &s.lora).or(choices.map(|c| &c.lora));
+    let full = settled.and_then(|s| s.full).map(|full| full.start).or(choices.and_then(|c| c.full));
+    let lora = settled.map(|s| &s.lora).or(choices.map(|c| &c.lora)).filter(|_| full.is_none());
     json!({
         "steps": job.steps,
         "total_steps": settled.map(|s| s.steps),
@@ -112,6 +113,8 @@ fn additional(job: &JobRecord, choices: Option<&Choices>) -> Value {
         "max_seq_len": choices.map(|c| c.max_seq_len),
         "schedule": choices.map(|c| json!(c.schedule)),
         "early_stopping": choices.and_then(|c| c.early_stopping).map(|early| json!(early)),
+        "full": full.is_some(),
+        "init": full.map(|start| json!(start)),
         "lora": lora.map(|lora| json!({
             "r": lora.rank,
             "alpha": lora.alpha,
@@ -238,6 +241,14 @@ fn tell(job: &JobRecord, what: &JobEventKind) -> (&'static str, String, Value) {
             info(format!("Stopped early at step {step}: the validation loss no longer falls"))
         }
         JobEventKind::ModelCreated(model) => info(format!("New fine-tuned model created: {model}")),
+        JobEventKind::ModelStored(files) => {
+            let list: Vec<Value> =
+                files.iter().map(|(id, name)| json!({"id": file_name(*id), "filename": name})).collect();
+            let named: Vec<String> =
+                files.iter().map(|(id, name)| format!("{name} ({})", file_name(*id))).collect();
+            let message = format!("The trained model is stored as result files: {}", named.join(", "));
+            ("info", message, json!({"files": list}))
+        }
         JobEventKind::Succeeded => info("The job has successfully completed".to_owned()),
         JobEventKind::Cancelled => info("Fine-tuning job cancelled".to_owned()),
         JobEventKind::Failed(error) => ("error", format!("The job failed: {}", error.message), Value::Null),

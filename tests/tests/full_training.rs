@@ -1,0 +1,84 @@
+//! All weights through the whole cluster: a job from the command line, its files on disk, a cluster that serves them.
+
+use ashlar_tests::{Cluster, http, processes, run_to_end, wait};
+use serde_json::json;
+use std::fmt::Write;
+use std::path::Path;
+use std::time::Duration;
+
+/// A job of a few steps, on a machine that is busy with other tests.
+const JOB_LIMIT: Duration = Duration::from_secs(240);
+
+/// Words, and the same with every letter doubled.
+fn examples(count: u32) -> String {
+    let mut lines = String::new();
+    for number in 0..count {
+        let letter = |place: u32| char::from(b'a' + ((number * 7 + place * (number % 5 + 3)) % 26) as u8);
+        let word: String = (0..3 + number % 4).map(letter).collect();
+        let doubled: String = word.chars().flat_map(|c| [c, c]).collect();
+        let line = json!({"messages": [
+            {"role": "user", "content": format!("Double every letter of {word}.")},
+            {"role": "assistant", "content": doubled},
+        ]});
+        writeln!(lines, "{line}").expect("a string");
+    }
+    lines
+}
+
+fn ask(cluster: &Cluster) -> String {
+    let body =
+        json!({"prompt": "Double every letter of stone.", "max_tokens": 16, "temperature": 0, "logprobs": 5});
+    cluster.post("/v1/completions", &body).ok()["choices"].to_string()
+}
+
+/// Trains with `ashlar tune` and leaves the model in `directory`.
+fn tune(cluster: &Cluster, file: &Path, directory: &Path, more: &[&str]) {
+    let url = format!("http://{}", cluster.address());
+    let (file, directory) = (file.to_str().expect("a path"), directory.to_str().expect("a path"));
+    let mut args = vec!["tune", file, "--url", &url, "--full", "--download", directory, "--seed", "7"];
+    args.extend(["--epochs", "2", "--batch-size", "8", "--lr", "1e-3"]);
+    args.extend(more);
+    let ended = run_to_end(&args, &[], JOB_LIMIT);
+    assert!(ended.status.is_some_and(|status| status.success()), "{}\n{}", ended.said, cluster.said());
+}
+
+#[test]
+fn a_model_trained_whole_is_the_same_files_on_every_layout_and_after_a_death_and_can_be_served() {
+    let made = tempfile::tempdir().expect("a directory");
+    let file = made.path().join("train.jsonl");
+    std::fs::write(&file, examples(48)).expect("a file");
+    let weights =
+        |name: &str| std::fs::read(made.path().join(name).join("model.safetensors")).expect("weights");
+
+    let cluster = Cluster::start(&["--stages", "1"]);
+    let before = ask(&cluster);
+    tune(&cluster, &file, &made.path().join("one"), &[]);
+    tune(&cluster, &file, &made.path().join("random"), &["--init", "random"]);
+    assert_eq!(ask(&cluster), before, "the model that is served does not move");
+    let jobs = cluster.get("/v1/fine_tuning/jobs").ok();
+    let job = &jobs["data"][1];
+    assert_eq!((&job["status"], &job["fine_tuned_model"]), (&json!("succeeded"), &json!(null)));
+    assert_eq!((&job["ashlar"]["full"], &job["ashlar"]["init"]), (&json!(true), &json!("model")));
+    drop(cluster);
+
+    let cluster = Cluster::start(&["--stages", "2", "--tp", "2"]);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let started = || {
+                let jobs = http::get(cluster.address(), "/v1/fine_tuning/jobs").ok();
+                let steps = |answer: http::Answer| answer.json()["data"][0]["ashlar"]["steps"].as_u64();
+                jobs.filter(|answer| answer.status == 200).and_then(steps).is_some_and(|steps| steps >= 2)
+            };
+            wait::eventually("two steps", JOB_LIMIT, started);
+            assert!(processes::signal(cluster.pid("node-1"), "KILL"));
+        });
+        tune(&cluster, &file, &made.path().join("four"), &[]);
+    });
+    drop(cluster);
+    assert!(weights("one") == weights("four"), "the same weights on one rank and on four, one of which died");
+    assert!(weights("one") != weights("random"));
+
+    let served =
+        Cluster::start(&["--model", made.path().join("one").to_str().expect("a path"), "--stages", "1"]);
+    assert_ne!(ask(&served), before);
+}
