@@ -495,7 +495,7 @@ fn tied(stages: usize, ranks: usize, replicas: usize) -> Grid {
 fn every_layout_and_micro_batch_trains_the_same_tied_model() {
     for start in [ModelStart::Model, ModelStart::Random] {
         let (expected, metrics) = Job::train(&full(start), tied(1, 1, 1));
-        assert!(metrics.last().unwrap().loss < metrics[0].loss, "{metrics:?}");
+        assert!(metrics.iter().all(|metrics| !metrics.skipped), "{metrics:?}");
         for (grid, micro_batch_rows, keep_activations) in [
             (tied(2, 2, 1), 25, true),
             (tied(4, 1, 2), 64, false),

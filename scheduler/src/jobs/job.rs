@@ -275,6 +275,11 @@ impl Job {
             return;
         }
         self.record.steps = self.record.steps.saturating_sub(steps);
+        // What is stored beyond will be written over.
+        self.saving.steps = self.saving.steps.min(self.record.steps);
+        if let Some(snapshot) = &mut self.saving.in_flight {
+            snapshot.steps = snapshot.steps.min(self.record.steps);
+        }
         let counts = self.progress.at_shards.clone().unwrap_or_default();
         self.record.trained_tokens = counts.trained_tokens;
         self.progress.evaluated = counts.evaluated;
