@@ -14,7 +14,7 @@ use hyper_util::rt::TokioExecutor;
 use indicatif::ProgressBar;
 use serde_json::Value;
 use std::fs::File;
-use std::io::{self, Write as _};
+use std::io;
 use std::time::Instant;
 use upload::Form;
 

@@ -455,7 +455,8 @@ mod tests {
             (&json!(8), &json!(1e-4), &json!(7))
         );
         assert_eq!((&body["validation_file"], &body["suffix"]), (&json!("file-2"), &json!("s")));
-        let body = request(&parse("tune f --full --init random").unwrap(), "m", "file-1", None);
+        let body =
+            request(&parse("tune f --full --init random").unwrap(), Method::Supervised, "m", "file-1", None);
         assert_eq!(
             (&body["full"], &body["init"], &body["lora"]),
             (&json!(true), &json!("random"), &Value::Null)

@@ -7,7 +7,7 @@ use crate::slice::RankSlice;
 use crate::source::{MatrixSource, VectorSource, WeightSource};
 use crate::tensors::{AdapterHalf, Cut, LayerTensor, TensorId, TensorLayout, TensorShare, Tensors};
 use ashlar_kernels::{Kernels, PackedMatrix};
-use ashlar_vocabulary::{FloatType, HeadSlice, ModelShape, PARTS, WeightType, WeightTypes};
+use ashlar_vocabulary::{HeadSlice, ModelShape, PARTS, WeightType};
 use std::ops::Range;
 use std::sync::Arc;
 

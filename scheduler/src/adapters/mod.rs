@@ -16,7 +16,7 @@ pub use events::{AdapterRecord, AdaptersConfig, Caller, Effect, Event, Usage, Us
 
 use crate::time::Millis;
 use ashlar_protocol::admin::{AdapterView, AdminFailure, AdminFailureKind, AdminReply, LoadAdapter};
-use ashlar_vocabulary::{AdapterId, ReplicaId};
+use ashlar_vocabulary::{AdapterId, Bytes, ReplicaId};
 use residents::{Begun, Loaded, Residents};
 use std::collections::{BTreeMap, BTreeSet};
 
