@@ -551,11 +551,11 @@ def training_example(rng, step=0):
 
 
 def training_line(rng, step=0):
-    """What `training_example` would train, as a line of a fine-tuning file."""
-    _, _, shares, context, _, _, single, style = phase(step)
-    if rng.random() < 0.02:
+    """What `training_example` would train, as a line of a fine-tuning file; plain text to go on with where there is no step."""
+    if step is None:
         start, rest = completion_text(rng)
         return {"prompt": start, "completion": rest}
+    _, _, shares, context, _, _, single, style = phase(step)
     task = pick_task(rng, shares)
     how = {"single": single} if task == "sum" else {}
     messages, answer = conversation(rng, task, False, context, style, **how)
@@ -563,7 +563,7 @@ def training_line(rng, step=0):
 
 
 def write_training(path, seed, step, count):
-    """Writes `count` lines as they are at `step` (see PHASES)."""
+    """Writes `count` lines as they are at `step` (see PHASES), or of plain text: a file keeps to one format."""
     rng = random.Random(f"{seed}:{step}:lines")
     with open(path, "w", encoding="utf-8") as f:
         for _ in range(count):
