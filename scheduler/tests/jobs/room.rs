@@ -72,7 +72,7 @@ fn a_job_that_would_not_fit_alone_fails_with_what_is_missing_and_what_would_help
         "micro-batches of 40 rows".to_owned(),
         "a max_seq_len of at most 24".to_owned(),
         format!("{SERVING} serve"),
-        "more nodes or stages".to_owned(),
+        "a node with more memory".to_owned(),
         "adapter_memory_bytes".to_owned(),
     ] {
         assert!(error.message.contains(&part), "{part} in {}", error.message);
@@ -88,6 +88,21 @@ fn a_job_that_would_not_fit_alone_fails_with_what_is_missing_and_what_would_help
 }
 
 #[test]
+fn a_job_whose_adapter_is_too_large_hears_which_rank_and_how_many_layers_would_fit() {
+    let mut settings = settings();
+    settings.lora.rank = 4096;
+    let mut world = world(largest(&settings, false, 8) - Bytes(1));
+    world.settings = settings;
+    let id = world.create(1);
+    world.replica_up(0);
+    world.settle();
+    let error = world.record(id).error.clone().unwrap();
+    for part in ["lora.r of at most 4095", "holds 3 layers or fewer instead of 4"] {
+        assert!(error.message.contains(part), "{part} in {}", error.message);
+    }
+}
+
+#[test]
 fn a_job_waits_in_the_queue_while_others_hold_the_room_and_nobody_overtakes_it() {
     let settings = settings();
     let one = largest(&settings, true, settings.micro_batch_rows);
@@ -95,6 +110,7 @@ fn a_job_waits_in_the_queue_while_others_hold_the_room_and_nobody_overtakes_it()
     world.max_jobs_running = 2;
     world.longest_sample_rows = settings.micro_batch_rows;
     let ids = [1, 2, 3].map(|id| world.create(id));
+    world.settle();
     world.replica_up(0);
     world.until(ids[0], |record| record.steps == 1);
     let status = ids.map(|id| world.status(id));
