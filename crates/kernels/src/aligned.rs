@@ -105,21 +105,3 @@ impl fmt::Debug for AlignedBuffer {
         write!(f, "AlignedBuffer({} floats)", self.len)
     }
 }
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn buffers_are_zeroed_and_aligned() {
-        for len in [0, 1, 17, 2 << 20] {
-            let mut buffer = AlignedBuffer::zeroed(len);
-            assert_eq!(buffer.len(), len);
-            assert!(buffer.iter().all(|&x| x == 0.0));
-            assert_eq!(buffer.as_ptr() as usize % LINE, 0);
-            if let Some(last) = buffer.last_mut() {
-                *last = 1.0;
-            }
-        }
-    }
-}

@@ -172,22 +172,3 @@ impl LaneKernel for FmaChains {
         sums.into_iter().map(S::sum_lanes).sum()
     }
 }
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::Isa;
-
-    #[test]
-    fn measurements_are_positive_and_take_about_their_time() {
-        let kernels = Kernels::new(Isa::best(), 1);
-        let start = Instant::now();
-        assert!(read_bandwidth_bytes_per_s(&kernels, 1 << 20, Duration::from_millis(5)) > 1e8);
-        assert!(fma_flops_per_s(&kernels, Duration::from_millis(5)) > 1e8);
-        for kind in [WeightType::Q8_0, WeightType::Q4K] {
-            let mut product = QuantizedProduct::new(&kernels, kind);
-            assert!(product.flops_per_s(&kernels, Duration::from_millis(5)) > 1e8);
-        }
-        assert!(start.elapsed() < Duration::from_secs(2));
-    }
-}

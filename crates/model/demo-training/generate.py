@@ -550,24 +550,24 @@ def training_example(rng, step=0):
     return encode(*conversation(rng, task, False, context, style, **how), verdict, number)
 
 
-def training_line(rng, step=0):
-    """What `training_example` would train, as a line of a fine-tuning file; plain text to go on with where there is no step."""
-    if step is None:
+def training_line(rng, phase):
+    """A conversation as a line of a fine-tuning file; plain text to go on with where the phase has no tasks."""
+    if phase.shares is None:
         start, rest = completion_text(rng)
         return {"prompt": start, "completion": rest}
-    _, _, shares, context, _, _, single, style = phase(step)
-    task = pick_task(rng, shares)
-    how = {"single": single} if task == "sum" else {}
-    messages, answer = conversation(rng, task, False, context, style, **how)
+    task = pick_task(rng, phase.shares)
+    how = {"single": phase.single} if task == "sum" else {}
+    messages, answer = conversation(rng, task, False, phase.context, **how)
     return {"messages": messages + [{"role": "assistant", "content": answer}]}
 
 
-def write_training(path, seed, step, count):
-    """Writes `count` lines as they are at `step` (see PHASES), or of plain text: a file keeps to one format."""
-    rng = random.Random(f"{seed}:{step}:lines")
+def write_training(path, seed, phase, share=1.0):
+    """Writes the lines of whole steps of a phase, `share` of them but one step at least: a file keeps to one format."""
+    rng = random.Random(f"{seed}:{phase.name}:lines")
+    count = max(1, int(phase.steps * share)) * phase.batch_size
     with open(path, "w", encoding="utf-8") as f:
         for _ in range(count):
-            f.write(json.dumps(training_line(rng, step), ensure_ascii=False) + "\n")
+            f.write(json.dumps(training_line(rng, phase), ensure_ascii=False) + "\n")
 
 
 def evaluation(seed, per_task):

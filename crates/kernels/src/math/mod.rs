@@ -7,5 +7,5 @@ mod double;
 mod single;
 
 pub use double::{exp, log, pow, sin_cos};
-pub use single::exp_f32;
+pub use single::{LaneFunction, exp_f32};
 pub(crate) use single::{exp_lanes, exp_lanes_nonpositive, tanh_lanes};

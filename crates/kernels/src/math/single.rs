@@ -1,7 +1,8 @@
 //! The exponential in `f32`, over lanes.
 #![expect(clippy::excessive_precision, reason = "constants are given as published")]
 
-use crate::lanes::{Int16, Simd16};
+use crate::kernels::Kernels;
+use crate::lanes::{Int16, LANES, LaneKernel, Simd16};
 
 /// ln 2⁻¹²⁶: below it the result would be subnormal and is 0.
 const LOWEST: f32 = -87.336_54;
@@ -90,118 +91,42 @@ pub fn exp_f32(x: f32) -> f32 {
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::lanes::{LANES, LaneKernel};
-    use crate::{Isa, Kernels};
+/// A function that kernels apply lane by lane.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LaneFunction {
+    /// eˣ, which [`exp_f32`] gives for one number.
+    Exp,
+    /// The same where no x is positive (or it is NaN), in fewer operations.
+    ExpNonpositive,
+    /// The hyperbolic tangent.
+    Tanh,
+}
 
-    struct Exp<'a>(&'a mut [f32; LANES]);
-
-    impl LaneKernel for Exp<'_> {
-        type Output = ();
-        #[inline(always)]
-        fn run<S: Simd16>(self) {
-            exp_lanes(S::read(self.0)).write(self.0);
-        }
+impl Kernels {
+    /// x ← f(x), elementwise, as the kernels that contain `function` compute it.
+    pub fn apply(&self, function: LaneFunction, x: &mut [f32]) {
+        self.dispatch(Apply { function, x });
     }
+}
 
-    #[test]
-    fn the_exponential_is_within_two_units_and_the_same_everywhere() {
-        let kernels: Vec<Kernels> = Isa::available().into_iter().map(|isa| Kernels::new(isa, 1)).collect();
-        let mut worst = 0.0f64;
-        for step in 0..25_000 {
-            let x: [f32; LANES] =
-                std::array::from_fn(|lane| (step * LANES + lane) as f32 * (178.0 / 400_000.0) - 89.0);
-            for kernels in &kernels {
-                let mut y = x;
-                kernels.dispatch(Exp(&mut y));
-                for (&x, &y) in x.iter().zip(&y) {
-                    assert_eq!(y.to_bits(), exp_f32(x).to_bits(), "{} at {x}", kernels.isa());
-                    let exact = f64::from(x).exp();
-                    if (f64::from(f32::MIN_POSITIVE)..f64::from(f32::MAX)).contains(&exact) {
-                        let unit = f64::from((exact as f32).next_up()) - f64::from(exact as f32);
-                        worst = worst.max((f64::from(y) - exact).abs() / unit);
-                    }
-                }
-            }
+struct Apply<'a> {
+    function: LaneFunction,
+    x: &'a mut [f32],
+}
+
+impl LaneKernel for Apply<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd16>(self) {
+        for x in self.x.chunks_mut(LANES) {
+            let lanes = S::read_tail(x, 0.0);
+            let y = match self.function {
+                LaneFunction::Exp => exp_lanes(lanes),
+                LaneFunction::ExpNonpositive => exp_lanes_nonpositive(lanes),
+                LaneFunction::Tanh => tanh_lanes(lanes),
+            };
+            y.write_tail(x);
         }
-        assert!(worst < 1.5, "{worst} units");
-    }
-
-    struct ExpNonpositive<'a>(&'a mut [f32; LANES]);
-
-    impl LaneKernel for ExpNonpositive<'_> {
-        type Output = ();
-        #[inline(always)]
-        fn run<S: Simd16>(self) {
-            exp_lanes_nonpositive(S::read(self.0)).write(self.0);
-        }
-    }
-
-    struct Tanh<'a>(&'a mut [f32; LANES]);
-
-    impl LaneKernel for Tanh<'_> {
-        type Output = ();
-        #[inline(always)]
-        fn run<S: Simd16>(self) {
-            tanh_lanes(S::read(self.0)).write(self.0);
-        }
-    }
-
-    #[test]
-    fn the_exponential_of_what_is_not_positive_has_the_same_bits() {
-        // All floats from −0 down to −90 would take a minute in the portable code: a stride that is coprime to
-        // everything, and all of them around the smallest result that is not zero.
-        let bits_of = |x: f32| x.to_bits();
-        let border = bits_of(LOWEST);
-        let sparse = (bits_of(-0.0)..bits_of(-90.0)).step_by(40_009);
-        let dense = border - 5_000..border + 5_000;
-        let special = [-0.0, 0.0, f32::NEG_INFINITY, f32::MIN, -1e-40, -88.0, -1000.0].map(f32::to_bits);
-        let mut xs: Vec<f32> = sparse.chain(dense).chain(special).map(f32::from_bits).collect();
-        xs.resize(xs.len().next_multiple_of(LANES), -1.0);
-        for isa in Isa::available() {
-            let kernels = Kernels::new(isa, 1);
-            for x in xs.as_chunks::<LANES>().0 {
-                let mut y = *x;
-                kernels.dispatch(ExpNonpositive(&mut y));
-                for (&x, &y) in x.iter().zip(&y) {
-                    assert_eq!(y.to_bits(), exp_f32(x).to_bits(), "{isa} at {x}");
-                }
-            }
-            let mut y = [f32::from_bits(0x7f80_0001); LANES];
-            kernels.dispatch(ExpNonpositive(&mut y));
-            assert!(y.iter().all(|y| y.is_nan()));
-        }
-    }
-
-    #[test]
-    fn the_hyperbolic_tangent_is_close_and_the_same_everywhere() {
-        let first = Kernels::new(Isa::available()[0], 1);
-        for step in 0..4_000 {
-            let x: [f32; LANES] = std::array::from_fn(|lane| (step * LANES + lane) as f32 * 0.001 - 32.0);
-            let mut expected = x;
-            first.dispatch(Tanh(&mut expected));
-            for (&x, &y) in x.iter().zip(&expected) {
-                assert!((f64::from(y) - f64::from(x).tanh()).abs() < 2f64.powi(-22), "{x}: {y}");
-            }
-            for isa in Isa::available() {
-                let mut y = x;
-                Kernels::new(isa, 1).dispatch(Tanh(&mut y));
-                assert_eq!(y.map(f32::to_bits), expected.map(f32::to_bits), "{isa}");
-            }
-        }
-    }
-
-    #[test]
-    fn extremes_are_zero_infinite_or_nan() {
-        assert_eq!(exp_f32(0.0), 1.0);
-        assert_eq!(exp_f32(f32::NEG_INFINITY).to_bits(), 0);
-        assert_eq!(exp_f32(-87.4).to_bits(), 0);
-        assert!(exp_f32(-87.33) > 0.0);
-        assert!(exp_f32(88.72).is_finite());
-        assert_eq!(exp_f32(88.73), f32::INFINITY);
-        assert_eq!(exp_f32(f32::INFINITY), f32::INFINITY);
-        assert!(exp_f32(f32::NAN).is_nan());
     }
 }

@@ -266,18 +266,3 @@ impl RowKernel<'_> {
         }
     }
 }
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn groups_are_as_long_as_everybody_is_told() {
-        for kind in WeightType::ALL.into_iter().filter(|kind| kind.is_quantized()) {
-            for pieces in 1..=8 {
-                let length = with_format!(kind, F => F::header_bytes(pieces) + pieces * F::PIECE_BYTES);
-                assert_eq!(length, group_bytes(kind, pieces), "{kind}, {pieces} pieces");
-            }
-        }
-    }
-}

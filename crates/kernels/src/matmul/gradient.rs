@@ -25,6 +25,8 @@ use std::ops::Range;
 const TASK_INPUTS_MIN: usize = 2 * PANEL;
 /// Tasks per thread where the product is large enough.
 const TASKS_PER_THREAD: usize = 4;
+/// Half a page, in elements: of sixteen rows that lie a multiple of it apart, eight or more share a set.
+const ROWS_EVICT: usize = 512;
 /// Most rows of sums of one task of a weight gradient.
 const WEIGHT_SUMS: usize = 96;
 
@@ -191,14 +193,12 @@ impl Kernels {
             {
                 let turned = DisjointMut::new(turned);
                 self.for_ranges(narrow_width, LANES, |columns| {
-                    // SAFETY: the ranges of different tasks are disjoint.
-                    let to = unsafe { turned.range(columns.start * count..columns.end * count) };
-                    for row in 0..count {
-                        let from = &narrow.row(first + row, narrow_width)[columns.clone()];
-                        for (index, &from) in from.iter().enumerate() {
-                            to[index * count + row] = from.to_bits();
-                        }
-                    }
+                    self.dispatch(TurnNarrow {
+                        rows: first..first + count,
+                        narrow,
+                        columns,
+                        turned: &turned,
+                    });
                 });
             }
             let turned = &*turned;
@@ -219,6 +219,13 @@ impl Kernels {
             });
         }
     }
+}
+
+/// Whether sixteen rows so far apart fall on so few sets of a first-level cache that they evict one another while they are read
+/// side by side.
+#[inline(always)]
+fn evicts(stride: usize) -> bool {
+    stride % ROWS_EVICT == 0
 }
 
 /// Blocks of rows and of inputs, one task for each pair: as large as the caches allow, but enough of them for all threads.
@@ -397,18 +404,55 @@ impl<const ADD: bool> InputGradient<'_, ADD> {
             let turned = &mut turned[panel.first * CHUNK..][..panel.width * CHUNK];
             for begin in (0..panel.rows).step_by(LANES) {
                 let count = LANES.min(panel.rows - begin);
-                for (row, to) in sixteen.chunks_exact_mut(STRIDE).take(count).enumerate() {
-                    let row = self.rows.start + panel.first + begin + row;
-                    let from = &self.dy.data[row * self.dy.stride..][outputs.clone()];
-                    to[..from.len()].copy_from_slice(from);
-                }
-                let from = Place { data: sixteen.as_ptr(), stride: STRIDE };
+                let first = (self.rows.start + panel.first + begin) * self.dy.stride + outputs.start;
+                let sixteen_rows = &self.dy.data[first..];
+                let from = if count == LANES && !evicts(self.dy.stride) {
+                    assert!(
+                        sixteen_rows.len() >= (LANES - 1) * self.dy.stride + outputs.len(),
+                        "dy has rows of n"
+                    );
+                    Place { data: sixteen_rows.as_ptr(), stride: self.dy.stride }
+                } else {
+                    for (row, to) in sixteen.chunks_exact_mut(STRIDE).take(count).enumerate() {
+                        let from = &sixteen_rows[row * self.dy.stride..][..outputs.len()];
+                        to[..from.len()].copy_from_slice(from);
+                    }
+                    Place { data: sixteen.as_ptr(), stride: STRIDE }
+                };
                 let to = Place { data: turned[begin..].as_mut_ptr(), stride: panel.width };
                 // All sixteen, whatever those hold that do not exist: nobody reads their lanes.
-                // SAFETY: the buffer has sixteen rows of `STRIDE` elements, the panel `width` lanes for each of `CHUNK` steps.
+                // SAFETY: there are sixteen rows, in place as was checked or in the buffer; the panel has `width` lanes for each of
+                // `CHUNK` steps.
                 unsafe { transpose::<S, false>(from, LANES, outputs.len(), to) };
             }
         }
+    }
+}
+
+/// Turns some columns of the narrow side of a weight gradient around.
+struct TurnNarrow<'a> {
+    rows: Range<usize>,
+    narrow: StridedRows<'a>,
+    columns: Range<usize>,
+    /// `[column][row]`, bits of floats.
+    turned: &'a DisjointMut<'a, u32>,
+}
+
+impl LaneKernel for TurnNarrow<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd16>(self) {
+        let (count, columns) = (self.rows.len(), self.columns.len());
+        if count == 0 || columns == 0 {
+            return;
+        }
+        let from = &self.narrow.data[self.rows.start * self.narrow.stride + self.columns.start..];
+        assert!(from.len() >= (count - 1) * self.narrow.stride + columns, "the narrow side has its rows");
+        let from = Place { data: from.as_ptr(), stride: self.narrow.stride };
+        let to = self.turned.shared(self.columns.start * count..self.columns.end * count).cast();
+        // SAFETY: `from` was checked to have these rows; the columns of different tasks are disjoint, and so is what they write.
+        unsafe { transpose::<S, false>(from, count, columns, Place { data: to, stride: count }) };
     }
 }
 

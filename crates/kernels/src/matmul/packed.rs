@@ -268,31 +268,3 @@ impl fmt::Debug for PackedMatrix {
         f.debug_struct("PackedMatrix").field("n", &self.n).field("k", &self.k).field("kinds", &kinds).finish()
     }
 }
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn every_row_comes_back_as_it_was_packed() {
-        let pool = ThreadPool::new(2);
-        for kind in [WeightType::F32, WeightType::F16, WeightType::Bf16] {
-            for (n, k) in [(1, 1), (16, 3), (17, 5), (64, 2), (65, 7), (130, 33), (0, 4), (5, 0)] {
-                // Few bits, so that every type holds them.
-                let weight = |row: usize, input: usize| ((row * 5 + input) % 200) as f32;
-                for parts in [vec![0..k], vec![0..k / 3, k / 3..k]] {
-                    let packed = PackedMatrix::pack(kind, n, &parts, &pool, &|row, to| {
-                        for (input, to) in to.iter_mut().enumerate() {
-                            *to = weight(row, input);
-                        }
-                    });
-                    let mut out = vec![f32::NAN; k];
-                    for row in 0..n {
-                        packed.row(row, &mut out);
-                        assert!(out.iter().enumerate().all(|(input, &out)| out == weight(row, input)));
-                    }
-                }
-            }
-        }
-    }
-}
