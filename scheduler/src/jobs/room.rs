@@ -57,6 +57,7 @@ struct Place<'a> {
 struct Ask<'a> {
     settings: &'a TrainingSettings,
     shares: Shares<'a>,
+    replicas: usize,
 }
 
 impl Ask<'_> {
@@ -78,7 +79,12 @@ impl Ask<'_> {
                 SessionWeights::Adapter { rank: lora_rank as usize, modules: &self.settings.lora.targets }
             }
         };
-        let request = SessionRequest { weights, micro_batch_rows: rows as usize, keep_activations };
+        let request = SessionRequest {
+            weights,
+            micro_batch_rows: rows as usize,
+            keep_activations,
+            replicas: self.replicas,
+        };
         piece.session(&self.shares, place.stages_behind, place.rank.room.threads, &request)
     }
 
@@ -99,7 +105,7 @@ impl Jobs {
         let ranks = replicas.first().map_or(1, |replica| replica.tensor_parallel_size());
         let copy = settings.full.map(|_| self.config.shape.in_f32());
         let shape = copy.as_ref().unwrap_or(&self.config.shape);
-        let ask = Ask { settings, shares: Shares::new(shape, ranks) };
+        let ask = Ask { settings, shares: Shares::new(shape, ranks), replicas: replicas.len() };
         let places: Vec<Place<'_>> = replicas.iter().flat_map(|replica| self.places(replica)).collect();
         Some(verdict(&ask, &places, longest_sample(job), self.config.adapter_memory))
     }
