@@ -9,7 +9,7 @@ use crate::block::{Backward, BackwardWork, BlockTape, Sequences};
 use crate::collective::Collective;
 use crate::kv::KvCache;
 use crate::tensors::{TensorId, Tensors};
-use crate::trained::{MissingTensor, Trained, TrainedSource};
+use crate::trained::{MissingTensor, TrainedSource};
 use ashlar_kernels::{
     BLOCK_TOKENS, CrossEntropyRow, Kernels, KvLayout, LogSumExp, PackedMatrix, RowContext, StridedRows,
 };
