@@ -10,7 +10,7 @@ use ashlar_protocol::admin::{AdminReply, AdminRequest};
 use ashlar_protocol::membership::{FromNode, ToNode};
 use ashlar_protocol::serving::{ClusterSnapshot, FromScheduler, ToScheduler};
 use ashlar_protocol::training::TrainingReport;
-use ashlar_vocabulary::{LeaseTerm, ReplicaId};
+use ashlar_vocabulary::{AdapterId, Bytes, LeaseTerm, ReplicaId};
 use std::collections::BTreeMap;
 
 /// What reaches the scheduler.
@@ -82,6 +82,22 @@ pub struct Director {
     cluster_effects: Vec<cluster::Effect>,
     engine_effects: Vec<engine::Effect>,
     job_effects: Vec<jobs::Effect>,
+}
+
+/// What the adapters' core is told of the others.
+struct AdapterUsers<'a> {
+    engine: &'a Engine,
+    jobs: &'a Jobs,
+}
+
+impl adapters::Users for AdapterUsers<'_> {
+    fn usage(&self, replica: ReplicaId, adapter: AdapterId) -> adapters::Usage {
+        adapters::Users::usage(self.engine, replica, adapter)
+    }
+
+    fn beside_jobs(&self, replica: ReplicaId) -> Option<Bytes> {
+        self.jobs.left_for_adapters(replica)
+    }
 }
 
 impl Director {
@@ -260,7 +276,8 @@ impl Director {
     }
 
     fn adapter_event(&mut self, now: Millis, event: adapters::Event) {
-        self.adapters.handle(now, event, &self.engine, &mut self.adapter_effects);
+        let users = AdapterUsers { engine: &self.engine, jobs: &self.jobs };
+        self.adapters.handle(now, event, &users, &mut self.adapter_effects);
     }
 
     fn tell_adapters_held(&mut self, now: Millis, replica: ReplicaId) {
@@ -283,7 +300,9 @@ impl Director {
     fn adapter_effect(&mut self, now: Millis, effect: adapters::Effect, outputs: &mut Vec<Output>) {
         use adapters::Effect;
         match effect {
-            Effect::Load { ranks, revision, adapter } => {
+            Effect::Load { replica, ranks, revision, adapter } => {
+                // From now on it has its room, as far as its size is known.
+                self.tell_adapters_held(now, replica);
                 outputs.push(Output::ToNodes(ranks, Box::new(ToNode::LoadAdapter { revision, adapter })));
             }
             Effect::Unload { ranks, adapter } => {
@@ -298,6 +317,7 @@ impl Director {
                 self.engine_event(now, engine::Event::AdapterGone { replica, adapter });
             }
             Effect::Failed { replica, adapter, reason } => {
+                self.tell_adapters_held(now, replica);
                 self.engine_event(now, engine::Event::AdapterFailed { replica, adapter, reason });
             }
             Effect::Known(adapters) => self.engine_event(now, engine::Event::AdaptersKnown(adapters)),

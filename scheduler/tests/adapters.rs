@@ -12,19 +12,27 @@ use ashlar_scheduler::time::Millis;
 use ashlar_vocabulary::{AdapterId, BlobId, Bytes, ReplicaId, ReplicaRevision};
 use std::collections::BTreeMap;
 
-/// What sequences do, as the test says.
+/// What sequences and jobs do, as the test says.
 #[derive(Default)]
-struct Sequences(BTreeMap<(ReplicaId, AdapterId), Usage>);
+struct Others {
+    sequences: BTreeMap<(ReplicaId, AdapterId), Usage>,
+    /// What jobs leave on each replica where they have reserved something.
+    beside_jobs: BTreeMap<ReplicaId, Bytes>,
+}
 
-impl Users for Sequences {
+impl Users for Others {
     fn usage(&self, replica: ReplicaId, adapter: AdapterId) -> Usage {
-        self.0.get(&(replica, adapter)).copied().unwrap_or_default()
+        self.sequences.get(&(replica, adapter)).copied().unwrap_or_default()
+    }
+
+    fn beside_jobs(&self, replica: ReplicaId) -> Option<Bytes> {
+        self.beside_jobs.get(&replica).copied()
     }
 }
 
 struct Test {
     adapters: Adapters,
-    sequences: Sequences,
+    others: Others,
     now: u64,
     calls: u64,
 }
@@ -55,7 +63,7 @@ fn revision(replica: u32) -> ReplicaRevision {
 impl Test {
     fn new(max_adapters: usize) -> Test {
         let config = AdaptersConfig { max_adapters, memory: Bytes(1000) };
-        Test { adapters: Adapters::new(config), sequences: Sequences::default(), now: 0, calls: 0 }
+        Test { adapters: Adapters::new(config), others: Others::default(), now: 0, calls: 0 }
     }
 
     /// With one replica of two ranks.
@@ -67,7 +75,7 @@ impl Test {
 
     fn send(&mut self, event: Event) -> Vec<Effect> {
         let mut effects = Vec::new();
-        self.adapters.handle(Millis(self.now), event, &self.sequences, &mut effects);
+        self.adapters.handle(Millis(self.now), event, &self.others, &mut effects);
         effects
     }
 
@@ -120,7 +128,16 @@ impl Test {
     }
 
     fn uses(&mut self, adapter: u8, usage: Usage) {
-        self.sequences.0.insert((ReplicaId(0), id(adapter)), usage);
+        self.others.sequences.insert((ReplicaId(0), id(adapter)), usage);
+    }
+
+    /// Jobs have reserved all but so many bytes of a replica's fullest rank.
+    fn jobs_leave(&mut self, replica: u32, bytes: u64) {
+        self.others.beside_jobs.insert(ReplicaId(replica), Bytes(bytes));
+    }
+
+    fn jobs_end(&mut self) {
+        self.others.beside_jobs.clear();
     }
 }
 
@@ -305,6 +322,37 @@ fn memory_is_bounded_by_what_ranks_say_that_adapters_take() {
     let effects = test.loaded(0, 3, 1001);
     assert!(refusal(&effects).1.contains("adapter_memory_bytes"));
     assert_eq!(unloads(&effects), [id(3)], "what is in memory stays");
+}
+
+#[test]
+fn what_jobs_have_reserved_is_not_taken_by_adapters() {
+    let mut test = Test::up(8);
+    test.publish("a", 1);
+    test.jobs_leave(0, 100);
+    test.call(load("b", 2));
+    let effects = test.loaded(0, 2, 101);
+    let (kind, message) = refusal(&effects);
+    assert_eq!(kind, AdminFailureKind::Unavailable, "later there may be room");
+    assert!(message.contains("fine-tuning jobs") && message.contains("100 B"), "{message}");
+    assert_eq!(unloads(&effects), [id(2)], "what is in memory stays");
+    assert_eq!(test.adapters.held(ReplicaId(0)), Bytes(10));
+    // One that fits in the place of another takes it.
+    test.call(load("c", 3));
+    assert_eq!(unloads(&test.loaded(0, 3, 95)), [id(1)]);
+    test.persisted("c");
+    // Where its size is known already, it is not even begun: it waits until jobs leave the room, as a request for it does.
+    test.uses(3, Usage { bound: true, wanted: true, ..Usage::default() });
+    test.uses(1, Usage { wanted: true, ..Usage::default() });
+    assert_eq!(test.send(Event::Wanted { replica: ReplicaId(0), adapter: id(1) }), []);
+    assert_eq!(test.tick(50), []);
+    test.jobs_end();
+    assert_eq!(loads(&test.tick(50)), [id(1)]);
+    test.loaded(0, 1, 10);
+    // What is too large with no job, either, is refused for good.
+    test.jobs_leave(0, 100);
+    test.call(load("d", 4));
+    let effects = test.loaded(0, 4, 1001);
+    assert_eq!(refusal(&effects).0, AdminFailureKind::Invalid);
 }
 
 #[test]

@@ -5,7 +5,7 @@ use crate::{processes, until};
 use serde_json::Value;
 use std::collections::HashMap;
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Write};
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -73,11 +73,43 @@ impl Cluster {
         panic!("no free port was left free");
     }
 
+    /// [`Cluster::start`], with `folder` of the state directory (`.` is all of it) on a disk of its own that has so many bytes. That
+    /// takes the right to mount: where it is missing, says so and returns `None`: the test is to return.
+    #[track_caller]
+    pub fn start_on_small_disk(test: &str, args: &[&str], folder: &str, bytes: u64) -> Option<Cluster> {
+        let may_mount = Command::new("unshare").args(["--mount", "true"]).stderr(Stdio::null()).status();
+        if !may_mount.is_ok_and(|status| status.success()) {
+            eprintln!("SKIPPED {test}: mounting a small disk takes root");
+            return None;
+        }
+        let cluster = Cluster::spawn_on(args, Some((folder, bytes)));
+        cluster.await_ready(START_LIMIT);
+        Some(cluster)
+    }
+
     #[track_caller]
     fn spawn(args: &[&str]) -> Cluster {
+        Cluster::spawn_on(args, None)
+    }
+
+    #[track_caller]
+    fn spawn_on(args: &[&str], small_disk: Option<(&str, u64)>) -> Cluster {
         let state = tempfile::Builder::new().prefix("ashlar-test-").tempdir().expect("a temporary directory");
         let address = format!("127.0.0.1:{}", free_port());
-        let up = command(&state)
+        let mut command = match small_disk {
+            None => command(&state, Command::new(binary())),
+            Some((folder, bytes)) => {
+                let place = state.path().join("state").join(folder);
+                fs::create_dir_all(&place).expect("a directory");
+                // In a mount namespace of its own, which ends with its processes; `exec` keeps the process id.
+                let script = "mount -t tmpfs -o size=$2 tmpfs \"$1\" && shift 2 && exec \"$@\"";
+                let mut command = Command::new("unshare");
+                command.args(["--mount", "--propagation", "private", "sh", "-c", script, "sh"]);
+                command.arg(place).arg(bytes.to_string()).arg(binary());
+                self::command(&state, command)
+            }
+        };
+        let up = command
             .arg("up")
             .args(["--listen", &address, "--state"])
             .arg(state.path().join("state"))
@@ -95,6 +127,23 @@ impl Cluster {
     /// The process id of `up` itself.
     pub fn up_pid(&self) -> u32 {
         self.up.id()
+    }
+
+    /// A path as the cluster's processes see it, where they have a disk of their own.
+    pub fn inside(&self, path: &Path) -> PathBuf {
+        let path = path.strip_prefix("/").unwrap_or(path);
+        PathBuf::from(format!("/proc/{}/root", self.up.id())).join(path)
+    }
+
+    /// Fills the disk on which a folder of the state directory lies, to the last byte; the file that does so.
+    #[track_caller]
+    pub fn fill_disk(&self, folder: &str) -> PathBuf {
+        let path = self.inside(&self.state().join(folder)).join("filler");
+        let mut file = File::create(&path).expect("a file on the small disk");
+        for piece in [vec![0_u8; 64 << 10], vec![0]] {
+            while file.write_all(&piece).is_ok() {}
+        }
+        path
     }
 
     /// The state directory given to `up`.
@@ -179,7 +228,11 @@ impl Cluster {
 
     /// All that anybody has said.
     pub fn said(&self) -> String {
-        said(self.state.path())
+        let own = said(self.state.path());
+        // Where the state lies on a disk of its own, only its processes see the logs.
+        let inside = self.inside(self.state.path());
+        let logs = self.state().join("logs");
+        if logs.exists() || !inside.exists() { own } else { own + &said(&inside) }
     }
 
     /// Sends SIGINT to `up`, as Ctrl-C does.
@@ -213,7 +266,7 @@ impl Drop for Cluster {
 #[track_caller]
 pub fn run_to_end(args: &[&str], environment: &[(&str, &str)], limit: Duration) -> Ended {
     let directory = tempfile::tempdir().expect("a temporary directory");
-    let mut child = command(&directory)
+    let mut child = command(&directory, Command::new(binary()))
         .args(args)
         .envs(environment.iter().copied())
         .spawn()
@@ -252,10 +305,9 @@ pub fn free_port() -> u16 {
     listener.local_addr().map(|address| address.port()).expect("its number")
 }
 
-/// `ashlar`, told to end when this process does, writing into `directory`.
-fn command(directory: &TempDir) -> Command {
+/// A command that runs `ashlar`, told to end when this process does, writing into `directory`.
+fn command(directory: &TempDir, mut command: Command) -> Command {
     let file = |name: &str| -> io::Result<File> { File::create(directory.path().join(name)) };
-    let mut command = Command::new(binary());
     command
         .env("ASHLAR_SUPERVISED", "1")
         // The answers shall not depend on who runs the tests.

@@ -115,6 +115,15 @@ pub fn stream(address: &str, path: &str, body: &[u8]) -> io::Result<EventStream>
     Ok(EventStream { status, headers, body })
 }
 
+/// Asks for a stream.
+pub fn get_stream(address: &str, path: &str) -> io::Result<EventStream> {
+    let mut socket = connect(address)?;
+    let head = format!("GET {path} HTTP/1.1\r\nhost: {address}\r\nconnection: close\r\n\r\n");
+    socket.write_all(head.as_bytes())?;
+    let (status, headers, body) = self::head(socket)?;
+    Ok(EventStream { status, headers, body })
+}
+
 /// Sends these bytes and reads one answer.
 pub fn raw(address: &str, bytes: &[u8]) -> io::Result<Answer> {
     let mut socket = connect(address)?;

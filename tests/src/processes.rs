@@ -33,6 +33,12 @@ pub fn resident_bytes(pid: u32) -> Option<u64> {
     kibibytes(pid, "VmRSS:")
 }
 
+/// Makes [`resident_bytes_max`] begin anew from what is resident now; false where the system does not allow it.
+pub fn forget_resident_max(pid: u32) -> bool {
+    // See proc_pid_clear_refs(5).
+    fs::write(format!("/proc/{pid}/clear_refs"), "5").is_ok()
+}
+
 /// The most that was ever resident (`VmHWM`).
 pub fn resident_bytes_max(pid: u32) -> Option<u64> {
     kibibytes(pid, "VmHWM:")

@@ -1,94 +1,11 @@
 //! Fine-tuning jobs through the whole cluster: the same adapter to the bit on every layout, and whoever dies meanwhile; the
 //! base model as it was; the new model served at once.
 
+use ashlar_tests::tuning::{JOB_LIMIT, ask, create, ended, examples, job, learnt, upload};
 use ashlar_tests::{Cluster, http, processes, wait};
-use serde_json::{Value, json};
+use serde_json::json;
 use std::fmt::Write;
 use std::time::Duration;
-
-/// A job of a few steps, on a machine that is busy with other tests.
-const JOB_LIMIT: Duration = Duration::from_secs(240);
-
-/// Words, and the same with every letter doubled.
-fn examples(count: u32) -> String {
-    let mut lines = String::new();
-    for number in 0..count {
-        let letter = |place: u32| char::from(b'a' + ((number * 7 + place * (number % 5 + 3)) % 26) as u8);
-        let word: String = (0..3 + number % 4).map(letter).collect();
-        let doubled: String = word.chars().flat_map(|c| [c, c]).collect();
-        let line = json!({"messages": [
-            {"role": "user", "content": format!("Double every letter of {word}.")},
-            {"role": "assistant", "content": doubled},
-        ]});
-        writeln!(lines, "{line}").expect("a string");
-    }
-    lines
-}
-
-/// `POST /v1/files`, as a browser or a client library sends it.
-fn upload(cluster: &Cluster, text: &str) -> http::Answer {
-    let body = format!(
-        "--edge\r\ncontent-disposition: form-data; name=\"purpose\"\r\n\r\nfine-tune\r\n\
-         --edge\r\ncontent-disposition: form-data; name=\"file\"; filename=\"train.jsonl\"\r\n\
-         content-type: application/jsonl\r\n\r\n{text}\r\n--edge--\r\n"
-    );
-    let request = format!(
-        "POST /v1/files HTTP/1.1\r\nhost: {}\r\nconnection: close\r\ncontent-type: multipart/form-data; \
-         boundary=edge\r\ncontent-length: {}\r\n\r\n{body}",
-        cluster.address(),
-        body.len()
-    );
-    http::raw(cluster.address(), request.as_bytes()).expect("an answer")
-}
-
-/// What is answered once nobody is away any more: a role that died a moment ago may not be missed yet.
-#[track_caller]
-fn patiently(ask: impl Fn() -> std::io::Result<http::Answer>) -> Value {
-    let answer = wait::until(Duration::from_secs(60), || ask().ok().filter(|answer| answer.status != 503));
-    answer.expect("an answer other than 503").ok()
-}
-
-fn create(cluster: &Cluster, file: &str, suffix: &str) -> String {
-    let body = json!({
-            "model": "ashlar-demo", "training_file": file, "suffix": suffix, "seed": 7, "learning_rate": 3e-3,
-            "lora": {"r": 4},
-            "method": {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 2, "batch_size": 8}}},
-    });
-    let job =
-        patiently(|| http::post(cluster.address(), "/v1/fine_tuning/jobs", body.to_string().as_bytes()));
-    job["id"].as_str().expect("an id").to_owned()
-}
-
-fn job(cluster: &Cluster, id: &str) -> Value {
-    patiently(|| http::get(cluster.address(), &format!("/v1/fine_tuning/jobs/{id}")))
-}
-
-/// The job as it ended.
-#[track_caller]
-fn ended(cluster: &Cluster, id: &str) -> Value {
-    let last = wait::until(JOB_LIMIT, || {
-        let job = job(cluster, id);
-        matches!(job["status"].as_str(), Some("succeeded" | "failed" | "cancelled")).then_some(job)
-    });
-    last.unwrap_or_else(|| panic!("the job does not end: {}\n{}", job(cluster, id), cluster.said()))
-}
-
-/// The digest of what it learnt.
-#[track_caller]
-fn learnt(cluster: &Cluster, id: &str) -> String {
-    let job = ended(cluster, id);
-    assert_eq!(job["status"], "succeeded", "{job}");
-    job["ashlar"]["adapter"].as_str().expect("an adapter").to_owned()
-}
-
-/// Every digit of an answer.
-fn ask(cluster: &Cluster, model: &str) -> String {
-    let body = json!({
-        "model": model, "prompt": "Double every letter of stone.", "max_tokens": 16, "temperature": 0,
-        "logprobs": 5, "ignore_eos": true,
-    });
-    cluster.post("/v1/completions", &body).ok()["choices"].to_string()
-}
 
 #[test]
 fn a_job_gives_the_same_adapter_on_every_layout_and_after_every_death() {

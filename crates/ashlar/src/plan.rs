@@ -1,4 +1,7 @@
-//! `ashlar plan`: which node would hold what, the memory ledger, the predicted speed. Starts nothing.
+//! `ashlar plan`: which node would hold what, the memory ledger, the predicted speed, and what a fine-tuning session would take
+//! beside that. Starts nothing.
+
+mod session;
 
 use crate::precision::PrecisionArgs;
 use anyhow::{Context, Result, bail};
@@ -9,6 +12,8 @@ use ashlar_service_kit::memory;
 use ashlar_shard_plan::{DeviceReport, Layout, Links, PlanRequest, plan, survivable_losses};
 use ashlar_vocabulary::{Bytes, NodeId};
 use clap::Args;
+use serde::Serialize;
+use session::{SessionArgs, SessionPlan};
 use std::time::Duration;
 
 /// Arguments of `ashlar plan`.
@@ -16,6 +21,8 @@ use std::time::Duration;
 #[command(after_help = "Examples:
   ashlar plan --model ./llama-3.2-1b --nodes 2
   ashlar plan --model llama-3.1-8b --device a=16GiB,40e9,500e9 --device b=16GiB,40e9,500e9
+  ashlar plan --model ./llama-3.2-1b --lora-rank 64 --lora-targets q_proj,v_proj --micro-batch-rows 2048
+  ashlar plan --model ./llama-3.2-1b --full         what training all weights would take
 A device is NAME=MEMORY,BYTES_PER_S,FLOP_PER_S[,QUANTIZED_FLOP_PER_S]. The last is the speed of products with quantised
 weights, by default 1.5 times the one before (AVX2 has 1.6, AVX-512 1.9). Without a device, this machine is measured and
 shared out.")]
@@ -52,9 +59,19 @@ pub(crate) struct PlanArgs {
     /// Link speed in bytes per second.
     #[arg(long, default_value_t = 4e9)]
     link_bytes_per_s: f64,
+    #[command(flatten)]
+    session: SessionArgs,
     /// Print JSON.
     #[arg(long)]
     json: bool,
+}
+
+/// What is printed as JSON: the layout, and beside it what a session would take.
+#[derive(Debug, Serialize)]
+struct Printed<'a> {
+    #[serde(flatten)]
+    layout: &'a Layout,
+    session: &'a SessionPlan,
 }
 
 /// `4GiB`, `512MiB`, `16GB` or plain bytes.
@@ -132,11 +149,14 @@ pub(crate) fn run(args: PlanArgs) -> Result<()> {
         ..PlanRequest::default()
     };
     let layout = plan(&shape, &devices, &links, &request)?;
+    let session = args.session.plan(&shape, &layout, &devices)?;
     if args.json {
-        println!("{}", serde_json::to_string_pretty(&layout).context("json")?);
+        let printed = Printed { layout: &layout, session: &session };
+        println!("{}", serde_json::to_string_pretty(&printed).context("json")?);
         return Ok(());
     }
     print_layout(&layout, &devices);
+    session.print();
     let survivable = survivable_losses(&shape, &devices, &links, &request, &layout);
     let names: Vec<String> = survivable.iter().map(ToString::to_string).collect();
     match names.is_empty() {

@@ -59,9 +59,17 @@ impl Kernels {
     pub(crate) fn scratch(&self, words: usize) -> MutexGuard<'_, Vec<u32>> {
         let mut scratch = self.scratch.lock().unwrap_or_else(PoisonError::into_inner);
         if scratch.len() < words {
+            // To what is needed and no further: ledgers count on it.
+            let missing = words - scratch.len();
+            scratch.reserve_exact(missing);
             scratch.resize(words, 0);
         }
         scratch
+    }
+
+    /// Memory that is held for activations on their way into products, in bytes: that of the largest so far.
+    pub fn scratch_bytes(&self) -> usize {
+        size_of::<u32>() * self.scratch(0).capacity()
     }
 
     /// The memory of attention; one call at a time has it.

@@ -288,9 +288,19 @@ impl AdapterWork {
 /// The first `len` elements of a buffer that grows.
 pub(crate) fn grown(buffer: &mut Vec<f32>, len: usize) -> &mut [f32] {
     if buffer.len() < len {
+        // To what is needed and no further: ledgers count on it.
+        buffer.reserve_exact(len - buffer.len());
         buffer.resize(len, 0.0);
     }
     &mut buffer[..len]
+}
+
+/// Copies into a buffer that keeps its memory from one micro-batch to the next: fresh pages cost as much as the copy. It grows to
+/// what is needed and no further: ledgers count on it.
+pub(crate) fn copied(to: &mut Vec<f32>, from: &[f32]) {
+    to.clear();
+    to.reserve_exact(from.len());
+    to.extend_from_slice(from);
 }
 
 /// A layer's place among the adapters of a step.
@@ -342,9 +352,7 @@ impl AdapterStep<'_> {
             let y = &mut out[rows.start * stride..];
             kernels.product(&product, Input::Rows(low), Output::Add { y, stride });
             if let Some(keep) = &mut keep {
-                let keep = &mut keep[target.index()];
-                keep.clear();
-                keep.extend_from_slice(low);
+                copied(&mut keep[target.index()], low);
             }
         }
         Ok(())

@@ -325,16 +325,17 @@ impl StageModel {
 
     /// Buffers for steps of up to `rows` rows.
     pub fn workspace(&self, rows: usize) -> Workspace {
-        self.workspace_for(&self.kernels, rows)
+        self.workspace_for(&self.kernels, rows, LOGIT_ROWS_MAX)
     }
 
-    /// [`StageModel::workspace`] for passes that compute with other kernels than the model's own.
-    fn workspace_for(&self, kernels: &Kernels, rows: usize) -> Workspace {
+    /// [`StageModel::workspace`] for passes that compute with other kernels than the model's own, and for the logits of up to
+    /// `logit_rows` of their rows.
+    fn workspace_for(&self, kernels: &Kernels, rows: usize, logit_rows: usize) -> Workspace {
         let shape = &self.config.shape;
         let (hidden, size) = (shape.hidden_size, self.slice.tensor_parallel_size);
         let (q, kv) = (self.slice.queries(shape).len(), self.slice.keys(shape).len());
         let ff = self.slice.feed_forward(shape).len();
-        let logits = if self.slice.last { LOGIT_ROWS_MAX } else { 0 };
+        let logits = if self.slice.last { logit_rows } else { 0 };
         let whole_logits = if self.slice.tensor_rank == 0 { logits * shape.vocab_size } else { 0 };
         let cut = self.slice.head.is_some_and(|head| head.of > 1);
         let own_logits = if cut { logits * self.head_width() } else { 0 };
@@ -344,7 +345,7 @@ impl StageModel {
             }
             _ => 0,
         };
-        let head_words = self.head.as_ref().map_or(0, |head| head.scratch_words(LOGIT_ROWS_MAX));
+        let head_words = self.head.as_ref().map_or(0, |head| head.scratch_words(logit_rows));
         let product_words =
             self.blocks.iter().map(|block| block.scratch_words(rows)).fold(head_words, usize::max);
         kernels.reserve(product_words);

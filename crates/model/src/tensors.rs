@@ -148,9 +148,11 @@ impl Tensors {
         layout: &Arc<TensorLayout>,
         numbers: impl FnMut(&TensorShare) -> Result<Vec<f32>, E>,
     ) -> Result<Tensors, E> {
-        let numbers: Vec<Vec<f32>> = layout.shares.iter().map(numbers).collect::<Result<_, E>>()?;
-        for (share, numbers) in layout.shares.iter().zip(&numbers) {
+        let mut numbers: Vec<Vec<f32>> = layout.shares.iter().map(numbers).collect::<Result<_, E>>()?;
+        for (share, numbers) in layout.shares.iter().zip(&mut numbers) {
             assert_eq!(share.numbers(), numbers.len(), "a share of {} has its numbers", share.name);
+            // They stay as long as the job: ledgers count on no more.
+            numbers.shrink_to_fit();
         }
         Ok(Tensors { layout: layout.clone(), numbers })
     }
@@ -188,6 +190,11 @@ impl Tensors {
     /// The same, to write.
     pub fn get_mut(&mut self, id: TensorId) -> Option<&mut [f32]> {
         Some(&mut self.numbers[self.layout.place(id)?])
+    }
+
+    /// Memory that it takes, in bytes.
+    pub fn bytes(&self) -> usize {
+        self.numbers.iter().map(|numbers| size_of::<f32>() * numbers.capacity()).sum()
     }
 
     /// Every share with its numbers, in canonical order.

@@ -276,6 +276,12 @@ pub enum TrainingReport {
         /// Whether another attempt may succeed (a lost link), or never will (a module that does not exist).
         retry: bool,
     },
+    /// Where this rank keeps samples, states and results there is no room left; its session is closed. Another attempt is of use
+    /// once somebody has made room.
+    NoRoom {
+        /// What to tell.
+        message: String,
+    },
 }
 
 /// A file of an adapter or a model that is stored.

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 const BYTES_PER_ACTIVATION: usize = 4;
 
 /// Logits are computed for at most this many rows at a time.
-pub(crate) const LOGIT_ROWS: usize = 32;
+const LOGIT_ROWS: usize = 32;
 
 /// Values that each rank of a tensor-parallel group on one host shares with the others, to exchange through memory.
 const GROUP_VALUES: usize = 2 * (32 << 10);
@@ -116,22 +116,18 @@ impl Piece {
     }
 
     /// Whether one copy of a tied table serves as embedding and head: one stage of one rank.
-    fn shares_table(&self, shape: &ModelShape) -> bool {
+    pub(crate) fn shares_table(&self, shape: &ModelShape) -> bool {
         shape.tied_head && self.first && self.head == Some(HeadSlice { index: 0, of: 1 })
     }
 
-    /// Bytes of what passes of at most `rows` rows work in on this rank, without what stands around the head: the residual stream
-    /// and its copy, the widest and the narrowest product of a layer, rotation angles, the group's contributions, and what
-    /// products and attention work in.
-    pub(crate) fn workspace_bytes(&self, shares: &Shares<'_>, rows: usize, threads: usize) -> usize {
-        let shape = shares.shape;
+    /// Bytes of what passes of at most `rows` rows work in on this rank, without what stands around the head and what products have
+    /// their activations in: the residual stream and its copy, the widest and the narrowest product of a layer, rotation angles,
+    /// the group's contributions, and what attention works in.
+    pub(crate) fn pass_bytes(&self, shape: &ModelShape, rows: usize, threads: usize) -> usize {
         let slice = |cut: ashlar_vocabulary::AxisCut| cut.rank(self.rank, self.tensor_parallel_size).len();
         let (q, kv) = (slice(shape.attention_cut()), slice(shape.key_cut()));
         let ff = slice(shape.feed_forward_cut());
         let gathered = if self.tensor_parallel_size > 1 { self.tensor_parallel_size } else { 0 };
-        // Products of a layer for all rows, those of the head for a chunk of them, take their activations in one place.
-        let products = (rows * shares.row_words(self.rank, self.layers))
-            .max(self.head.map_or(0, |_| LOGIT_ROWS * shares.head_row_words()));
         let per_row =
             (2 + gathered) * shape.hidden_size + (q + 2 * kv).max(2 * ff) + q.max(ff) + shape.head_dim;
         let attention = AttentionMemory {
@@ -140,7 +136,15 @@ impl Piece {
             kv_heads: kv / shape.head_dim,
             head_dim: shape.head_dim,
         };
-        (rows * per_row + products) * BYTES_PER_ACTIVATION + attention.bytes(rows)
+        rows * per_row * BYTES_PER_ACTIVATION + attention.bytes(rows)
+    }
+
+    /// The same with what products have their activations in.
+    fn workspace_bytes(&self, shares: &Shares<'_>, rows: usize, threads: usize) -> usize {
+        // Products of a layer for all rows, those of the head for a chunk of them, take their activations in one place.
+        let products = (rows * shares.row_words(self.rank, self.layers))
+            .max(self.head.map_or(0, |_| LOGIT_ROWS * shares.head_row_words()));
+        self.pass_bytes(shares.shape, rows, threads) + products * BYTES_PER_ACTIVATION
     }
 
     /// Bytes of the buffers that the largest step needs on this rank: its workspace, activations received and waiting to be

@@ -64,7 +64,7 @@ fn main() {
                 if keep { 0.0 } else { 2.0 * (shape.num_layers * shape.layer_weights() * tokens) as f64 };
             println!(
                 "{repetition} {}: loss {:.4}, forward {:.2} s, loss {:.2} s, backward {:.2} s, {:.1} tokens/s, \
-                 {:.0} % of {:.0} GFLOP/s, tape {} MiB, buffers {} MiB, process at most {} MiB",
+                 {:.0} % of {:.0} GFLOP/s, tape {} MiB, held {} MiB, process at most {} MiB",
                 if keep { "kept" } else { "again" },
                 loss.mean(),
                 forward.as_secs_f64(),
@@ -74,7 +74,7 @@ fn main() {
                 (flops + again) / all.as_secs_f64() / peak * 100.0,
                 peak / 1e9,
                 bytes >> 20,
-                trainer.buffer_bytes(&trained).0 >> 20,
+                trainer.held_bytes().0 >> 20,
                 memory_mib(),
             );
             tree.end_run(&kernels);

@@ -70,6 +70,12 @@ impl RunTree {
         })
     }
 
+    /// Memory of all gradients that it has, those to be used again included, in bytes.
+    pub fn bytes(&self) -> usize {
+        let open = self.open.iter().filter_map(|(_, sum)| sum.as_ref());
+        open.chain(&self.current).chain(&self.spare).map(Tensors::bytes).sum()
+    }
+
     /// Gives gradients back that are of no use any more.
     pub fn recycle(&mut self, gradient: Tensors) {
         self.spare.push(gradient.reset(&self.layout));

@@ -100,6 +100,13 @@ impl TrainingState {
         self.steps
     }
 
+    /// Memory that it takes, in bytes: weights, moments, and of an adapter the packed form. A model's packed form is its private
+    /// copy, and another is there for a moment while an adapter is packed anew.
+    pub fn bytes(&self) -> usize {
+        let packed = self.packed.as_ref().map_or(0, |adapter| adapter.bytes().0 as usize);
+        [&self.weights, &self.first, &self.second].map(Tensors::bytes).iter().sum::<usize>() + packed
+    }
+
     /// The adapter that products multiply with until the next step; of a whole model none, which is reloaded instead
     /// ([`StageTrainer::reload`](ashlar_model::stage::StageTrainer::reload)).
     pub fn packed(&self) -> Option<&Arc<Adapter>> {

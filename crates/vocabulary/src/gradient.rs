@@ -44,13 +44,18 @@ pub struct GradientMemory {
 }
 
 impl GradientMemory {
-    /// Bytes for gradients of products: each thread's tasks, and what is turned around for weight gradients, whose smaller side
-    /// is at most `side`.
-    pub fn products_bytes(&self, side: usize) -> usize {
+    /// Bytes for gradients of products: each thread's largest task. What is turned around for weight gradients lies where products
+    /// have their activations ([`GradientMemory::turned_words`]).
+    pub fn products_bytes(&self) -> usize {
         let panel = (CHUNK_OUTPUTS * TASK_ROWS).max(WEIGHT_ROWS * PANEL);
         let sums = TREE_DEPTH * TASK_INPUTS * TASK_ROWS;
         let task = TASK_INPUTS * CHUNK_STRIDE + panel + sums + LANES * CHUNK_STRIDE;
-        size_of::<f32>() * (self.threads * task + WEIGHT_ROWS * side)
+        size_of::<f32>() * self.threads * task
+    }
+
+    /// Words in which the shorter side of a weight gradient over `rows` rows is turned around.
+    pub fn turned_words(rows: usize, (outputs, inputs): (usize, usize)) -> usize {
+        WEIGHT_ROWS.min(rows) * outputs.min(inputs)
     }
 
     /// Bytes for gradients of attention over sequences of up to `rows` rows.

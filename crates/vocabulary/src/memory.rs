@@ -30,6 +30,14 @@ impl ModelShape {
             + BYTES_PER_VECTOR_ELEMENT * self.vector_elements(query, key, wide)
     }
 
+    /// Numbers of a layer on rank `rank` of `tensor_parallel_size`: its slices of the matrices, with their biases and norms.
+    pub fn layer_numbers(&self, rank: usize, tensor_parallel_size: usize) -> usize {
+        let len = |cut: AxisCut| cut.rank(rank, tensor_parallel_size).len();
+        let (query, key, wide) =
+            (len(self.attention_cut()), len(self.key_cut()), len(self.feed_forward_cut()));
+        (2 * query + 2 * key + 3 * wide) * self.hidden_size + self.vector_elements(query, key, wide)
+    }
+
     /// 32-bit words that the largest product of layer `layer` takes for each row of its activations on rank `rank` of
     /// `tensor_parallel_size`.
     pub fn layer_row_words(&self, layer: usize, rank: usize, tensor_parallel_size: usize) -> usize {

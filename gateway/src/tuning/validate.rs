@@ -125,7 +125,19 @@ enum Trouble {
 
 impl From<BlobError> for Trouble {
     fn from(error: BlobError) -> Trouble {
-        Trouble::Storage { retry: error.is_retryable(), error: error.to_string() }
+        match error.is_full() {
+            true => Trouble::no_room(),
+            false => Trouble::Storage { retry: error.is_retryable(), error: error.to_string() },
+        }
+    }
+}
+
+impl Trouble {
+    /// Trying again at once is of no use. Where files lie is the operator's business.
+    fn no_room() -> Trouble {
+        let message = "there is no room left for the job's samples: delete files, or ask the operator, then create the job again";
+        tracing::warn!("the blob store has no room for a job's samples");
+        Trouble::Job(job_error("insufficient_storage", message, None))
     }
 }
 
@@ -138,6 +150,7 @@ impl From<FileRefusal> for Trouble {
 impl From<PrepareError> for Trouble {
     fn from(error: PrepareError) -> Trouble {
         match &error {
+            PrepareError::Write(DatasetError::Io(cause)) if is_full(cause) => Trouble::no_room(),
             PrepareError::Read(cause) | PrepareError::Write(DatasetError::Io(cause)) => {
                 Trouble::Storage { retry: is_retryable(cause), error: error.to_string() }
             }
@@ -156,8 +169,16 @@ impl From<DatasetError> for Trouble {
 }
 
 fn is_retryable(error: &io::Error) -> bool {
+    blob_error(error).is_some_and(BlobError::is_retryable)
+}
+
+fn is_full(error: &io::Error) -> bool {
+    blob_error(error).is_some_and(BlobError::is_full)
+}
+
+fn blob_error(error: &io::Error) -> Option<&BlobError> {
     let cause = error.get_ref().map(|cause| cause as &(dyn Error + 'static));
-    cause.and_then(|cause| cause.downcast_ref::<BlobError>()).is_some_and(BlobError::is_retryable)
+    cause.and_then(|cause| cause.downcast_ref::<BlobError>())
 }
 
 /// The blocking half.

@@ -113,7 +113,9 @@ pub enum Event {
 pub enum Effect {
     /// Have ranks load their shares.
     Load {
-        /// The ranks of one replica.
+        /// On this replica.
+        replica: ReplicaId,
+        /// Its ranks.
         ranks: Vec<NodeConnection>,
         /// Its layout.
         revision: ReplicaRevision,
@@ -176,8 +178,14 @@ pub struct Usage {
     pub last: Millis,
 }
 
-/// Who knows what adapters are used for: the engine.
+/// Who knows what adapters are used for, the engine, and what else has been promised of the room that they take.
 pub trait Users {
     /// What is done with `adapter` on `replica`.
     fn usage(&self, replica: ReplicaId, adapter: AdapterId) -> Usage;
+
+    /// What sessions of fine-tuning jobs leave to adapters on the fullest rank of `replica`; `None` where no session has
+    /// reserved anything, which is all that whoever knows of no jobs can say.
+    fn beside_jobs(&self, _replica: ReplicaId) -> Option<Bytes> {
+        None
+    }
 }

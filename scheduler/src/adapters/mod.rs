@@ -292,6 +292,10 @@ impl Adapters {
                     let message = format!("the adapter `{name}` cannot be loaded: {reason}");
                     ended.push((name.clone(), refused(AdminFailureKind::Invalid, message)));
                 }
+                Loaded::NoRoomBesideJobs(reason) => {
+                    let message = format!("the adapter `{name}` cannot be loaded now: {reason}");
+                    ended.push((name.clone(), refused(AdminFailureKind::Unavailable, message)));
+                }
                 Loaded::Ready if adapter.is_none() && none_left => {
                     let message = "the last replica was lost while it loaded the adapter: try again shortly";
                     ended.push((name.clone(), refused(AdminFailureKind::Unavailable, message)));
@@ -346,8 +350,8 @@ impl Adapters {
             self.changes.iter().filter(|(_, change)| late(change)).map(|(name, _)| name.clone()).collect();
         for name in late {
             let message = format!(
-                "the adapter `{name}` was not loaded within {} s: its store does not answer, or other adapters take \
-                 all the room",
+                "the adapter `{name}` was not loaded within {} s: its store does not answer, or other adapters and \
+                 fine-tuning jobs take all the room",
                 LOAD_MS_MAX / 1000
             );
             self.give_up(&name, refused(AdminFailureKind::Unavailable, message), effects);

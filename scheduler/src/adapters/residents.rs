@@ -1,5 +1,6 @@
 //! Which adapters are in the memory of which replica's ranks: bounded in number and in bytes, the least recently used one
-//! without sequences goes first.
+//! without sequences goes first. Of the bytes never more are taken than running fine-tuning jobs leave: what a session has
+//! reserved is promised.
 
 use super::events::{AdaptersConfig, Effect, Users};
 use crate::cluster::NodeConnection;
@@ -30,6 +31,8 @@ pub(super) enum Loaded {
     Ready,
     /// It is not there; no rank keeps its share.
     Failed(String),
+    /// Neither, as fine-tuning jobs have reserved the room: later it may be.
+    NoRoomBesideJobs(String),
 }
 
 /// Whether a load has been begun.
@@ -112,10 +115,10 @@ impl Residents {
             Some(None) => {}
         }
         let size = self.sizes.get(&adapter).copied().unwrap_or_default();
+        let limit = self.limit(replica, users);
         let room = |residents: &Residents| {
             let count = residents.places.get(&replica).map_or(0, |place| place.adapters.len());
-            count < residents.config.max_adapters
-                && residents.bytes(replica) + size <= residents.config.memory
+            count < residents.config.max_adapters && residents.bytes(replica) + size <= limit
         };
         while !room(self) {
             if !self.evict(replica, None, users, effects) {
@@ -125,8 +128,14 @@ impl Residents {
         let Some(place) = self.places.get_mut(&replica) else { return Begun::NoRoom };
         let missing = place.ranks.iter().copied().collect();
         place.adapters.insert(adapter, Residency::Loading { missing, failure: None });
-        effects.push(Effect::Load { ranks: place.ranks.clone(), revision: place.revision, adapter });
+        let (ranks, revision) = (place.ranks.clone(), place.revision);
+        effects.push(Effect::Load { replica, ranks, revision, adapter });
         Begun::Loading
+    }
+
+    /// Most that adapters may take on a rank of the replica now.
+    fn limit(&self, replica: ReplicaId, users: &dyn Users) -> Bytes {
+        users.beside_jobs(replica).map_or(self.config.memory, |left| left.min(self.config.memory))
     }
 
     /// What adapters take on the replica's fullest rank, as far as is known.
@@ -217,31 +226,45 @@ impl Residents {
         if !missing.is_empty() {
             return None;
         }
+        let failure = failure.take();
+        let limit = self.limit(replica, users);
         if failure.is_none() {
+            let place = self.places.get_mut(&replica)?;
             place.adapters.insert(adapter, Residency::Loaded);
-            let fits = self.sizes.get(&adapter).is_none_or(|size| *size <= self.config.memory);
-            while fits
-                && self.bytes(replica) > self.config.memory
-                && self.evict(replica, Some(adapter), users, effects)
-            {}
-            if self.bytes(replica) <= self.config.memory {
+            let fits = self.sizes.get(&adapter).is_none_or(|size| *size <= limit);
+            while fits && self.bytes(replica) > limit && self.evict(replica, Some(adapter), users, effects) {}
+            if self.bytes(replica) <= limit {
                 effects.push(Effect::Resident { replica, adapter });
                 return Some((replica, Loaded::Ready));
             }
         }
         let place = self.places.get_mut(&replica)?;
-        let failure = match place.adapters.remove(&adapter)? {
-            Residency::Loading { failure: Some(failure), .. } => failure,
+        place.adapters.remove(&adapter)?;
+        let ranks = place.ranks.clone();
+        let loaded = match failure {
+            Some(failure) => Loaded::Failed(failure),
             // Asked for again it is loaded again: those in use may have gone.
-            Residency::Loading { failure: None, .. } | Residency::Loaded => format!(
-                "its {} on a rank do not fit into the {} that adapters may take, beside those in use: raise \
-                 adapter_memory_bytes, or unload others",
-                self.sizes.remove(&adapter).unwrap_or_default(),
-                self.config.memory
-            ),
+            None => self.without_room(adapter, limit),
         };
-        effects.push(Effect::Unload { ranks: place.ranks.clone(), adapter });
-        effects.push(Effect::Failed { replica, adapter, reason: failure.clone() });
-        Some((replica, Loaded::Failed(failure)))
+        effects.push(Effect::Unload { ranks, adapter });
+        if let Loaded::Failed(reason) | Loaded::NoRoomBesideJobs(reason) = &loaded {
+            effects.push(Effect::Failed { replica, adapter, reason: reason.clone() });
+        }
+        Some((replica, loaded))
+    }
+
+    /// Why an adapter that ranks could load cannot stay.
+    fn without_room(&mut self, adapter: AdapterId, limit: Bytes) -> Loaded {
+        let (size, most) = (self.sizes.remove(&adapter).unwrap_or_default(), self.config.memory);
+        if size <= most && limit < most {
+            return Loaded::NoRoomBesideJobs(format!(
+                "its {size} on a rank do not fit into the {limit} that running fine-tuning jobs leave to adapters there, \
+                 beside those in use: try again when a job has ended, pause one, or unload others"
+            ));
+        }
+        Loaded::Failed(format!(
+            "its {size} on a rank do not fit into the {most} that adapters may take, beside those in use: raise \
+             adapter_memory_bytes, or unload others"
+        ))
     }
 }

@@ -9,7 +9,7 @@ use super::replicas::{self, RankRoom, TrainingRank, TrainingReplica};
 use crate::cluster::NodeConnection;
 use ashlar_protocol::training::{TrainingMethod, TrainingSettings};
 use ashlar_shard_plan::{Piece, SessionMemory, SessionRequest, SessionWeights, Shares};
-use ashlar_vocabulary::{Bytes, JobId, LayerRange};
+use ashlar_vocabulary::{Bytes, JobId, LayerRange, ReplicaId};
 use std::collections::BTreeMap;
 
 /// How a session computes, and what it has reserved for that.
@@ -57,6 +57,7 @@ struct Place<'a> {
 struct Ask<'a> {
     settings: &'a TrainingSettings,
     shares: Shares<'a>,
+    replicas: usize,
 }
 
 impl Ask<'_> {
@@ -78,7 +79,12 @@ impl Ask<'_> {
                 SessionWeights::Adapter { rank: lora_rank as usize, modules: &self.settings.lora.targets }
             }
         };
-        let request = SessionRequest { weights, micro_batch_rows: rows as usize, keep_activations };
+        let request = SessionRequest {
+            weights,
+            micro_batch_rows: rows as usize,
+            keep_activations,
+            replicas: self.replicas,
+        };
         piece.session(&self.shares, place.stages_behind, place.rank.room.threads, &request)
     }
 
@@ -99,7 +105,7 @@ impl Jobs {
         let ranks = replicas.first().map_or(1, |replica| replica.tensor_parallel_size());
         let copy = settings.full.map(|_| self.config.shape.in_f32());
         let shape = copy.as_ref().unwrap_or(&self.config.shape);
-        let ask = Ask { settings, shares: Shares::new(shape, ranks) };
+        let ask = Ask { settings, shares: Shares::new(shape, ranks), replicas: replicas.len() };
         let places: Vec<Place<'_>> = replicas.iter().flat_map(|replica| self.places(replica)).collect();
         Some(verdict(&ask, &places, longest_sample(job), self.config.adapter_memory))
     }
@@ -124,6 +130,17 @@ impl Jobs {
     pub fn reserved_on(&self, connection: NodeConnection) -> Bytes {
         let sessions = self.sessions.values().filter_map(|id| self.jobs.get(*id).and_then(Job::session));
         sessions.filter_map(|session| session.allotment.reserved.get(&connection)).copied().sum()
+    }
+
+    /// What sessions leave to adapters on the fullest rank of a replica; `None` where no session has reserved anything. Never
+    /// less than the adapters had when the last session was begun, nor than what was set aside for them.
+    pub fn left_for_adapters(&self, replica: ReplicaId) -> Option<Bytes> {
+        let ranks = self.replicas.get(&replica)?.ranks.iter();
+        let left = ranks.filter_map(|rank| match self.reserved_on(rank.connection) {
+            Bytes(0) => None,
+            reserved => Some(rank.room.beside_serving().saturating_sub(reserved)),
+        });
+        left.min()
     }
 
     /// No rank has promised more than it has; for tests and the simulation.

@@ -143,6 +143,16 @@ impl Jobs {
         }
     }
 
+    /// Pauses a job that only somebody can help who makes room: what it has learnt stays, and it goes on when it is resumed.
+    fn wait_for_owner(&mut self, id: JobId, reason: String) {
+        let unix_s = self.unix_s;
+        let Some(job) = self.jobs.get_mut(id) else { return };
+        let reason = job::short(format!("{reason}; the job is paused: resume it once there is room"));
+        self.effects.push(Effect::Warn(format!("job {id} is paused: {reason}")));
+        job.happened(unix_s, JobEventKind::Interrupted(reason));
+        self.stop_here(id);
+    }
+
     pub(super) fn interrupt_if_silent(&mut self, id: JobId) {
         let Some(job) = self.jobs.get(id) else { return };
         let slow = job.progress.step_ms.unwrap_or_default() * SLOW_STEP_FACTOR;
@@ -157,7 +167,7 @@ impl Jobs {
     pub(super) fn report(&mut self, from: NodeConnection, session: SessionId, report: TrainingReport) {
         let Some(id) = self.sessions.get(&session).copied() else {
             // A session that nobody wants any more still takes memory there.
-            if !matches!(report, TrainingReport::Failed { .. }) {
+            if !matches!(report, TrainingReport::Failed { .. } | TrainingReport::NoRoom { .. }) {
                 let close = ToNode::Training { session, work: TrainingWork::Close };
                 self.effects.push(Effect::ToNodes(vec![from], Box::new(close)));
             }
@@ -213,6 +223,7 @@ impl Jobs {
             TrainingReport::Evaluated { .. }
             | TrainingReport::Exported { .. }
             | TrainingReport::ModelExported { .. } => {}
+            TrainingReport::NoRoom { message } => self.wait_for_owner(id, message),
             TrainingReport::Failed { message, retry: true } => self.interrupt(id, message),
             TrainingReport::Failed { message, retry: false } => {
                 self.fail(id, error("training_failed", message))

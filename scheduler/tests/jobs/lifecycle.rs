@@ -1,6 +1,7 @@
 use crate::world::{ADAPTER_FILES, World, file, settings};
 use ashlar_protocol::admin::{
-    AdminFailure, AdminFailureKind, AdminReply, AdminRequest, FileRecord, JobAction, JobError, JobStatus,
+    AdminFailure, AdminFailureKind, AdminReply, AdminRequest, FileRecord, JobAction, JobError, JobEventKind,
+    JobStatus,
 };
 use ashlar_protocol::training::{TrainingReport, TrainingSettings, ValidationData};
 use ashlar_scheduler::jobs::{Event, checkpoint_file, results_file};
@@ -227,6 +228,32 @@ fn a_fault_that_will_come_again_fails_the_job_at_once() {
     world.settle();
     let error = world.record(id).error.clone().unwrap();
     assert_eq!((error.code.as_str(), error.message.as_str()), ("training_failed", "no module q"));
+}
+
+#[test]
+fn a_job_without_room_for_its_state_is_paused_with_the_reason_and_goes_on_once_resumed() {
+    let (mut world, id) = created(1);
+    at_step(&mut world, id, 2);
+    world.say(id, TrainingReport::NoRoom { message: "no room for the blob".into() });
+    let rank = world.talkative()[0];
+    world.hear(rank);
+    assert_eq!(world.status(id), JobStatus::Paused);
+    assert!(world.jobs.is_idle(), "nobody keeps memory for it");
+    world.settle();
+    assert_eq!(
+        (world.status(id), world.record(id).steps),
+        (JobStatus::Paused, 2),
+        "it does not try again by itself"
+    );
+    let why = world.events(id).into_iter().rev().find_map(|event| match event.what {
+        JobEventKind::Interrupted(why) => Some(why),
+        _ => None,
+    });
+    let why = why.unwrap();
+    assert!(why.contains("no room for the blob") && why.contains("resume it"), "{why}");
+    world.control(id, JobAction::Resume);
+    world.settle();
+    assert_eq!(world.status(id), JobStatus::Succeeded);
 }
 
 #[test]

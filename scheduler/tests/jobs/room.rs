@@ -154,9 +154,14 @@ fn what_a_session_has_reserved_is_shown_and_given_back() {
     let reserved = |world: &World| -> Vec<Bytes> {
         ranks.iter().map(|rank| world.jobs.reserved_on(rank.connection)).collect()
     };
-    assert_eq!(reserved(&world), session_bytes(&settings(), true, settings().micro_batch_rows));
+    let own = session_bytes(&settings(), true, settings().micro_batch_rows);
+    assert_eq!(reserved(&world), own);
+    let left = world.memory - own.into_iter().max().unwrap();
+    assert_eq!(world.jobs.left_for_adapters(ReplicaId(0)), Some(left), "of its fullest rank");
+    assert_eq!(world.jobs.left_for_adapters(ReplicaId(1)), None);
     world.settle();
     assert_eq!(reserved(&world), [Bytes(0); 2]);
+    assert_eq!(world.jobs.left_for_adapters(ReplicaId(0)), None, "nothing is reserved any more");
 }
 
 #[test]

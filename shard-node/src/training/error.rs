@@ -8,6 +8,7 @@ use ashlar_model::trained::MissingTensor;
 use ashlar_protocol::frame::FrameError;
 use ashlar_store::blobs::BlobError;
 use ashlar_training::checkpoint::CheckpointError;
+use std::io::ErrorKind;
 
 /// Why a session ends.
 #[derive(Debug, thiserror::Error)]
@@ -69,6 +70,17 @@ impl SessionError {
                 BlobError::NotFound(_) | BlobError::Corrupt { .. } | BlobError::TooLarge { .. }
             ),
             _ => true,
+        }
+    }
+
+    /// Whether there is no room left where samples, states and results are kept.
+    pub(crate) fn is_no_room(&self) -> bool {
+        match self {
+            SessionError::Blobs(error) => error.is_full(),
+            SessionError::Local(error) | SessionError::Dataset(DatasetError::Io(error)) => {
+                matches!(error.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded)
+            }
+            _ => false,
         }
     }
 

@@ -174,6 +174,14 @@ fn live(
         catch_unwind(AssertUnwindSafe(|| session::run(open, place, resources, alarm, inbox, &report)));
     let (message, retry) = match lived {
         Ok(Ok(())) => (None, false),
+        // Said before the other ranks notice, whose lost connections would be another attempt's reason.
+        Ok(Err(error)) if error.is_no_room() && alarm.check().is_ok() => {
+            // Where that is, is the operator's business.
+            warn!(%session, "{error}");
+            let message = "there is no room left where samples, states and results are kept";
+            report(TrainingReport::NoRoom { message: message.into() });
+            return alarm.raise("it has ended");
+        }
         // What ended it from outside says more than the connection that broke by it.
         Ok(Err(error)) => match alarm.check() {
             Err(ended) if error.may_retry() => (Some(format!("the session ended: {}", ended.0)), true),

@@ -1,9 +1,9 @@
-//! What a session reserves, by shape: the ledger's formula, but that a trainer knows its own buffers to the byte.
+//! What a session reserves, by shape: the ledger's formula, the same by which the scheduler has found room for it.
 
 use ashlar_model::adapter::Target;
 use ashlar_model::{RankSlice, Trained};
-use ashlar_shard_plan::{Piece, SessionRequest, SessionWeights, Shares};
-use ashlar_vocabulary::{Bytes, ModelShape};
+use ashlar_shard_plan::{Piece, SessionMemory, SessionRequest, SessionWeights, Shares};
+use ashlar_vocabulary::ModelShape;
 
 /// What decides how much memory a session takes on a rank.
 #[derive(Debug, Clone, Copy)]
@@ -18,13 +18,16 @@ pub struct SessionSize<'a> {
     pub rows: usize,
     /// Whether blocks keep their activations.
     pub keep: bool,
-    /// Micro-batches between their forward and backward pass: the stages from this one on.
-    pub in_flight: usize,
+    /// Stages behind this one.
+    pub stages_behind: usize,
+    /// Threads that compute.
+    pub threads: usize,
+    /// Replicas that train together.
+    pub replicas: usize,
 }
 
-/// What a session reserves beside its trainer's buffers: the adapter or the private copy of the model in all its forms, tapes, rows
-/// on their way, and the rows of the head that it had to load.
-pub fn session_bytes(size: &SessionSize<'_>) -> Bytes {
+/// What a session reserves on a rank.
+pub fn session_memory(size: &SessionSize<'_>) -> SessionMemory {
     let slice = size.slice;
     let piece = Piece {
         layers: slice.layers,
@@ -42,8 +45,12 @@ pub fn session_bytes(size: &SessionSize<'_>) -> Bytes {
         Trained::Adapter(spec) => SessionWeights::Adapter { rank: spec.rank, modules: &modules },
         Trained::Model => SessionWeights::Model,
     };
-    let request = SessionRequest { weights, micro_batch_rows: size.rows, keep_activations: size.keep };
+    let request = SessionRequest {
+        weights,
+        micro_batch_rows: size.rows,
+        keep_activations: size.keep,
+        replicas: size.replicas,
+    };
     let shares = Shares::new(size.shape, slice.tensor_parallel_size);
-    let memory = piece.session(&shares, size.in_flight.saturating_sub(1), 1, &request);
-    memory.weights + memory.tapes + memory.head
+    piece.session(&shares, size.stages_behind, size.threads as u32, &request)
 }

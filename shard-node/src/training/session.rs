@@ -6,7 +6,7 @@ use super::engine::{Course, Engine, Timing};
 use super::error::SessionError;
 use super::export::Export;
 use super::links::{self, Arrival, Seat};
-use super::memory::{SessionSize, session_bytes};
+use super::memory::{SessionSize, session_memory};
 use super::start::{self, Start};
 use super::storage::Storage;
 use super::{Place, Resources};
@@ -151,9 +151,11 @@ impl<'a> Session<'a> {
             trained: &trained,
             rows: rows_max,
             keep: settings.keep_activations,
-            in_flight: stages_behind + 1,
+            stages_behind,
+            threads: resources.threads,
+            replicas: open.replicas as usize,
         };
-        let reserved = session_bytes(&size) + trainer.buffer_bytes(&trained);
+        let reserved = session_memory(&size).total();
         let engine = Engine {
             tree: RunTree::new(trained.sums(shape, &slice)),
             kernels,
@@ -169,7 +171,7 @@ impl<'a> Session<'a> {
             replicas: open.replicas as usize,
             keep: settings.keep_activations,
             pieces: 0,
-            rows: Vec::new(),
+            rows: Vec::with_capacity(rows_max * shape.hidden_size),
             timing: Timing::default(),
         };
         info!(session = %open.session, job = %open.job, steps, "opened a training session");

@@ -72,10 +72,10 @@ impl Scratch {
 }
 
 impl Kernels {
-    /// Memory that gradients of products take beyond their operands, in bytes: at most this much for each thread, and what
-    /// turns one side of a weight gradient around, `side` being the shorter of its dimensions.
-    pub fn gradient_bytes(&self, side: usize) -> usize {
-        GradientMemory { threads: self.threads() }.products_bytes(side)
+    /// Memory that the threads take for gradients of products beyond their operands, in bytes: at most. One side of a weight
+    /// gradient is turned around in the memory of activations ([`Kernels::scratch_bytes`]).
+    pub fn gradient_bytes(&self) -> usize {
+        GradientMemory { threads: self.threads() }.products_bytes()
     }
 
     /// dx = dy·W, the gradient of y = x·Wᵀ by x. Of quantised weights it is that of the numbers that they stand for; the
@@ -184,7 +184,7 @@ impl Kernels {
         stride: usize,
         gradient: &mut [f32],
     ) {
-        let mut turned = self.scratch(WEIGHT_ROWS.min(rows) * narrow_width);
+        let mut turned = self.scratch(GradientMemory::turned_words(rows, (narrow_width, wide_width)));
         let gradient = DisjointMut::new(gradient);
         for first in (0..rows).step_by(WEIGHT_ROWS) {
             let count = WEIGHT_ROWS.min(rows - first);

@@ -5,7 +5,7 @@
 //! row-parallel one it has all that belongs to its own inputs. The order of every sum is that of `NUMERICS.md`.
 
 use super::{Block, BlockDims};
-use crate::adapter::{Adapter, PackedPair, Target, grown, sum_over_group};
+use crate::adapter::{Adapter, PackedPair, Target, copied, grown, sum_over_group};
 use crate::collective::{Collective, CollectiveError};
 use crate::tensors::{AdapterHalf, LayerTensor, TensorId, Tensors};
 use ashlar_kernels::{AttentionShape, Kernels, KvLayout, PackedMatrix, StridedRows};
@@ -51,6 +51,7 @@ impl BlockTape {
 
     pub(super) fn keep_heads(&mut self, qkv: &[f32], stride: usize, width: usize) {
         self.heads.clear();
+        self.heads.reserve_exact(qkv.len() / stride * width);
         qkv.chunks_exact(stride).for_each(|row| self.heads.extend_from_slice(&row[..width]));
     }
 
@@ -75,14 +76,8 @@ impl BlockTape {
     /// Memory that it takes, in bytes.
     pub(crate) fn bytes(&self) -> usize {
         let own = [&self.input, &self.heads, &self.qkv, &self.attended, &self.middle, &self.gate_up];
-        own.into_iter().chain(&self.low).map(|buffer| 4 * buffer.len()).sum()
+        own.into_iter().chain(&self.low).map(|buffer| 4 * buffer.capacity()).sum()
     }
-}
-
-/// Copies into a buffer that keeps its memory from one micro-batch to the next: fresh pages cost as much as the copy.
-fn copied(to: &mut Vec<f32>, from: &[f32]) {
-    to.clear();
-    to.extend_from_slice(from);
 }
 
 /// The rows of a micro-batch, as the backward pass sees them.
@@ -104,6 +99,17 @@ pub(crate) struct BackwardWork {
     exchange: Vec<f32>,
     low: Vec<f32>,
     gathered: Vec<f32>,
+}
+
+impl BackwardWork {
+    /// Memory that it takes, in bytes.
+    pub(crate) fn bytes(&self) -> usize {
+        let BackwardWork { normed, wide, inputs, narrow, exchange, low, gathered } = self;
+        [normed, wide, inputs, narrow, exchange, low, gathered]
+            .map(|buffer| 4 * buffer.capacity())
+            .iter()
+            .sum()
+    }
 }
 
 /// Everything that a block's backward pass is given beside the gradient.

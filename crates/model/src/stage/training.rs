@@ -9,7 +9,7 @@ use crate::block::{Backward, BackwardWork, BlockTape, Sequences};
 use crate::collective::Collective;
 use crate::kv::KvCache;
 use crate::tensors::{TensorId, Tensors};
-use crate::trained::{MissingTensor, Trained, TrainedSource};
+use crate::trained::{MissingTensor, TrainedSource};
 use ashlar_kernels::{
     BLOCK_TOKENS, CrossEntropyRow, Kernels, KvLayout, LogSumExp, PackedMatrix, RowContext, StridedRows,
 };
@@ -187,6 +187,8 @@ pub struct StageTrainer {
     backward: BackwardWork,
     rows_max: usize,
     gradients: Vec<f32>,
+    /// Angles of a backward pass, which needs the workspace's for blocks that it computes again.
+    back_cos: Vec<f32>,
     back_sin: Vec<f32>,
     /// Rows with targets, before and after the last norm.
     picked: Vec<f32>,
@@ -208,7 +210,8 @@ impl StageTrainer {
             KvLayout { kv_heads: model.slice.keys(shape).len() / shape.head_dim, head_dim: shape.head_dim };
         // Every sequence may leave all but one slot of its last block empty.
         let cache = KvCache::new(layout, shape.kv_cache, 1, rows_max);
-        let work = model.workspace_for(&kernels, rows_max);
+        // Losses have logits of their own.
+        let work = model.workspace_for(&kernels, rows_max, 0);
         StageTrainer {
             model,
             kernels,
@@ -218,6 +221,7 @@ impl StageTrainer {
             backward: BackwardWork::default(),
             rows_max,
             gradients: Vec::new(),
+            back_cos: Vec::new(),
             back_sin: Vec::new(),
             picked: Vec::new(),
             normed: Vec::new(),
@@ -248,39 +252,38 @@ impl StageTrainer {
         model.fill(&TrainedSource { weights, kernels: &self.kernels }, &mut |_, _| {})
     }
 
-    /// The rows of the head that losses are computed with.
-    fn head(&self) -> Option<(HeadSlice, &PackedMatrix)> {
-        let own = self.model.slice.head.zip(self.model.head.as_ref());
-        self.head.as_ref().map(|(cut, head)| (*cut, head)).or(own)
+    /// Memory of rows of the head that serving does not hold here.
+    fn head_bytes(&self) -> usize {
+        self.head.as_ref().map_or(0, |(_, head)| head.bytes())
     }
 
-    /// Memory of its buffers, in bytes, when micro-batches of `rows_max` tokens have gone through with what trains, an adapter on
-    /// every layer or all weights: workspaces of both passes and of the loss, and those of the kernels. Tapes
-    /// ([`StageTape::bytes`], and without kept activations one block's) come on top.
-    pub fn buffer_bytes(&self, trained: &Trained) -> Bytes {
-        let rank = trained.adapter().map_or(0, |spec| spec.rank);
-        let (model, shape, rows) = (&self.model, &self.model.config.shape, self.rows_max);
-        let (hidden, size) = (shape.hidden_size, model.slice.tensor_parallel_size);
-        let (query, key) = (model.slice.queries(shape).len(), model.slice.keys(shape).len());
-        let wide = model.slice.feed_forward(shape).len();
-        let exchange = hidden + 3 * rank;
-        let of_group = |elements: usize| if size > 1 { size * elements } else { 0 };
-        let angles = 2 * (shape.head_dim / 2);
-        let per_row = hidden // the gradient
-            + 2 * hidden + (2 * wide).max(query + 2 * key) + wide.max(query) + wide // the backward pass
-            + exchange + of_group(exchange)
-            + rank + of_group(rank)
-            + angles;
-        let loss = self.head().map_or(0, |(cut, head)| {
-            let rows = loss_rows(shape.vocab_size, cut.of).min(rows);
-            rows * (2 * hidden + of_group(hidden) + cut.rows(shape).len()) + head.scratch_words(rows)
-        });
-        // The shorter side of what a weight gradient multiplies is turned around.
-        let side = trained.adapter().map_or(hidden, |spec| spec.rank);
-        let of_kernels =
-            self.kernels.gradient_bytes(side) + self.kernels.attention_gradient_bytes(rows, shape.head_dim);
-        let own = size_of::<f32>() * (rows * per_row + loss) + of_kernels;
-        Bytes(own as u64) + self.cache.bytes() + self.work.bytes()
+    /// Memory that it holds now beside the model's weights, in bytes: workspaces of both passes and of the loss, those of its
+    /// kernels, tapes' memory that waits for the next micro-batch, and its own rows of the head. Of what a thread works in it
+    /// counts the most that this can be. Tapes that a caller has ([`StageTape::bytes`]) come on top.
+    pub fn held_bytes(&self) -> Bytes {
+        let buffers = [
+            &self.gradients,
+            &self.back_cos,
+            &self.back_sin,
+            &self.picked,
+            &self.normed,
+            &self.exchanged,
+            &self.gathered,
+        ];
+        let own: usize = buffers.into_iter().map(|buffer| size_of::<f32>() * buffer.capacity()).sum();
+        let tapes: usize = self.spare.1.iter().map(BlockTape::bytes).sum();
+        let threads = self.kernels.gradient_bytes()
+            + self.kernels.attention_gradient_bytes(self.rows_max, self.model.config.shape.head_dim);
+        let held = own
+            + self.backward.bytes()
+            + tapes
+            + self.again.bytes()
+            + self.head_bytes()
+            + self.kernels.scratch_bytes()
+            + threads;
+        // What the workspace has asked the kernels for is part of what they hold.
+        let asked = size_of::<u32>() * self.work.product_words;
+        Bytes((held + self.work.bytes().0 as usize - asked) as u64) + self.cache.bytes()
     }
 
     /// The stage's weights.
@@ -530,11 +533,13 @@ impl StageTrainer {
         group: &mut dyn Collective,
         beat: &mut dyn FnMut() -> Result<(), ForwardError>,
     ) -> Result<(), ForwardError> {
-        let StageTrainer { model, kernels, cache, work, backward, back_sin, spare, again, .. } = self;
+        let StageTrainer { model, kernels, cache, work, backward, back_cos, back_sin, spare, again, .. } =
+            self;
         let contexts = batch.contexts();
         model.angles(kernels, &contexts, work);
         let half = contexts.len() * model.config.shape.head_dim / 2;
-        let cos = work.cos[..half].to_vec();
+        let cos = grown(back_cos, half);
+        cos.copy_from_slice(&work.cos[..half]);
         let back_sin = grown(back_sin, half);
         back_sin.iter_mut().zip(&work.sin).for_each(|(back, sin)| *back = -sin);
         let adapted = adapted(batch, adapter);
@@ -552,7 +557,7 @@ impl StageTrainer {
             };
             let with = Backward {
                 kernels,
-                sequences: Sequences { ranges: &batch.sequences, cos: &cos, back_sin },
+                sequences: Sequences { ranges: &batch.sequences, cos, back_sin },
                 layer: model.slice.layers.start + layer,
                 index: layer,
                 adapter,
