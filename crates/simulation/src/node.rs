@@ -293,8 +293,9 @@ impl Node {
                     place.plans.push_back(*plan);
                 }
             }
-            ToNode::LoadAdapter { revision, adapter } => {
-                self.tell(FromNode::AdapterLoaded { revision, adapter, outcome: Ok(Bytes(1)) }, actions);
+            ToNode::LoadAdapter { revision, adapter, load } => {
+                let outcome = Ok(Bytes(1));
+                self.tell(FromNode::AdapterLoaded { revision, adapter, load, outcome }, actions);
             }
             ToNode::UnloadAdapter { .. }
             | ToNode::OpenSession(_)
