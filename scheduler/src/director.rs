@@ -243,8 +243,8 @@ impl Director {
                 Event::Ready { connection, revision, reserved, resident }
             }
             FromNode::Failed { revision, message } => Event::Failed { connection, revision, message },
-            FromNode::AdapterLoaded { revision, adapter, outcome } => {
-                let answer = adapters::Event::Answer { connection, revision, adapter, outcome };
+            FromNode::AdapterLoaded { revision, adapter, load, outcome } => {
+                let answer = adapters::Event::Answer { connection, revision, adapter, load, outcome };
                 self.adapter_event(now, answer);
                 Event::Heard { connection, spent: Spent::Nothing }
             }
@@ -300,10 +300,11 @@ impl Director {
     fn adapter_effect(&mut self, now: Millis, effect: adapters::Effect, outputs: &mut Vec<Output>) {
         use adapters::Effect;
         match effect {
-            Effect::Load { replica, ranks, revision, adapter } => {
+            Effect::Load { replica, ranks, revision, adapter, load } => {
                 // From now on it has its room, as far as its size is known.
                 self.tell_adapters_held(now, replica);
-                outputs.push(Output::ToNodes(ranks, Box::new(ToNode::LoadAdapter { revision, adapter })));
+                let order = ToNode::LoadAdapter { revision, adapter, load };
+                outputs.push(Output::ToNodes(ranks, Box::new(order)));
             }
             Effect::Unload { ranks, adapter } => {
                 outputs.push(Output::ToNodes(ranks, Box::new(ToNode::UnloadAdapter { adapter })));

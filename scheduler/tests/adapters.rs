@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
 use ashlar_protocol::admin::{AdapterView, AdminFailureKind, AdminReply, LoadAdapter};
+use ashlar_protocol::membership::AdapterRefusal;
 use ashlar_scheduler::adapters::{
     AdapterRecord, Adapters, AdaptersConfig, Caller, Effect, Event, GENERATIONS_KEPT, LOAD_MS_MAX, Usage,
     Users,
@@ -35,6 +36,8 @@ struct Test {
     others: Others,
     now: u64,
     calls: u64,
+    /// The latest load of each adapter in each layout.
+    loads: BTreeMap<(ReplicaRevision, AdapterId), u64>,
 }
 
 fn id(number: u8) -> AdapterId {
@@ -63,7 +66,7 @@ fn revision(replica: u32) -> ReplicaRevision {
 impl Test {
     fn new(max_adapters: usize) -> Test {
         let config = AdaptersConfig { max_adapters, memory: Bytes(1000) };
-        Test { adapters: Adapters::new(config), others: Others::default(), now: 0, calls: 0 }
+        Test { adapters: Adapters::new(config), others: Others::default(), now: 0, calls: 0, loads: BTreeMap::new() }
     }
 
     /// With one replica of two ranks.
@@ -76,6 +79,11 @@ impl Test {
     fn send(&mut self, event: Event) -> Vec<Effect> {
         let mut effects = Vec::new();
         self.adapters.handle(Millis(self.now), event, &self.others, &mut effects);
+        for effect in &effects {
+            if let Effect::Load { revision, adapter, load, .. } = effect {
+                self.loads.insert((*revision, *adapter), *load);
+            }
+        }
         effects
     }
 
@@ -90,13 +98,38 @@ impl Test {
         self.send(Event::Load(caller, load))
     }
 
+    /// A rank's answer to the latest load; what it cannot load it never will.
     fn answer(&mut self, replica: u32, rank: usize, adapter: u8, outcome: Result<u64, &str>) -> Vec<Effect> {
+        self.refuse(replica, rank, adapter, outcome.map_err(|why| (why, false)))
+    }
+
+    /// As [`answer`](Self::answer), with whether another attempt may succeed.
+    fn refuse(
+        &mut self,
+        replica: u32,
+        rank: usize,
+        adapter: u8,
+        outcome: Result<u64, (&str, bool)>,
+    ) -> Vec<Effect> {
+        let refusal = |(message, retry): (&str, bool)| AdapterRefusal { message: message.to_owned(), retry };
+        let (revision, adapter) = (revision(replica), id(adapter));
         self.send(Event::Answer {
             connection: ranks(replica)[rank],
-            revision: revision(replica),
-            adapter: id(adapter),
-            outcome: outcome.map(Bytes).map_err(str::to_owned),
+            revision,
+            adapter,
+            load: self.loads.get(&(revision, adapter)).copied().unwrap_or(0),
+            outcome: outcome.map(Bytes).map_err(refusal),
         })
+    }
+
+    /// A job asks for it.
+    fn job_wants(&mut self, wish: u64, load: LoadAdapter) -> Vec<Effect> {
+        self.send(Event::Load(Caller::Job(wish), load))
+    }
+
+    /// A job takes it back.
+    fn job_withdraws(&mut self, wish: u64, name: &str) -> Vec<Effect> {
+        self.send(Event::Unload { caller: Caller::Job(wish), name: name.into(), expected_generation: None })
     }
 
     /// Both ranks of a replica have it.
@@ -396,8 +429,113 @@ fn answers_of_a_former_layout_or_twice_say_nothing() {
     test.answer(0, 0, 1, Ok(10));
     assert_eq!(test.answer(0, 0, 1, Ok(10)), [], "the same rank again");
     let (connection, revision) = (ranks(0)[1], ReplicaRevision(3));
-    let outcome = Ok(Bytes(10));
-    assert_eq!(test.send(Event::Answer { connection, revision, adapter: id(1), outcome }), []);
+    let (adapter, outcome) = (id(1), Ok(Bytes(10)));
+    assert_eq!(test.send(Event::Answer { connection, revision, adapter, load: 1, outcome }), []);
     assert_eq!(test.answer(0, 1, 9, Ok(10)), [], "nobody asked for it");
     assert_eq!(test.answer(0, 1, 1, Ok(10)).len(), 2, "resident, and to be stored");
+}
+
+#[test]
+fn an_answer_to_an_earlier_load_is_none_to_a_later_one() {
+    let mut test = Test::up(4);
+    test.call(load("poet", 1));
+    let earlier = test.loads[&(revision(0), id(1))];
+    test.answer(0, 0, 1, Ok(10));
+    test.answer(0, 1, 1, Err("of another model"));
+    test.call(load("poet", 1));
+    assert!(test.loads[&(revision(0), id(1))] > earlier);
+    test.answer(0, 0, 1, Ok(10));
+    let (connection, revision) = (ranks(0)[1], revision(0));
+    let late = Event::Answer { connection, revision, adapter: id(1), load: earlier, outcome: Ok(Bytes(10)) };
+    assert_eq!(test.send(late), [], "the second rank has not loaded it this time");
+    assert_eq!(test.answer(0, 1, 1, Ok(10)).len(), 2, "resident, and to be stored");
+}
+
+#[test]
+fn a_replica_that_comes_up_while_an_adapter_is_loaded_has_to_load_it_too() {
+    let mut test = Test::up(4);
+    test.call(load("poet", 1));
+    test.answer(0, 0, 1, Ok(10));
+    assert_eq!(loads(&test.replica_up(1)), [id(1)]);
+    let effects = test.answer(0, 1, 1, Ok(10));
+    assert!(!effects.iter().any(|effect| matches!(effect, Effect::Persist { .. })), "{effects:?}");
+    test.answer(1, 0, 1, Ok(10));
+    assert!(matches!(test.answer(1, 1, 1, Ok(10))[..], [Effect::Resident { .. }, Effect::Persist { .. }]));
+    test.persisted("poet");
+    assert_eq!(test.served(), [("poet".into(), 1, id(1))]);
+}
+
+#[test]
+fn a_replica_that_comes_back_while_an_adapter_is_loaded_is_waited_for_again() {
+    let mut test = Test::up(4);
+    test.replica_up(1);
+    test.call(load("poet", 1));
+    test.loaded(1, 1, 10);
+    test.answer(0, 0, 1, Ok(10));
+    test.send(Event::ReplicaDown { replica: ReplicaId(1) });
+    assert_eq!(loads(&test.replica_up(1)), [id(1)], "in its new layout it has nothing");
+    let effects = test.answer(0, 1, 1, Ok(10));
+    assert!(!effects.iter().any(|effect| matches!(effect, Effect::Persist { .. })), "{effects:?}");
+    assert!(test.loaded(1, 1, 10).iter().any(|effect| matches!(effect, Effect::Persist { .. })));
+}
+
+#[test]
+fn a_replica_that_comes_up_while_the_store_writes_a_name_loads_its_adapter() {
+    let mut test = Test::up(4);
+    test.publish("critic", 2);
+    test.call(load("poet", 1));
+    test.loaded(0, 1, 10);
+    assert_eq!(loads(&test.replica_up(1)), [id(1), id(2)], "what is about to be served, and what is");
+    test.persisted("poet");
+    assert_eq!(test.served().len(), 2, "it does not hold up what the store has");
+    let resident = Effect::Resident { replica: ReplicaId(1), adapter: id(1) };
+    assert!(test.loaded(1, 1, 10).contains(&resident));
+}
+
+#[test]
+fn a_refusal_says_whether_it_is_worth_asking_again() {
+    let ended = |first: (&str, bool), second: (&str, bool)| {
+        let mut test = Test::up(4);
+        test.call(load("poet", 1));
+        test.refuse(0, 0, 1, Err(first));
+        refusal(&test.refuse(0, 1, 1, Err(second)))
+    };
+    let (away, missing) = (("the store does not answer", true), ("the adapter has no weights", false));
+    assert_eq!(ended(away, away).0, AdminFailureKind::Unavailable);
+    for (kind, message) in [ended(away, missing), ended(missing, away)] {
+        assert_eq!(kind, AdminFailureKind::Invalid);
+        assert!(message.contains("no weights"), "what lasts is told: {message}");
+    }
+    // Alone it would fit; beside what is in use it does not.
+    let mut test = Test::up(4);
+    test.publish("a", 1);
+    test.uses(1, Usage { bound: true, wanted: true, last: Millis(0) });
+    test.call(load("b", 2));
+    assert_eq!(refusal(&test.loaded(0, 2, 995)).0, AdminFailureKind::Full);
+    test.call(load("c", 3));
+    assert_eq!(refusal(&test.loaded(0, 3, 1001)).0, AdminFailureKind::Invalid);
+}
+
+#[test]
+fn a_job_can_take_back_a_name_that_is_being_published() {
+    let mut test = Test::up(4);
+    test.job_wants(1, load("poet", 1));
+    assert_eq!(refusal(&test.job_withdraws(2, "poet")).0, AdminFailureKind::Conflict, "for the first wish");
+    test.loaded(0, 1, 10);
+    assert_eq!((test.served(), unloads(&test.tick(50))), (vec![], vec![id(1)]));
+    // What the store writes already is written, and then deleted.
+    test.job_wants(3, load("poet", 1));
+    test.loaded(0, 1, 10);
+    assert_eq!(test.job_withdraws(4, "poet"), []);
+    let effects = test.persisted("poet");
+    assert!(matches!(effects.last(), Some(Effect::Persist { record: None, .. })), "{effects:?}");
+    test.persisted("poet");
+    assert_eq!(test.served(), []);
+    // Of a name that is served already no generation is left.
+    test.publish("poet", 1);
+    test.job_wants(5, LoadAdapter { replace: true, ..load("poet", 2) });
+    let effects = test.job_withdraws(6, "poet");
+    assert!(effects.contains(&Effect::Persist { name: "poet".into(), record: None }), "{effects:?}");
+    test.persisted("poet");
+    assert_eq!(test.served(), []);
 }

@@ -8,7 +8,8 @@ use ashlar_kernels::{Isa, Kernels};
 use ashlar_model::StageModel;
 use ashlar_model::adapter::Adapter;
 use ashlar_model::peft::{self, PeftAdapter};
-use ashlar_store::blobs::{self, BlobOptions, Blobs, Manifest};
+use ashlar_protocol::membership::AdapterRefusal;
+use ashlar_store::blobs::{self, BlobError, BlobOptions, Blobs, Manifest};
 use ashlar_vocabulary::{AdapterId, ReplicaRevision, SequenceId};
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -28,17 +29,34 @@ pub struct AdapterLoad {
     pub revision: ReplicaRevision,
     /// What was loaded.
     pub adapter: AdapterId,
-    /// Which attempt: one that was given up says nothing.
-    attempt: u64,
-    share: Result<Arc<Adapter>, String>,
+    /// The scheduler's number of the load: one that was given up says nothing.
+    pub load: u64,
+    share: Result<Arc<Adapter>, AdapterRefusal>,
 }
 
 /// What the thread is asked for.
 struct Order {
     revision: ReplicaRevision,
     adapter: AdapterId,
-    attempt: u64,
+    load: u64,
     model: Arc<StageModel>,
+}
+
+/// What another attempt would meet again.
+fn never(message: impl Into<String>) -> AdapterRefusal {
+    AdapterRefusal { message: message.into(), retry: false }
+}
+
+/// What may be over the next time.
+fn not_now(message: impl Into<String>) -> AdapterRefusal {
+    AdapterRefusal { message: message.into(), retry: true }
+}
+
+/// What is missing or damaged stays so; a store that does not answer comes back.
+fn of_blobs(error: &BlobError) -> AdapterRefusal {
+    let lasts =
+        matches!(error, BlobError::NotFound(_) | BlobError::Corrupt { .. } | BlobError::TooLarge { .. });
+    AdapterRefusal { message: error.to_string(), retry: !lasts }
 }
 
 /// What the compute thread knows of adapters.
@@ -48,8 +66,7 @@ pub(crate) struct Adapters {
     isa: Isa,
     commands: SyncSender<Command>,
     loader: Option<SyncSender<Order>>,
-    attempts: u64,
-    /// By adapter, the attempt to load it.
+    /// By adapter, the load that is wanted.
     loading: BTreeMap<AdapterId, u64>,
     loaded: BTreeMap<AdapterId, Arc<Adapter>>,
     sequences: BTreeMap<SequenceId, Arc<Adapter>>,
@@ -63,7 +80,6 @@ impl Adapters {
             isa,
             commands,
             loader: None,
-            attempts: 0,
             loading: BTreeMap::new(),
             loaded: BTreeMap::new(),
             sequences: BTreeMap::new(),
@@ -75,40 +91,44 @@ impl Adapters {
         &mut self,
         revision: ReplicaRevision,
         adapter: AdapterId,
+        load: u64,
         model: Arc<StageModel>,
-    ) -> Result<(), String> {
+    ) -> Result<(), AdapterRefusal> {
         if self.loader.is_none() {
-            let address = self.blobs.clone().ok_or(
-                "this node has no blob store: set `blobs` in its configuration to the one of the gateway",
-            )?;
-            self.loader = Some(start(address, self.isa, self.commands.clone())?);
+            let address = self.blobs.clone().ok_or_else(|| {
+                never(
+                    "this node has no blob store: set `blobs` in its configuration to the one of the gateway",
+                )
+            })?;
+            self.loader = Some(start(address, self.isa, self.commands.clone()).map_err(not_now)?);
         }
-        self.attempts += 1;
-        let order = Order { revision, adapter, attempt: self.attempts, model };
-        let loader = self.loader.as_ref().ok_or("no thread loads adapters")?;
+        let order = Order { revision, adapter, load, model };
+        let loader = self.loader.as_ref().ok_or_else(|| not_now("no thread loads adapters"))?;
         match loader.try_send(order) {
             Ok(()) => {
-                self.loading.insert(adapter, self.attempts);
+                self.loading.insert(adapter, load);
                 Ok(())
             }
-            Err(mpsc::TrySendError::Full(_)) => Err(format!("{QUEUE} adapters are being loaded already")),
+            Err(mpsc::TrySendError::Full(_)) => {
+                Err(not_now(format!("{QUEUE} adapters are being loaded already")))
+            }
             Err(mpsc::TrySendError::Disconnected(_)) => {
                 self.loader = None;
-                Err("the thread that loads adapters has ended: try again".to_owned())
+                Err(not_now("the thread that loads adapters has ended: try again"))
             }
         }
     }
 
     /// Keeps what was loaded, unless it is not wanted any more.
-    pub(crate) fn finish(&mut self, load: AdapterLoad) -> Option<Result<Arc<Adapter>, String>> {
-        if self.loading.get(&load.adapter) != Some(&load.attempt) {
+    pub(crate) fn finish(&mut self, ended: AdapterLoad) -> Option<Result<Arc<Adapter>, AdapterRefusal>> {
+        if self.loading.get(&ended.adapter) != Some(&ended.load) {
             return None;
         }
-        self.loading.remove(&load.adapter);
-        if let Ok(share) = &load.share {
-            self.loaded.insert(load.adapter, share.clone());
+        self.loading.remove(&ended.adapter);
+        if let Ok(share) = &ended.share {
+            self.loaded.insert(ended.adapter, share.clone());
         }
-        Some(load.share)
+        Some(ended.share)
     }
 
     /// Forgets an adapter, loaded or not.
@@ -159,22 +179,23 @@ fn start(address: String, isa: Isa, commands: SyncSender<Command>) -> Result<Syn
         let kernels = Kernels::new(isa, 1);
         let mut opened: Option<Blobs> = None;
         while let Ok(order) = inbox.recv() {
-            let Order { revision, adapter, attempt, model } = order;
+            let Order { revision, adapter, load, model } = order;
             let share = runtime.block_on(async {
                 let blobs = match opened.take() {
                     Some(blobs) => blobs,
                     None => {
                         let blobs = blobs::open(&address, &BlobOptions::default()).await;
-                        blobs
-                            .map_err(|error| format!("the blob store of this node cannot be used: {error}"))?
+                        blobs.map_err(|error| {
+                            not_now(format!("the blob store of this node cannot be used: {error}"))
+                        })?
                     }
                 };
-                let share = load(&blobs, adapter, &model, &kernels).await;
+                let share = read_share(&blobs, adapter, &model, &kernels).await;
                 opened = Some(blobs);
                 share
             });
-            let load = AdapterLoad { revision, adapter, attempt, share: share.map(Arc::new) };
-            if commands.send(Command::AdapterLoaded(load)).is_err() {
+            let ended = AdapterLoad { revision, adapter, load, share: share.map(Arc::new) };
+            if commands.send(Command::AdapterLoaded(ended)).is_err() {
                 return;
             }
         }
@@ -184,33 +205,34 @@ fn start(address: String, isa: Isa, commands: SyncSender<Command>) -> Result<Syn
 }
 
 /// Reads an adapter's files, and packs this rank's share.
-async fn load(
+async fn read_share(
     blobs: &Blobs,
     adapter: AdapterId,
     model: &StageModel,
     kernels: &Kernels,
-) -> Result<Adapter, String> {
-    let manifest = blobs.get_manifest(adapter.0).await.map_err(|error| error.to_string())?;
+) -> Result<Adapter, AdapterRefusal> {
+    let manifest = blobs.get_manifest(adapter.0).await.map_err(|error| of_blobs(&error))?;
     let config = read(blobs, &manifest, peft::CONFIG_FILE, CONFIG_BYTES_MAX).await?;
     let tensors = read(blobs, &manifest, peft::WEIGHTS_FILE, TENSORS_BYTES_MAX).await?;
     let (shape, slice) = (&model.config().shape, model.slice());
-    let whole = PeftAdapter::parse_effective(&config, &tensors, shape).map_err(|error| error.to_string())?;
+    let whole =
+        PeftAdapter::parse_effective(&config, &tensors, shape).map_err(|error| never(error.to_string()))?;
     drop(tensors);
     Ok(Adapter::pack(&whole.cut(shape, slice), shape, slice, kernels))
 }
 
-async fn read(blobs: &Blobs, manifest: &Manifest, name: &str, limit: u64) -> Result<Vec<u8>, String> {
-    let entry = manifest.get(name).ok_or_else(|| format!("the adapter has no {name}"))?;
+async fn read(blobs: &Blobs, manifest: &Manifest, name: &str, limit: u64) -> Result<Vec<u8>, AdapterRefusal> {
+    let entry = manifest.get(name).ok_or_else(|| never(format!("the adapter has no {name}")))?;
     if entry.bytes > limit {
-        return Err(format!("{name} has {} bytes, at most {limit} are read", entry.bytes));
+        return Err(never(format!("{name} has {} bytes, at most {limit} are read", entry.bytes)));
     }
-    let mut reader = blobs.get(entry.blob).await.map_err(|error| error.to_string())?;
+    let mut reader = blobs.get(entry.blob).await.map_err(|error| of_blobs(&error))?;
     // As the bytes come: a length is only a claim.
     let mut bytes = Vec::new();
-    while let Some(chunk) = reader.next().await.map_err(|error| error.to_string())? {
+    while let Some(chunk) = reader.next().await.map_err(|error| of_blobs(&error))? {
         bytes.extend_from_slice(&chunk);
         if bytes.len() as u64 > limit {
-            return Err(format!("{name} has more than {limit} bytes"));
+            return Err(never(format!("{name} has more than {limit} bytes")));
         }
     }
     Ok(bytes)

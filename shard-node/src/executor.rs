@@ -39,7 +39,14 @@ pub enum Command {
     /// Execute a step.
     Step(Box<StepPlan>),
     /// Load this rank's share of an adapter, beside the steps.
-    LoadAdapter(ReplicaRevision, AdapterId),
+    LoadAdapter {
+        /// The layout for which it is wanted.
+        revision: ReplicaRevision,
+        /// Which.
+        adapter: AdapterId,
+        /// The scheduler's number of the load, which the answer repeats.
+        load: u64,
+    },
     /// A load has ended.
     AdapterLoaded(AdapterLoad),
     /// Forget an adapter.
@@ -170,7 +177,9 @@ impl Executor {
                     self.adapters.clear();
                 }
                 Ok(Command::Step(plan)) => self.step(*plan),
-                Ok(Command::LoadAdapter(revision, adapter)) => self.load_adapter(revision, adapter),
+                Ok(Command::LoadAdapter { revision, adapter, load }) => {
+                    self.load_adapter(revision, adapter, load);
+                }
                 Ok(Command::AdapterLoaded(load)) => self.adapter_loaded(load),
                 Ok(Command::UnloadAdapter(adapter)) => self.adapters.unload(adapter),
                 Ok(Command::Link(inbound)) => self.waiting.keep(inbound),
@@ -207,18 +216,18 @@ impl Executor {
         self.send(FromNode::Failed { revision, message });
     }
 
-    fn load_adapter(&mut self, revision: ReplicaRevision, adapter: AdapterId) {
+    fn load_adapter(&mut self, revision: ReplicaRevision, adapter: AdapterId, load: u64) {
         let current = self.place.as_ref().is_some_and(|place| place.assignment.revision == revision);
         let Some(loaded) = self.loaded.as_ref().filter(|_| current) else { return };
-        if let Err(message) = self.adapters.begin(revision, adapter, loaded.model.clone()) {
-            self.send(FromNode::AdapterLoaded { revision, adapter, outcome: Err(message) });
+        if let Err(refusal) = self.adapters.begin(revision, adapter, load, loaded.model.clone()) {
+            self.send(FromNode::AdapterLoaded { revision, adapter, load, outcome: Err(refusal) });
         }
     }
 
     /// Installs what has been loaded, and says so. Its products' buffers are reserved here, before a step needs them.
-    fn adapter_loaded(&mut self, load: AdapterLoad) {
-        let (revision, adapter) = (load.revision, load.adapter);
-        let Some(outcome) = self.adapters.finish(load) else { return };
+    fn adapter_loaded(&mut self, ended: AdapterLoad) {
+        let (revision, adapter, load) = (ended.revision, ended.adapter, ended.load);
+        let Some(outcome) = self.adapters.finish(ended) else { return };
         let (Some(place), Some(loaded)) = (&mut self.place, &self.loaded) else { return };
         let outcome = outcome.map(|share| {
             let rows = place.assignment.max_num_batched_tokens as usize;
@@ -228,9 +237,9 @@ impl Executor {
         });
         match &outcome {
             Ok(bytes) => info!(%revision, %adapter, %bytes, "adapter loaded"),
-            Err(message) => warn!(%revision, %adapter, "adapter not loaded: {message}"),
+            Err(refusal) => warn!(%revision, %adapter, "adapter not loaded: {}", refusal.message),
         }
-        self.send(FromNode::AdapterLoaded { revision, adapter, outcome });
+        self.send(FromNode::AdapterLoaded { revision, adapter, load, outcome });
     }
 
     fn assign(&mut self, assignment: Assignment) {

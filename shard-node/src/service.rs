@@ -330,7 +330,9 @@ impl Session<'_> {
                 self.sessions.work(session, work);
                 return true;
             }
-            ToNode::LoadAdapter { revision, adapter } => Command::LoadAdapter(revision, adapter),
+            ToNode::LoadAdapter { revision, adapter, load } => {
+                Command::LoadAdapter { revision, adapter, load }
+            }
             ToNode::UnloadAdapter { adapter } => Command::UnloadAdapter(adapter),
             ToNode::Rejected(_) => return true,
         };

@@ -65,8 +65,10 @@ pub enum FromNode {
         revision: ReplicaRevision,
         /// The adapter.
         adapter: AdapterId,
+        /// The number of the load that this answers.
+        load: u64,
         /// The memory that this rank's share takes, or why there is none.
-        outcome: Result<Bytes, String>,
+        outcome: Result<Bytes, AdapterRefusal>,
     },
     /// About a session of a fine-tuning job.
     Training {
@@ -77,6 +79,15 @@ pub enum FromNode {
     },
     /// Sent by the compute loop itself, between layers, at most every [`BEAT_INTERVAL_MS`]: silence means a hang.
     Beat,
+}
+
+/// Why a rank has not loaded an adapter.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AdapterRefusal {
+    /// What to tell.
+    pub message: String,
+    /// Whether another attempt may succeed (a store that does not answer), or never will (a file that is missing).
+    pub retry: bool,
 }
 
 /// How often a healthy node beats, busy or idle, in milliseconds.
@@ -142,6 +153,8 @@ pub enum ToNode {
         revision: ReplicaRevision,
         /// Which.
         adapter: AdapterId,
+        /// Counts loads, so that the answer to an earlier one is not taken for the answer to a later one.
+        load: u64,
     },
     /// Forget an adapter; no sequence of this or a later step uses it.
     UnloadAdapter {

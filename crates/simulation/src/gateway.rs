@@ -1,13 +1,14 @@
 //! A gateway: the real transcripts, and clients that know what the model should say.
 
 use crate::oracle;
+use crate::owner::{Owner, Want};
 use crate::process::{Action, Connection, Input, Message, Process, Purpose, Timer};
 use crate::random::Random;
 use ashlar_gateway::transcript::{Effect, End, TokenDecoder, Transcript, TranscriptEvent, TranscriptSpec};
 use ashlar_protocol::serving::{
     ChoiceId, FailureKind, FinishReason, FromScheduler, RequestFailure, Submit, ToScheduler,
 };
-use ashlar_vocabulary::{LeaseTerm, ModelDigest, RequestId, SamplingParams, TokenId};
+use ashlar_vocabulary::{AdapterId, LeaseTerm, ModelDigest, RequestId, SamplingParams, TokenId};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
@@ -31,6 +32,10 @@ pub(crate) struct Request {
     pub(crate) tenant_salt: u64,
     pub(crate) priority: i32,
     pub(crate) deadline_ms: u64,
+    /// What it is to be served with, if not with the model alone.
+    pub(crate) want: Option<Want>,
+    /// The adapter that it was promised when it arrived, and what that comes to.
+    pub(crate) promise: Option<(AdapterId, u64)>,
     /// Tokens that the client has received.
     pub(crate) received: Vec<TokenId>,
     pub(crate) outcome: Option<Outcome>,
@@ -52,6 +57,8 @@ pub(crate) struct Gateway {
     highest_term: LeaseTerm,
     transcripts: BTreeMap<ChoiceId, (usize, Transcript<Decoder>)>,
     pub(crate) requests: Vec<Request>,
+    /// Who wants something trained.
+    owner: Option<Owner>,
 }
 
 struct Decoder;
@@ -71,9 +78,14 @@ impl TokenDecoder for Decoder {
 }
 
 impl Request {
+    fn continuation(&self) -> Vec<TokenId> {
+        let adapter = self.promise.map(|(_, digest)| digest);
+        oracle::continuation(&self.prompt, adapter, self.seed, self.max_new_tokens as usize)
+    }
+
     /// All tokens that the client should receive.
     fn expected(&self) -> (Vec<TokenId>, FinishReason) {
-        let mut tokens = oracle::continuation(&self.prompt, self.seed, self.max_new_tokens as usize);
+        let mut tokens = self.continuation();
         let stops = [self.stop_token_at, self.stop_string_at];
         let stops = stops.iter().flatten().filter_map(|&at| tokens.get(at).copied());
         let first = stops.filter_map(|stop| tokens.iter().position(|token| *token == stop)).min();
@@ -87,7 +99,7 @@ impl Request {
     }
 
     fn stop_at(&self, at: Option<usize>) -> Option<TokenId> {
-        let tokens = oracle::continuation(&self.prompt, self.seed, self.max_new_tokens as usize);
+        let tokens = self.continuation();
         at.and_then(|at| tokens.get(at).copied())
     }
 
@@ -111,8 +123,14 @@ impl Request {
 }
 
 impl Gateway {
-    pub(crate) fn new(number: usize, requests: Vec<Request>) -> Gateway {
-        Gateway { number, serving: None, highest_term: LeaseTerm(0), transcripts: BTreeMap::new(), requests }
+    pub(crate) fn new(number: usize, requests: Vec<Request>, owner: Option<Owner>) -> Gateway {
+        let (highest_term, transcripts) = (LeaseTerm(0), BTreeMap::new());
+        Gateway { number, serving: None, highest_term, transcripts, requests, owner }
+    }
+
+    /// Whether owners have asked for everything, and were answered.
+    pub(crate) fn is_content(&self) -> bool {
+        self.owner.as_ref().is_none_or(Owner::is_content)
     }
 
     /// What a kill leaves: the clients, whose requests in progress are over.
@@ -123,7 +141,7 @@ impl Gateway {
                 request.outcome.get_or_insert(Outcome::GatewayDied);
             }
         }
-        Gateway::new(self.number, requests)
+        Gateway::new(self.number, requests, self.owner.as_ref().map(Owner::killed))
     }
 
     pub(crate) fn handle(
@@ -136,6 +154,7 @@ impl Gateway {
         match input {
             Input::Timer(Timer::Start) => {
                 self.reach_scheduler(actions);
+                self.owner.iter().for_each(|owner| owner.start(now_us, actions));
                 for (index, request) in self.requests.iter().enumerate() {
                     if let Some(after_us) = request.arrival_us.checked_sub(now_us) {
                         actions.push(Action::Wake { after_us, timer: Timer::Arrival(index) });
@@ -151,6 +170,13 @@ impl Gateway {
                 let id = self.id(index);
                 self.feed(now_us, id, TranscriptEvent::ClientGone, actions)?;
             }
+            Input::Timer(Timer::Plan(index)) => {
+                let serving = self.serving;
+                self.owner.iter_mut().for_each(|owner| owner.due(index, serving, actions));
+            }
+            Input::Timer(Timer::Prepared(job)) => {
+                self.owner.iter().for_each(|owner| owner.prepared(job, self.serving, actions));
+            }
             Input::Timer(_) => {}
             Input::Opened { connection, .. } => self.serving = Some(connection),
             Input::Refused(_) => self.try_again(random, actions),
@@ -159,7 +185,9 @@ impl Gateway {
                     self.hear(now_us, connection, message, random, actions)?;
                 }
             }
-            Input::Message(..) => return Err("a gateway received a foreign message".to_owned()),
+            Input::Message(..) | Input::Answered(..) => {
+                return Err("a gateway received a foreign message".to_owned());
+            }
             Input::Closed(connection) if self.serving == Some(connection) => {
                 self.disconnected(now_us, random, actions)?;
             }
@@ -199,6 +227,10 @@ impl Gateway {
             request.outcome = Some(Outcome::Failed(FailureKind::Unavailable));
             return Ok(());
         };
+        // A name is turned into what it stands for once, when the request begins.
+        if let (Some(want), Some(owner)) = (&request.want, &self.owner) {
+            request.promise = owner.promise(want)?;
+        }
         let stop_tokens: Vec<TokenId> = request.stop_at(request.stop_token_at).into_iter().collect();
         let stop_strings = request.stop_at(request.stop_string_at).map(text_of).into_iter().collect();
         let spec = TranscriptSpec {
@@ -210,7 +242,7 @@ impl Gateway {
             min_tokens: 0,
         };
         let submit = Submit {
-            adapter: None,
+            adapter: request.promise.map(|(adapter, _)| adapter),
             id,
             model_digest: DIGEST,
             prompt: request.prompt.clone(),
@@ -250,9 +282,18 @@ impl Gateway {
                     return self.disconnected(now_us, random, actions);
                 }
                 self.highest_term = snapshot.term;
+                self.owner.iter_mut().for_each(|owner| owner.views.clone_from(&snapshot.adapters));
                 return Ok(());
             }
-            FromScheduler::Admin { .. } | FromScheduler::Prepare(_) => return Ok(()),
+            FromScheduler::Admin { call, reply } => {
+                let owner = self.owner.as_mut();
+                return owner.map_or(Ok(()), |owner| owner.replied(call, &reply, actions));
+            }
+            FromScheduler::Prepare(job) => {
+                let id = job.request.id;
+                self.owner.iter().for_each(|owner| owner.prepare(id, random, actions));
+                return Ok(());
+            }
             FromScheduler::Token(token) => (token.id, TranscriptEvent::Token(token)),
             FromScheduler::PromptLogprobs { id, position, logprobs } => {
                 (id, TranscriptEvent::PromptLogprobs { position, logprobs })
@@ -273,6 +314,7 @@ impl Gateway {
     ) -> Result<(), String> {
         self.serving = None;
         self.try_again(random, actions);
+        self.owner.iter_mut().for_each(|owner| owner.disconnected(actions));
         let open: Vec<ChoiceId> = self.transcripts.keys().copied().collect();
         for id in open {
             let failure = RequestFailure {

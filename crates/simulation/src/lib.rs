@@ -4,6 +4,11 @@
 //! Layout: [`run`] (one seed), `scenario` (what a seed stands for), `world` (time, network, faults), `scheduler`, `node`,
 //! `gateway` (the processes around the cores), `process` (what they have in common), `oracle` (the model), `random`.
 //!
+//! Worlds with fine-tuning jobs ([`run_with_jobs`]) have beside that: `tuning` (the jobs, and what has to come of them), `owner`
+//! (who asks for them), `weights` (the arithmetic), `session` and `shelf` (a rank's part in training, and its adapters),
+//! `durable` (the store and the blobs), `archive` (the scheduler's shell towards them), `watch` and `aftermath` (what must hold
+//! of jobs, from event to event and in the end).
+//!
 //! A seed decides the layout, the clients, the delays, and which processes are killed or stopped, which connections break
 //! or swallow everything, which messages come twice, in another order, or not at all. Whatever happens:
 //!
@@ -13,16 +18,36 @@
 //! * blocks are conserved, after every single event;
 //! * every request ends, and once the faults are over, requests are served again and nothing is left behind.
 //!
+//! With jobs, processes die at chosen moments of the protocol, too, the store answers late or not at all, and owners pause and
+//! cancel. Then, besides:
+//!
+//! * what a job makes is what it makes in a run that nobody disturbs, and it ends: well, cancelled, or for the reason it was given;
+//! * a step is committed once all ranks have voted for it, none twice; what was in progress is computed again, and per death of
+//!   a scheduler one step more (where not every step is durable: those since the last one that is);
+//! * a job's events are numbered without a gap, in order of time, and tell every step once;
+//! * a name is shown once every rank of every replica that serves has had its adapter, and who asks for a name gets what it
+//!   stood for then, in every token;
+//! * no blob that a record needs is ever deleted, and every one that a record has ever named and none needs is.
+//!
 //! **Invariants:** no clock, no I/O, no threads, no randomly seeded map: a seed always gives the same run.
 #![forbid(unsafe_code)]
 
+mod aftermath;
+mod archive;
+mod durable;
 mod gateway;
 mod node;
 mod oracle;
+mod owner;
 mod process;
 mod random;
 mod scenario;
 mod scheduler;
+mod session;
+mod shelf;
+mod tuning;
+mod watch;
+mod weights;
 mod world;
 
 use std::fmt;
@@ -58,6 +83,22 @@ pub struct Report {
     pub duplicated: u64,
     /// Messages delivered out of order.
     pub reordered: u64,
+    /// Jobs whose model is served, or whose files are handed out.
+    pub jobs_succeeded: u64,
+    /// Jobs that failed, as they had to.
+    pub jobs_failed: u64,
+    /// Jobs that their owners cancelled.
+    pub jobs_cancelled: u64,
+    /// Training steps begun.
+    pub train_steps: u64,
+    /// Of them, those that had been begun before.
+    pub repeated_steps: u64,
+    /// Requests that received tokens of an adapter.
+    pub adapted: u64,
+    /// Superseded blobs deleted.
+    pub blobs_deleted: u64,
+    /// Blobs left to the sweep, which no record ever named.
+    pub blobs_left: u64,
 }
 
 impl Report {
@@ -78,6 +119,14 @@ impl Report {
             lost: self.lost + other.lost,
             duplicated: self.duplicated + other.duplicated,
             reordered: self.reordered + other.reordered,
+            jobs_succeeded: self.jobs_succeeded + other.jobs_succeeded,
+            jobs_failed: self.jobs_failed + other.jobs_failed,
+            jobs_cancelled: self.jobs_cancelled + other.jobs_cancelled,
+            train_steps: self.train_steps + other.train_steps,
+            repeated_steps: self.repeated_steps + other.repeated_steps,
+            adapted: self.adapted + other.adapted,
+            blobs_deleted: self.blobs_deleted + other.blobs_deleted,
+            blobs_left: self.blobs_left + other.blobs_left,
         }
     }
 }
@@ -85,7 +134,7 @@ impl Report {
 /// Something that must never happen, with the seed that shows it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Violation {
-    /// Run it again with [`replay`].
+    /// Run it again with [`replay`], or [`replay_with_jobs`].
     pub seed: u64,
     /// When, in microseconds of virtual time.
     pub at_us: u64,
@@ -111,7 +160,7 @@ impl fmt::Display for Violation {
 /// # Errors
 /// The first [`Violation`], without a trace.
 pub fn run(seed: u64) -> Result<Report, Violation> {
-    world::World::new(seed, false).run()
+    world::World::new(seed, false, false).run()
 }
 
 /// As [`run`]; a violation carries the events before it.
@@ -119,5 +168,21 @@ pub fn run(seed: u64) -> Result<Report, Violation> {
 /// # Errors
 /// The first [`Violation`].
 pub fn replay(seed: u64) -> Result<Report, Violation> {
-    world::World::new(seed, true).run()
+    world::World::new(seed, false, true).run()
+}
+
+/// Runs one seed of a world in which fine-tuning jobs train beside the streams.
+///
+/// # Errors
+/// The first [`Violation`], without a trace.
+pub fn run_with_jobs(seed: u64) -> Result<Report, Violation> {
+    world::World::new(seed, true, false).run()
+}
+
+/// As [`run_with_jobs`]; a violation carries the events before it.
+///
+/// # Errors
+/// The first [`Violation`].
+pub fn replay_with_jobs(seed: u64) -> Result<Report, Violation> {
+    world::World::new(seed, true, true).run()
 }

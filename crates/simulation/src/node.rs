@@ -1,13 +1,17 @@
-//! A node: the real sequencer, around it ranks whose KV cache remembers what was written where.
+//! A node: the real sequencer, around it a rank that serves (`steps`), trains and has adapters.
 
-use crate::oracle;
-use crate::process::{Action, Activations, Connection, Input, Logits, Message, Process, Purpose, Timer};
+mod steps;
+
+use crate::durable::Wish;
+use crate::process::{Action, Activations, Connection, Errand, Input, Message, Process, Purpose, Timer};
 use crate::random::Random;
+use crate::session::Sessions;
+use crate::shelf::Shelf;
 use ashlar_protocol::data::{LinkHello, LinkPurpose};
 use ashlar_protocol::membership::{Assignment, BEAT_INTERVAL_MS, FromNode, Join, ToNode};
-use ashlar_protocol::step::{SampledToken, StepPlan, StepResult, StepTiming};
-use ashlar_shard_node::sequencer::{BLOCK_TOKENS, Effect, Event, Sequencer, StepWork};
-use ashlar_vocabulary::{Bytes, LeaseTerm, NodeId, SequenceId};
+use ashlar_protocol::step::StepPlan;
+use ashlar_shard_node::sequencer::{Event, Sequencer, StepWork};
+use ashlar_vocabulary::{AdapterId, Bytes, LeaseTerm, NodeId, ReplicaRevision, SequenceId};
 use std::collections::{BTreeMap, VecDeque};
 
 /// A node process, and what survives its death on disk.
@@ -15,6 +19,8 @@ pub(crate) struct Node {
     number: usize,
     /// Time of one step, in microseconds.
     step_us: u64,
+    /// Time of a pass of a training step.
+    pass_us: u64,
     /// On disk: the highest term accepted, and its holder.
     fence: (LeaseTerm, String),
     control: Option<Connection>,
@@ -24,6 +30,7 @@ pub(crate) struct Node {
     /// Links of layouts that this node has not been told of yet.
     early: Vec<(Connection, LinkHello)>,
     sequencer: Sequencer,
+    sessions: Sessions,
 }
 
 struct Place {
@@ -38,6 +45,7 @@ struct Place {
     head_ranks: BTreeMap<u32, Connection>,
     kv: BTreeMap<(u32, usize), u64>,
     seeds: BTreeMap<SequenceId, u64>,
+    adapters: Shelf,
     plans: VecDeque<StepPlan>,
     arrived: VecDeque<Activations>,
     current: Option<Current>,
@@ -77,33 +85,46 @@ pub(crate) fn address(number: usize) -> String {
     format!("node-{number}:1")
 }
 
-fn number_of(address: &str) -> Option<usize> {
+/// The node behind an address.
+pub(crate) fn number_of(address: &str) -> Option<usize> {
     address.strip_prefix("node-")?.strip_suffix(":1")?.parse().ok()
 }
 
 impl Node {
-    pub(crate) fn new(number: usize, step_us: u64) -> Node {
+    pub(crate) fn new(number: usize, step_us: u64, pass_us: u64) -> Node {
         Node {
             number,
             step_us,
+            pass_us,
             fence: (LeaseTerm(0), String::new()),
             control: None,
             place: None,
             head_slices: 0,
             early: Vec::new(),
             sequencer: Sequencer::default(),
+            sessions: Sessions::new(pass_us),
         }
     }
 
     /// What a kill leaves.
     pub(crate) fn killed(&self) -> Node {
         let (fence, head_slices) = (self.fence.clone(), self.head_slices);
-        Node { fence, head_slices, ..Node::new(self.number, self.step_us) }
+        Node { fence, head_slices, ..Node::new(self.number, self.step_us, self.pass_us) }
     }
 
     /// Slices of logits that it has computed for another rank, over all its lives.
     pub(crate) fn head_slices(&self) -> u64 {
         self.head_slices
+    }
+
+    /// Fine-tuning sessions that this rank has.
+    pub(crate) fn sessions(&self) -> usize {
+        self.sessions.len()
+    }
+
+    /// The layout in which it has a place, and its adapters there.
+    pub(crate) fn shelf(&self) -> Option<(ReplicaRevision, &Shelf)> {
+        self.place.as_ref().map(|place| (place.assignment.revision, &place.adapters))
     }
 
     /// Sequences that this rank still tracks in its present layout.
@@ -140,7 +161,23 @@ impl Node {
                     self.hand_out(actions);
                 }
             }
-            Input::Timer(_) => {}
+            Input::Timer(timer) => self.sessions.timer(timer, actions)?,
+            Input::Answered(Errand::Adapter(revision, adapter, load), answer) => {
+                let place = self.place.as_mut().filter(|place| place.assignment.revision == revision);
+                let ended = place.and_then(|place| place.adapters.finish(adapter, load, answer));
+                if let Some(outcome) = ended {
+                    self.tell(FromNode::AdapterLoaded { revision, adapter, load, outcome }, actions);
+                }
+            }
+            Input::Answered(errand, answer) => self.sessions.answered(errand, answer, actions)?,
+            Input::Opened {
+                connection,
+                purpose: Purpose::Link(revision, purpose @ LinkPurpose::Training { session, .. }),
+                initiator: true,
+            } => {
+                let hello = LinkHello { term: self.fence.0, revision, purpose };
+                self.sessions.reached(session, hello, connection, actions)?;
+            }
             Input::Opened { connection, purpose: Purpose::Control, .. } => {
                 self.control = Some(connection);
                 self.tell(FromNode::Join(Box::new(self.join())), actions);
@@ -163,14 +200,25 @@ impl Node {
             }
             Input::Opened { .. } => {}
             Input::Refused(Purpose::Control) => self.try_again(random, actions),
+            Input::Refused(Purpose::Link(_, LinkPurpose::Training { session, .. })) => {
+                self.sessions.not_reached(session, actions)?;
+            }
             Input::Refused(Purpose::Link(revision, _)) => {
                 if self.place.as_ref().is_some_and(|place| place.assignment.revision == revision) {
                     self.fail("cannot reach another rank".to_owned(), actions);
                 }
             }
             Input::Refused(Purpose::Serving) => {}
-            Input::Message(_, Message::ToNode(message)) => self.obey(message, random, actions),
-            Input::Message(connection, Message::Hello(hello)) => self.early.push((connection, hello)),
+            Input::Message(_, Message::ToNode(message)) => self.obey(message, random, actions)?,
+            Input::Message(connection, Message::Hello(hello)) => match hello.purpose {
+                LinkPurpose::Training { session, link } => {
+                    self.sessions.arrived(session, link, connection, actions)?;
+                }
+                _ => self.early.push((connection, hello)),
+            },
+            Input::Message(connection, Message::Training(payload)) => {
+                self.sessions.received(connection, payload, actions)?;
+            }
             Input::Message(connection, Message::Activations(activations)) => {
                 if let Some(place) = self.place.as_mut().filter(|place| place.previous == Some(connection)) {
                     place.arrived.push_back(activations);
@@ -188,13 +236,19 @@ impl Node {
                 self.leave_place(actions);
                 self.try_again(random, actions);
             }
-            Input::Closed(connection) => self.link_closed(connection, actions),
+            Input::Closed(connection) => {
+                self.sessions.closed(connection, actions)?;
+                self.link_closed(connection, actions);
+            }
         }
         self.take_links(actions);
-        match self.work(actions) {
-            Err(trouble) => self.give_in(trouble, actions),
-            Ok(()) => Ok(()),
+        if let Err(trouble) = self.work(actions) {
+            self.give_in(trouble, actions)?;
         }
+        for (session, report) in self.sessions.take_reports() {
+            self.tell(FromNode::Training { session, report: Box::new(report) }, actions);
+        }
+        Ok(())
     }
 
     fn give_in(&mut self, trouble: Trouble, actions: &mut Vec<Action>) -> Result<(), String> {
@@ -205,53 +259,6 @@ impl Node {
                 Ok(())
             }
         }
-    }
-
-    /// Computes this rank's slice of the head: between whatever else it does, from the rows alone.
-    fn answer(&mut self, connection: Connection, asked: Activations, actions: &mut Vec<Action>) {
-        let Some(place) = self.place.as_ref().filter(|place| place.sampler == Some(connection)) else {
-            return;
-        };
-        let Some(head) = place.assignment.head.filter(|_| asked.revision == place.assignment.revision) else {
-            return self.fail("rows of another layout".to_owned(), actions);
-        };
-        let slice = asked.rows.iter().map(|row| oracle::slice(*row, head.index as u64)).collect();
-        let logits = Logits { revision: asked.revision, step: asked.step, slice };
-        self.head_slices += 1;
-        actions.push(Action::Send(connection, Message::Logits(logits)));
-    }
-
-    /// Takes a slice of the logits that this rank, which samples, waits for; with the last one the step is complete.
-    fn take_slice(
-        &mut self,
-        connection: Connection,
-        logits: Logits,
-        actions: &mut Vec<Action>,
-    ) -> Result<(), Trouble> {
-        let Some(place) = &mut self.place else { return Ok(()) };
-        let index = place.head_ranks.iter().find(|(_, link)| **link == connection).map(|(index, _)| *index);
-        let (Some(index), revision) = (index, place.assignment.revision) else { return Ok(()) };
-        let wanted = place.head_ranks_wanted();
-        let unasked = || Trouble::Layout(format!("logits of step {} that nobody waits for", logits.step));
-        let current = place.current.as_mut().filter(|current| current.work.step == logits.step);
-        let Some(Current { work, rows: Some(rows), logits: Some(slices) }) = current else {
-            return Err(unasked());
-        };
-        if logits.revision != revision || slices.contains_key(&index) {
-            return Err(unasked());
-        }
-        let expected = sampled_rows(work, rows).map(|row| oracle::slice(row, u64::from(index)));
-        if !expected.eq(logits.slice.iter().copied()) {
-            let step = logits.step;
-            return Err(Trouble::Violation(format!(
-                "step {step}: slice {index} of the logits is of other rows"
-            )));
-        }
-        slices.insert(index, logits.slice);
-        if slices.len() == wanted {
-            self.complete(actions);
-        }
-        Ok(())
     }
 
     fn reach_scheduler(&self, actions: &mut Vec<Action>) {
@@ -284,7 +291,12 @@ impl Node {
         }
     }
 
-    fn obey(&mut self, message: ToNode, random: &mut Random, actions: &mut Vec<Action>) {
+    fn obey(
+        &mut self,
+        message: ToNode,
+        random: &mut Random,
+        actions: &mut Vec<Action>,
+    ) -> Result<(), String> {
         match message {
             ToNode::Assign(assignment) => self.assign(*assignment, random, actions),
             ToNode::Release { .. } => self.leave_place(actions),
@@ -293,13 +305,33 @@ impl Node {
                     place.plans.push_back(*plan);
                 }
             }
-            ToNode::LoadAdapter { revision, adapter } => {
-                self.tell(FromNode::AdapterLoaded { revision, adapter, outcome: Ok(Bytes(1)) }, actions);
+            ToNode::LoadAdapter { revision, adapter, load } => {
+                self.load_adapter(revision, adapter, load, actions);
             }
-            ToNode::UnloadAdapter { .. }
-            | ToNode::OpenSession(_)
-            | ToNode::Training { .. }
-            | ToNode::Rejected(_) => {}
+            ToNode::UnloadAdapter { adapter } => {
+                self.place.iter_mut().for_each(|place| place.adapters.unload(adapter));
+            }
+            ToNode::OpenSession(open) => {
+                let place = self.place.as_ref().filter(|place| place.announced);
+                self.sessions.open(*open, place.map(|place| &place.assignment), actions)?;
+            }
+            ToNode::Training { session, work } => self.sessions.work(session, work, actions)?,
+            ToNode::Rejected(_) => {}
+        }
+        Ok(())
+    }
+
+    fn load_adapter(
+        &mut self,
+        revision: ReplicaRevision,
+        adapter: AdapterId,
+        load: u64,
+        actions: &mut Vec<Action>,
+    ) {
+        let place = self.place.as_mut().filter(|place| place.assignment.revision == revision);
+        if let Some(place) = place {
+            place.adapters.begin(adapter, load);
+            actions.push(Action::Call(Errand::Adapter(revision, adapter, load), Wish::Get(adapter.0)));
         }
     }
 
@@ -341,6 +373,7 @@ impl Node {
             head_ranks: BTreeMap::new(),
             kv: BTreeMap::new(),
             seeds: BTreeMap::new(),
+            adapters: Shelf::default(),
             plans: VecDeque::new(),
             arrived: VecDeque::new(),
             current: None,
@@ -348,6 +381,7 @@ impl Node {
     }
 
     fn leave_place(&mut self, actions: &mut Vec<Action>) {
+        self.sessions.end_all(actions);
         if let Some(place) = self.place.take() {
             actions.extend(place.links().map(Action::Close));
         }
@@ -394,146 +428,4 @@ impl Node {
             self.tell(ready, actions);
         }
     }
-
-    /// Begins the next step, and computes it once its activations are there.
-    fn work(&mut self, actions: &mut Vec<Action>) -> Result<(), Trouble> {
-        loop {
-            let Some(place) = &mut self.place else { return Ok(()) };
-            if place.current.is_some() {
-                return self.compute(actions);
-            }
-            let Some(plan) = place.plans.pop_front() else { return Ok(()) };
-            let mut effects = Vec::new();
-            self.sequencer.handle(Event::Plan(plan), &mut effects);
-            for effect in effects {
-                match effect {
-                    Effect::Begin(new) => {
-                        place.seeds.insert(new.id, new.sampling.seed);
-                    }
-                    Effect::End(id) => {
-                        place.seeds.remove(&id);
-                    }
-                    Effect::Observe(..) => {}
-                    Effect::Compute(work) => place.current = Some(Current { work, rows: None, logits: None }),
-                    Effect::Diverged(reason) => return Err(Trouble::Layout(reason)),
-                }
-            }
-        }
-    }
-
-    fn compute(&mut self, actions: &mut Vec<Action>) -> Result<(), Trouble> {
-        let Some(place) = &mut self.place else { return Ok(()) };
-        let Some(current) = &mut place.current else { return Ok(()) };
-        if current.rows.is_some() {
-            return Ok(());
-        }
-        let (revision, step) = (place.assignment.revision, current.work.step);
-        let expects = place.assignment.stage.0 > 0 && !current.work.rows.is_empty();
-        let mut input = None;
-        if expects {
-            let Some(arrived) = place.arrived.pop_front() else { return Ok(()) };
-            if arrived.revision != revision || arrived.step != step {
-                return Err(Trouble::Layout(format!("activations of step {} in step {step}", arrived.step)));
-            }
-            input = Some(arrived.rows);
-        }
-        let mut rows = Vec::with_capacity(current.work.rows.len());
-        let mut known: Option<(SequenceId, Vec<u64>)> = None;
-        for row in &current.work.rows {
-            let sequence = self.sequencer.sequence(row.sequence);
-            let sequence =
-                sequence.ok_or_else(|| Trouble::Violation("computes an unknown sequence".into()))?;
-            let position = row.position as usize;
-            let place_of = |position: usize| {
-                let block = sequence.block_table.get(position / BLOCK_TOKENS);
-                block.map(|block| (block.0, position % BLOCK_TOKENS))
-            };
-            let fresh = known.as_ref().is_none_or(|(id, _)| *id != row.sequence);
-            if fresh {
-                let states = oracle::states(&sequence.tokens);
-                for (before, state) in states.iter().enumerate().take(position) {
-                    let found = place_of(before).and_then(|place_of| place.kv.get(&place_of));
-                    if found != Some(state) {
-                        let id = row.sequence;
-                        return Err(Trouble::Violation(format!(
-                            "step {step}: sequence {id} reads KV of position {before} that is not its own"
-                        )));
-                    }
-                }
-                known = Some((row.sequence, states));
-            }
-            let state = known.as_ref().and_then(|(_, states)| states.get(position)).copied();
-            let (Some(state), Some(at)) = (state, place_of(position)) else {
-                return Err(Trouble::Violation(format!("step {step}: position {position} has no place")));
-            };
-            place.kv.insert(at, state);
-            rows.push(state);
-        }
-        if input.is_some_and(|input| input != rows) {
-            return Err(Trouble::Violation(format!("step {step}: the stages disagree about its rows")));
-        }
-        let after_us = if rows.is_empty() { 10 } else { self.step_us + 20 * rows.len() as u64 };
-        current.rows = Some(rows);
-        actions.push(Action::Wake { after_us, timer: Timer::Computed(revision, step) });
-        Ok(())
-    }
-
-    /// A step's layers have been computed: the rank that samples asks for the slices of the logits that others hold.
-    fn hand_out(&mut self, actions: &mut Vec<Action>) {
-        let Some(place) = &mut self.place else { return };
-        let revision = place.assignment.revision;
-        let wanted = place.head_ranks_wanted();
-        if let Some(Current { work, rows: Some(rows), logits: logits @ None }) = &mut place.current {
-            let asked: Vec<u64> = sampled_rows(work, rows).collect();
-            if wanted > 0 && !asked.is_empty() {
-                *logits = Some(BTreeMap::new());
-                for link in place.head_ranks.values() {
-                    let asked = Activations { revision, step: work.step, rows: asked.clone() };
-                    actions.push(Action::Send(*link, Message::HeadRows(asked)));
-                }
-                return;
-            }
-        }
-        self.complete(actions);
-    }
-
-    /// Passes a computed step on: to the next stage, and to the scheduler.
-    fn complete(&mut self, actions: &mut Vec<Action>) {
-        let Some(place) = &mut self.place else { return };
-        let Some(Current { work, rows: Some(rows), .. }) = place.current.take() else { return };
-        let (assignment, revision, step) = (&place.assignment, place.assignment.revision, work.step);
-        let timing = StepTiming { compute_us: self.step_us, ..StepTiming::default() };
-        let sampled = work.samples.iter().filter_map(|&(id, row)| {
-            Some(SampledToken {
-                id,
-                position: work.rows.get(row)?.position + 1,
-                token: oracle::sample(*rows.get(row)?, *place.seeds.get(&id)?),
-                logprobs: None,
-                grammar_complete: false,
-            })
-        });
-        let last = assignment.stage.0 + 1 == assignment.num_stages;
-        let message = if last && assignment.tensor_rank.0 == 0 {
-            FromNode::StepResult(StepResult {
-                term: assignment.term,
-                revision,
-                step,
-                sampled: sampled.collect(),
-                prompt_logprobs: Vec::new(),
-                failed: Vec::new(),
-                timing,
-            })
-        } else {
-            FromNode::StepDone { revision, step, timing }
-        };
-        if let Some(next) = place.next.filter(|_| !rows.is_empty()) {
-            actions.push(Action::Send(next, Message::Activations(Activations { revision, step, rows })));
-        }
-        self.tell(message, actions);
-    }
-}
-
-/// States of the rows whose logits are wanted.
-fn sampled_rows<'w>(work: &'w StepWork, rows: &'w [u64]) -> impl Iterator<Item = u64> + 'w {
-    work.samples.iter().filter_map(|&(_, row)| rows.get(row).copied())
 }

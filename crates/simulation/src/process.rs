@@ -1,9 +1,11 @@
 //! What every simulated process has in common: what reaches it, and what it wants.
 
+use crate::durable::{Answer, Refusal, Wish};
+use crate::session::Payload;
 use ashlar_protocol::data::{LinkHello, LinkPurpose};
 use ashlar_protocol::membership::{FromNode, ToNode};
 use ashlar_protocol::serving::{FromScheduler, ToScheduler};
-use ashlar_vocabulary::{ReplicaRevision, StepId};
+use ashlar_vocabulary::{AdapterId, JobId, ReplicaRevision, SessionId, StepId};
 
 /// A process of the world.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -28,6 +30,29 @@ pub(crate) enum Purpose {
     Link(ReplicaRevision, LinkPurpose),
 }
 
+/// What somebody wants something of the store or the blobs for; the answer comes back with it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Errand {
+    /// The scheduler's records, in order.
+    Archive,
+    /// The scheduler's work on blobs, in order.
+    Keeper,
+    /// What is served, when a term begins.
+    Names,
+    /// The record of this name.
+    Name(String),
+    /// A rank's share of an adapter, under the number of its load.
+    Adapter(ReplicaRevision, AdapterId, u64),
+    /// A shard that a session starts from.
+    Share(SessionId, usize),
+    /// A rank's piece of the next state.
+    Piece(SessionId),
+    /// A shard that a session exports.
+    Gather(SessionId, usize),
+    /// A file of what it exports; the last one is the manifest.
+    File(SessionId, u64),
+}
+
 /// Whatever travels.
 #[derive(Debug, Clone)]
 pub(crate) enum Message {
@@ -39,6 +64,7 @@ pub(crate) enum Message {
     Activations(Activations),
     HeadRows(Activations),
     Logits(Logits),
+    Training(Payload),
 }
 
 /// Rows of one step: on the way to the next stage, or to the ranks that hold slices of the head.
@@ -76,16 +102,38 @@ pub(crate) enum Timer {
     Arrival(usize),
     /// A client goes away.
     Departure(usize),
+    /// The scheduler asks again what is served.
+    Names,
+    /// The scheduler writes its records again.
+    Archive,
+    /// The scheduler goes on with its work on blobs.
+    Keeper,
+    /// A session has computed something.
+    Trained(SessionId),
+    /// A session whose links do not stand is given up.
+    Unlinked(SessionId),
+    /// A session that another rank has left is given up.
+    Orphaned(SessionId),
+    /// The owner of a job wants something.
+    Plan(usize),
+    /// A gateway has validated a job's files.
+    Prepared(JobId),
 }
 
 /// What reaches a process.
 #[derive(Debug, Clone)]
 pub(crate) enum Input {
     Timer(Timer),
-    Opened { connection: Connection, purpose: Purpose, initiator: bool },
+    Opened {
+        connection: Connection,
+        purpose: Purpose,
+        initiator: bool,
+    },
     Refused(Purpose),
     Message(Connection, Message),
     Closed(Connection),
+    /// The store has answered, or its caller has given up.
+    Answered(Errand, Result<Answer, Refusal>),
 }
 
 /// What a process wants.
@@ -103,4 +151,8 @@ pub(crate) enum Action {
     },
     /// The process ends and is started again by its supervisor.
     Restart,
+    /// Something of the store or the blobs.
+    Call(Errand, Wish),
+    /// For the trace.
+    Note(String),
 }

@@ -1,8 +1,11 @@
 //! What a seed stands for: a layout, clients, a network and its faults.
 
+use crate::durable::Half;
 use crate::gateway::{DIGEST, Request};
+use crate::owner::Want;
 use crate::process::Process;
 use crate::random::Random;
+use crate::tuning::Tuning;
 use ashlar_scheduler::cluster::ClusterConfig;
 use ashlar_scheduler::engine::EngineConfig;
 use ashlar_shard_plan::Links;
@@ -24,6 +27,8 @@ pub(crate) struct Scenario {
     pub(crate) spread_head: Option<bool>,
     /// Time of a step on each node, standbys included.
     pub(crate) step_us: Vec<u64>,
+    /// Time of a pass of a training step on each of them.
+    pub(crate) pass_us: Vec<u64>,
     pub(crate) clients: Vec<Vec<Request>>,
     pub(crate) faults: Vec<(u64, Fault)>,
     pub(crate) hostility: Hostility,
@@ -33,6 +38,8 @@ pub(crate) struct Scenario {
     max_context_tokens: u32,
     scarce_blocks: bool,
     queue_max: usize,
+    /// Fine-tuning jobs, in worlds that have some.
+    pub(crate) tuning: Option<Tuning>,
 }
 
 /// Something goes wrong.
@@ -48,7 +55,68 @@ pub(crate) enum Fault {
     Blackhole { for_us: u64 },
     /// The scheduler is killed and its store has forgotten its term.
     ForgetTerm,
+    /// Whoever is reached next by something of this kind is killed, before it or after it has acted on it.
+    Trap { moment: Moment, before: bool, for_us: u64 },
+    /// The store or the blobs answer late, or not at all: everybody, or one process.
+    Outage { half: Half, whom: Option<Process>, slow: bool, for_us: u64 },
 }
+
+/// What happens between the processes of a fine-tuning job.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Moment {
+    /// A rank is to open a session.
+    Open,
+    /// A rank is to compute a step.
+    Step,
+    /// A rank is to measure.
+    Evaluate,
+    /// A rank is to put an adapter together.
+    Export,
+    /// A rank is to close a session.
+    Close,
+    /// A rank is to load an adapter.
+    Load,
+    /// Ranks exchange something.
+    Exchange,
+    /// A rank's blob is stored or read.
+    Blob,
+    /// The scheduler hears of an open session.
+    Opened,
+    /// The scheduler hears a vote.
+    Vote,
+    /// The scheduler hears of an adapter that was made.
+    Exported,
+    /// The scheduler hears of an adapter that was loaded.
+    Loaded,
+    /// A record is written.
+    Written,
+    /// Blobs are deleted, or a table is written.
+    Kept,
+    /// A name's record is written.
+    Named,
+    /// Somebody asks for something.
+    Asked,
+}
+
+/// All of them.
+const MOMENTS: [Moment; 16] = [
+    Moment::Open,
+    Moment::Step,
+    Moment::Evaluate,
+    Moment::Export,
+    Moment::Close,
+    Moment::Load,
+    Moment::Exchange,
+    Moment::Blob,
+    Moment::Opened,
+    Moment::Vote,
+    Moment::Exported,
+    Moment::Loaded,
+    Moment::Written,
+    Moment::Kept,
+    Moment::Named,
+    Moment::Asked,
+];
 
 /// What the network does to single messages of the data plane, in millionths. TCP does none of it; bugs do.
 #[derive(Debug, Clone, Copy, Default)]
@@ -77,6 +145,7 @@ impl Scenario {
             replicas,
             spread_head: [None, Some(false), Some(true), Some(true)][random.between(0, 4) as usize],
             step_us: (0..nodes).map(|_| random.between(300, 12_000)).collect(),
+            pass_us: vec![0; nodes],
             clients,
             faults: (0..faults).map(|_| fault(random, nodes, gateways)).collect(),
             hostility: if hostile {
@@ -94,7 +163,30 @@ impl Scenario {
             max_context_tokens,
             scarce_blocks: random.chance(600_000),
             queue_max: random.between(2, 40) as usize,
+            tuning: None,
         }
+    }
+
+    /// A world as any other, in which jobs train beside the streams.
+    pub(crate) fn with_jobs(random: &mut Random) -> Scenario {
+        let mut scenario = Scenario::new(random);
+        let nodes = scenario.step_us.len();
+        scenario.pass_us = (0..nodes).map(|_| random.between(3_000, 60_000)).collect();
+        scenario.tuning = Some(Tuning::new(random));
+        for request in scenario.clients.iter_mut().flatten() {
+            if random.chance(400_000) {
+                request.want = Some(Want::Some(random.next()));
+            }
+        }
+        if !scenario.faults.is_empty() {
+            let more = random.between(1, 7);
+            scenario.faults.extend((0..more).map(|_| fault_of_jobs(random, nodes)));
+        }
+        scenario
+    }
+
+    pub(crate) fn max_context_tokens(&self) -> u32 {
+        self.max_context_tokens
     }
 
     pub(crate) fn cluster(&self, term: LeaseTerm, holder: String) -> ClusterConfig {
@@ -183,8 +275,24 @@ fn request(random: &mut Random, context: u32) -> Request {
         tenant_salt: random.between(0, 2),
         priority: random.between(0, 3) as i32 - 1,
         deadline_ms: random.between(200, 8_000),
+        want: None,
+        promise: None,
         received: Vec::new(),
         outcome: None,
+    }
+}
+
+/// A short request for an adapter that has to be served.
+pub(crate) fn probe(random: &mut Random, context: u32, name: &str, arrival_us: u64) -> Request {
+    let probe = request(random, context);
+    Request {
+        arrival_us,
+        departure_us: None,
+        max_new_tokens: probe.max_new_tokens.min(8),
+        priority: -1,
+        deadline_ms: 9_000,
+        want: Some(Want::Name(name.to_owned())),
+        ..probe
     }
 }
 
@@ -205,4 +313,21 @@ fn fault(random: &mut Random, nodes: usize, gateways: usize) -> (u64, Fault) {
         _ => Fault::ForgetTerm,
     };
     (at, fault)
+}
+
+/// What goes wrong where jobs train.
+fn fault_of_jobs(random: &mut Random, nodes: usize) -> (u64, Fault) {
+    let at = random.between(500_000, FAULTS_END_US);
+    let for_us = random.between(20_000, 2_500_000);
+    if random.chance(600_000) {
+        let moment = MOMENTS[random.between(0, MOMENTS.len() as u64) as usize];
+        return (at, Fault::Trap { moment, before: random.chance(500_000), for_us: for_us / 2 });
+    }
+    let half = [Half::Records, Half::Blobs, Half::Both][random.between(0, 3) as usize];
+    let whom = match random.between(0, 3) {
+        0 => None,
+        1 => Some(Process::Scheduler),
+        _ => Some(Process::Node(random.between(0, nodes as u64) as usize)),
+    };
+    (at, Fault::Outage { half, whom, slow: random.chance(400_000), for_us })
 }

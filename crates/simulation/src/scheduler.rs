@@ -1,15 +1,25 @@
-//! The scheduler process: the real director, with the invariants of its engine checked after every input.
+//! The scheduler process: the real director, with the invariants of its cores checked after every input, and what its shell
+//! does towards the store.
 
-use crate::process::{Action, Connection, Input, Message, Purpose, Timer};
+use crate::archive::{Archive, Keeper, Names, Superseded};
+use crate::durable::{Answer, Refusal, Wish};
+use crate::process::{Action, Connection, Errand, Input, Message, Purpose, Timer};
 use ashlar_protocol::serving::FromScheduler;
 use ashlar_scheduler::adapters::AdaptersConfig;
 use ashlar_scheduler::cluster::{ClusterConfig, NodeConnection, TICK_MS};
 use ashlar_scheduler::director::{Director, Input as DirectorInput, Output};
 use ashlar_scheduler::engine::{EngineConfig, GatewayId};
-use ashlar_scheduler::jobs::JobsConfig;
+use ashlar_scheduler::jobs::{Effect, Event, JobsConfig};
 use ashlar_scheduler::time::Millis;
 use ashlar_vocabulary::{Bytes, LeaseTerm};
 use std::collections::BTreeMap;
+
+/// What is set for jobs, in worlds that have some.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Jobs {
+    pub(crate) max_jobs_running: usize,
+    pub(crate) max_adapters: usize,
+}
 
 /// One life of the scheduler: one term.
 pub(crate) struct Scheduler {
@@ -20,22 +30,41 @@ pub(crate) struct Scheduler {
     /// Times that a replica came up or went down in this life.
     pub(crate) ups: u64,
     pub(crate) downs: u64,
+    shell: Option<Shell>,
+}
+
+/// What is between the director and the store.
+struct Shell {
+    archive: Archive,
+    keeper: Keeper,
+    names: Names,
+    /// What reached the process before it knew what was served.
+    waiting: Option<Vec<Input>>,
+    unix_s: u64,
 }
 
 impl Scheduler {
-    pub(crate) fn new(cluster: ClusterConfig, engine: EngineConfig) -> Scheduler {
-        // Nobody asks for a job yet.
-        let jobs = JobsConfig {
+    /// A scheduler whose term has just begun. Without `jobs` nobody asks for any, and there is no store.
+    pub(crate) fn new(cluster: ClusterConfig, engine: EngineConfig, jobs: Option<Jobs>) -> Scheduler {
+        let memory = Bytes(1 << 24);
+        let config = JobsConfig {
             term: cluster.term,
             model_digest: cluster.model_digest,
             shape: cluster.shape.clone(),
-            adapter_memory: Bytes(1 << 30),
-            max_jobs_running: 1,
-            blobs: false,
+            adapter_memory: memory,
+            max_jobs_running: jobs.map_or(1, |jobs| jobs.max_jobs_running),
+            blobs: jobs.is_some(),
         };
-        let director =
-            Director::new(cluster, engine, AdaptersConfig { max_adapters: 4, memory: Bytes(1 << 30) }, jobs);
-        Scheduler { director, purposes: BTreeMap::new(), fenced_by: None, ups: 0, downs: 0 }
+        let adapters = AdaptersConfig { max_adapters: jobs.map_or(4, |jobs| jobs.max_adapters), memory };
+        let shell = jobs.map(|_| Shell {
+            archive: Archive::new(cluster.term),
+            keeper: Keeper::default(),
+            names: Names::default(),
+            waiting: Some(Vec::new()),
+            unix_s: 0,
+        });
+        let director = Director::new(cluster, engine, adapters, config);
+        Scheduler { director, purposes: BTreeMap::new(), fenced_by: None, ups: 0, downs: 0, shell }
     }
 
     pub(crate) fn handle(
@@ -44,20 +73,58 @@ impl Scheduler {
         input: Input,
         actions: &mut Vec<Action>,
     ) -> Result<(), String> {
-        let now = Millis(now_us / 1000);
-        let mut outputs = Vec::new();
+        let Some(shell) = &mut self.shell else { return self.lead(now_us, input, actions) };
+        // A term is led once it is known what the last one served.
+        let Some(waiting) = &mut shell.waiting else { return self.lead(now_us, input, actions) };
+        match input {
+            Input::Timer(Timer::Start | Timer::Names) => {
+                actions.push(Action::Call(Errand::Names, Wish::ReadAdapters));
+                Ok(())
+            }
+            Input::Answered(Errand::Names, Ok(Answer::Adapters(stored))) => {
+                let waiting = std::mem::take(waiting);
+                shell.waiting = None;
+                let stored = shell.names.read(stored);
+                shell.archive.go_on(actions);
+                self.direct(now_us, DirectorInput::WallClock(now_us / 1_000_000), actions)?;
+                self.direct(now_us, DirectorInput::StoredAdapters(stored), actions)?;
+                self.lead(now_us, Input::Timer(Timer::Tick), actions)?;
+                waiting.into_iter().try_for_each(|input| self.lead(now_us, input, actions))
+            }
+            Input::Answered(Errand::Names, _) => {
+                actions.push(Action::Wake { after_us: 300_000, timer: Timer::Names });
+                Ok(())
+            }
+            input => {
+                waiting.push(input);
+                Ok(())
+            }
+        }
+    }
+
+    fn lead(&mut self, now_us: u64, input: Input, actions: &mut Vec<Action>) -> Result<(), String> {
         let input = match input {
             Input::Timer(Timer::Start | Timer::Tick) => {
                 actions.push(Action::Wake { after_us: TICK_MS * 1000, timer: Timer::Tick });
+                self.tell_date(now_us, actions)?;
                 DirectorInput::Tick
             }
+            Input::Timer(Timer::Archive) => {
+                self.shell.iter_mut().for_each(|shell| shell.archive.retry(actions));
+                return Ok(());
+            }
+            Input::Timer(Timer::Keeper) => {
+                self.shell.iter_mut().for_each(|shell| shell.keeper.retry(actions));
+                return Ok(());
+            }
+            Input::Answered(errand, answer) => return self.answered(now_us, errand, answer, actions),
             Input::Opened { connection, purpose, .. } => {
                 self.purposes.insert(connection, purpose);
-                if purpose == Purpose::Serving {
-                    let snapshot = FromScheduler::Cluster(Box::new(self.director.snapshot()));
-                    actions.push(Action::Send(connection, Message::FromScheduler(snapshot)));
+                if purpose != Purpose::Serving {
+                    return Ok(());
                 }
-                return Ok(());
+                self.send_snapshot(connection, actions);
+                DirectorInput::GatewayOpened(GatewayId(connection.0))
             }
             Input::Message(connection, Message::FromNode(message)) => {
                 DirectorInput::Node(NodeConnection(connection.0), Box::new(message))
@@ -76,11 +143,55 @@ impl Scheduler {
                 return Err("the scheduler received what is not for it".to_owned());
             }
         };
-        self.director.handle(now, input, &mut outputs);
+        self.direct(now_us, input, actions)
+    }
+
+    /// Gives the director an input, and performs what it wants.
+    fn direct(&mut self, now_us: u64, input: DirectorInput, actions: &mut Vec<Action>) -> Result<(), String> {
+        let mut outputs = Vec::new();
+        self.director.handle(Millis(now_us / 1000), input, &mut outputs);
         self.director.engine().check().map_err(|why| format!("the engine is inconsistent: {why}"))?;
         self.director.jobs().check().map_err(|why| format!("the jobs are inconsistent: {why}"))?;
         outputs.into_iter().for_each(|output| self.perform(output, actions));
         Ok(())
+    }
+
+    fn tell_date(&mut self, now_us: u64, actions: &mut Vec<Action>) -> Result<(), String> {
+        let unix_s = now_us / 1_000_000;
+        let Some(shell) = self.shell.as_mut().filter(|shell| shell.unix_s != unix_s) else { return Ok(()) };
+        shell.unix_s = unix_s;
+        self.direct(now_us, DirectorInput::WallClock(unix_s), actions)
+    }
+
+    fn answered(
+        &mut self,
+        now_us: u64,
+        errand: Errand,
+        answer: Result<Answer, Refusal>,
+        actions: &mut Vec<Action>,
+    ) -> Result<(), String> {
+        let Some(shell) = &mut self.shell else { return Ok(()) };
+        let mut events: Vec<Event> = Vec::new();
+        match errand {
+            Errand::Archive => {
+                if let Err(Superseded) = shell.archive.answered(answer, &mut events, actions) {
+                    actions.push(Action::Restart);
+                }
+            }
+            Errand::Keeper => shell.keeper.answered(answer, &mut events, actions),
+            Errand::Name(name) => {
+                let outcome = shell.names.written(&name, answer);
+                return self.direct(now_us, DirectorInput::AdapterPersisted(name, outcome), actions);
+            }
+            _ => {}
+        }
+        let mut inputs = events.into_iter().map(|event| DirectorInput::Jobs(Box::new(event)));
+        inputs.try_for_each(|input| self.direct(now_us, input, actions))
+    }
+
+    fn send_snapshot(&self, gateway: Connection, actions: &mut Vec<Action>) {
+        let snapshot = FromScheduler::Cluster(Box::new(self.director.snapshot()));
+        actions.push(Action::Send(gateway, Message::FromScheduler(snapshot)));
     }
 
     fn perform(&mut self, output: Output, actions: &mut Vec<Action>) {
@@ -100,11 +211,33 @@ impl Scheduler {
             }
             Output::Up(_) => self.ups += 1,
             Output::Down(..) => self.downs += 1,
-            Output::Problem(_) | Output::Jobs(_) | Output::PersistAdapter(..) | Output::Snapshot => {}
+            Output::Problem(_) => {}
+            Output::Snapshot => {
+                let gateways = self.purposes.iter().filter(|(_, purpose)| **purpose == Purpose::Serving);
+                let gateways: Vec<Connection> = gateways.map(|(connection, _)| *connection).collect();
+                gateways.into_iter().for_each(|gateway| self.send_snapshot(gateway, actions));
+            }
+            Output::Jobs(effect) => self.perform_for_jobs(*effect, actions),
+            Output::PersistAdapter(name, record) => {
+                if let Some(shell) = &mut self.shell {
+                    shell.names.write(name, record, actions);
+                }
+            }
             Output::Fenced(by) => {
                 self.fenced_by = self.fenced_by.max(Some(by));
                 actions.push(Action::Restart);
             }
+        }
+    }
+
+    fn perform_for_jobs(&mut self, effect: Effect, actions: &mut Vec<Action>) {
+        let Some(shell) = &mut self.shell else { return };
+        match effect {
+            Effect::Warn(what) | Effect::Note(what) => actions.push(Action::Note(what)),
+            wish @ (Effect::DeleteBlobs { .. } | Effect::Sweep(_) | Effect::WriteResults { .. }) => {
+                shell.keeper.give(wish, actions);
+            }
+            wish => shell.archive.give(wish, actions),
         }
     }
 }

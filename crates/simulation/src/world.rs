@@ -1,16 +1,23 @@
 //! Virtual time, a network, processes, and what happens to them.
 
+mod jobs;
+
+use crate::durable::{Durable, Outage, Wish};
 use crate::gateway::{Gateway, Outcome};
 use crate::node::Node;
-use crate::process::{Action, Connection, Input, Message, Process, Purpose, Timer};
+use crate::owner::Owner;
+use crate::process::{Action, Connection, Errand, Input, Message, Process, Purpose, Timer};
 use crate::random::Random;
-use crate::scenario::{END_US, FAULTS_END_US, Fault, PROBES_US, Scenario};
+use crate::scenario::{END_US, FAULTS_END_US, Fault, Moment, PROBES_US, Scenario};
 use crate::scheduler::Scheduler;
+use crate::tuning::Tuning;
+use crate::watch::Watch;
 use crate::{Report, Violation};
 use ashlar_protocol::membership::{FromNode, ToNode};
 use ashlar_protocol::serving::FromScheduler;
 use ashlar_vocabulary::{LeaseTerm, ReplicaId};
 use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
 
 /// Lines of the trace that a violation carries.
 const TRACE_LINES: usize = 400;
@@ -29,12 +36,33 @@ pub(crate) struct World {
     gateways: Vec<Gateway>,
     /// What the store remembers.
     term: LeaseTerm,
+    /// When the run ends.
+    end_us: u64,
+    /// Fine-tuning jobs, if there are any.
+    tuning: Option<Arc<Tuning>>,
+    durable: Durable,
+    watch: Watch,
+    /// Who falls into it, before or after it acts, and for how long.
+    trap: Option<(Moment, bool, u64)>,
+    /// When to look next whether all jobs have ended, and whether what they made has been asked for then.
+    look_us: u64,
+    probed: bool,
     report: Report,
     trace: Option<VecDeque<String>>,
 }
 
 enum Happening {
-    To { process: Process, incarnation: u64, over: Option<Connection>, input: Box<Input> },
+    To {
+        process: Process,
+        incarnation: u64,
+        over: Option<Connection>,
+        input: Box<Input>,
+    },
+    /// The store does something, and answers this one.
+    Done {
+        wish: Box<Wish>,
+        answer_to: Option<(Process, u64, Errand)>,
+    },
     Fault(Fault),
     Start(Process),
     Mend(Connection),
@@ -60,19 +88,29 @@ struct Wire {
 }
 
 impl World {
-    pub(crate) fn new(seed: u64, traced: bool) -> World {
+    /// The world of a seed, with jobs or without.
+    pub(crate) fn new(seed: u64, with_jobs: bool, traced: bool) -> World {
         let mut random = Random::new(seed);
-        let mut scenario = Scenario::new(&mut random);
-        let nodes = scenario.step_us.iter().enumerate().map(|(number, step_us)| Node::new(number, *step_us));
-        let nodes = nodes.collect();
+        let mut scenario =
+            if with_jobs { Scenario::with_jobs(&mut random) } else { Scenario::new(&mut random) };
+        let times = scenario.step_us.iter().zip(&scenario.pass_us).enumerate();
+        let nodes = times.map(|(number, (step_us, pass_us))| Node::new(number, *step_us, *pass_us)).collect();
         let clients = std::mem::take(&mut scenario.clients);
-        let gateways = clients.into_iter().enumerate().map(|(number, r)| Gateway::new(number, r)).collect();
+        let tuning = scenario.tuning.clone().map(Arc::new);
+        let count = clients.len();
+        let gateway = |(number, requests)| {
+            let owner = tuning.clone().map(|tuning| Owner::new(tuning, number, count));
+            Gateway::new(number, requests, owner)
+        };
+        let gateways = clients.into_iter().enumerate().map(gateway).collect();
+        let mut durable = Durable::default();
+        durable.files.extend(tuning.iter().map(|tuning| (tuning.file.id, tuning.file.clone())));
         let cluster = scenario.cluster(LeaseTerm(1), "1".into());
-        World {
+        let mut world = World {
             seed,
             now_us: 0,
             random,
-            scheduler: Scheduler::new(cluster, scenario.engine()),
+            scheduler: Scheduler::new(cluster.clone(), scenario.engine(), None),
             scenario,
             queue: BTreeMap::new(),
             numbers: 0,
@@ -81,9 +119,18 @@ impl World {
             nodes,
             gateways,
             term: LeaseTerm(1),
+            end_us: if with_jobs { jobs::JOBS_END_US } else { END_US },
+            tuning,
+            durable,
+            watch: Watch::default(),
+            trap: None,
+            look_us: 0,
+            probed: false,
             report: Report::default(),
             trace: traced.then(VecDeque::new),
-        }
+        };
+        world.scheduler = Scheduler::new(cluster, world.scenario.engine(), world.jobs_config());
+        world
     }
 
     /// Runs to the end and verifies that all is well there.
@@ -111,12 +158,14 @@ impl World {
             self.push(at, Happening::Fault(fault));
         }
         while let Some(((at, _), happening)) = self.queue.pop_first() {
-            if at > END_US {
+            if at > self.end_us {
                 break;
             }
             self.now_us = at;
             self.happen(happening)?;
+            self.end_with_probes();
         }
+        self.verify_jobs()?;
         self.verify_end()
     }
 
@@ -131,6 +180,8 @@ impl World {
                     None => {}
                 }
                 self.report.tokens += request.received.len() as u64;
+                let adapted = request.promise.is_some() && !request.received.is_empty();
+                self.report.adapted += u64::from(adapted);
                 let probe = request.arrival_us >= PROBES_US;
                 if probe && !matches!(request.outcome, Some(Outcome::Finished(_))) {
                     return Err(format!("after all faults a request ended as {:?}", request.outcome));
@@ -213,7 +264,19 @@ impl World {
                     );
                     return Ok(());
                 }
-                self.deliver(process, input)
+                let sprung = self.sprung(&input);
+                if sprung.is_none_or(|(before, _)| !before) {
+                    self.deliver(process, input)?;
+                }
+                if let Some((_, for_us)) = sprung {
+                    self.note(|| format!("{process:?} falls into the trap"));
+                    self.kill(process, for_us);
+                }
+                Ok(())
+            }
+            Happening::Done { wish, answer_to } => {
+                self.note(|| format!("the store ← {}", clipped(format!("{wish:?}"))));
+                self.done(*wish, answer_to)
             }
             Happening::Mend(connection) => {
                 self.break_wire(connection);
@@ -236,7 +299,11 @@ impl World {
         self.note(|| format!("{process:?} ← {}", short(&input)));
         let mut actions = Vec::new();
         match process {
-            Process::Scheduler => self.scheduler.handle(self.now_us, input, &mut actions)?,
+            Process::Scheduler => {
+                self.watch_heard(&input);
+                self.scheduler.handle(self.now_us, input, &mut actions)?;
+                self.watch_acted(&actions)?;
+            }
             Process::Node(number) => {
                 if let Some(node) = self.nodes.get_mut(number) {
                     node.handle(input, &mut self.random, &mut actions)?;
@@ -266,6 +333,8 @@ impl World {
             Action::Close(connection) => self.break_wire(connection),
             Action::Connect { to, purpose } => self.connect(process, to, purpose),
             Action::Restart => self.kill(process, 10_000),
+            Action::Call(errand, wish) => self.call(process, errand, wish),
+            Action::Note(what) => self.note(|| what),
         }
     }
 
@@ -378,7 +447,8 @@ impl World {
                 self.term = LeaseTerm(self.term.max(fenced).0 + 1);
                 let holder = format!("{}", life_number(self.lives.get(&process)));
                 let cluster = self.scenario.cluster(self.term, holder);
-                self.scheduler = Scheduler::new(cluster, self.scenario.engine());
+                self.scheduler = Scheduler::new(cluster, self.scenario.engine(), self.jobs_config());
+                self.watch.died();
             }
             Process::Node(number) => {
                 if let Some(node) = self.nodes.get_mut(number) {
@@ -417,6 +487,11 @@ impl World {
                 self.term = LeaseTerm(0);
                 self.kill(Process::Scheduler, 100_000);
             }
+            Fault::Trap { moment, before, for_us } => self.trap = Some((moment, before, for_us)),
+            Fault::Outage { half, whom, slow, for_us } => {
+                let until_us = self.now_us + for_us;
+                self.begin_outage(Outage { until_us, whom, what: half, slow });
+            }
         }
     }
 
@@ -453,7 +528,10 @@ fn may_repeat(message: &Message) -> bool {
 }
 
 fn short(input: &Input) -> String {
-    let text = format!("{input:?}");
+    clipped(format!("{input:?}"))
+}
+
+fn clipped(text: String) -> String {
     match text.char_indices().nth(300) {
         Some((end, _)) => format!("{}…", &text[..end]),
         None => text,

@@ -4,6 +4,7 @@ use crate::cluster::NodeConnection;
 use crate::engine::GatewayId;
 use crate::time::Millis;
 use ashlar_protocol::admin::{AdapterView, AdminReply, LoadAdapter};
+use ashlar_protocol::membership::AdapterRefusal;
 use ashlar_vocabulary::{AdapterId, Bytes, ReplicaId, ReplicaRevision};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
@@ -87,8 +88,10 @@ pub enum Event {
         revision: ReplicaRevision,
         /// The adapter.
         adapter: AdapterId,
+        /// The number of the load that it answers.
+        load: u64,
         /// What it takes, or why not.
-        outcome: Result<Bytes, String>,
+        outcome: Result<Bytes, AdapterRefusal>,
     },
     /// A sequence waits for an adapter.
     Wanted {
@@ -121,6 +124,8 @@ pub enum Effect {
         revision: ReplicaRevision,
         /// The adapter.
         adapter: AdapterId,
+        /// The number of this load, never used again in this term.
+        load: u64,
     },
     /// Have ranks forget an adapter, after every step sent so far.
     Unload {

@@ -3,7 +3,8 @@
 //! Layout: [`events`] (what goes in and out), `residents` (what is in memory where).
 //!
 //! A name is published in two phases: it is shown to gateways once every rank of every replica that serves has loaded its
-//! share and the store has the record. If one cannot, the caller hears why, and the others give theirs up.
+//! share and the store has the record. A replica that comes up meanwhile has to load it, too. If one cannot, the caller hears
+//! why, and the others give theirs up.
 //!
 //! **Invariants:** no tokio, clock, randomness or I/O. A published generation's adapter never changes. An adapter is taken
 //! from ranks only while no sequence that they know has it, and the engine hears of it first. At most one change of a name
@@ -47,6 +48,14 @@ struct Change {
     /// What is to be stored; `None` to delete.
     record: Option<AdapterRecord>,
     phase: Phase,
+    /// The job that asked for it does not want it any more: the name goes when the store is done.
+    taken_back: Option<Caller>,
+}
+
+impl Change {
+    fn new(caller: Caller, since: Millis, record: Option<AdapterRecord>, phase: Phase) -> Change {
+        Change { caller, since, record, phase, taken_back: None }
+    }
 }
 
 #[derive(Debug, Clone)]
@@ -112,18 +121,15 @@ impl Adapters {
             }
             Event::ReplicaUp { replica, revision, ranks } => {
                 self.residents.up(replica, revision, ranks);
-                let served = self.names.values().filter_map(AdapterRecord::served).map(|view| view.adapter);
-                let served: BTreeSet<AdapterId> = served.collect();
-                for adapter in served.into_iter().take(self.residents.config().max_adapters) {
-                    self.residents.load(replica, adapter, users, effects);
-                }
+                self.replica_up(replica, users, effects);
             }
             Event::ReplicaDown { replica } => {
                 self.residents.down(replica);
                 self.loaded(replica, None, &Loaded::Ready, effects);
             }
-            Event::Answer { connection, revision, adapter, outcome } => {
-                let loaded = self.residents.answer(connection, revision, adapter, outcome, users, effects);
+            Event::Answer { connection, revision, adapter, load, outcome } => {
+                let load = (adapter, load);
+                let loaded = self.residents.answer(connection, revision, load, outcome, users, effects);
                 if let Some((replica, loaded)) = loaded {
                     self.loaded(replica, Some(adapter), &loaded, effects);
                 }
@@ -132,7 +138,7 @@ impl Adapters {
                 self.residents.want(replica, adapter);
                 self.residents.load_wanted(users, effects);
             }
-            Event::Persisted { name, outcome } => self.persisted(&name, outcome, effects),
+            Event::Persisted { name, outcome } => self.persisted(now, &name, outcome, effects),
             Event::Tick => {
                 self.expire(now, effects);
                 self.load_missing(users, effects);
@@ -185,7 +191,7 @@ impl Adapters {
         let over = record.generations.len().saturating_sub(GENERATIONS_KEPT);
         record.generations.drain(..over);
         let phase = Phase::Loading { adapter, missing };
-        self.changes.insert(name, Change { caller, since: now, record: Some(record), phase });
+        self.changes.insert(name, Change::new(caller, now, Some(record), phase));
         self.load_missing(users, effects);
         Ok(())
     }
@@ -227,14 +233,54 @@ impl Adapters {
         expected_generation: Option<u64>,
         effects: &mut Vec<Effect>,
     ) -> Result<(), AdminFailure> {
+        if matches!(caller, Caller::Job(_)) && self.take_back(&name, caller, effects) {
+            return Ok(());
+        }
         if !self.names.contains_key(&name) && !self.changes.contains_key(&name) {
             return Err(refused(AdminFailureKind::NotFound, format!("no adapter `{name}` is loaded")));
         }
         self.check_change(&name, expected_generation)?;
-        let change = Change { caller, since: now, record: None, phase: Phase::Storing };
-        self.changes.insert(name.clone(), change);
-        effects.push(Effect::Persist { name, record: None });
+        self.delete(now, caller, name, effects);
         Ok(())
+    }
+
+    fn delete(&mut self, now: Millis, caller: Caller, name: String, effects: &mut Vec<Effect>) {
+        self.changes.insert(name.clone(), Change::new(caller, now, None, Phase::Storing));
+        effects.push(Effect::Persist { name, record: None });
+    }
+
+    /// A job does not want a name any more, perhaps while it is being published. Whether that is all: an attempt that only
+    /// loads ends here; what the store is writing goes once it is written.
+    fn take_back(&mut self, name: &str, caller: Caller, effects: &mut Vec<Effect>) -> bool {
+        let Some(change) = self.changes.get_mut(name) else { return false };
+        if let Phase::Storing = change.phase {
+            change.taken_back = Some(caller);
+            return true;
+        }
+        let message = "it is not wanted any more".to_owned();
+        self.give_up(name, refused(AdminFailureKind::Conflict, message), effects);
+        !self.names.contains_key(name)
+    }
+
+    /// A replica serves: it gets what is being published, for which whoever asked waits, and what is served already.
+    fn replica_up(&mut self, replica: ReplicaId, users: &dyn Users, effects: &mut Vec<Effect>) {
+        for change in self.changes.values_mut() {
+            if let Phase::Loading { missing, .. } = &mut change.phase {
+                missing.insert(replica);
+            }
+        }
+        // What the store is writing is served in a moment.
+        let changed = self.changes.values().filter_map(|change| change.record.as_ref());
+        let served = changed.chain(self.names.values()).filter_map(AdapterRecord::served);
+        let mut wanted: Vec<AdapterId> = Vec::new();
+        for view in served {
+            if !wanted.contains(&view.adapter) {
+                wanted.push(view.adapter);
+            }
+        }
+        for adapter in wanted.into_iter().take(self.residents.config().max_adapters) {
+            self.residents.load(replica, adapter, users, effects);
+        }
     }
 
     /// Whether a name may be changed now by someone who expects `expected` to be served.
@@ -288,13 +334,9 @@ impl Adapters {
                 continue;
             }
             match loaded {
-                Loaded::Failed(reason) => {
-                    let message = format!("the adapter `{name}` cannot be loaded: {reason}");
-                    ended.push((name.clone(), refused(AdminFailureKind::Invalid, message)));
-                }
-                Loaded::NoRoomBesideJobs(reason) => {
-                    let message = format!("the adapter `{name}` cannot be loaded now: {reason}");
-                    ended.push((name.clone(), refused(AdminFailureKind::Unavailable, message)));
+                Loaded::Failed(failure) => {
+                    let message = format!("the adapter `{name}` cannot be loaded: {}", failure.message);
+                    ended.push((name.clone(), refused(failure.kind, message)));
                 }
                 Loaded::Ready if adapter.is_none() && none_left => {
                     let message = "the last replica was lost while it loaded the adapter: try again shortly";
@@ -320,11 +362,22 @@ impl Adapters {
         }
     }
 
-    fn persisted(&mut self, name: &str, outcome: Result<(), String>, effects: &mut Vec<Effect>) {
-        if let Err(reason) = outcome {
-            let message = format!("the adapter `{name}` could not be recorded: {reason}");
-            return self.give_up(name, refused(AdminFailureKind::Unavailable, message), effects);
+    fn persisted(&mut self, now: Millis, name: &str, outcome: Result<(), String>, effects: &mut Vec<Effect>) {
+        let taken_back = self.changes.get(name).and_then(|change| change.taken_back);
+        match outcome {
+            Ok(()) => self.recorded(name, effects),
+            Err(reason) => {
+                let message = format!("the adapter `{name}` could not be recorded: {reason}");
+                self.give_up(name, refused(AdminFailureKind::Unavailable, message), effects);
+            }
         }
+        if let Some(caller) = taken_back.filter(|_| self.names.contains_key(name)) {
+            self.delete(now, caller, name.to_owned(), effects);
+        }
+    }
+
+    /// The store has a name's change.
+    fn recorded(&mut self, name: &str, effects: &mut Vec<Effect>) {
         let Some(change) = self.changes.remove(name) else { return };
         let reply = match change.record {
             Some(record) => {

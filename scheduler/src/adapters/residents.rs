@@ -4,6 +4,8 @@
 
 use super::events::{AdaptersConfig, Effect, Users};
 use crate::cluster::NodeConnection;
+use ashlar_protocol::admin::{AdminFailure, AdminFailureKind};
+use ashlar_protocol::membership::AdapterRefusal;
 use ashlar_vocabulary::{AdapterId, Bytes, ReplicaId, ReplicaRevision};
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -20,7 +22,12 @@ struct Place {
 /// How far an adapter is on a replica.
 #[derive(Debug, Clone)]
 enum Residency {
-    Loading { missing: BTreeSet<NodeConnection>, failure: Option<String> },
+    /// Under the number of its load.
+    Loading {
+        load: u64,
+        missing: BTreeSet<NodeConnection>,
+        failure: Option<AdapterRefusal>,
+    },
     Loaded,
 }
 
@@ -29,10 +36,8 @@ enum Residency {
 pub(super) enum Loaded {
     /// Every rank has it.
     Ready,
-    /// It is not there; no rank keeps its share.
-    Failed(String),
-    /// Neither, as fine-tuning jobs have reserved the room: later it may be.
-    NoRoomBesideJobs(String),
+    /// It is not there; no rank keeps its share. Why, and of which kind that is.
+    Failed(AdminFailure),
 }
 
 /// Whether a load has been begun.
@@ -53,11 +58,12 @@ pub(super) struct Residents {
     places: BTreeMap<ReplicaId, Place>,
     /// What adapters take on the rank with the largest share, as far as they have been loaded in this term.
     sizes: BTreeMap<AdapterId, Bytes>,
+    loads: u64,
 }
 
 impl Residents {
     pub(super) fn new(config: AdaptersConfig) -> Residents {
-        Residents { config, places: BTreeMap::new(), sizes: BTreeMap::new() }
+        Residents { config, places: BTreeMap::new(), sizes: BTreeMap::new(), loads: 0 }
     }
 
     pub(super) fn config(&self) -> &AdaptersConfig {
@@ -126,10 +132,10 @@ impl Residents {
             }
         }
         let Some(place) = self.places.get_mut(&replica) else { return Begun::NoRoom };
-        let missing = place.ranks.iter().copied().collect();
-        place.adapters.insert(adapter, Residency::Loading { missing, failure: None });
-        let (ranks, revision) = (place.ranks.clone(), place.revision);
-        effects.push(Effect::Load { replica, ranks, revision, adapter });
+        self.loads += 1;
+        let (load, missing) = (self.loads, place.ranks.iter().copied().collect());
+        place.adapters.insert(adapter, Residency::Loading { load, missing, failure: None });
+        effects.push(Effect::Load { replica, ranks: place.ranks.clone(), revision: place.revision, adapter, load });
         Begun::Loading
     }
 
@@ -200,19 +206,21 @@ impl Residents {
         self.sizes.retain(|adapter, _| keep(*adapter) || held(adapter));
     }
 
-    /// A rank's answer; what it means once it is the last one. Answers of a former layout say nothing.
+    /// A rank's answer; what it means once it is the last one. Answers of a former layout, or to a former load, say nothing.
     pub(super) fn answer(
         &mut self,
         connection: NodeConnection,
         revision: ReplicaRevision,
-        adapter: AdapterId,
-        outcome: Result<Bytes, String>,
+        (adapter, number): (AdapterId, u64),
+        outcome: Result<Bytes, AdapterRefusal>,
         users: &dyn Users,
         effects: &mut Vec<Effect>,
     ) -> Option<(ReplicaId, Loaded)> {
         let (&replica, place) = self.places.iter_mut().find(|(_, place)| place.revision == revision)?;
-        let Residency::Loading { missing, failure } = place.adapters.get_mut(&adapter)? else { return None };
-        if !missing.remove(&connection) {
+        let Residency::Loading { load, missing, failure } = place.adapters.get_mut(&adapter)? else {
+            return None;
+        };
+        if *load != number || !missing.remove(&connection) {
             return None;
         }
         match outcome {
@@ -221,50 +229,74 @@ impl Residents {
                 // A rank that lies is not to overflow a sum.
                 *size = bytes.min(Bytes(1 << 48)).max(*size);
             }
-            Err(reason) => drop(failure.get_or_insert(reason)),
+            // What lasts says more than what may be over the next time.
+            Err(refusal) if failure.as_ref().is_none_or(|former| former.retry && !refusal.retry) => {
+                *failure = Some(refusal);
+            }
+            Err(_) => {}
         }
         if !missing.is_empty() {
             return None;
         }
-        let failure = failure.take();
-        let limit = self.limit(replica, users);
-        if failure.is_none() {
-            let place = self.places.get_mut(&replica)?;
+        let Some(refusal) = failure.take() else {
             place.adapters.insert(adapter, Residency::Loaded);
-            let fits = self.sizes.get(&adapter).is_none_or(|size| *size <= limit);
-            while fits && self.bytes(replica) > limit && self.evict(replica, Some(adapter), users, effects) {}
-            if self.bytes(replica) <= limit {
-                effects.push(Effect::Resident { replica, adapter });
-                return Some((replica, Loaded::Ready));
-            }
-        }
-        let place = self.places.get_mut(&replica)?;
-        place.adapters.remove(&adapter)?;
-        let ranks = place.ranks.clone();
-        let loaded = match failure {
-            Some(failure) => Loaded::Failed(failure),
-            // Asked for again it is loaded again: those in use may have gone.
-            None => self.without_room(adapter, limit),
+            return Some((replica, self.make_room_for(replica, adapter, users, effects)));
         };
-        effects.push(Effect::Unload { ranks, adapter });
-        if let Loaded::Failed(reason) | Loaded::NoRoomBesideJobs(reason) = &loaded {
-            effects.push(Effect::Failed { replica, adapter, reason: reason.clone() });
-        }
-        Some((replica, loaded))
+        place.adapters.remove(&adapter);
+        let kind = if refusal.retry { AdminFailureKind::Unavailable } else { AdminFailureKind::Invalid };
+        Some((
+            replica,
+            self.failed(replica, adapter, AdminFailure { kind, message: refusal.message }, effects),
+        ))
     }
 
-    /// Why an adapter that ranks could load cannot stay.
-    fn without_room(&mut self, adapter: AdapterId, limit: Bytes) -> Loaded {
-        let (size, most) = (self.sizes.remove(&adapter).unwrap_or_default(), self.config.memory);
-        if size <= most && limit < most {
-            return Loaded::NoRoomBesideJobs(format!(
+    /// An adapter has been loaded and its size is known: others go for it, or it goes itself.
+    fn make_room_for(
+        &mut self,
+        replica: ReplicaId,
+        adapter: AdapterId,
+        users: &dyn Users,
+        effects: &mut Vec<Effect>,
+    ) -> Loaded {
+        let (limit, most) = (self.limit(replica, users), self.config.memory);
+        let fits = self.sizes.get(&adapter).is_none_or(|size| *size <= limit);
+        while fits && self.bytes(replica) > limit && self.evict(replica, Some(adapter), users, effects) {}
+        if self.bytes(replica) <= limit {
+            effects.push(Effect::Resident { replica, adapter });
+            return Loaded::Ready;
+        }
+        if let Some(place) = self.places.get_mut(&replica) {
+            place.adapters.remove(&adapter);
+        }
+        // Asked for again it is loaded again: those in use may have gone.
+        let size = self.sizes.remove(&adapter).unwrap_or_default();
+        let (kind, message) = if size <= most && limit < most {
+            let message = format!(
                 "its {size} on a rank do not fit into the {limit} that running fine-tuning jobs leave to adapters there, \
                  beside those in use: try again when a job has ended, pause one, or unload others"
-            ));
-        }
-        Loaded::Failed(format!(
-            "its {size} on a rank do not fit into the {most} that adapters may take, beside those in use: raise \
-             adapter_memory_bytes, or unload others"
-        ))
+            );
+            (AdminFailureKind::Unavailable, message)
+        } else {
+            let message = format!(
+                "its {size} on a rank do not fit into the {most} that adapters may take, beside those in use: raise \
+                 adapter_memory_bytes, or unload others"
+            );
+            (if fits { AdminFailureKind::Full } else { AdminFailureKind::Invalid }, message)
+        };
+        self.failed(replica, adapter, AdminFailure { kind, message }, effects)
+    }
+
+    /// A load has come to nothing: no rank keeps its share.
+    fn failed(
+        &self,
+        replica: ReplicaId,
+        adapter: AdapterId,
+        failure: AdminFailure,
+        effects: &mut Vec<Effect>,
+    ) -> Loaded {
+        let ranks = self.places.get(&replica).map(|place| place.ranks.clone()).unwrap_or_default();
+        effects.push(Effect::Unload { ranks, adapter });
+        effects.push(Effect::Failed { replica, adapter, reason: failure.message.clone() });
+        Loaded::Failed(failure)
     }
 }

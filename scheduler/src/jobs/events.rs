@@ -72,6 +72,9 @@ pub struct Progress {
     pub results_due: bool,
     /// How far it was when its present shards were made, where not every step has some.
     pub at_shards: Option<Counts>,
+    /// Blobs of former states that may still be stored, each with a number of steps: once a record of more steps is durable, the
+    /// blob is deleted. They are part of the record, so that whoever takes over deletes them, too.
+    pub superseded: Vec<(u64, BlobId)>,
 }
 
 /// What a job counts from step to step.
@@ -156,6 +159,13 @@ pub enum Event {
         /// In the order of their numbers.
         events: Option<Vec<JobEvent>>,
     },
+    /// The answer to [`Effect::DeleteBlobs`]: they are gone, or left to a sweep.
+    BlobsDeleted {
+        /// The job.
+        job: JobId,
+        /// Which.
+        blobs: Vec<BlobId>,
+    },
     /// A job's table of steps is stored as a blob, or cannot be.
     ResultsWritten {
         /// The job.
@@ -172,7 +182,11 @@ pub enum Event {
     NotPublished {
         /// The name.
         name: String,
-        /// Why; [`Unavailable`](ashlar_protocol::admin::AdminFailureKind::Unavailable) is tried again.
+        /// Why. Some kinds pass and are tried again, so many times: [`Unavailable`], [`Full`] and [`Conflict`].
+        ///
+        /// [`Unavailable`]: ashlar_protocol::admin::AdminFailureKind::Unavailable
+        /// [`Full`]: ashlar_protocol::admin::AdminFailureKind::Full
+        /// [`Conflict`]: ashlar_protocol::admin::AdminFailureKind::Conflict
         failure: AdminFailure,
     },
     /// The wall clock, in seconds since 1970. Only records show it.
@@ -259,8 +273,14 @@ pub enum Effect {
         /// How many chunks of events it has.
         chunks: u64,
     },
-    /// Delete blobs: nothing durable refers to them any more.
-    DeleteBlobs(Vec<BlobId>),
+    /// Delete blobs of a job's former states, to which nothing durable refers any more, and answer with
+    /// [`Event::BlobsDeleted`].
+    DeleteBlobs {
+        /// The job.
+        job: JobId,
+        /// Which.
+        blobs: Vec<BlobId>,
+    },
     /// Sweep what nothing refers to. Whoever performs it adds what others refer to: every adapter that is served.
     Sweep(Box<References>),
     /// Serve an adapter; answered by [`Event::Published`] or [`Event::NotPublished`].

@@ -8,6 +8,7 @@ use crate::time::Millis;
 use ashlar_protocol::admin::{JobEvent, JobEventKind, JobRecord, JobRequest, JobStatus};
 use ashlar_protocol::training::{Rewards, StepMetrics, TrainingMethod, TrainingSettings, ValidationData};
 use ashlar_vocabulary::{BlobId, LeaseTerm};
+use std::collections::BTreeSet;
 
 /// Longest text of a rank or a gateway that a record keeps, in bytes.
 const TEXT_BYTES_MAX: usize = 2048;
@@ -80,8 +81,8 @@ pub(super) struct Saving {
     pub(super) in_flight: Option<Snapshot>,
     /// Steps of the durable record.
     pub(super) steps: u64,
-    /// Blobs of former states, with the steps committed then.
-    pub(super) superseded: Vec<(u64, BlobId)>,
+    /// Which of the superseded blobs are being deleted.
+    pub(super) deleting: BTreeSet<BlobId>,
     /// Calls to be answered with the record once it is durable.
     pub(super) calls: Vec<Call>,
     /// The table of steps is being written.
@@ -237,7 +238,7 @@ impl Job {
         let is_durable = !shards.is_empty();
         if is_durable {
             let former = std::mem::replace(&mut record.shards, shards);
-            self.saving.superseded.extend(former.into_iter().map(|shard| (record.steps, shard)));
+            self.progress.superseded.extend(former.into_iter().map(|shard| (record.steps, shard)));
             record.steps_since_shards = 0;
         }
         record.steps += 1;

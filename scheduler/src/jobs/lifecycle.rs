@@ -30,7 +30,9 @@ impl Jobs {
         let (place, unix_s) = (self.queue_places, self.unix_s);
         let Some(job) = self.jobs.get_mut(id) else { return };
         match &mut job.phase {
-            Phase::Ended if !job.progress.results_due => return,
+            Phase::Ended if !job.progress.results_due && job.progress.superseded.is_empty() => return,
+            // Only blobs are left to be deleted.
+            Phase::Ended if !job.progress.results_due => {}
             Phase::Ended => {
                 job.saving.results_asked = true;
                 let chunks = job.log.chunks();
@@ -171,7 +173,7 @@ impl Jobs {
         record.remaining_s = None;
         let held = job.held.take().map(|held| held.shards).unwrap_or_default();
         let shards = std::mem::take(&mut record.shards).into_iter().chain(held).chain(prepared);
-        job.saving.superseded.extend(shards.map(|shard| (record.steps, shard)));
+        job.progress.superseded.extend(shards.map(|shard| (record.steps, shard)));
         if record.steps > 0 && blobs {
             record.result_files = vec![names::results_file(id)];
             if let (JobStatus::Succeeded, Some(last)) = (status, record.checkpoints.last()) {

@@ -8,7 +8,8 @@
 //!
 //! **Invariants:** no tokio, clock, randomness or I/O: the store is an effect, its answers are events. A step is committed only
 //! when every rank has voted for it. At most one committed step is not durable, so a new scheduler repeats one at most; where all
-//! weights train, those since the last step with shards. A blob is deleted only when a later record is durable. Serving never waits for any of this.
+//! weights train, those since the last step with shards. A blob is deleted only when a later record is durable, and is named in
+//! records until it is. Serving never waits for any of this.
 
 mod admin;
 mod event_log;
@@ -136,6 +137,7 @@ impl Jobs {
             Event::StoreDown(reason) => self.store_down(reason),
             Event::StoreUp => self.store_down = None,
             Event::EventsRead { read, events } => self.events_read(read, events),
+            Event::BlobsDeleted { job, blobs } => self.blobs_deleted(job, &blobs),
             Event::ResultsWritten { job, outcome } => self.results_written(job, outcome),
             Event::Published { name } => self.published(&name),
             Event::NotPublished { name, failure } => self.not_published(&name, &failure),

@@ -85,6 +85,10 @@ impl Jobs {
     }
 
     pub(super) fn ask_to_publish(&mut self, id: JobId) {
+        // Where nobody could load it, asking would only use up attempts.
+        if self.replicas.is_empty() {
+            return;
+        }
         let unix_s = self.unix_s;
         let Some(job) = self.jobs.get_mut(id) else { return };
         let Some(adapter) = job.record.checkpoints.last().map(|last| last.adapter) else { return };
@@ -116,12 +120,15 @@ impl Jobs {
         let now = self.now;
         let why = job::short(failure.message.clone());
         let Some(id) = self.publishing(name) else {
-            return self.effects.push(Effect::Warn(format!("checkpoint {name} is not served: {why}")));
+            return self.effects.push(Effect::Warn(format!("{name} is not served: {why}")));
         };
         let Some(job) = self.jobs.get_mut(id) else { return };
         let Phase::Publishing { asked, due, attempts } = &mut job.phase else { return };
         *attempts += 1;
-        let again = matches!(failure.kind, AdminFailureKind::Unavailable | AdminFailureKind::Full);
+        let again = match failure.kind {
+            AdminFailureKind::Unavailable | AdminFailureKind::Full | AdminFailureKind::Conflict => true,
+            AdminFailureKind::Invalid | AdminFailureKind::NotFound | AdminFailureKind::Internal => false,
+        };
         if again && *attempts < ATTEMPTS_MAX {
             *asked = false;
             *due = now.plus((RETRY_MS << (*attempts - 1).min(16)).min(RETRY_MS_MAX));

@@ -3,13 +3,16 @@
 use super::admin::refused;
 use super::events::{Effect, Loaded};
 use super::job::{Call, Job, Snapshot};
+use super::session::Session;
 use super::{Jobs, names};
 use ashlar_protocol::admin::{AdminFailureKind, AdminReply, FileRecord};
 use ashlar_vocabulary::{BlobId, FileId, JobId};
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 /// Time between two sweeps.
 const SWEEP_EVERY_MS: u64 = 24 * 3600 * 1000;
+/// Most blobs of former states that a record names; a session's ranks leave one each per step.
+const SUPERSEDED_MAX: usize = 1024;
 /// Most writes of files' records that are not yet durable.
 const FILE_SAVES_MAX: usize = 256;
 
@@ -60,8 +63,12 @@ impl Jobs {
             self.jobs.insert(id, Job::stored(stored, tail, 0, self.now));
         }
         let oldest_first: Vec<JobId> = self.jobs.oldest_first().map(|(id, _)| id).collect();
+        for id in &oldest_first {
+            self.take_up(*id);
+        }
+        // A former scheduler may not have come to it.
         for id in oldest_first {
-            self.take_up(id);
+            self.delete_superseded(id);
         }
     }
 
@@ -107,6 +114,7 @@ impl Jobs {
                 continue;
             }
             job.saving.dirty = false;
+            job.bound_superseded();
             job.saving.in_flight = Some(Snapshot {
                 steps: job.record.steps,
                 events: job.log.count(),
@@ -122,51 +130,73 @@ impl Jobs {
         let Some(snapshot) = job.saving.in_flight.take() else { return };
         job.saving.steps = snapshot.steps;
         job.log.saved(snapshot.events, job.ended());
-        let durable = snapshot.steps;
-        // Of an ended job nothing is needed once that is durable.
-        let all = job.ended() && !job.saving.dirty;
-        let gone: Vec<BlobId> = job
-            .saving
-            .superseded
-            .extract_if(.., |(steps, _)| all || *steps < durable)
-            .map(|(_, blob)| blob)
-            .collect();
         let results =
             job.ended() && job.progress.results_due && !job.saving.results_asked && !job.saving.dirty;
         if results {
             job.saving.results_asked = true;
             self.effects.push(Effect::WriteResults { job: id, chunks: job.log.chunks() });
         }
-        if job.ended() && !job.saving.dirty && !job.progress.results_due {
-            self.active.remove(&id);
-        }
         let reply = AdminReply::Job(Box::new(job.record.clone()));
         for call in snapshot.calls {
             self.reply(call, reply.clone());
         }
-        self.delete_superseded(id, gone);
+        self.delete_superseded(id);
+        self.forget_if_done(id);
         // A step may have waited for this.
         self.commit(id);
     }
 
-    /// Deletes blobs of former states, unless somebody else may refer to them: two jobs with equal settings have equal states.
-    fn delete_superseded(&mut self, id: JobId, mut gone: Vec<BlobId>) {
-        if gone.is_empty() {
+    /// Nothing more is to be done for a job that has ended once that is durable and nothing of it is left behind.
+    fn forget_if_done(&mut self, id: JobId) {
+        let done = |job: &Job| {
+            let written = !job.saving.dirty && job.saving.in_flight.is_none() && !job.progress.results_due;
+            job.ended() && written && job.progress.superseded.is_empty()
+        };
+        if self.jobs.get(id).is_some_and(done) {
+            self.active.remove(&id);
+        }
+    }
+
+    /// Has blobs of former states deleted that the durable record does not need, unless somebody else may refer to them: two jobs
+    /// with equal settings may have equal states.
+    pub(super) fn delete_superseded(&mut self, id: JobId) {
+        let Some(job) = self.jobs.get(id) else { return };
+        let unwanted: Vec<BlobId> = job.unwanted().collect();
+        if unwanted.is_empty() {
             return;
         }
-        let settings = self.jobs.get(id).and_then(|job| job.record.settings.clone());
-        for other in self.active.iter().filter_map(|id| self.jobs.get(*id)) {
-            if other.record.request.id != id && !other.ended() && other.record.settings == settings {
-                // The sweep finds them when both have ended.
-                return;
-            }
-            gone.retain(|blob| !other.blobs().any(|held| held == *blob));
+        let settings = &job.record.settings;
+        let others = self.active.iter().filter_map(|id| self.jobs.get(*id));
+        let others: Vec<&Job> = others.filter(|other| other.record.request.id != id).collect();
+        // The sweep finds them when both have ended.
+        let twin = others.iter().any(|other| !other.ended() && other.record.settings == *settings);
+        let needed = |blob: &BlobId| {
+            twin || job.needs(*blob)
+                || others.iter().any(|other| other.blobs().any(|held| held == *blob))
+                // Somebody may have uploaded the same bytes.
+                || self.files.values().any(|file| file.blob == *blob)
+        };
+        let (kept, gone): (BTreeSet<BlobId>, BTreeSet<BlobId>) = unwanted.into_iter().partition(needed);
+        let Some(job) = self.jobs.get_mut(id) else { return };
+        job.progress.superseded.retain(|(_, blob)| !kept.contains(blob));
+        if !kept.is_empty() && job.ended() {
+            job.saving.dirty = true;
         }
-        // Somebody may have uploaded the same bytes.
-        gone.retain(|blob| !self.files.values().any(|file| file.blob == *blob));
+        let gone: Vec<BlobId> = gone.into_iter().filter(|blob| job.saving.deleting.insert(*blob)).collect();
         if !gone.is_empty() {
-            self.effects.push(Effect::DeleteBlobs(gone));
+            self.effects.push(Effect::DeleteBlobs { job: id, blobs: gone });
         }
+    }
+
+    /// Blobs are gone: the next record does not name them.
+    pub(super) fn blobs_deleted(&mut self, id: JobId, blobs: &[BlobId]) {
+        let Some(job) = self.jobs.get_mut(id) else { return };
+        for blob in blobs {
+            job.saving.deleting.remove(blob);
+        }
+        job.progress.superseded.retain(|(_, blob)| !blobs.contains(blob));
+        // There will be another record of one that goes on.
+        job.saving.dirty |= job.ended();
     }
 
     pub(super) fn store_down(&mut self, reason: String) {
@@ -221,6 +251,27 @@ impl Jobs {
 }
 
 impl Job {
+    /// Blobs of former states that the durable record does not need: it has more steps, or the job has ended.
+    fn unwanted(&self) -> impl Iterator<Item = BlobId> {
+        let ended = self.ended() && !self.saving.dirty && self.saving.in_flight.is_none();
+        let durable = self.saving.steps;
+        let superseded = self.progress.superseded.iter();
+        superseded.filter(move |(steps, _)| ended || *steps < durable).map(|(_, blob)| *blob)
+    }
+
+    /// Whether its present state, or the one that is about to be committed, has this blob.
+    fn needs(&self, blob: BlobId) -> bool {
+        let held = self.held.iter().flat_map(|held| &held.shards);
+        let prepared = self.session().into_iter().flat_map(Session::prepared);
+        self.record.shards.iter().chain(held).copied().chain(prepared).any(|needed| needed == blob)
+    }
+
+    /// No more are remembered than a record has room for; older ones are left to the sweep.
+    pub(super) fn bound_superseded(&mut self) {
+        let over = self.progress.superseded.len().saturating_sub(SUPERSEDED_MAX);
+        self.progress.superseded.drain(..over);
+    }
+
     /// Blobs that it needs to go on, or that a commit of its present step would make it need.
     pub(super) fn blobs(&self) -> impl Iterator<Item = BlobId> {
         use ashlar_protocol::training::ValidationData;
@@ -233,7 +284,7 @@ impl Job {
             [Some(settings.dataset), validation].into_iter().flatten()
         });
         // What is superseded is referred to by the durable record until a later one is.
-        let superseded = self.saving.superseded.iter().map(|(_, blob)| *blob);
+        let superseded = self.progress.superseded.iter().map(|(_, blob)| *blob);
         let prepared = self.session().into_iter().flat_map(|session| session.prepared());
         let held = self.held.iter().flat_map(|held| held.shards.iter().copied());
         data.chain(self.record.shards.iter().copied()).chain(superseded).chain(prepared).chain(held)

@@ -124,6 +124,12 @@ impl Jobs {
 
     /// Gives up a session; the job goes on from its committed step with another one.
     pub(super) fn interrupt(&mut self, id: JobId, reason: String) {
+        if let Some(job) = self.jobs.get_mut(id) {
+            // Another layout would prepare the step in other pieces.
+            let prepared: Vec<BlobId> = job.session().into_iter().flat_map(Session::prepared).collect();
+            let steps = job.record.steps + 1;
+            job.progress.superseded.extend(prepared.into_iter().map(|shard| (steps, shard)));
+        }
         self.close_session(id);
         let (now, unix_s) = (self.now, self.unix_s);
         let Some(job) = self.jobs.get_mut(id) else { return };

@@ -16,7 +16,7 @@ use tokio::task::JoinHandle;
 const WISHES_MAX: usize = 1024;
 /// Nothing younger is swept: it may be about to be referred to.
 const SWEEP_GRACE: Duration = Duration::from_secs(24 * 3600);
-/// Attempts to write a table.
+/// Attempts to write a table, and to delete the blobs of one wish.
 const ATTEMPTS_MAX: u32 = 5;
 const RETRY: Duration = Duration::from_secs(2);
 
@@ -76,7 +76,11 @@ impl Task {
     async fn run(mut self, mut wishes: mpsc::Receiver<Effect>) {
         while let Some(wish) = wishes.recv().await {
             match wish {
-                Effect::DeleteBlobs(gone) => self.delete(&gone).await,
+                Effect::DeleteBlobs { job, blobs } => {
+                    self.delete(&blobs).await;
+                    let event = Box::new(Event::BlobsDeleted { job, blobs });
+                    let _ = self.answers.send(Answer::Event(event)).await;
+                }
                 Effect::WriteResults { job, chunks } => {
                     let outcome = self.write_results(job, chunks).await;
                     let event = Box::new(Event::ResultsWritten { job, outcome });
@@ -90,9 +94,15 @@ impl Task {
 
     async fn delete(&self, gone: &[BlobId]) {
         let Some(blobs) = &self.blobs else { return };
+        let mut attempt = 1;
         for blob in gone {
-            if let Err(error) = blobs.delete(*blob).await {
-                tracing::warn!(%error, "a superseded blob is left to the sweep");
+            while let Err(error) = blobs.delete(*blob).await {
+                if !error.is_retryable() || attempt >= ATTEMPTS_MAX {
+                    tracing::warn!(%error, "a superseded blob is left to the sweep");
+                    break;
+                }
+                tokio::time::sleep(RETRY * attempt).await;
+                attempt += 1;
             }
         }
     }

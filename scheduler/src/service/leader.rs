@@ -316,9 +316,16 @@ impl Leader {
         match effect {
             E::Warn(what) => tracing::warn!("{what}"),
             E::Note(what) => tracing::info!("{what}"),
-            E::DeleteBlobs(_) | E::Sweep(_) => {
-                // What is not deleted now is swept later.
+            E::Sweep(_) => {
+                // Another one follows.
                 let _ = self.performers.keeper.give(effect);
+            }
+            E::DeleteBlobs { job, ref blobs } => {
+                let blobs = blobs.clone();
+                if !self.performers.keeper.give(effect) {
+                    // They are swept later.
+                    self.apply(Input::Jobs(Box::new(jobs::Event::BlobsDeleted { job, blobs })));
+                }
             }
             E::WriteResults { job, .. } => {
                 if !self.performers.keeper.give(effect) {

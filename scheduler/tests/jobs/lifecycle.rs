@@ -3,9 +3,9 @@ use ashlar_protocol::admin::{
     AdminFailure, AdminFailureKind, AdminReply, AdminRequest, FileRecord, JobAction, JobError, JobEventKind,
     JobStatus,
 };
-use ashlar_protocol::training::{TrainingReport, TrainingSettings, ValidationData};
+use ashlar_protocol::training::{TrainingReport, TrainingSettings, TrainingTiming, ValidationData};
 use ashlar_scheduler::jobs::{Event, checkpoint_file, results_file};
-use ashlar_vocabulary::JobId;
+use ashlar_vocabulary::{BlobId, JobId};
 
 fn created(replicas: u32) -> (World, JobId) {
     let mut world = World::new(replicas);
@@ -304,7 +304,11 @@ fn without_validation_data_nothing_is_measured_and_three_checkpoints_are_kept() 
 fn a_model_that_cannot_be_served_yet_is_tried_again_and_one_that_never_can_fails() {
     for (failure, status) in [
         (AdminFailureKind::Unavailable, JobStatus::Succeeded),
+        (AdminFailureKind::Full, JobStatus::Succeeded),
+        (AdminFailureKind::Conflict, JobStatus::Succeeded),
         (AdminFailureKind::Invalid, JobStatus::Failed),
+        (AdminFailureKind::NotFound, JobStatus::Failed),
+        (AdminFailureKind::Internal, JobStatus::Failed),
     ] {
         let (mut world, id) = created(1);
         while world.publishing.iter().all(|load| load.name.contains("ckpt")) {
@@ -442,4 +446,108 @@ fn a_state_that_somebody_has_uploaded_too_is_not_deleted() {
     world.settle();
     assert_eq!(world.status(id), JobStatus::Succeeded);
     assert_eq!(world.stored.blobs.iter().collect::<Vec<_>>(), [&shard]);
+}
+
+/// Runs a job until its model is asked to be served, and drops what its checkpoints want.
+fn asked_to_publish(world: &mut World) -> String {
+    while world.publishing.iter().all(|load| load.name.contains("ckpt")) {
+        if !world.step() {
+            world.pass(1_000);
+        }
+    }
+    let model = world.publishing.drain(..).find(|load| !load.name.contains("ckpt"));
+    model.unwrap().name
+}
+
+#[test]
+fn a_model_that_can_never_be_served_fails_the_job_with_the_ranks_reason_at_once() {
+    let (mut world, id) = created(1);
+    let name = asked_to_publish(&mut world);
+    let message = "the adapter has no effect: every B is zero".to_owned();
+    let failure = AdminFailure { kind: AdminFailureKind::Invalid, message };
+    world.event(Event::NotPublished { name, failure });
+    world.settle();
+    let error = world.record(id).error.clone().unwrap();
+    assert_eq!((world.status(id), &error.code[..]), (JobStatus::Failed, "model_not_served"));
+    assert!(error.message.ends_with("every B is zero"), "{}", error.message);
+    assert!(world.publishing.is_empty() && world.stored.blobs.is_empty());
+}
+
+#[test]
+fn a_model_that_is_refused_for_now_is_asked_for_ten_times_with_growing_pauses() {
+    let (mut world, id) = created(1);
+    let mut asked = 0;
+    let began = world.now;
+    while !world.status(id).is_final() {
+        let name = asked_to_publish(&mut world);
+        asked += 1;
+        let failure = AdminFailure { kind: AdminFailureKind::Unavailable, message: "away".into() };
+        world.event(Event::NotPublished { name, failure });
+    }
+    assert_eq!(asked, 10);
+    assert!(world.now.since(began) > 100_000);
+    world.settle();
+    assert_eq!(world.record(id).error.as_ref().unwrap().code, "model_not_served");
+}
+
+#[test]
+fn a_model_that_nobody_could_load_waits_for_a_replica_without_using_up_attempts() {
+    let (mut world, id) = created(1);
+    let name = asked_to_publish(&mut world);
+    world.replica_dies(0);
+    let message = "the last replica was lost while it loaded the adapter".to_owned();
+    let failure = AdminFailure { kind: AdminFailureKind::Unavailable, message };
+    world.event(Event::NotPublished { name, failure });
+    for _ in 0..100 {
+        world.pass(60_000);
+        world.settle();
+    }
+    assert_eq!((world.status(id), world.publishing.len()), (JobStatus::Running, 0));
+    world.replica_up(0);
+    world.settle();
+    assert_eq!(world.status(id), JobStatus::Succeeded);
+}
+
+#[test]
+fn a_scheduler_that_dies_before_it_deletes_a_former_state_leaves_that_to_the_next_one() {
+    for moment in 0..120 {
+        let (mut world, id) = created(2);
+        // Nothing is ever deleted by the first one.
+        for _ in 0..moment {
+            let heard = world.talkative().first().copied().map(|rank| world.hear(rank)).is_some();
+            let _ = heard || world.store_works() || world.prepare_one() || world.publish_one();
+        }
+        world.scheduler_dies();
+        for _ in 0..4 {
+            world.settle();
+            world.pass(5_000);
+        }
+        world.settle();
+        if world.stored.jobs.contains_key(&id) {
+            assert_eq!(world.status(id), JobStatus::Succeeded, "moment {moment}");
+            assert!(world.stored.blobs.is_empty(), "moment {moment}: {:?}", world.stored.blobs);
+            assert!(world.stored.jobs[&id].progress.superseded.is_empty(), "moment {moment}");
+        }
+    }
+}
+
+#[test]
+fn pieces_of_a_step_that_was_interrupted_are_deleted_once_a_later_one_is_durable() {
+    let (mut world, id) = created(1);
+    at_step(&mut world, id, 1);
+    // The first rank has stored a piece that no other layout has, and said so; then the second one dies.
+    let piece = BlobId([77; 32]);
+    world.stored.blobs.insert(piece);
+    let (shard, timing) = (Some(piece), TrainingTiming::default());
+    world.say(id, TrainingReport::Prepared { step: 1, shard, metrics: None, timing });
+    let rank = world.talkative()[0];
+    world.hear(rank);
+    world.replica_dies(0);
+    world.replica_up(0);
+    world.settle();
+    world.pass(1_000);
+    world.settle();
+    assert_eq!(world.status(id), JobStatus::Succeeded);
+    assert!(world.deleted.contains(&piece));
+    assert!(world.stored.blobs.is_empty(), "{:?}", world.stored.blobs);
 }

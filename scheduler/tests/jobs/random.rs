@@ -29,7 +29,10 @@ fn disturb(world: &mut World, dice: &mut Dice, jobs: &[JobId]) {
         500..700 => {
             world.store_works();
         }
-        700..760 => {
+        700..730 => {
+            world.delete_one();
+        }
+        730..760 => {
             world.prepare_one();
         }
         760..820 => {

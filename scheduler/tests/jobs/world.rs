@@ -80,6 +80,8 @@ pub(crate) struct World {
     pub(crate) published: Vec<String>,
     pub(crate) withdrawn: Vec<String>,
     pub(crate) deleted: Vec<BlobId>,
+    /// What is still to be deleted.
+    deletions: VecDeque<Effect>,
     /// What every rank was told to train with.
     pub(crate) opened: Vec<(JobId, TrainingSettings)>,
     /// How files are validated.
@@ -251,6 +253,7 @@ impl World {
             published: Vec::new(),
             withdrawn: Vec::new(),
             deleted: Vec::new(),
+            deletions: VecDeque::new(),
             opened: Vec::new(),
             settings: settings(),
             losses: BTreeMap::new(),
@@ -314,13 +317,7 @@ impl World {
             Effect::ToNodes(connections, message) => {
                 connections.into_iter().for_each(|rank| self.tell(rank, &message));
             }
-            Effect::DeleteBlobs(gone) => {
-                for blob in gone {
-                    self.stored.blobs.remove(&blob);
-                    self.deleted.push(blob);
-                }
-                self.check_blobs();
-            }
+            wish @ Effect::DeleteBlobs { .. } => self.deletions.push_back(wish),
             Effect::Publish(load) => self.publishing.push_back(load),
             Effect::Withdraw(name) => self.withdrawn.push(name),
             Effect::Sweep(references) => {
@@ -331,6 +328,18 @@ impl World {
             Effect::Warn(_) | Effect::Note(_) => {}
             wish => self.stored.wishes.push_back(wish),
         }
+    }
+
+    /// Deletes blobs of one wish; whether there was one.
+    pub(crate) fn delete_one(&mut self) -> bool {
+        let Some(Effect::DeleteBlobs { job, blobs }) = self.deletions.pop_front() else { return false };
+        for blob in &blobs {
+            self.stored.blobs.remove(blob);
+            self.deleted.push(*blob);
+        }
+        self.check_blobs();
+        self.event(Event::BlobsDeleted { job, blobs });
+        true
     }
 
     /// What a durable record refers to is there.
@@ -428,6 +437,7 @@ impl World {
         self.jobs = Jobs::new(config(self.term, self.max_jobs_running));
         self.preparing.clear();
         self.publishing.clear();
+        self.deletions.clear();
         self.replies.clear();
         self.event(Event::WallClock(5_000 + self.now.0 / 1000));
         self.load();
@@ -652,7 +662,9 @@ impl World {
     pub(crate) fn step(&mut self) -> bool {
         match self.talkative().first() {
             Some(rank) => self.hear(*rank),
-            None => return self.store_works() || self.prepare_one() || self.publish_one(),
+            None => {
+                return self.delete_one() || self.store_works() || self.prepare_one() || self.publish_one();
+            }
         }
         true
     }
