@@ -9,14 +9,14 @@ use ashlar_protocol::frame;
 use ashlar_protocol::membership::{FromNode, Join, ToNode};
 use ashlar_protocol::serving::{FromScheduler, ToScheduler};
 use ashlar_protocol::training::{
-    LearningRateDecay, LearningRateSchedule, LoraSettings, StepMetrics, TrainingMethod, TrainingReport,
-    TrainingSettings, TrainingTiming, TrainingWork, ValidationData,
+    LoraSettings, StepMetrics, TrainingMethod, TrainingReport, TrainingSettings, TrainingTiming,
+    TrainingWork, ValidationData,
 };
 use ashlar_scheduler::{ModelCard, Scheduler, SchedulerConfig};
 use ashlar_store::blobs::{self, BlobOptions};
 use ashlar_vocabulary::{
-    AdapterId, BlobId, Bytes, FileId, FloatType, JobId, LayerVectors, LeaseTerm, ModelDigest, ModelShape,
-    NodeId, Precision, WeightType, WeightTypes,
+    AdapterId, BlobId, Bytes, Decay, FileId, FloatType, JobId, LayerVectors, LeaseTerm, ModelDigest,
+    ModelShape, NodeId, Precision, Schedule, WeightType, WeightTypes,
 };
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -264,7 +264,7 @@ fn prepared() -> PreparedJob {
         micro_batch_rows: 64,
         keep_activations: true,
         learning_rate: RATE,
-        schedule: LearningRateSchedule { warmup_steps: 1, decay: LearningRateDecay::Cosine { floor: 0.1 } },
+        schedule: Schedule { warmup_steps: 1, decay: Decay::Cosine { floor: 0.1 } },
         adam: (0.9, 0.999, 1e-8),
         weight_decay: 0.01,
         norm_max: Some(1.0),

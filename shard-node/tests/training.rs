@@ -1,7 +1,7 @@
 //! Sessions of fine-tuning jobs: ranks in one process, over real connections and a real blob store.
 #![allow(clippy::unwrap_used, missing_docs)]
 
-use ashlar_dataset::plan::{Decay, JobPlan, PlanSettings, Schedule};
+use ashlar_dataset::plan::{JobPlan, PlanSettings};
 use ashlar_dataset::{DatasetReader, DatasetWriter, Method, Sample, TokenSequence};
 use ashlar_kernels::{Isa, Kernels, RowContext, YieldFlag};
 use ashlar_model::adapter::{LoraSpec, Target};
@@ -12,17 +12,16 @@ use ashlar_model::{RankSlice, SingleRank, StageInput, StageModel, Trained};
 use ashlar_protocol::data::{LinkFaults, LinkPurpose};
 use ashlar_protocol::membership::FromNode;
 use ashlar_protocol::training::{
-    FullSettings, LearningRateDecay, LearningRateSchedule, LoraSettings, ModelStart, OpenSession, Rewards,
-    SessionStart, StepMetrics, TrainingMethod, TrainingReport, TrainingSettings, TrainingWork,
-    ValidationData,
+    FullSettings, LoraSettings, ModelStart, OpenSession, Rewards, SessionStart, StepMetrics, TrainingMethod,
+    TrainingReport, TrainingSettings, TrainingWork, ValidationData,
 };
 use ashlar_shard_node::links::{self, LinkSettings};
 use ashlar_shard_node::training::{Place, Resources, Sessions};
 use ashlar_store::blobs::{self, BlobOptions, Blobs};
 use ashlar_training::{Hyperparameters, NormTerms, RunTree, TrainingState, gradient_norm, initial_adapter};
 use ashlar_vocabulary::{
-    AdapterId, BlobId, BlockId, FloatType, HeadSlice, JobId, LayerRange, LeaseTerm, PARTS, Precision,
-    Quantization, ReplicaRevision, SessionId,
+    AdapterId, BlobId, BlockId, Decay, FloatType, HeadSlice, JobId, LayerRange, LeaseTerm, PARTS, Precision,
+    Quantization, ReplicaRevision, Schedule, SessionId,
 };
 use std::collections::BTreeMap;
 use std::io::Cursor;
@@ -148,7 +147,7 @@ fn settings() -> TrainingSettings {
         micro_batch_rows: 64,
         keep_activations: true,
         learning_rate: 1e-2,
-        schedule: LearningRateSchedule { warmup_steps: 2, decay: LearningRateDecay::Cosine { floor: 0.1 } },
+        schedule: Schedule { warmup_steps: 2, decay: Decay::Cosine { floor: 0.1 } },
         adam: (0.9, 0.999, 1e-8),
         weight_decay: 0.01,
         norm_max: Some(0.4),
@@ -421,7 +420,7 @@ fn reference(settings: &TrainingSettings) -> Vec<u8> {
     let trained = Trained::Adapter(spec());
     let mut state = TrainingState::new(&trained, start, shape, &slice, &kernels);
     let mut tree = RunTree::new(trained.sums(shape, &slice));
-    let schedule = Schedule::new(2, Decay::Cosine { floor: 0.1 }).unwrap();
+    let schedule = settings.schedule;
     let (beta1, beta2, epsilon) = settings.adam;
     let (weight_decay, norm_max) = (settings.weight_decay, settings.norm_max);
     let with = Hyperparameters { beta1, beta2, epsilon, weight_decay, norm_max };

@@ -8,7 +8,7 @@
 //! Ranks derive a step's batches from the dataset and the settings; a message only names the step.
 
 use ashlar_vocabulary::{
-    AdapterId, BlobId, Bytes, JobId, ReplicaRevision, SessionId, StageIndex, TensorRank,
+    AdapterId, BlobId, Bytes, JobId, ReplicaRevision, Schedule, SessionId, StageIndex, TensorRank,
 };
 use serde::{Deserialize, Serialize};
 
@@ -40,7 +40,7 @@ pub struct TrainingSettings {
     /// Highest learning rate.
     pub learning_rate: f64,
     /// Its course.
-    pub schedule: LearningRateSchedule,
+    pub schedule: Schedule,
     /// AdamW's β₁, β₂ and ε.
     pub adam: (f32, f32, f32),
     /// Decoupled weight decay.
@@ -131,39 +131,6 @@ pub struct LoraSettings {
     pub dropout: f32,
     /// Modules, as Hugging Face names them (`q_proj`, …).
     pub targets: Vec<String>,
-}
-
-/// The course of the learning rate, in steps.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-pub struct LearningRateSchedule {
-    /// Steps in which it rises from 0.
-    pub warmup_steps: u64,
-    /// What follows.
-    pub decay: LearningRateDecay,
-}
-
-/// What follows the warm-up.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-pub enum LearningRateDecay {
-    /// It stays.
-    Constant,
-    /// A straight line down to this share.
-    Linear {
-        /// 0…1.
-        floor: f64,
-    },
-    /// Half a cosine down to this share.
-    Cosine {
-        /// 0…1.
-        floor: f64,
-    },
-    /// It stays, and falls in the last steps, in a straight line.
-    Late {
-        /// How many steps.
-        steps: u64,
-        /// 0…1.
-        floor: f64,
-    },
 }
 
 /// From the scheduler to a rank: take part in a session. Answered by [`TrainingReport::Opened`] or

@@ -3,10 +3,9 @@
 use ashlar_dataset::plan::{JobPlan, PlanError, PlanSettings, auto_batch_size, auto_epochs, split};
 use ashlar_dataset::{Method, SampleSize};
 use ashlar_protocol::training::{
-    FullSettings, LearningRateDecay, LearningRateSchedule, LoraSettings, ModelStart, TrainingMethod,
-    TrainingSettings, ValidationData,
+    FullSettings, LoraSettings, ModelStart, TrainingMethod, TrainingSettings, ValidationData,
 };
-use ashlar_vocabulary::BlobId;
+use ashlar_vocabulary::{BlobId, Decay, Schedule};
 use serde::{Deserialize, Serialize};
 
 /// Linear modules of a block, as Hugging Face names them.
@@ -188,10 +187,7 @@ impl Choices {
             // Whether there is memory for it is seen when a session opens.
             keep_activations: true,
             learning_rate: self.learning_rate * self.learning_rate_multiplier.unwrap_or(1.0),
-            schedule: LearningRateSchedule {
-                warmup_steps: self.schedule.warmup.steps(steps),
-                decay: self.decay(steps),
-            },
+            schedule: Schedule { warmup_steps: self.schedule.warmup.steps(steps), decay: self.decay(steps) },
             adam: ADAM,
             weight_decay: self.weight_decay,
             norm_max: self.grad_clip,
@@ -202,13 +198,13 @@ impl Choices {
         })
     }
 
-    fn decay(&self, steps: u64) -> LearningRateDecay {
+    fn decay(&self, steps: u64) -> Decay {
         let floor = self.schedule.floor;
         match self.schedule.decay {
-            DecayChoice::Constant => LearningRateDecay::Constant,
-            DecayChoice::Linear => LearningRateDecay::Linear { floor },
-            DecayChoice::Cosine => LearningRateDecay::Cosine { floor },
-            DecayChoice::Late => LearningRateDecay::Late { steps: self.schedule.late.steps(steps), floor },
+            DecayChoice::Constant => Decay::Constant,
+            DecayChoice::Linear => Decay::Linear { floor },
+            DecayChoice::Cosine => Decay::Cosine { floor },
+            DecayChoice::Late => Decay::Late { steps: self.schedule.late.steps(steps), floor },
         }
     }
 }

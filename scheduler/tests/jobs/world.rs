@@ -6,8 +6,8 @@ use ashlar_protocol::admin::{
 };
 use ashlar_protocol::membership::ToNode;
 use ashlar_protocol::training::{
-    ExportedFile, LearningRateDecay, LearningRateSchedule, LoraSettings, SessionStart, StepMetrics,
-    TrainingMethod, TrainingReport, TrainingSettings, TrainingTiming, TrainingWork, ValidationData,
+    ExportedFile, LoraSettings, SessionStart, StepMetrics, TrainingMethod, TrainingReport, TrainingSettings,
+    TrainingTiming, TrainingWork, ValidationData,
 };
 use ashlar_scheduler::cluster::NodeConnection;
 use ashlar_scheduler::engine::GatewayId;
@@ -17,9 +17,9 @@ use ashlar_scheduler::jobs::{
 use ashlar_scheduler::time::Millis;
 use ashlar_shard_plan::{Piece, SessionRequest, SessionWeights, Shares};
 use ashlar_vocabulary::{
-    AdapterId, BlobId, Bytes, FileId, FloatType, HeadSlice, JobId, LayerRange, LayerVectors, LeaseTerm,
-    ModelDigest, ModelShape, NodeId, ReplicaId, ReplicaRevision, SessionId, StageIndex, TensorRank,
-    WeightType, WeightTypes,
+    AdapterId, BlobId, Bytes, Decay, FileId, FloatType, HeadSlice, JobId, LayerRange, LayerVectors,
+    LeaseTerm, ModelDigest, ModelShape, NodeId, ReplicaId, ReplicaRevision, Schedule, SessionId, StageIndex,
+    TensorRank, WeightType, WeightTypes,
 };
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
@@ -117,7 +117,7 @@ pub(crate) fn settings() -> TrainingSettings {
         micro_batch_rows: 64,
         keep_activations: true,
         learning_rate: 1e-4,
-        schedule: LearningRateSchedule { warmup_steps: 1, decay: LearningRateDecay::Constant },
+        schedule: Schedule { warmup_steps: 1, decay: Decay::Constant },
         adam: (0.9, 0.999, 1e-8),
         weight_decay: 0.0,
         norm_max: Some(1.0),
