@@ -262,6 +262,7 @@ fn prepared() -> PreparedJob {
         batch_size: 8,
         seed: u64::MAX,
         micro_batch_rows: 64,
+        packing: true,
         keep_activations: true,
         learning_rate: RATE,
         schedule: Schedule { warmup_steps: 1, decay: Decay::Cosine { floor: 0.1 } },

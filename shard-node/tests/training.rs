@@ -145,6 +145,7 @@ fn settings() -> TrainingSettings {
         batch_size: 5,
         seed: 11,
         micro_batch_rows: 64,
+        packing: true,
         keep_activations: true,
         learning_rate: 1e-2,
         schedule: Schedule { warmup_steps: 2, decay: Decay::Cosine { floor: 0.1 } },
@@ -481,6 +482,19 @@ fn every_layout_and_micro_batch_exports_the_same_adapter() {
     }
 }
 
+#[test]
+fn samples_that_share_micro_batches_give_the_bits_of_samples_that_do_not() {
+    for settings in [settings(), preferences(), full(ModelStart::Random)] {
+        let (packed, metrics) = Job::train(&settings, ONE);
+        for (grid, micro_batch_rows) in [(ONE, 64), (grid(2, 1, 1), 30), (grid(1, 2, 2), 64)] {
+            let alone = TrainingSettings { packing: false, micro_batch_rows, ..settings.clone() };
+            let (unpacked, own) = Job::train(&alone, grid);
+            assert_eq!(own, metrics, "{grid:?}");
+            assert!(unpacked == packed, "{grid:?}: an adapter of other bits");
+        }
+    }
+}
+
 /// All weights, from those of the files or from random ones; every step is durable.
 fn full(start: ModelStart) -> TrainingSettings {
     TrainingSettings { full: Some(FullSettings { start, durable_every: 1 }), ..settings() }
@@ -654,8 +668,13 @@ fn validation_data_is_measured_alike_on_every_layout_and_changes_nothing() {
     of_pairs.validation = ValidationData::File(WORLD.pairs);
     for settings in [of_split, of_file, of_pairs] {
         let mut seen: Option<((f64, f64), (f64, f64))> = None;
-        for (grid, rows) in [(ONE, 64), (grid(2, 2, 1), 25), (grid(2, 1, 2), 30)] {
-            let settings = TrainingSettings { micro_batch_rows: rows, ..settings.clone() };
+        for (grid, rows, packing) in [
+            (ONE, 64, true),
+            (grid(2, 2, 1), 25, true),
+            (grid(2, 1, 2), 30, true),
+            (grid(2, 1, 1), 64, false),
+        ] {
+            let settings = TrainingSettings { micro_batch_rows: rows, packing, ..settings.clone() };
             let mut job = Job::start(grid);
             job.open(&settings, &SessionStart::New);
             let before = job.evaluate();

@@ -34,6 +34,9 @@ pub struct TrainingSettings {
     pub seed: u64,
     /// Most rows of a micro-batch; a session may have fewer, where memory is short. It changes no bit.
     pub micro_batch_rows: u32,
+    /// Whether a micro-batch holds as many samples as it has room for, or one. It changes no bit.
+    #[serde(default = "packed")]
+    pub packing: bool,
     /// Whether blocks may keep their activations for the backward pass instead of computing them again; a session does where
     /// there is room. It changes no bit.
     pub keep_activations: bool,
@@ -55,6 +58,11 @@ pub struct TrainingSettings {
     pub evaluate_every: u64,
     /// Ends the job early where the validation loss has not fallen for so many measurements.
     pub patience: Option<u32>,
+}
+
+/// What jobs do that were stored before there was a choice.
+fn packed() -> bool {
+    true
 }
 
 impl TrainingSettings {

@@ -56,6 +56,13 @@ pub(crate) struct Choices {
     pub(crate) schedule: ScheduleChoice,
     pub(crate) max_seq_len: u32,
     pub(crate) early_stopping: Option<EarlyStopping>,
+    /// Whether samples share micro-batches.
+    #[serde(default = "packed")]
+    pub(crate) packing: bool,
+}
+
+fn packed() -> bool {
+    true
 }
 
 /// What is learnt.
@@ -166,7 +173,10 @@ impl Choices {
         let largest = longest_sample(training, validation);
         // A small file never fills the micro-batches that are allowed.
         let all = |sizes: &[SampleSize]| sizes.iter().map(|size| u64::from(size.rows)).sum::<u64>();
-        let rows = u32::try_from(all(training.sizes).max(all(measured))).unwrap_or(u32::MAX);
+        let rows = match self.packing {
+            true => u32::try_from(all(training.sizes).max(all(measured))).unwrap_or(u32::MAX),
+            false => largest,
+        };
         Ok(TrainingSettings {
             dataset: training.blob,
             validation: match validation {
@@ -184,6 +194,7 @@ impl Choices {
             batch_size,
             seed: self.seed,
             micro_batch_rows: rows.clamp(largest, largest.max(MICRO_BATCH_ROWS)).max(1),
+            packing: self.packing,
             // Whether there is memory for it is seen when a session opens.
             keep_activations: true,
             learning_rate: self.learning_rate * self.learning_rate_multiplier.unwrap_or(1.0),

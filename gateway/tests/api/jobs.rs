@@ -144,6 +144,11 @@ async fn what_is_chosen_reaches_the_scheduler() {
     assert_eq!((&ours["grad_clip"], &ours["max_seq_len"]), (&Value::Null, &json!(100)));
     assert_eq!(ours["schedule"]["warmup"], json!({"steps": 5}));
     assert_eq!(ours["early_stopping"], json!({"patience": 2, "validation_split": 0.2}));
+    assert_eq!(default["packing"], true);
+    assert_eq!(settings(with(json!({"packing": false}))).await["packing"], false);
+    let among = json!({"hyperparameters": {"packing": false}});
+    let method = json!({"method": {"type": "supervised", "supervised": among}});
+    assert_eq!(settings(with(method)).await["packing"], false);
 }
 
 #[tokio::test]
@@ -177,7 +182,9 @@ async fn a_bad_request_names_its_field() {
         (json!({"full": true, "method": {"type": "dpo"}}), "full".into()),
         (json!({"full": true, "init": "zeros"}), "init".into()),
         (json!({"init": "random"}), "init".into()),
-        (json!({"packing": true}), "packing".into()),
+        (json!({"packing": "yes"}), "packing".into()),
+        (json!({"packing": true, "hyperparameters": {"packing": false}}), "packing".into()),
+        (dpo(json!({"packing": 1})), path("dpo", "packing")),
         (json!({"integrations": [{"type": "wandb"}]}), "integrations".into()),
         (json!({"method": {}}), "method.type".into()),
         (json!({"method": {"type": "reinforcement"}}), "method.type".into()),

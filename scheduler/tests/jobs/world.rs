@@ -115,6 +115,7 @@ pub(crate) fn settings() -> TrainingSettings {
         batch_size: 8,
         seed: 1,
         micro_batch_rows: 64,
+        packing: true,
         keep_activations: true,
         learning_rate: 1e-4,
         schedule: Schedule { warmup_steps: 1, decay: Decay::Constant },

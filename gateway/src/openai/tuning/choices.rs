@@ -64,6 +64,7 @@ impl JobForm {
             .integer("seed", 0, SEED_MAX)?
             .map_or(u64::from(seed) & SEED_MAX as u64, |seed| seed as u64);
         let full = full(&mut fields, method)?;
+        let packing = packing(&mut fields, hyper.packing)?;
         let default_rate = match (method, full) {
             (MethodChoice::Dpo { .. }, _) => LEARNING_RATE_DPO,
             (MethodChoice::Supervised, None) => LEARNING_RATE,
@@ -91,6 +92,7 @@ impl JobForm {
                 None => context.min(SEQUENCE_TOKENS_MAX),
             },
             early_stopping: early_stopping(&mut fields, validation_file.is_some())?,
+            packing,
         };
         refuse_what_is_not_trained_yet(&choices)?;
         let unknown = fields.unknown();
@@ -104,6 +106,7 @@ struct Hyperparameters {
     batch_size: Option<u32>,
     learning_rate_multiplier: Option<f64>,
     beta: Option<f64>,
+    packing: Option<bool>,
 }
 
 fn file(fields: &mut Fields, name: &str) -> Result<Option<FileId>, ApiError> {
@@ -152,10 +155,6 @@ fn metadata(fields: &mut Fields) -> Result<BTreeMap<String, String>, ApiError> {
 }
 
 fn refuse_what_is_not_yet(fields: &mut Fields) -> Result<(), ApiError> {
-    if fields.bool("packing")? == Some(true) {
-        let message = "`packing` is not possible yet: leave it out, and each sample is a sequence of its own";
-        return Err(ApiError::field("packing", message));
-    }
     if fields.array("integrations")?.is_some_and(|list| !list.is_empty()) {
         let message = "`integrations` are not possible here: leave them out, and follow the job's events";
         return Err(ApiError::field("integrations", message));
@@ -218,7 +217,19 @@ fn hyperparameters(given: &mut Fields, dpo: bool) -> Result<Hyperparameters, Api
             given.number(name, MULTIPLIER.0, MULTIPLIER.1)
         })?,
         beta: if dpo { auto(given, "beta", |given, name| given.number(name, BETA.0, BETA.1))? } else { None },
+        packing: auto(given, "packing", |given, name| given.bool(name))?,
     })
+}
+
+/// Whether samples share micro-batches: said among the hyperparameters, or beside the method.
+fn packing(fields: &mut Fields, among: Option<bool>) -> Result<bool, ApiError> {
+    match (fields.bool("packing")?, among) {
+        (Some(beside), Some(among)) if beside != among => {
+            let message = "`packing` stands here and among the hyperparameters, and they differ: send one";
+            Err(ApiError::field("packing", message))
+        }
+        (beside, among) => Ok(among.or(beside).unwrap_or(true)),
+    }
 }
 
 /// A number, or `"auto"`.

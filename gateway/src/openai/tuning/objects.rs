@@ -124,6 +124,7 @@ fn additional(job: &JobRecord, choices: Option<&Choices>) -> Value {
         })),
         "data": job.data.as_ref().map(data_object),
         "adapter": job.adapter.map(|adapter| adapter.to_string()),
+        "packing": choices.map(|c| c.packing),
     })
 }
 
