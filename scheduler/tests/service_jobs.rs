@@ -284,7 +284,7 @@ fn prepared() -> PreparedJob {
         truncated_tokens: 0,
         warnings: vec!["a \"warning\"".into()],
     };
-    PreparedJob { settings, data }
+    PreparedJob { settings, data, evaluation: None }
 }
 
 fn file() -> FileRecord {
@@ -383,6 +383,7 @@ async fn without_a_place_for_blobs_files_are_refused_with_the_key_to_set() {
         created_at: 0,
         replace: false,
         expected_generation: None,
+        hold_back: false,
     };
     let _ = gateway.ask(AdminRequest::LoadAdapter(load)).await;
     running.stop().await;

@@ -252,7 +252,9 @@ impl Gateway {
                 self.highest_term = snapshot.term;
                 return Ok(());
             }
-            FromScheduler::Admin { .. } | FromScheduler::Prepare(_) => return Ok(()),
+            FromScheduler::Admin { .. } | FromScheduler::Prepare(_) | FromScheduler::Compare(_) => {
+                return Ok(());
+            }
             FromScheduler::Token(token) => (token.id, TranscriptEvent::Token(token)),
             FromScheduler::PromptLogprobs { id, position, logprobs } => {
                 (id, TranscriptEvent::PromptLogprobs { position, logprobs })

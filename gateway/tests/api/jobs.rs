@@ -156,6 +156,7 @@ async fn a_bad_request_names_its_field() {
     let world = World::tuning().await;
     let file = world.upload(&examples(12)).await;
     let results = world.upload(b"step\n").await;
+    let other = world.upload(&examples(3)).await;
     world.scheduler.admin(|admin| admin.files[1].purpose = "fine-tune-results".into());
     let unknown = format!("file-{}", "0".repeat(32));
     let hyper =
@@ -185,6 +186,31 @@ async fn a_bad_request_names_its_field() {
         (json!({"packing": "yes"}), "packing".into()),
         (json!({"packing": true, "hyperparameters": {"packing": false}}), "packing".into()),
         (dpo(json!({"packing": 1})), path("dpo", "packing")),
+        (json!({"promote": true}), "promote".into()),
+        (json!({"promote": {}}), "promote.metric".into()),
+        (json!({"promote": {"metric": 1}}), "promote.metric".into()),
+        (json!({"promote": {"metric": "bleu"}}), "promote.metric".into()),
+        (json!({"promote": {"metric": "loss"}}), "promote.file".into()),
+        (json!({"promote": {"metric": "loss", "file": "held-out.jsonl"}}), "promote.file".into()),
+        (json!({"promote": {"metric": "loss", "file": unknown}}), "promote.file".into()),
+        (json!({"promote": {"metric": "loss", "file": results}}), "promote.file".into()),
+        (json!({"promote": {"metric": "loss", "file": file}}), "promote.file".into()),
+        (json!({"promote": {"metric": "loss"}, "validation_file": file}), "promote.file".into()),
+        (
+            json!({"promote": {"metric": "loss"}, "validation_file": other, "method": {"type": "dpo"}}),
+            "promote.file".into(),
+        ),
+        (json!({"promote": {"metric": "loss", "file": other}, "full": true}), "promote".into()),
+        (
+            json!({"promote": {"metric": "exact_match", "file": other, "at_least": 2}}),
+            "promote.at_least".into(),
+        ),
+        (
+            json!({"promote": {"metric": "exact_match", "file": other, "at_most": 1}}),
+            "promote.at_most".into(),
+        ),
+        (json!({"promote": {"metric": "loss", "file": other, "at_least": 1}}), "promote.at_least".into()),
+        (json!({"promote": {"metric": "loss", "file": other, "at_most": -1}}), "promote.at_most".into()),
         (json!({"integrations": [{"type": "wandb"}]}), "integrations".into()),
         (json!({"method": {}}), "method.type".into()),
         (json!({"method": {"type": "reinforcement"}}), "method.type".into()),

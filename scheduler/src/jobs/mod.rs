@@ -1,7 +1,7 @@
 //! Fine-tuning jobs and files as a pure function of events.
 //!
 //! Layout: [`events`] (what goes in and out), `admin` (calls of gateways), `lifecycle` (from validation to the end), `training`
-//! (sessions, steps, votes), `publishing` (adapters under names), `handing_out` (the files of a whole model), `saving` (what is
+//! (sessions, steps, votes), `publishing` (adapters under names), `promoting` (those that have to be better than what is served), `handing_out` (the files of a whole model), `saving` (what is
 //! durable); of one job: `job` (its record and what comes next), `session` (its ranks and their votes), `event_log`; `replicas` (who
 //! trains), `room` (whether there is memory for it), `shelf` (records and their lists), `names`, [`results`]
 //! (the table of steps).
@@ -17,6 +17,7 @@ mod handing_out;
 mod job;
 mod lifecycle;
 mod names;
+mod promoting;
 mod publishing;
 mod replicas;
 pub mod results;
@@ -137,6 +138,9 @@ impl Jobs {
             Event::StoreUp => self.store_down = None,
             Event::EventsRead { read, events } => self.events_read(read, events),
             Event::ResultsWritten { job, outcome } => self.results_written(job, outcome),
+            Event::CandidateStored { job, outcome } => self.candidate_stored(job, outcome),
+            Event::Compared { gateway, job, outcome } => self.compared(gateway, job, *outcome),
+            Event::Promoted { job, outcome } => self.promoted(job, outcome),
             Event::Published { name } => self.published(&name),
             Event::NotPublished { name, failure } => self.not_published(&name, &failure),
             Event::WallClock(unix_s) => self.unix_s = unix_s,
@@ -202,9 +206,10 @@ impl Jobs {
             let expected = match &job.phase {
                 Phase::Validating(_) => status == JobStatus::Validating,
                 Phase::Queued(_) => status == JobStatus::Queued,
-                Phase::Waiting { .. } | Phase::Training(_) | Phase::Publishing { .. } => {
-                    status == JobStatus::Running
-                }
+                Phase::Waiting { .. }
+                | Phase::Training(_)
+                | Phase::Publishing { .. }
+                | Phase::Promoting(_) => status == JobStatus::Running,
                 Phase::Paused => status == JobStatus::Paused,
                 Phase::Ended => status.is_final(),
             };

@@ -1,5 +1,6 @@
 //! Everything around the jobs core, and what must hold whatever happens.
 
+use crate::served::Served;
 use ashlar_protocol::admin::{
     AdminReply, AdminRequest, DataReport, FileRecord, JobAction, JobEvent, JobEventKind, JobRecord,
     JobRequest, JobStatus, LoadAdapter, Page, PreparedJob,
@@ -78,6 +79,8 @@ pub(crate) struct World {
     pub(crate) preparing: VecDeque<(GatewayId, JobId)>,
     pub(crate) publishing: VecDeque<LoadAdapter>,
     pub(crate) published: Vec<String>,
+    /// What jobs of one name have come to that have to be better than what is served.
+    pub(crate) served: Served,
     pub(crate) withdrawn: Vec<String>,
     pub(crate) deleted: Vec<BlobId>,
     /// What every rank was told to train with.
@@ -151,6 +154,7 @@ pub(crate) fn request(id: u128) -> JobRequest {
         suffix: Some("mine".into()),
         metadata: BTreeMap::new(),
         settings: "{}".into(),
+        promote: None,
     }
 }
 
@@ -249,6 +253,7 @@ impl World {
             preparing: VecDeque::new(),
             publishing: VecDeque::new(),
             published: Vec::new(),
+            served: Served::default(),
             withdrawn: Vec::new(),
             deleted: Vec::new(),
             opened: Vec::new(),
@@ -323,6 +328,9 @@ impl World {
             }
             Effect::Publish(load) => self.publishing.push_back(load),
             Effect::Withdraw(name) => self.withdrawn.push(name),
+            Effect::StoreCandidate { .. } | Effect::Compare { .. } | Effect::Promote { .. } => {
+                self.served.ask(effect);
+            }
             Effect::Sweep(references) => {
                 let shares = self.stored.jobs.values().filter(|job| !job.record.status.is_final());
                 let shares = shares.flat_map(|job| job.record.shards.iter());
@@ -428,6 +436,7 @@ impl World {
         self.jobs = Jobs::new(config(self.term, self.max_jobs_running));
         self.preparing.clear();
         self.publishing.clear();
+        self.served.scheduler_dies();
         self.replies.clear();
         self.event(Event::WallClock(5_000 + self.now.0 / 1000));
         self.load();
@@ -455,6 +464,7 @@ impl World {
     pub(crate) fn gateway_dies(&mut self, gateway: GatewayId) {
         self.gateways.remove(&gateway);
         self.preparing.retain(|(with, _)| *with != gateway);
+        self.served.gateway_dies(gateway);
         self.event(Event::GatewayGone(gateway));
     }
 
@@ -631,7 +641,9 @@ impl World {
         };
         // Seeds differ, so that shares of different jobs do.
         let settings = TrainingSettings { seed: (job.0 >> 96) as u64, ..self.settings.clone() };
-        let outcome = Box::new(Ok(PreparedJob { settings, data }));
+        let promote = self.jobs.job(job).and_then(|record| record.request.promote);
+        let evaluation = promote.map(|_| BlobId([5; 32]));
+        let outcome = Box::new(Ok(PreparedJob { settings, data, evaluation }));
         self.event(Event::Prepared { gateway, job, outcome });
         true
     }
@@ -652,7 +664,9 @@ impl World {
     pub(crate) fn step(&mut self) -> bool {
         match self.talkative().first() {
             Some(rank) => self.hear(*rank),
-            None => return self.store_works() || self.prepare_one() || self.publish_one(),
+            None => {
+                return self.store_works() || self.prepare_one() || self.publish_one() || self.promote_one();
+            }
         }
         true
     }
@@ -695,7 +709,10 @@ impl World {
     }
 
     pub(crate) fn create(&mut self, id: u128) -> JobId {
-        let request = request(id);
+        self.create_as(request(id))
+    }
+
+    pub(crate) fn create_as(&mut self, request: JobRequest) -> JobId {
         let job = request.id;
         let reply = self.ask(AdminRequest::CreateJob(Box::new(request)));
         assert!(matches!(reply, AdminReply::Job(_)), "{reply:?}");
@@ -753,6 +770,8 @@ impl World {
             JobEventKind::Cancelled => "cancelled".into(),
             JobEventKind::Failed(error) => format!("failed {}", error.code),
             JobEventKind::WaitsForMemory(_) => "waits".into(),
+            JobEventKind::Comparing { generation, .. } => format!("comparing {generation}"),
+            JobEventKind::Compared(outcome) => format!("compared {}", outcome.is_promoted()),
         };
         self.events(id).iter().map(short).collect()
     }
