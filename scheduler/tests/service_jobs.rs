@@ -309,6 +309,7 @@ fn request() -> JobRequest {
         suffix: None,
         metadata: BTreeMap::from([("k".into(), "v".into())]),
         settings: "{}".into(),
+        promote: None,
     }
 }
 
