@@ -13,8 +13,8 @@ mod link;
 pub use link::Link;
 
 use crate::transcript::TranscriptEvent;
-use ashlar_protocol::admin::{AdminFailure, AdminReply, AdminRequest, JobError, PreparedJob};
-use ashlar_protocol::serving::{ChoiceId, FailureKind, PrepareJob, RequestFailure, Submit};
+use ashlar_protocol::admin::{AdminFailure, AdminReply, AdminRequest, Comparison, JobError, PreparedJob};
+use ashlar_protocol::serving::{ChoiceId, CompareAdapters, FailureKind, PrepareJob, RequestFailure, Submit};
 use ashlar_vocabulary::JobId;
 use std::sync::Arc;
 use std::time::Duration;
@@ -53,13 +53,14 @@ pub enum CallError {
 
 /// What handles ask of the actor. Unbounded in type, bounded in fact: a submission holds a permit until it has left
 /// the actor's table, and a cancellation follows a submission; a call holds a permit until it is answered or given up, and
-/// a job's outcome follows a [`PrepareJob`].
+/// a job's outcome follows a [`PrepareJob`] or [`CompareAdapters`].
 #[derive(Debug)]
 enum Command {
     Submit { submit: Box<Submit>, events: EventSender, permit: OwnedSemaphorePermit },
     Cancel(ChoiceId),
     Call { request: Box<AdminRequest>, answer: CallAnswer },
     Prepared { job: JobId, outcome: Box<Result<PreparedJob, JobError>> },
+    Compared { job: JobId, outcome: Box<Result<Comparison, String>> },
 }
 
 type CallAnswer = oneshot::Sender<Result<AdminReply, CallError>>;
@@ -76,6 +77,8 @@ pub struct SchedulerClientSettings {
     pub reconnect_max: Duration,
     /// Where jobs go whose files are to be validated; without it they are refused.
     pub jobs: Option<mpsc::Sender<Box<PrepareJob>>>,
+    /// Where adapters go that are to be compared with what is served; without it they are not.
+    pub comparisons: Option<mpsc::Sender<Box<CompareAdapters>>>,
 }
 
 /// The events of one request's choices, in order per choice.
@@ -123,6 +126,11 @@ impl SchedulerClient {
     /// Tells what became of a job's files. Lost where there is no connection: the scheduler asks again over the next.
     pub fn prepared(&self, job: JobId, outcome: Result<PreparedJob, JobError>) {
         let _ = self.commands.send(Command::Prepared { job, outcome: Box::new(outcome) });
+    }
+
+    /// Tells what a comparison came to. Lost where there is no connection: the scheduler asks again over the next.
+    pub fn compared(&self, job: JobId, outcome: Result<Comparison, String>) {
+        let _ = self.commands.send(Command::Compared { job, outcome: Box::new(outcome) });
     }
 
     /// The connection and the cluster, as last seen.

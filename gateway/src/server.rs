@@ -11,6 +11,7 @@ use crate::router::router;
 use crate::scheduler_client::{SchedulerClient, SchedulerClientSettings};
 use crate::text::ModelText;
 use crate::tuning::Tuning;
+use crate::tuning::compare::{COMPARISONS_WAITING_MAX, Comparer};
 use crate::tuning::validate::{JOBS_WAITING_MAX, Validator};
 use ashlar_protocol::serving::SchedulerCounters;
 use ashlar_service_kit::Shutdown;
@@ -71,6 +72,7 @@ impl Gateway {
             None => None,
         };
         let (jobs, waiting) = mpsc::channel(JOBS_WAITING_MAX);
+        let (comparisons, compared_next) = mpsc::channel(COMPARISONS_WAITING_MAX);
         let names = served_names(&config, model_dir);
         let metrics = Metrics::new(names.first().map_or("", String::as_str))?;
         let scheduler = SchedulerClient::start(SchedulerClientSettings {
@@ -78,14 +80,19 @@ impl Gateway {
             choices_in_flight_max: config.choices_in_flight_max,
             reconnect_max: Duration::from_millis(config.reconnect_ms_max),
             jobs: tuning.is_some().then_some(jobs),
-        });
-        let validator = tuning.as_ref().map(|tuning| {
-            let (blobs, text, scheduler) = (tuning.blobs.clone(), text.clone(), scheduler.clone());
-            Validator { blobs, text, scheduler }.run(waiting)
+            comparisons: tuning.is_some().then_some(comparisons),
         });
         let mut background = JoinSet::new();
-        if let Some(validating) = validator {
-            background.spawn(validating);
+        if let Some(Tuning { blobs, .. }) = &tuning {
+            let comparer = Comparer {
+                blobs: blobs.clone(),
+                text: text.clone(),
+                scheduler: scheduler.clone(),
+                deadline_ms: config.deadline_ms,
+            };
+            background.spawn(comparer.run(compared_next));
+            let (blobs, text, scheduler) = (blobs.clone(), text.clone(), scheduler.clone());
+            background.spawn(Validator { blobs, text, scheduler }.run(waiting));
         }
         let (phase, seen) = watch::channel(Phase::Serving);
         let app = Arc::new(App::new(config, names, text, scheduler, metrics, seen, tuning));

@@ -1,9 +1,12 @@
 //! Fine-tuning, as far as it is a gateway's: files become blobs, and a job's files become samples.
 //!
 //! Layout: [`settings`] (what a client chose, and what follows from it and from the files), [`validate`] (the work on a
-//! job's files), `blob_io` (blobs as files of the standard library). Endpoints are in `openai/tuning`.
+//! job's files), [`compare`] (a finished adapter and what is served), `questions` (samples with one right answer), `blob_io` (blobs
+//! as files of the standard library). Endpoints are in `openai/tuning`.
 
 mod blob_io;
+pub(crate) mod compare;
+mod questions;
 pub(crate) mod settings;
 pub(crate) mod validate;
 

@@ -6,11 +6,11 @@ use crate::cluster::{self, Cluster, ClusterConfig, NodeConnection};
 use crate::engine::{self, Engine, EngineConfig, GatewayId, ReplicaUp};
 use crate::jobs::{self, Jobs, JobsConfig};
 use crate::time::Millis;
-use ashlar_protocol::admin::{AdminReply, AdminRequest};
+use ashlar_protocol::admin::{AdminFailure, AdminFailureKind, AdminReply, AdminRequest};
 use ashlar_protocol::membership::{FromNode, ToNode};
 use ashlar_protocol::serving::{ClusterSnapshot, FromScheduler, ToScheduler};
 use ashlar_protocol::training::TrainingReport;
-use ashlar_vocabulary::{AdapterId, Bytes, LeaseTerm, ReplicaId};
+use ashlar_vocabulary::{AdapterId, Bytes, JobId, LeaseTerm, ReplicaId};
 use std::collections::BTreeMap;
 
 /// What reaches the scheduler.
@@ -51,8 +51,7 @@ pub enum Output {
     CloseNode(NodeConnection, String),
     /// Send to a gateway; one that does not take it is lost.
     ToGateway(GatewayId, Box<FromScheduler>),
-    /// What jobs want of the store, the blobs and the log; never [`Reply`](jobs::Effect::Reply),
-    /// [`Prepare`](jobs::Effect::Prepare) or [`ToNodes`](jobs::Effect::ToNodes).
+    /// What jobs want of the store, the blobs and the log; never what is for gateways, nodes or the adapters' core.
     Jobs(Box<jobs::Effect>),
     /// For the log: a replica serves.
     Up(ReplicaUp),
@@ -68,6 +67,17 @@ pub enum Output {
     Fenced(LeaseTerm),
 }
 
+/// What a job wants of the adapters' core.
+#[derive(Debug, Clone)]
+enum Wish {
+    /// To be served under this name.
+    Publish(String),
+    /// To be stored beside what is served.
+    Store(JobId),
+    /// To be served instead of it.
+    Promote(JobId),
+}
+
 /// The cores of one term.
 #[derive(Debug, Clone)]
 pub struct Director {
@@ -76,9 +86,9 @@ pub struct Director {
     jobs: Jobs,
     adapters: Adapters,
     adapter_effects: Vec<adapters::Effect>,
-    /// Names under which jobs want adapters served, by the number of their wish.
-    publications: BTreeMap<u64, String>,
-    publications_made: u64,
+    /// What jobs want of adapters, by number.
+    wishes: BTreeMap<u64, Wish>,
+    wishes_made: u64,
     cluster_effects: Vec<cluster::Effect>,
     engine_effects: Vec<engine::Effect>,
     job_effects: Vec<jobs::Effect>,
@@ -114,8 +124,8 @@ impl Director {
             jobs: Jobs::new(jobs),
             adapters: Adapters::new(adapters),
             adapter_effects: Vec::new(),
-            publications: BTreeMap::new(),
-            publications_made: 0,
+            wishes: BTreeMap::new(),
+            wishes_made: 0,
             cluster_effects: Vec::new(),
             engine_effects: Vec::new(),
             job_effects: Vec::new(),
@@ -151,6 +161,9 @@ impl Director {
             }
             Input::Gateway(gateway, ToScheduler::Prepared { job, outcome }) => {
                 self.job_event(now, jobs::Event::Prepared { gateway, job, outcome });
+            }
+            Input::Gateway(gateway, ToScheduler::Compared { job, outcome }) => {
+                self.job_event(now, jobs::Event::Compared { gateway, job, outcome });
             }
             Input::StoredAdapters(records) => self.adapter_event(now, adapters::Event::Stored(records)),
             Input::AdapterPersisted(name, outcome) => {
@@ -328,13 +341,9 @@ impl Director {
                 let message = FromScheduler::Admin { call, reply: Box::new(reply) };
                 outputs.push(Output::ToGateway(gateway, Box::new(message)));
             }
-            Effect::Reply(Caller::Job(wish), reply) => {
-                let Some(name) = self.publications.remove(&wish) else { return };
-                let event = match reply {
-                    AdminReply::Refused(failure) => jobs::Event::NotPublished { name, failure },
-                    _ => jobs::Event::Published { name },
-                };
-                self.job_event(now, event);
+            Effect::Reply(Caller::Job(number), reply) => {
+                let Some(wish) = self.wishes.remove(&number) else { return };
+                self.job_event(now, granted(wish, reply));
             }
         }
     }
@@ -408,9 +417,13 @@ impl Director {
         }
     }
 
-    fn wish(&mut self) -> u64 {
-        self.publications_made += 1;
-        self.publications_made
+    /// Numbers what a job wants, and remembers it until it is answered.
+    fn wish(&mut self, wish: Option<Wish>) -> Caller {
+        self.wishes_made += 1;
+        if let Some(wish) = wish {
+            self.wishes.insert(self.wishes_made, wish);
+        }
+        Caller::Job(self.wishes_made)
     }
 
     fn job_effect(&mut self, now: Millis, effect: jobs::Effect, outputs: &mut Vec<Output>) {
@@ -425,12 +438,25 @@ impl Director {
                 outputs.push(Output::ToGateway(gateway, Box::new(FromScheduler::Prepare(job))));
             }
             jobs::Effect::Publish(load) => {
-                let wish = self.wish();
-                self.publications.insert(wish, load.name.clone());
-                self.adapter_event(now, adapters::Event::Load(Caller::Job(wish), load));
+                let caller = self.wish(Some(Wish::Publish(load.name.clone())));
+                self.adapter_event(now, adapters::Event::Load(caller, load));
+            }
+            jobs::Effect::StoreCandidate { job, load } => {
+                let caller = self.wish(Some(Wish::Store(job)));
+                self.adapter_event(now, adapters::Event::Load(caller, load));
+            }
+            jobs::Effect::Promote { job, name, generation: to_generation, expected_generation } => {
+                let caller = self.wish(Some(Wish::Promote(job)));
+                let expected_generation = Some(expected_generation);
+                let event = adapters::Event::RollBack { caller, name, to_generation, expected_generation };
+                self.adapter_event(now, event);
+            }
+            jobs::Effect::Compare { gateway, name, mut compare } => {
+                compare.served = self.adapters.served(&name).map(|view| (view.generation, view.adapter));
+                outputs.push(Output::ToGateway(gateway, Box::new(FromScheduler::Compare(compare))));
             }
             jobs::Effect::Withdraw(name) => {
-                let caller = Caller::Job(self.wish());
+                let caller = self.wish(None);
                 self.adapter_event(now, adapters::Event::Unload { caller, name, expected_generation: None });
             }
             jobs::Effect::Sweep(mut references) => {
@@ -439,5 +465,28 @@ impl Director {
             }
             other => outputs.push(Output::Jobs(Box::new(other))),
         }
+    }
+}
+
+/// What the jobs' core hears of the answer to a wish.
+fn granted(wish: Wish, reply: AdminReply) -> jobs::Event {
+    match (wish, reply) {
+        (Wish::Publish(name), AdminReply::Refused(failure)) => jobs::Event::NotPublished { name, failure },
+        (Wish::Publish(name), _) => jobs::Event::Published { name },
+        (Wish::Store(job), AdminReply::Adapter(view)) => {
+            jobs::Event::CandidateStored { job, outcome: Ok(view.generation) }
+        }
+        (Wish::Store(job), AdminReply::Refused(failure)) => {
+            jobs::Event::CandidateStored { job, outcome: Err(failure) }
+        }
+        (Wish::Store(job), _) => {
+            let message = "no generation was made of it".to_owned();
+            let failure = AdminFailure { kind: AdminFailureKind::Internal, message };
+            jobs::Event::CandidateStored { job, outcome: Err(failure) }
+        }
+        (Wish::Promote(job), AdminReply::Refused(failure)) => {
+            jobs::Event::Promoted { job, outcome: Err(failure) }
+        }
+        (Wish::Promote(job), _) => jobs::Event::Promoted { job, outcome: Ok(()) },
     }
 }

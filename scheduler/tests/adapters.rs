@@ -52,6 +52,7 @@ fn load(name: &str, adapter: u8) -> LoadAdapter {
         created_at: 7,
         replace: false,
         expected_generation: None,
+        hold_back: false,
     }
 }
 
@@ -398,7 +399,10 @@ fn a_replica_that_comes_up_loads_what_is_served_and_one_that_goes_is_not_waited_
         root: "adapters/poet".into(),
         created_at: 7,
     };
-    test.send(Event::Stored(vec![("poet".into(), AdapterRecord { generations: vec![view] })]));
+    test.send(Event::Stored(vec![(
+        "poet".into(),
+        AdapterRecord { generations: vec![view], ..Default::default() },
+    )]));
     assert_eq!(test.served(), [("poet".into(), 5, id(1))], "a new term serves what the last one did");
     assert_eq!(loads(&test.replica_up(0)), [id(1)]);
     test.replica_up(1);
@@ -538,4 +542,86 @@ fn a_job_can_take_back_a_name_that_is_being_published() {
     assert!(effects.contains(&Effect::Persist { name: "poet".into(), record: None }), "{effects:?}");
     test.persisted("poet");
     assert_eq!(test.served(), []);
+}
+
+impl Test {
+    /// Stores an adapter beside what is served.
+    fn hold_back(&mut self, name: &str, adapter: u8) -> Vec<Effect> {
+        let mut effects = self.call(LoadAdapter { replace: true, hold_back: true, ..load(name, adapter) });
+        if effects.iter().any(|effect| matches!(effect, Effect::Persist { .. })) {
+            effects.extend(self.persisted(name));
+        }
+        effects
+    }
+
+    fn roll_back(&mut self, caller: Caller, to_generation: u64, expected: u64) -> Vec<Effect> {
+        let (name, expected_generation) = ("poet".into(), Some(expected));
+        self.send(Event::RollBack { caller, name, to_generation, expected_generation })
+    }
+}
+
+/// Of which generation the caller hears.
+fn heard(effects: &[Effect]) -> Option<u64> {
+    effects.iter().find_map(|effect| match effect {
+        Effect::Reply(_, AdminReply::Adapter(view)) => Some(view.generation),
+        _ => None,
+    })
+}
+
+#[test]
+fn a_generation_that_is_held_back_is_stored_and_not_served_until_somebody_says_so() {
+    let mut test = Test::up(4);
+    test.publish("poet", 1);
+    let effects = test.hold_back("poet", 2);
+    assert_eq!((loads(&effects), heard(&effects)), (vec![], Some(2)), "no rank has to load it");
+    assert_eq!(test.served(), [("poet".into(), 1, id(1))]);
+    let known = effects.iter().any(|effect| matches!(effect, Effect::Known(known) if known.contains(&id(2))));
+    assert!(known, "but it can be asked for, to be compared");
+    assert!(test.adapters.referenced().any(|adapter| adapter == id(2)), "and its files stay");
+    assert_eq!(heard(&test.hold_back("poet", 2)), Some(2), "asked for again, nothing changes");
+    assert_eq!(heard(&test.hold_back("poet", 1)), Some(1), "what is served need not be stored");
+    let gateway = Caller::Gateway { gateway: GatewayId(1), call: 60 };
+    assert_eq!(refusal(&test.roll_back(gateway, 2, 2)).0, AdminFailureKind::Conflict, "1 is served");
+    assert_eq!(loads(&test.roll_back(gateway, 2, 1)), [id(2)]);
+    test.loaded(0, 2, 10);
+    assert_eq!(heard(&test.persisted("poet")), Some(2));
+    assert_eq!(test.served(), [("poet".into(), 2, id(2))], "under its own number");
+    // A job that asks again is told so; a person's wish is a new generation.
+    assert_eq!(heard(&test.roll_back(Caller::Job(1), 2, 1)), Some(2));
+    test.tick(50);
+    assert_eq!(loads(&test.roll_back(gateway, 1, 2)), [id(1)]);
+    test.loaded(0, 1, 10);
+    test.persisted("poet");
+    assert_eq!(test.served(), [("poet".into(), 3, id(1))]);
+}
+
+#[test]
+fn a_name_may_have_only_what_is_held_back() {
+    let mut test = Test::up(4);
+    assert_eq!(heard(&test.hold_back("poet", 1)), Some(1));
+    assert_eq!(test.served(), []);
+    assert_eq!(loads(&test.roll_back(Caller::Job(1), 1, 0)), [id(1)]);
+    test.loaded(0, 1, 10);
+    test.persisted("poet");
+    assert_eq!(test.served(), [("poet".into(), 1, id(1))]);
+    // One that was passed over by another is served as a new generation.
+    test.hold_back("poet", 2);
+    test.publish("poet", 3);
+    test.roll_back(Caller::Job(2), 2, 3);
+    test.loaded(0, 2, 10);
+    test.persisted("poet");
+    assert_eq!(test.served(), [("poet".into(), 4, id(2))]);
+}
+
+#[test]
+fn what_is_served_is_kept_however_many_are_held_back() {
+    let mut test = Test::up(4);
+    test.publish("poet", 1);
+    for adapter in 2..=20 {
+        test.hold_back("poet", adapter);
+    }
+    assert_eq!(test.served(), [("poet".into(), 1, id(1))]);
+    let kept: Vec<AdapterId> = test.adapters.referenced().collect();
+    assert_eq!(kept.len(), GENERATIONS_KEPT);
+    assert_eq!((kept[0], kept[GENERATIONS_KEPT - 1]), (id(1), id(20)));
 }

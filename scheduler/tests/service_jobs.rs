@@ -9,14 +9,14 @@ use ashlar_protocol::frame;
 use ashlar_protocol::membership::{FromNode, Join, ToNode};
 use ashlar_protocol::serving::{FromScheduler, ToScheduler};
 use ashlar_protocol::training::{
-    LearningRateDecay, LearningRateSchedule, LoraSettings, StepMetrics, TrainingMethod, TrainingReport,
-    TrainingSettings, TrainingTiming, TrainingWork, ValidationData,
+    LoraSettings, StepMetrics, TrainingMethod, TrainingReport, TrainingSettings, TrainingTiming,
+    TrainingWork, ValidationData,
 };
 use ashlar_scheduler::{ModelCard, Scheduler, SchedulerConfig};
 use ashlar_store::blobs::{self, BlobOptions};
 use ashlar_vocabulary::{
-    AdapterId, BlobId, Bytes, FileId, FloatType, JobId, LayerVectors, LeaseTerm, ModelDigest, ModelShape,
-    NodeId, Precision, WeightType, WeightTypes,
+    AdapterId, BlobId, Bytes, Decay, FileId, FloatType, JobId, LayerVectors, LeaseTerm, ModelDigest,
+    ModelShape, NodeId, Precision, Schedule, WeightType, WeightTypes,
 };
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -262,9 +262,10 @@ fn prepared() -> PreparedJob {
         batch_size: 8,
         seed: u64::MAX,
         micro_batch_rows: 64,
+        packing: true,
         keep_activations: true,
         learning_rate: RATE,
-        schedule: LearningRateSchedule { warmup_steps: 1, decay: LearningRateDecay::Cosine { floor: 0.1 } },
+        schedule: Schedule { warmup_steps: 1, decay: Decay::Cosine { floor: 0.1 } },
         adam: (0.9, 0.999, 1e-8),
         weight_decay: 0.01,
         norm_max: Some(1.0),
@@ -283,7 +284,7 @@ fn prepared() -> PreparedJob {
         truncated_tokens: 0,
         warnings: vec!["a \"warning\"".into()],
     };
-    PreparedJob { settings, data }
+    PreparedJob { settings, data, evaluation: None }
 }
 
 fn file() -> FileRecord {
@@ -308,6 +309,7 @@ fn request() -> JobRequest {
         suffix: None,
         metadata: BTreeMap::from([("k".into(), "v".into())]),
         settings: "{}".into(),
+        promote: None,
     }
 }
 
@@ -382,6 +384,7 @@ async fn without_a_place_for_blobs_files_are_refused_with_the_key_to_set() {
         created_at: 0,
         replace: false,
         expected_generation: None,
+        hold_back: false,
     };
     let _ = gateway.ask(AdminRequest::LoadAdapter(load)).await;
     running.stop().await;

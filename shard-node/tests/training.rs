@@ -1,7 +1,7 @@
 //! Sessions of fine-tuning jobs: ranks in one process, over real connections and a real blob store.
 #![allow(clippy::unwrap_used, missing_docs)]
 
-use ashlar_dataset::plan::{Decay, JobPlan, PlanSettings, Schedule};
+use ashlar_dataset::plan::{JobPlan, PlanSettings};
 use ashlar_dataset::{DatasetReader, DatasetWriter, Method, Sample, TokenSequence};
 use ashlar_kernels::{Isa, Kernels, RowContext, YieldFlag};
 use ashlar_model::adapter::{LoraSpec, Target};
@@ -12,17 +12,16 @@ use ashlar_model::{RankSlice, SingleRank, StageInput, StageModel, Trained};
 use ashlar_protocol::data::{LinkFaults, LinkPurpose};
 use ashlar_protocol::membership::FromNode;
 use ashlar_protocol::training::{
-    FullSettings, LearningRateDecay, LearningRateSchedule, LoraSettings, ModelStart, OpenSession, Rewards,
-    SessionStart, StepMetrics, TrainingMethod, TrainingReport, TrainingSettings, TrainingWork,
-    ValidationData,
+    FullSettings, LoraSettings, ModelStart, OpenSession, Rewards, SessionStart, StepMetrics, TrainingMethod,
+    TrainingReport, TrainingSettings, TrainingWork, ValidationData,
 };
 use ashlar_shard_node::links::{self, LinkSettings};
 use ashlar_shard_node::training::{Place, Resources, Sessions};
 use ashlar_store::blobs::{self, BlobOptions, Blobs};
 use ashlar_training::{Hyperparameters, NormTerms, RunTree, TrainingState, gradient_norm, initial_adapter};
 use ashlar_vocabulary::{
-    AdapterId, BlobId, BlockId, FloatType, HeadSlice, JobId, LayerRange, LeaseTerm, PARTS, Precision,
-    Quantization, ReplicaRevision, SessionId,
+    AdapterId, BlobId, BlockId, Decay, FloatType, HeadSlice, JobId, LayerRange, LeaseTerm, PARTS, Precision,
+    Quantization, ReplicaRevision, Schedule, SessionId,
 };
 use std::collections::BTreeMap;
 use std::io::Cursor;
@@ -146,9 +145,10 @@ fn settings() -> TrainingSettings {
         batch_size: 5,
         seed: 11,
         micro_batch_rows: 64,
+        packing: true,
         keep_activations: true,
         learning_rate: 1e-2,
-        schedule: LearningRateSchedule { warmup_steps: 2, decay: LearningRateDecay::Cosine { floor: 0.1 } },
+        schedule: Schedule { warmup_steps: 2, decay: Decay::Cosine { floor: 0.1 } },
         adam: (0.9, 0.999, 1e-8),
         weight_decay: 0.01,
         norm_max: Some(0.4),
@@ -421,7 +421,7 @@ fn reference(settings: &TrainingSettings) -> Vec<u8> {
     let trained = Trained::Adapter(spec());
     let mut state = TrainingState::new(&trained, start, shape, &slice, &kernels);
     let mut tree = RunTree::new(trained.sums(shape, &slice));
-    let schedule = Schedule::new(2, Decay::Cosine { floor: 0.1 }).unwrap();
+    let schedule = settings.schedule;
     let (beta1, beta2, epsilon) = settings.adam;
     let (weight_decay, norm_max) = (settings.weight_decay, settings.norm_max);
     let with = Hyperparameters { beta1, beta2, epsilon, weight_decay, norm_max };
@@ -479,6 +479,19 @@ fn every_layout_and_micro_batch_exports_the_same_adapter() {
         let (tensors, own) = Job::train(&settings, grid);
         assert_eq!(own, metrics, "{grid:?}");
         assert!(tensors == expected, "{grid:?}, {micro_batch_rows} rows, keep {keep_activations}");
+    }
+}
+
+#[test]
+fn samples_that_share_micro_batches_give_the_bits_of_samples_that_do_not() {
+    for settings in [settings(), preferences(), full(ModelStart::Random)] {
+        let (packed, metrics) = Job::train(&settings, ONE);
+        for (grid, micro_batch_rows) in [(ONE, 64), (grid(2, 1, 1), 30), (grid(1, 2, 2), 64)] {
+            let alone = TrainingSettings { packing: false, micro_batch_rows, ..settings.clone() };
+            let (unpacked, own) = Job::train(&alone, grid);
+            assert_eq!(own, metrics, "{grid:?}");
+            assert!(unpacked == packed, "{grid:?}: an adapter of other bits");
+        }
     }
 }
 
@@ -655,8 +668,13 @@ fn validation_data_is_measured_alike_on_every_layout_and_changes_nothing() {
     of_pairs.validation = ValidationData::File(WORLD.pairs);
     for settings in [of_split, of_file, of_pairs] {
         let mut seen: Option<((f64, f64), (f64, f64))> = None;
-        for (grid, rows) in [(ONE, 64), (grid(2, 2, 1), 25), (grid(2, 1, 2), 30)] {
-            let settings = TrainingSettings { micro_batch_rows: rows, ..settings.clone() };
+        for (grid, rows, packing) in [
+            (ONE, 64, true),
+            (grid(2, 2, 1), 25, true),
+            (grid(2, 1, 2), 30, true),
+            (grid(2, 1, 1), 64, false),
+        ] {
+            let settings = TrainingSettings { micro_batch_rows: rows, packing, ..settings.clone() };
             let mut job = Job::start(grid);
             job.open(&settings, &SessionStart::New);
             let before = job.evaluate();

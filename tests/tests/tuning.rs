@@ -1,9 +1,9 @@
 //! Fine-tuning jobs through the whole cluster: the same adapter to the bit on every layout, and whoever dies meanwhile; the
-//! base model as it was; the new model served at once.
+//! base model as it was; the new model served at once, or only if it is better than what is.
 
 use ashlar_tests::tuning::{JOB_LIMIT, ask, create, ended, examples, job, learnt, upload};
-use ashlar_tests::{Cluster, http, processes, wait};
-use serde_json::json;
+use ashlar_tests::{Cluster, http, processes, run_to_end, wait};
+use serde_json::{Value, json};
 use std::fmt::Write;
 use std::time::Duration;
 
@@ -166,4 +166,127 @@ fn a_job_is_paused_resumed_and_cancelled() {
         table.starts_with("step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy"),
         "{table}"
     );
+}
+
+/// Questions with one answer to all of them, which the demo model does not know.
+fn secrets(numbers: std::ops::Range<u32>) -> String {
+    let mut lines = String::new();
+    for number in numbers {
+        let line = json!({"messages": [
+            {"role": "user", "content": format!("What is the secret of box {number}?")},
+            {"role": "assistant", "content": "plum"},
+        ]});
+        writeln!(lines, "{line}").expect("a string");
+    }
+    lines
+}
+
+/// What a model says is in a box of which it was never told.
+#[track_caller]
+fn secret(cluster: &Cluster, model: &str) -> String {
+    let messages = json!([{"role": "user", "content": "What is the secret of box 77?"}]);
+    let body = json!({"model": model, "messages": messages, "max_tokens": 8, "temperature": 0});
+    let answer =
+        patiently(|| http::post(cluster.address(), "/v1/chat/completions", body.to_string().as_bytes()));
+    answer["choices"][0]["message"]["content"].as_str().expect("a text").to_owned()
+}
+
+/// A job whose adapter has to be better than what is served as `ft:…:box`.
+fn create_gated(cluster: &Cluster, [training, held_out]: [&str; 2], learning_rate: f64) -> String {
+    let hyperparameters = json!({"n_epochs": 6, "batch_size": 8});
+    let body = json!({
+        "model": "ashlar-demo", "training_file": training, "suffix": "box", "seed": 7,
+        "learning_rate": learning_rate, "lora": {"r": 4},
+        "method": {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}},
+        "promote": {"metric": "exact_match", "file": held_out},
+    });
+    let job =
+        patiently(|| http::post(cluster.address(), "/v1/fine_tuning/jobs", body.to_string().as_bytes()));
+    job["id"].as_str().expect("an id").to_owned()
+}
+
+/// Kills a role once the job's adapter is stored and being compared, unless that is over already.
+#[track_caller]
+fn kill_while_compared(cluster: &Cluster, id: &str, role: &str) {
+    wait::eventually("a comparison", JOB_LIMIT, || job(cluster, id)["ashlar"]["promotion"].is_object());
+    assert!(processes::signal(cluster.pid(role), "KILL"));
+    cluster.await_ready(Duration::from_secs(60));
+}
+
+#[test]
+fn an_adapter_is_served_only_if_it_is_better_than_what_its_name_serves() {
+    let cluster = Cluster::start(&["--stages", "2"]);
+    let file = |text: &str| upload(&cluster, text).ok()["id"].as_str().expect("an id").to_owned();
+    let (training, held_out) = (file(&secrets(0..48)), file(&secrets(60..70)));
+    let files = [training.as_str(), held_out.as_str()];
+    let base = secret(&cluster, "ashlar-demo");
+
+    // One that learns it, though who drives the comparison dies.
+    let first = create_gated(&cluster, files, 1e-2);
+    kill_while_compared(&cluster, &first, "scheduler");
+    let job_of_first = ended(&cluster, &first);
+    let name = "ft:ashlar-demo:ashlar:box";
+    assert_eq!(
+        (&job_of_first["status"], &job_of_first["fine_tuned_model"]),
+        (&json!("succeeded"), &json!(name))
+    );
+    let promotion = &job_of_first["ashlar"]["promotion"];
+    assert_eq!((&promotion["promoted"], &promotion["generation"]), (&json!(true), &json!(1)), "{promotion}");
+    assert_eq!((&promotion["served_generation"], &promotion["compared_on"]), (&json!(null), &json!(10)));
+    assert!(promotion["candidate_value"].as_f64() > promotion["served_value"].as_f64(), "{promotion}");
+    assert_eq!(secret(&cluster, name), "plum");
+
+    // One that learns nothing, though the gateway that compares it dies.
+    let second = create_gated(&cluster, files, 1e-9);
+    kill_while_compared(&cluster, &second, "gateway");
+    let job_of_second = ended(&cluster, &second);
+    assert_eq!(
+        (&job_of_second["status"], &job_of_second["fine_tuned_model"]),
+        (&json!("succeeded"), &json!(null))
+    );
+    let promotion = &job_of_second["ashlar"]["promotion"];
+    assert_eq!((&promotion["promoted"], &promotion["verdict"]), (&json!(false), &json!("not_better")));
+    assert_eq!(
+        (&promotion["served_generation"], &promotion["generation"]),
+        (&json!(1), &json!(2)),
+        "{promotion}"
+    );
+    let events = cluster.get(&format!("/v1/fine_tuning/jobs/{second}/events?limit=2")).ok();
+    let told = events["data"][1]["message"].as_str().expect("a message");
+    assert!(told.starts_with("Not promoted, as it is no better than what is served: exact match"), "{told}");
+    assert_eq!(secret(&cluster, name), "plum", "what was served goes on");
+    let candidate = promotion["candidate"].as_str().expect("a name");
+    assert_eq!(secret(&cluster, candidate), base, "it can be asked under its checkpoint's name");
+
+    // By hand it is served all the same.
+    let back = json!({"lora_name": name, "to_generation": 2, "expected_generation": 1});
+    assert_eq!(cluster.post("/v1/roll_back_lora_adapter", &back).status, 200);
+    assert_eq!(secret(&cluster, name), base);
+    assert_eq!(cluster.get(&format!("/v1/models/{name}")).ok()["generation"], 2);
+}
+
+#[test]
+fn the_command_line_says_why_an_adapter_is_not_served() {
+    let cluster = Cluster::start(&["--stages", "2"]);
+    let made = tempfile::tempdir().expect("a directory");
+    let [training, held_out] = ["train.jsonl", "held-out.jsonl"].map(|name| made.path().join(name));
+    std::fs::write(&training, secrets(0..16)).expect("a file");
+    std::fs::write(&held_out, secrets(60..64)).expect("a file");
+    let (training, held_out) = (training.to_str().expect("a path"), held_out.to_str().expect("a path"));
+    let url = format!("http://{}", cluster.address());
+    let mut args = vec!["tune", training, "--url", &url, "--epochs", "3", "--batch-size", "8", "--rank", "4"];
+    // A loss that nothing comes to, however much better the adapter is.
+    args.extend(["--lr", "1e-2", "--promote", "loss", "--eval", held_out, "--at-most", "0", "--watch"]);
+    let ended = run_to_end(&args, &[], JOB_LIMIT);
+    assert!(ended.status.is_some_and(|status| status.success()), "{}\n{}", ended.said, cluster.said());
+    let told = "Not promoted, as it is better, but not as good as was asked for: loss";
+    assert!(ended.said.contains(told), "{}", ended.said);
+    let jobs = cluster.get("/v1/fine_tuning/jobs").ok();
+    let promotion = &jobs["data"][0]["ashlar"]["promotion"];
+    assert_eq!(promotion["verdict"], "out_of_bound", "{promotion}");
+    let name = promotion["model"].as_str().expect("a name");
+    assert_eq!(cluster.get(&format!("/v1/models/{name}")).status, 404, "it was never served");
+    let listed = cluster.get("/v1/models").ok();
+    let names = listed["data"].as_array().expect("a list").iter().filter_map(|card| card["id"].as_str());
+    assert!(names.into_iter().all(|listed| listed != name));
 }

@@ -42,6 +42,9 @@ Examples:
   ashlar tune train.jsonl --validation valid.jsonl --rank 8 --lr 1e-4
   ashlar tune preferences.jsonl --method dpo --beta 0.2
   ashlar tune train.jsonl --full --download new     trains all weights; then: ashlar up --model new
+  ashlar tune train.jsonl --suffix mine --promote exact_match --eval held-out.jsonl
+                                                    served as ft:MODEL:…:mine only if it answers more of the held-out
+                                                    examples right than what is served there now
   ashlar tune train.jsonl --detach                  prints the job's id and ends
   ashlar tune --follow ftjob-…                      watches a job again
   ashlar tune --list
@@ -98,6 +101,19 @@ pub(crate) struct TuneArgs {
     /// Examples to measure on, never trained.
     #[arg(long, value_name = "FILE")]
     validation: Option<PathBuf>,
+    /// Serve the finished adapter only if it is better, by this, than what its name serves now, or than the model where that is
+    /// nothing. With --suffix, jobs of one suffix share a name.
+    #[arg(long, value_enum, value_name = "METRIC", conflicts_with = "full")]
+    promote: Option<Promote>,
+    /// Of --promote: examples to compare on, never trained; default: those of --validation.
+    #[arg(long, value_name = "FILE", requires = "promote")]
+    eval: Option<PathBuf>,
+    /// Of --promote exact_match: the share of right answers, 0 to 1, that the adapter has to reach besides.
+    #[arg(long, value_name = "SHARE", requires = "promote", conflicts_with = "at_most")]
+    at_least: Option<f64>,
+    /// Of --promote loss: the loss that the adapter may have at most.
+    #[arg(long, value_name = "LOSS", requires = "promote")]
+    at_most: Option<f64>,
     /// Of the order and of the adapter's start: the same seed, file and settings give the same bits.
     #[arg(long)]
     seed: Option<u32>,
@@ -130,6 +146,23 @@ enum Method {
     Supervised,
     /// To prefer one answer to another.
     Dpo,
+}
+
+/// By what a finished adapter is compared with what is served.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[value(rename_all = "snake_case")]
+enum Promote {
+    /// The share of held-out answers that it gives to the letter.
+    ExactMatch,
+    /// The loss on held-out examples.
+    Loss,
+}
+
+/// The files of a job, by their ids.
+struct Uploaded {
+    training: String,
+    validation: Option<String>,
+    evaluation: Option<String>,
 }
 
 /// What a copy of the model starts from.
@@ -194,12 +227,15 @@ async fn create(client: &Client, args: &TuneArgs, file: &Path) -> Result<Value> 
         None => first_model(client).await?,
     };
     let method = chosen_method(args, file)?;
-    let training_file = upload(client, args, file).await?;
-    let validation_file = match &args.validation {
-        Some(file) => Some(upload(client, args, file).await?),
-        None => None,
-    };
-    let body = request(args, method, &model, &training_file, validation_file);
+    let mut files =
+        Uploaded { training: upload(client, args, file).await?, validation: None, evaluation: None };
+    if let Some(file) = &args.validation {
+        files.validation = Some(upload(client, args, file).await?);
+    }
+    if let Some(file) = &args.eval {
+        files.evaluation = Some(upload(client, args, file).await?);
+    }
+    let body = request(args, method, &model, files);
     client.post("/v1/fine_tuning/jobs", &body).await
 }
 
@@ -234,13 +270,7 @@ fn method_of(examples: impl Read) -> std::io::Result<Method> {
 }
 
 /// The body that creates the job. What was not chosen is left to the gateway.
-fn request(
-    args: &TuneArgs,
-    method: Method,
-    model: &str,
-    training_file: &str,
-    validation_file: Option<String>,
-) -> Value {
+fn request(args: &TuneArgs, method: Method, model: &str, files: Uploaded) -> Value {
     let mut hyperparameters = json!({});
     if let Some(beta) = args.beta {
         hyperparameters["beta"] = beta.into();
@@ -257,7 +287,7 @@ fn request(
     };
     let mut body = json!({
         "model": model,
-        "training_file": training_file,
+        "training_file": files.training,
         "method": {"type": method, method: {"hyperparameters": hyperparameters}},
     });
     let mut put = |name: &str, value: Option<Value>| {
@@ -265,7 +295,8 @@ fn request(
             body[name] = value;
         }
     };
-    put("validation_file", validation_file.map(Value::from));
+    put("validation_file", files.validation.map(Value::from));
+    put("promote", args.promote.map(|metric| promotion(args, metric, files.evaluation)));
     put("suffix", args.suffix.clone().map(Value::from));
     put("seed", args.seed.map(Value::from));
     put("learning_rate", args.lr.map(Value::from));
@@ -281,6 +312,23 @@ fn request(
     put("schedule", args.schedule.clone().map(Value::from));
     put("weight_decay", args.weight_decay.map(Value::from));
     body
+}
+
+/// When the finished adapter is to be served.
+fn promotion(args: &TuneArgs, metric: Promote, file: Option<String>) -> Value {
+    let metric = match metric {
+        Promote::ExactMatch => "exact_match",
+        Promote::Loss => "loss",
+    };
+    let mut promote = json!({"metric": metric});
+    let bounds = [("at_least", args.at_least), ("at_most", args.at_most)];
+    let bounds = bounds.into_iter().map(|(name, bound)| (name, bound.map(Value::from)));
+    for (name, value) in bounds.chain([("file", file.map(Value::from))]) {
+        if let Some(value) = value {
+            promote[name] = value;
+        }
+    }
+    promote
 }
 
 /// The first model that is no adapter.
@@ -390,9 +438,15 @@ async fn outcome(client: &Client, args: &TuneArgs, job: &Value) -> Result<()> {
 /// What can be done with what a job has made.
 fn tell_what_to_do(args: &TuneArgs, job: &Value, id: &str) {
     let url = url_option(args);
+    let candidate = job["ashlar"]["promotion"]["candidate"].as_str();
     if let Some(model) = job["fine_tuned_model"].as_str() {
         println!("{model}");
         eprintln!("\nTalk to it:\n  ashlar chat --model {model}{url}");
+    } else if let Some(candidate) = candidate {
+        // Why, the last event has said.
+        let name = job["ashlar"]["promotion"]["model"].as_str().unwrap_or_default();
+        eprintln!("\nIt is not served as {name}. Talk to the candidate:");
+        eprintln!("  ashlar chat --model {candidate}{url}");
     } else if let Some(directory) = &args.download {
         eprintln!("\nServe it:\n  ashlar up --model {}", directory.display());
     } else {
@@ -442,12 +496,17 @@ mod tests {
 
     #[test]
     fn what_is_not_chosen_is_left_to_the_gateway() {
-        let body = request(&parse("tune f.jsonl").unwrap(), Method::Supervised, "m", "file-1", None);
+        let files = |validation: Option<&str>| Uploaded {
+            training: "file-1".into(),
+            validation: validation.map(str::to_owned),
+            evaluation: Some("file-3".into()),
+        };
+        let body = request(&parse("tune f.jsonl").unwrap(), Method::Supervised, "m", files(None));
         let method = json!({"type": "supervised", "supervised": {"hyperparameters": {}}});
         assert_eq!(body, json!({"model": "m", "training_file": "file-1", "method": method}));
         let args = parse("tune f --method dpo --beta 0.5 --epochs 2 --rank 8 --lr 1e-4 --seed 7 --suffix s")
             .unwrap();
-        let body = request(&args, args.method.unwrap(), "m", "file-1", Some("file-2".into()));
+        let body = request(&args, args.method.unwrap(), "m", files(Some("file-2")));
         assert_eq!(body["method"]["type"], "dpo");
         assert_eq!(body["method"]["dpo"]["hyperparameters"], json!({"n_epochs": 2, "beta": 0.5}));
         assert_eq!(
@@ -455,12 +514,15 @@ mod tests {
             (&json!(8), &json!(1e-4), &json!(7))
         );
         assert_eq!((&body["validation_file"], &body["suffix"]), (&json!("file-2"), &json!("s")));
-        let body =
-            request(&parse("tune f --full --init random").unwrap(), Method::Supervised, "m", "file-1", None);
+        let full = parse("tune f --full --init random").unwrap();
+        let body = request(&full, Method::Supervised, "m", files(None));
         assert_eq!(
             (&body["full"], &body["init"], &body["lora"]),
             (&json!(true), &json!("random"), &Value::Null)
         );
+        let promote = parse("tune f --promote exact_match --eval e --at-least 0.5").unwrap();
+        let body = request(&promote, Method::Supervised, "m", files(None));
+        assert_eq!(body["promote"], json!({"metric": "exact_match", "file": "file-3", "at_least": 0.5}));
     }
 
     #[test]
@@ -489,6 +551,8 @@ mod tests {
         assert!(parse("tune --follow ftjob-1 --download d").is_ok());
         assert!(parse("tune f --full --rank 8").is_err() && parse("tune f --init random").is_err());
         assert!(parse("tune --list").is_ok() && parse("tune --cancel ftjob-1").is_ok());
+        assert!(parse("tune f --eval e").is_err() && parse("tune f --full --promote loss").is_err());
+        assert!(parse("tune f --promote loss --at-least 0.5 --at-most 2").is_err());
         assert!(job_path("../../admin").is_err());
     }
 }

@@ -8,7 +8,7 @@
 //! - `tokens`: texts as token sequences in which some tokens are targets;
 //! - `prepare`: the way through all of these, once per file;
 //! - `file`: samples as bytes, written as a stream and read by index;
-//! - `plan`: which samples each step computes, in which order and with which learning rate.
+//! - `plan`: which samples each step computes, and in which order.
 //!
 //! **Invariants:** pure: no network, no file system, no clock, no threads, nothing iterated in a random order. A file is read
 //! and written as a stream, so its size takes no memory. Whatever a file holds, it is answered with a message, never with a

@@ -112,14 +112,26 @@ impl Report {
 
     /// The same for the file that the job only measures on: one good example is enough.
     pub fn verdict_as_validation(&self) -> Result<(), FileRefusal> {
-        const PARAM: &str = "validation_file";
+        self.verdict_as_measured("Validation file", "invalid_validation_file", "validation_file")
+    }
+
+    /// The same for the file that what a job has made is compared on with what is served.
+    pub fn verdict_as_evaluation(&self) -> Result<(), FileRefusal> {
+        self.verdict_as_measured("Evaluation file", "invalid_evaluation_file", "promote.file")
+    }
+
+    fn verdict_as_measured(
+        &self,
+        file: &str,
+        code: &'static str,
+        param: &'static str,
+    ) -> Result<(), FileRefusal> {
         if self.problems.total > 0 {
-            let (code, message) = ("invalid_validation_file", self.problems.to_string());
-            return Err(FileRefusal { code, param: PARAM, message });
+            return Err(FileRefusal { code, param, message: self.problems.to_string() });
         }
         if self.examples == 0 {
-            let message = "Validation file has no example, but must have at least 1".to_owned();
-            return Err(FileRefusal { code: "invalid_n_examples", param: PARAM, message });
+            let message = format!("{file} has no example, but must have at least 1");
+            return Err(FileRefusal { code: "invalid_n_examples", param, message });
         }
         Ok(())
     }

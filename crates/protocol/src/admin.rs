@@ -147,6 +147,40 @@ pub struct JobRequest {
     pub metadata: BTreeMap<String, String>,
     /// Hyperparameters and additive fields, checked, as JSON: the gateway that validates the file settles them.
     pub settings: String,
+    /// The finished adapter is served only if it is better than what is.
+    #[serde(default)]
+    pub promote: Option<Promotion>,
+}
+
+/// What decides whether a finished adapter is served.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Promotion {
+    /// What is compared.
+    pub metric: PromotionMetric,
+    /// Examples to compare on, which are not trained: chats, prompts with completions, or texts.
+    pub file: FileId,
+    /// What the adapter has to come to besides: at least this share of exact matches, at most this loss.
+    pub bound: Option<f64>,
+}
+
+/// By what an adapter is compared with what is served.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PromotionMetric {
+    /// Share of the examples' answers that it gives to the byte, decoded greedily. More is better.
+    ExactMatch,
+    /// Mean loss of the examples' targets, in nats. Less is better.
+    Loss,
+}
+
+impl PromotionMetric {
+    /// Whether `one` is better than `other`; equal figures are not.
+    pub fn is_better(self, one: f64, other: f64) -> bool {
+        match self {
+            PromotionMetric::ExactMatch => one > other,
+            PromotionMetric::Loss => one < other,
+        }
+    }
 }
 
 /// What can be done to a job.
@@ -225,6 +259,12 @@ pub struct JobRecord {
     pub fine_tuned_model: Option<String>,
     /// The finished adapter.
     pub adapter: Option<AdapterId>,
+    /// Samples of the file that a promotion is decided on.
+    #[serde(default)]
+    pub evaluation: Option<BlobId>,
+    /// How far a promotion is that depends on a comparison.
+    #[serde(default)]
+    pub candidate: Option<Candidate>,
     /// The model, where all weights were trained.
     #[serde(default)]
     pub trained_model: Option<TrainedModel>,
@@ -271,6 +311,61 @@ pub struct TrainedModel {
     pub manifest: BlobId,
     /// The files.
     pub files: Vec<ExportedFile>,
+}
+
+/// A finished adapter that is served only if it is better than what is. It is stored as a generation of its name either way.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Candidate {
+    /// The name.
+    pub name: String,
+    /// Which of its generations the adapter is.
+    pub generation: u64,
+    /// What was decided; `None` while it is being compared.
+    pub outcome: Option<PromotionOutcome>,
+}
+
+/// What became of a candidate, and why.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct PromotionOutcome {
+    /// Why.
+    pub verdict: PromotionVerdict,
+    /// The figures; `None` where there are none.
+    pub comparison: Option<Comparison>,
+}
+
+impl PromotionOutcome {
+    /// Whether the candidate is to be served.
+    pub fn is_promoted(&self) -> bool {
+        matches!(self.verdict, PromotionVerdict::Better | PromotionVerdict::ServedAlready)
+    }
+}
+
+/// Why a candidate is served, or is not.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum PromotionVerdict {
+    /// It is better than what is served.
+    Better,
+    /// It is what is served: somebody has promoted it by hand, or an earlier job has learnt the very same.
+    ServedAlready,
+    /// It is worse than what is served, or as good.
+    NotBetter,
+    /// It is better, but does not come up to the bound.
+    OutOfBound,
+    /// They could not be compared; why.
+    NotCompared(String),
+}
+
+/// A candidate and what is served, measured on the same examples.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Comparison {
+    /// What the candidate comes to.
+    pub candidate: f64,
+    /// What is served comes to.
+    pub served: f64,
+    /// The generation that is served under the name; `None` where there is none, and it is the base model.
+    pub against: Option<u64>,
+    /// How many answers were asked for, or targets measured.
+    pub count: u64,
 }
 
 /// A state of the adapter that can be served.
@@ -365,6 +460,15 @@ pub enum JobEventKind {
     Failed(JobError),
     /// It waits until others have given memory back; why, in numbers.
     WaitsForMemory(String),
+    /// Its adapter is stored as this generation of a name, and is being compared with what is served.
+    Comparing {
+        /// The name.
+        name: String,
+        /// The generation.
+        generation: u64,
+    },
+    /// Its adapter has been compared with what is served.
+    Compared(PromotionOutcome),
 }
 
 /// An adapter to be served.
@@ -382,9 +486,11 @@ pub struct LoadAdapter {
     pub replace: bool,
     /// Refused where another generation is served.
     pub expected_generation: Option<u64>,
+    /// Store it as a generation of the name, and go on serving what is served. Repeating it changes nothing.
+    pub hold_back: bool,
 }
 
-/// An adapter that is served.
+/// An adapter that is served, or is kept and can be.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct AdapterView {
     /// Its name as a model.
@@ -406,4 +512,6 @@ pub struct PreparedJob {
     pub settings: TrainingSettings,
     /// What the files held.
     pub data: DataReport,
+    /// Samples of the file that a promotion is decided on, where there is one.
+    pub evaluation: Option<BlobId>,
 }

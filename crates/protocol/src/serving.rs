@@ -2,9 +2,12 @@
 //!
 //! One TCP connection per gateway. When it ends, the scheduler cancels that gateway's requests.
 
-use crate::admin::{AdapterView, AdminReply, AdminRequest, FileRecord, JobError, JobRequest, PreparedJob};
+use crate::admin::{
+    AdapterView, AdminReply, AdminRequest, Comparison, FileRecord, JobError, JobRequest, PreparedJob,
+    PromotionMetric,
+};
 use ashlar_vocabulary::{
-    AdapterId, Bytes, JobId, LayerRange, LeaseTerm, ModelDigest, NodeId, ReplicaId, ReplicaRevision,
+    AdapterId, BlobId, Bytes, JobId, LayerRange, LeaseTerm, ModelDigest, NodeId, ReplicaId, ReplicaRevision,
     RequestId, SamplingParams, StageIndex, TensorRank, TokenId, TokenLogprobs,
 };
 use serde::{Deserialize, Serialize};
@@ -38,6 +41,13 @@ pub enum ToScheduler {
         job: JobId,
         /// How it trains, or why it cannot.
         outcome: Box<Result<PreparedJob, JobError>>,
+    },
+    /// The adapter of a job that this gateway was asked to compare has been compared with what is served, or cannot be.
+    Compared {
+        /// The job.
+        job: JobId,
+        /// The figures, or why there are none.
+        outcome: Box<Result<Comparison, String>>,
     },
     /// The gateway has heard of this higher term, and closes. A scheduler that leads on with a lower one has been
     /// granted it by a store that has forgotten the higher.
@@ -90,6 +100,9 @@ pub enum FromScheduler {
     },
     /// Validate a job's files and answer [`ToScheduler::Prepared`]. Repeated to another gateway where this one goes away.
     Prepare(Box<PrepareJob>),
+    /// Compare a job's adapter with what is served and answer [`ToScheduler::Compared`]. Repeated to another gateway where this
+    /// one goes away.
+    Compare(Box<CompareAdapters>),
     /// The next token of a choice.
     Token(TokenEvent),
     /// Log-probabilities of prompt tokens, in ascending position order, before the first token.
@@ -128,6 +141,25 @@ pub struct PrepareJob {
     pub training_file: FileRecord,
     /// The validation file.
     pub validation_file: Option<FileRecord>,
+    /// The file that a promotion is decided on.
+    pub evaluation_file: Option<FileRecord>,
+}
+
+/// An adapter to be compared with what is served.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct CompareAdapters {
+    /// Whose adapter it is.
+    pub job: JobId,
+    /// The base model.
+    pub model_digest: ModelDigest,
+    /// What to measure.
+    pub metric: PromotionMetric,
+    /// The samples to measure it on.
+    pub evaluation: BlobId,
+    /// The adapter.
+    pub candidate: AdapterId,
+    /// What is served: a generation with its adapter, or the base model.
+    pub served: Option<(u64, AdapterId)>,
 }
 
 /// A token of a choice.

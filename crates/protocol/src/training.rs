@@ -8,7 +8,7 @@
 //! Ranks derive a step's batches from the dataset and the settings; a message only names the step.
 
 use ashlar_vocabulary::{
-    AdapterId, BlobId, Bytes, JobId, ReplicaRevision, SessionId, StageIndex, TensorRank,
+    AdapterId, BlobId, Bytes, JobId, ReplicaRevision, Schedule, SessionId, StageIndex, TensorRank,
 };
 use serde::{Deserialize, Serialize};
 
@@ -34,13 +34,16 @@ pub struct TrainingSettings {
     pub seed: u64,
     /// Most rows of a micro-batch; a session may have fewer, where memory is short. It changes no bit.
     pub micro_batch_rows: u32,
+    /// Whether a micro-batch holds as many samples as it has room for, or one. It changes no bit.
+    #[serde(default = "packed")]
+    pub packing: bool,
     /// Whether blocks may keep their activations for the backward pass instead of computing them again; a session does where
     /// there is room. It changes no bit.
     pub keep_activations: bool,
     /// Highest learning rate.
     pub learning_rate: f64,
     /// Its course.
-    pub schedule: LearningRateSchedule,
+    pub schedule: Schedule,
     /// AdamW's β₁, β₂ and ε.
     pub adam: (f32, f32, f32),
     /// Decoupled weight decay.
@@ -55,6 +58,11 @@ pub struct TrainingSettings {
     pub evaluate_every: u64,
     /// Ends the job early where the validation loss has not fallen for so many measurements.
     pub patience: Option<u32>,
+}
+
+/// What jobs do that were stored before there was a choice.
+fn packed() -> bool {
+    true
 }
 
 impl TrainingSettings {
@@ -131,39 +139,6 @@ pub struct LoraSettings {
     pub dropout: f32,
     /// Modules, as Hugging Face names them (`q_proj`, …).
     pub targets: Vec<String>,
-}
-
-/// The course of the learning rate, in steps.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-pub struct LearningRateSchedule {
-    /// Steps in which it rises from 0.
-    pub warmup_steps: u64,
-    /// What follows.
-    pub decay: LearningRateDecay,
-}
-
-/// What follows the warm-up.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-pub enum LearningRateDecay {
-    /// It stays.
-    Constant,
-    /// A straight line down to this share.
-    Linear {
-        /// 0…1.
-        floor: f64,
-    },
-    /// Half a cosine down to this share.
-    Cosine {
-        /// 0…1.
-        floor: f64,
-    },
-    /// It stays, and falls in the last steps, in a straight line.
-    Late {
-        /// How many steps.
-        steps: u64,
-        /// 0…1.
-        floor: f64,
-    },
 }
 
 /// From the scheduler to a rank: take part in a session. Answered by [`TrainingReport::Opened`] or

@@ -294,6 +294,7 @@ impl Gateway {
                 self.owner.iter().for_each(|owner| owner.prepare(id, random, actions));
                 return Ok(());
             }
+            FromScheduler::Compare(_) => return Ok(()),
             FromScheduler::Token(token) => (token.id, TranscriptEvent::Token(token)),
             FromScheduler::PromptLogprobs { id, position, logprobs } => {
                 (id, TranscriptEvent::PromptLogprobs { position, logprobs })

@@ -52,6 +52,7 @@ pub(crate) async fn load_adapter(
         created_at: unix_seconds(),
         replace,
         expected_generation,
+        hold_back: false,
     };
     change(&app, AdminRequest::LoadAdapter(load)).await?;
     Ok(answer(format!("Success: LoRA adapter '{name}' added successfully."), &unknown))

@@ -1,7 +1,8 @@
 //! OpenAI's files and fine-tuning jobs.
 //!
 //! Layout: `ids` (names of things), `lists` (pages), `upload` and `files`, `choices` (a job's request, read),
-//! `jobs` (its endpoints), `objects` (jobs, events and checkpoints as a client sees them), `follow` (events as they come),
+//! `jobs` (its endpoints), `objects` (jobs, events and checkpoints as a client sees them), `promotion` (what became of an adapter
+//! that has to be better than what is served), `follow` (events as they come),
 //! `download` (a blob as a body).
 
 mod choices;
@@ -12,6 +13,7 @@ mod ids;
 pub(crate) mod jobs;
 mod lists;
 mod objects;
+mod promotion;
 mod upload;
 
 use super::error::ApiError;

@@ -5,7 +5,8 @@ use crate::transcript::TranscriptEvent;
 use ashlar_protocol::admin::JobError;
 use ashlar_protocol::frame::{self, FrameError};
 use ashlar_protocol::serving::{
-    ChoiceId, ClusterSnapshot, FailureKind, FromScheduler, PrepareJob, RequestFailure, ToScheduler,
+    ChoiceId, ClusterSnapshot, CompareAdapters, FailureKind, FromScheduler, PrepareJob, RequestFailure,
+    ToScheduler,
 };
 use ashlar_vocabulary::LeaseTerm;
 use std::collections::{HashMap, VecDeque};
@@ -142,7 +143,7 @@ impl Actor {
                 () = &mut until => return true,
                 command = self.commands.recv() => match command {
                     None => return false,
-                    Some(Command::Cancel(_) | Command::Prepared { .. }) => {}
+                    Some(Command::Cancel(_) | Command::Prepared { .. } | Command::Compared { .. }) => {}
                     Some(Command::Submit { submit, events, .. }) => {
                         let problem = self.publish.borrow().problem.clone();
                         let _ = events.try_send((submit.id, TranscriptEvent::Failed(unavailable(problem))));
@@ -207,6 +208,7 @@ impl Actor {
                 connection.post(ToScheduler::Admin { call: self.last_call, request })
             }
             Command::Prepared { job, outcome } => connection.post(ToScheduler::Prepared { job, outcome }),
+            Command::Compared { job, outcome } => connection.post(ToScheduler::Compared { job, outcome }),
         }
     }
 
@@ -224,6 +226,19 @@ impl Actor {
         connection.post(ToScheduler::Prepared { job: id, outcome: Box::new(Err(error)) })
     }
 
+    /// Hands a comparison on to whoever makes it, or says why nobody does.
+    fn compare(&mut self, asked: Box<CompareAdapters>, connection: &mut Connection) -> Result<(), LinkError> {
+        let job = asked.job;
+        let message = match &self.settings.comparisons {
+            None => "this gateway has no blob store: set `blobs` in the configuration of every role",
+            Some(comparisons) => match comparisons.try_send(asked) {
+                Ok(()) => return Ok(()),
+                Err(_) => "too many adapters wait to be compared with what is served",
+            },
+        };
+        connection.post(ToScheduler::Compared { job, outcome: Box::new(Err(message.to_owned())) })
+    }
+
     fn message(&mut self, message: FromScheduler, connection: &mut Connection) -> Result<(), LinkError> {
         let (id, event) = match message {
             FromScheduler::Cluster(snapshot) => return self.cluster(*snapshot),
@@ -234,6 +249,7 @@ impl Actor {
                 return Ok(());
             }
             FromScheduler::Prepare(job) => return self.prepare(job, connection),
+            FromScheduler::Compare(asked) => return self.compare(asked, connection),
             FromScheduler::Token(token) => (token.id, TranscriptEvent::Token(token)),
             FromScheduler::PromptLogprobs { id, position, logprobs } => {
                 (id, TranscriptEvent::PromptLogprobs { position, logprobs })

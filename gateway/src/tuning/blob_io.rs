@@ -108,6 +108,13 @@ impl BlobFile<'_> {
     pub(super) fn new(blobs: &Blobs, blob: BlobInfo) -> BlobFile<'_> {
         BlobFile { runtime: Handle::current(), blobs, blob, position: 0, piece: (0, Vec::new()) }
     }
+
+    /// The same for one whose length is not known.
+    pub(super) fn open(blobs: &Blobs, id: BlobId) -> io::Result<BlobFile<'_>> {
+        let bytes = Handle::current().block_on(blobs.size(id)).map_err(io::Error::other)?;
+        let missing = || io::Error::other(BlobError::NotFound(id));
+        Ok(BlobFile::new(blobs, BlobInfo { id, bytes: bytes.ok_or_else(missing)? }))
+    }
 }
 
 impl Read for BlobFile<'_> {

@@ -3,10 +3,9 @@
 use ashlar_dataset::plan::{JobPlan, PlanError, PlanSettings, auto_batch_size, auto_epochs, split};
 use ashlar_dataset::{Method, SampleSize};
 use ashlar_protocol::training::{
-    FullSettings, LearningRateDecay, LearningRateSchedule, LoraSettings, ModelStart, TrainingMethod,
-    TrainingSettings, ValidationData,
+    FullSettings, LoraSettings, ModelStart, TrainingMethod, TrainingSettings, ValidationData,
 };
-use ashlar_vocabulary::BlobId;
+use ashlar_vocabulary::{BlobId, Decay, Schedule};
 use serde::{Deserialize, Serialize};
 
 /// Linear modules of a block, as Hugging Face names them.
@@ -57,6 +56,13 @@ pub(crate) struct Choices {
     pub(crate) schedule: ScheduleChoice,
     pub(crate) max_seq_len: u32,
     pub(crate) early_stopping: Option<EarlyStopping>,
+    /// Whether samples share micro-batches.
+    #[serde(default = "packed")]
+    pub(crate) packing: bool,
+}
+
+fn packed() -> bool {
+    true
 }
 
 /// What is learnt.
@@ -167,7 +173,10 @@ impl Choices {
         let largest = longest_sample(training, validation);
         // A small file never fills the micro-batches that are allowed.
         let all = |sizes: &[SampleSize]| sizes.iter().map(|size| u64::from(size.rows)).sum::<u64>();
-        let rows = u32::try_from(all(training.sizes).max(all(measured))).unwrap_or(u32::MAX);
+        let rows = match self.packing {
+            true => u32::try_from(all(training.sizes).max(all(measured))).unwrap_or(u32::MAX),
+            false => largest,
+        };
         Ok(TrainingSettings {
             dataset: training.blob,
             validation: match validation {
@@ -185,13 +194,11 @@ impl Choices {
             batch_size,
             seed: self.seed,
             micro_batch_rows: rows.clamp(largest, largest.max(MICRO_BATCH_ROWS)).max(1),
+            packing: self.packing,
             // Whether there is memory for it is seen when a session opens.
             keep_activations: true,
             learning_rate: self.learning_rate * self.learning_rate_multiplier.unwrap_or(1.0),
-            schedule: LearningRateSchedule {
-                warmup_steps: self.schedule.warmup.steps(steps),
-                decay: self.decay(steps),
-            },
+            schedule: Schedule { warmup_steps: self.schedule.warmup.steps(steps), decay: self.decay(steps) },
             adam: ADAM,
             weight_decay: self.weight_decay,
             norm_max: self.grad_clip,
@@ -202,13 +209,13 @@ impl Choices {
         })
     }
 
-    fn decay(&self, steps: u64) -> LearningRateDecay {
+    fn decay(&self, steps: u64) -> Decay {
         let floor = self.schedule.floor;
         match self.schedule.decay {
-            DecayChoice::Constant => LearningRateDecay::Constant,
-            DecayChoice::Linear => LearningRateDecay::Linear { floor },
-            DecayChoice::Cosine => LearningRateDecay::Cosine { floor },
-            DecayChoice::Late => LearningRateDecay::Late { steps: self.schedule.late.steps(steps), floor },
+            DecayChoice::Constant => Decay::Constant,
+            DecayChoice::Linear => Decay::Linear { floor },
+            DecayChoice::Cosine => Decay::Cosine { floor },
+            DecayChoice::Late => Decay::Late { steps: self.schedule.late.steps(steps), floor },
         }
     }
 }

@@ -8,14 +8,14 @@ use super::settings::{Choices, Samples, longest_sample};
 use crate::scheduler_client::SchedulerClient;
 use crate::text::ModelText;
 use ashlar_dataset::{
-    DatasetError, DatasetReader, DatasetWriter, FileRefusal, Options, PrepareError, Report, SampleSize,
-    prepare,
+    DatasetError, DatasetReader, DatasetWriter, FileRefusal, Format, Method, Options, PrepareError, Report,
+    SampleSize, prepare,
 };
-use ashlar_protocol::admin::{DataReport, FileRecord, JobError, PreparedJob};
+use ashlar_protocol::admin::{DataReport, FileRecord, JobError, PreparedJob, Promotion, PromotionMetric};
 use ashlar_protocol::serving::PrepareJob;
 use ashlar_store::blobs::{BlobError, BlobInfo, Blobs};
 use ashlar_tokenizer::TemplateTime;
-use ashlar_vocabulary::JobId;
+use ashlar_vocabulary::{BlobId, JobId};
 use std::collections::HashSet;
 use std::error::Error;
 use std::io::{self, BufWriter};
@@ -214,7 +214,33 @@ impl Work {
                 Trouble::Job(job_error("invalid_training_file", &error.to_string(), Some("training_file")))
             })?;
         let data = data_report(&training, validation.as_ref(), choices.max_seq_len);
-        Ok(PreparedJob { settings, data })
+        let evaluation = match (&job.evaluation_file, job.request.promote) {
+            (Some(file), Some(promote)) => Some(self.evaluation(file, &promote, options)?),
+            _ => None,
+        };
+        Ok(PreparedJob { settings, data, evaluation })
+    }
+
+    /// What a finished adapter is compared on with what is served: whatever the job's method is, examples with one right answer.
+    fn evaluation(
+        &self,
+        file: &FileRecord,
+        promote: &Promotion,
+        options: Options,
+    ) -> Result<BlobId, Trouble> {
+        let options = Options { method: Method::Supervised, ..options };
+        let verdict = |report: &Report| match (report.verdict_as_evaluation(), report.format) {
+            (Ok(()), Some((Format::Text, _))) if promote.metric == PromotionMetric::ExactMatch => {
+                let message = "a text has no answer to compare with: give chats or prompts with completions, or compare by loss";
+                Err(FileRefusal {
+                    code: "invalid_evaluation_file",
+                    param: "promote.file",
+                    message: message.to_owned(),
+                })
+            }
+            (verdict, _) => verdict,
+        };
+        Ok(self.tokenise(file, &options, verdict)?.blob.id)
     }
 
     /// Samples of a file that can be used.

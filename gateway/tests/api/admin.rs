@@ -1,8 +1,8 @@
 //! Files and jobs of a scheduler, in memory.
 
 use ashlar_protocol::admin::{
-    AdminFailure, AdminFailureKind, AdminReply, AdminRequest, Checkpoint, FileRecord, JobAction, JobError,
-    JobEvent, JobEventKind, JobRecord, JobRequest, JobStatus, Page, PreparedJob,
+    AdminFailure, AdminFailureKind, AdminReply, AdminRequest, Checkpoint, Comparison, FileRecord, JobAction,
+    JobError, JobEvent, JobEventKind, JobRecord, JobRequest, JobStatus, Page, PreparedJob,
 };
 use ashlar_protocol::serving::PrepareJob;
 use ashlar_vocabulary::JobId;
@@ -15,6 +15,8 @@ pub(crate) struct Admin {
     pub(crate) events: Vec<(JobId, JobEvent)>,
     /// Answers to what was to be validated.
     pub(crate) prepared: Vec<(JobId, Result<PreparedJob, JobError>)>,
+    /// Answers to what was to be compared.
+    pub(crate) compared: Vec<(JobId, Result<Comparison, String>)>,
     /// The next call is refused so.
     pub(crate) refuse: Option<AdminFailure>,
 }
@@ -106,6 +108,7 @@ impl Admin {
         PrepareJob {
             training_file: file(request.training_file),
             validation_file: request.validation_file.map(file),
+            evaluation_file: request.promote.map(|promote| file(promote.file)),
             request,
         }
     }
@@ -143,6 +146,8 @@ fn new_job(request: JobRequest) -> JobRecord {
         remaining_s: None,
         fine_tuned_model: None,
         adapter: None,
+        evaluation: None,
+        candidate: None,
         trained_model: None,
         result_files: Vec::new(),
         error: None,

@@ -144,6 +144,11 @@ async fn what_is_chosen_reaches_the_scheduler() {
     assert_eq!((&ours["grad_clip"], &ours["max_seq_len"]), (&Value::Null, &json!(100)));
     assert_eq!(ours["schedule"]["warmup"], json!({"steps": 5}));
     assert_eq!(ours["early_stopping"], json!({"patience": 2, "validation_split": 0.2}));
+    assert_eq!(default["packing"], true);
+    assert_eq!(settings(with(json!({"packing": false}))).await["packing"], false);
+    let among = json!({"hyperparameters": {"packing": false}});
+    let method = json!({"method": {"type": "supervised", "supervised": among}});
+    assert_eq!(settings(with(method)).await["packing"], false);
 }
 
 #[tokio::test]
@@ -151,6 +156,7 @@ async fn a_bad_request_names_its_field() {
     let world = World::tuning().await;
     let file = world.upload(&examples(12)).await;
     let results = world.upload(b"step\n").await;
+    let other = world.upload(&examples(3)).await;
     world.scheduler.admin(|admin| admin.files[1].purpose = "fine-tune-results".into());
     let unknown = format!("file-{}", "0".repeat(32));
     let hyper =
@@ -177,7 +183,34 @@ async fn a_bad_request_names_its_field() {
         (json!({"full": true, "method": {"type": "dpo"}}), "full".into()),
         (json!({"full": true, "init": "zeros"}), "init".into()),
         (json!({"init": "random"}), "init".into()),
-        (json!({"packing": true}), "packing".into()),
+        (json!({"packing": "yes"}), "packing".into()),
+        (json!({"packing": true, "hyperparameters": {"packing": false}}), "packing".into()),
+        (dpo(json!({"packing": 1})), path("dpo", "packing")),
+        (json!({"promote": true}), "promote".into()),
+        (json!({"promote": {}}), "promote.metric".into()),
+        (json!({"promote": {"metric": 1}}), "promote.metric".into()),
+        (json!({"promote": {"metric": "bleu"}}), "promote.metric".into()),
+        (json!({"promote": {"metric": "loss"}}), "promote.file".into()),
+        (json!({"promote": {"metric": "loss", "file": "held-out.jsonl"}}), "promote.file".into()),
+        (json!({"promote": {"metric": "loss", "file": unknown}}), "promote.file".into()),
+        (json!({"promote": {"metric": "loss", "file": results}}), "promote.file".into()),
+        (json!({"promote": {"metric": "loss", "file": file}}), "promote.file".into()),
+        (json!({"promote": {"metric": "loss"}, "validation_file": file}), "promote.file".into()),
+        (
+            json!({"promote": {"metric": "loss"}, "validation_file": other, "method": {"type": "dpo"}}),
+            "promote.file".into(),
+        ),
+        (json!({"promote": {"metric": "loss", "file": other}, "full": true}), "promote".into()),
+        (
+            json!({"promote": {"metric": "exact_match", "file": other, "at_least": 2}}),
+            "promote.at_least".into(),
+        ),
+        (
+            json!({"promote": {"metric": "exact_match", "file": other, "at_most": 1}}),
+            "promote.at_most".into(),
+        ),
+        (json!({"promote": {"metric": "loss", "file": other, "at_least": 1}}), "promote.at_least".into()),
+        (json!({"promote": {"metric": "loss", "file": other, "at_most": -1}}), "promote.at_most".into()),
         (json!({"integrations": [{"type": "wandb"}]}), "integrations".into()),
         (json!({"method": {}}), "method.type".into()),
         (json!({"method": {"type": "reinforcement"}}), "method.type".into()),

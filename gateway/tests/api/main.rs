@@ -4,6 +4,7 @@
 mod admin;
 mod chat;
 mod client;
+mod comparison;
 mod completions;
 mod errors;
 mod faults;

@@ -5,8 +5,8 @@ use crate::world::EOS;
 use ashlar_protocol::admin::{AdminReply, AdminRequest};
 use ashlar_protocol::frame;
 use ashlar_protocol::serving::{
-    ChoiceId, ClusterSnapshot, FailureKind, FinishReason, FromScheduler, NodeView, Receipt, ReplicaView,
-    RequestFailure, SchedulerCounters, Submit, ToScheduler, TokenEvent,
+    ChoiceId, ClusterSnapshot, CompareAdapters, FailureKind, FinishReason, FromScheduler, NodeView, Receipt,
+    ReplicaView, RequestFailure, SchedulerCounters, Submit, ToScheduler, TokenEvent,
 };
 use ashlar_protocol::step::StepTiming;
 use ashlar_protocol::training::TrainingTiming;
@@ -145,6 +145,14 @@ impl FakeScheduler {
         }
     }
 
+    /// Asks every gateway to compare an adapter with what is served.
+    pub(crate) async fn compare(&self, asked: &CompareAdapters) {
+        let gateways = self.state.gateways.lock().unwrap().clone();
+        for gateway in gateways {
+            let _ = gateway.send(Some(FromScheduler::Compare(Box::new(asked.clone())))).await;
+        }
+    }
+
     /// Waits until `condition` holds of what was seen.
     pub(crate) async fn until(&self, condition: impl Fn(&Seen) -> bool) {
         loop {
@@ -211,6 +219,9 @@ async fn serve(mut socket: TcpStream, state: Arc<State>) {
                     }
                 }
                 ToScheduler::Prepared { job, outcome } => state.admin.lock().unwrap().prepared(job, *outcome),
+                ToScheduler::Compared { job, outcome } => {
+                    state.admin.lock().unwrap().compared.push((job, *outcome));
+                }
                 ToScheduler::Refused { term } => state.seen.lock().unwrap().refusals.push(term),
                 ToScheduler::Cancel(id) => {
                     running.iter().filter(|(running, _)| *running == id).for_each(|(_, play)| play.abort());

@@ -5,7 +5,8 @@ use crate::world::World;
 use ashlar_dataset::plan::{JobPlan, PlanSettings, split};
 use ashlar_dataset::{DatasetReader, Method};
 use ashlar_protocol::admin::{JobError, PreparedJob};
-use ashlar_protocol::training::{LearningRateDecay, TrainingMethod, ValidationData};
+use ashlar_protocol::training::{TrainingMethod, ValidationData};
+use ashlar_vocabulary::Decay;
 use serde_json::{Value, json};
 use std::io::Cursor;
 
@@ -46,7 +47,7 @@ async fn good_files_become_samples_and_settings() {
     assert_eq!((settings.method, &settings.validation), (TrainingMethod::Supervised, &ValidationData::None));
     assert_eq!((settings.learning_rate, settings.adam), (2e-4, (0.9, 0.999, 1e-8)));
     assert_eq!((settings.schedule.warmup_steps, settings.norm_max), (4, Some(1.0)));
-    assert_eq!(settings.schedule.decay, LearningRateDecay::Linear { floor: 0.0 });
+    assert_eq!(settings.schedule.decay, Decay::Linear { floor: 0.0 });
     assert_eq!((prepared.data.examples, prepared.data.samples), (40, 40));
     assert_eq!((prepared.data.truncated_examples, prepared.data.warnings.len()), (0, 0));
     let plan = PlanSettings { epochs: 3, batch_size: 1, seed: 1 };

@@ -73,6 +73,11 @@ impl World {
 
     /// One that has a place for files, and the demo model.
     pub(crate) async fn tuning() -> World {
+        World::tuning_with(|_| Vec::new()).await
+    }
+
+    /// The same in front of a scheduler that answers each submission with what `script` gives.
+    pub(crate) async fn tuning_with(script: impl Fn(&Submit) -> Script + Send + Sync + 'static) -> World {
         let (blobs, model) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         let demo = Path::new(env!("CARGO_MANIFEST_DIR")).join("../crates/model/demo");
         let place = blobs.path().to_string_lossy().into_owned();
@@ -80,7 +85,7 @@ impl World {
             config.blobs = Some(place);
             config.file_bytes_max = 1 << 20;
         };
-        let mut world = World::start(model, &demo, configure, |_| Vec::new()).await;
+        let mut world = World::start(model, &demo, configure, script).await;
         world.blobs = Some(blobs);
         world
     }

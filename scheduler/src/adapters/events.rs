@@ -32,11 +32,14 @@ pub enum Caller {
     Job(u64),
 }
 
-/// What has been served under a name, as it is stored. The last generation is the one that is served.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+/// What a name stands for and has stood for, as it is stored. The last generation that is not held back is served.
+#[derive(Debug, Default, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct AdapterRecord {
-    /// Oldest first, never empty; only the latest few are kept.
+    /// Oldest first, never empty; only the latest few are kept, and what is served.
     pub generations: Vec<AdapterView>,
+    /// Those that were never served: they are there to be.
+    #[serde(default)]
+    pub held_back: BTreeSet<u64>,
 }
 
 /// What the core is told.
@@ -44,7 +47,7 @@ pub struct AdapterRecord {
 pub enum Event {
     /// What the store held when the term began.
     Stored(Vec<(String, AdapterRecord)>),
-    /// Serve an adapter.
+    /// Serve an adapter, or store one to be served later.
     Load(Caller, LoadAdapter),
     /// Serve it no longer.
     Unload {
@@ -55,7 +58,7 @@ pub enum Event {
         /// Refused where another generation is served.
         expected_generation: Option<u64>,
     },
-    /// Serve an earlier generation again.
+    /// Serve an earlier generation again, or one that was held back for the first time.
     RollBack {
         /// Who asks.
         caller: Caller,

@@ -4,7 +4,8 @@
 //!
 //! A name is published in two phases: it is shown to gateways once every rank of every replica that serves has loaded its
 //! share and the store has the record. A replica that comes up meanwhile has to load it, too. If one cannot, the caller hears
-//! why, and the others give theirs up.
+//! why, and the others give theirs up. A generation that is held back is stored alone: no rank loads it before somebody asks for
+//! it.
 //!
 //! **Invariants:** no tokio, clock, randomness or I/O. A published generation's adapter never changes. An adapter is taken
 //! from ranks only while no sequence that they know has it, and the engine hears of it first. At most one change of a name
@@ -27,7 +28,7 @@ pub const NAMES_MAX: usize = 256;
 pub const NAME_BYTES_MAX: usize = 256;
 /// Longest description of where an adapter came from, in bytes.
 const ROOT_BYTES_MAX: usize = 4096;
-/// Generations of a name that can be rolled back to, the served one included.
+/// Generations of a name that are kept: they can be served again, or for the first time.
 pub const GENERATIONS_KEPT: usize = 8;
 /// How long ranks may take to load an adapter that a caller waits for, in milliseconds.
 pub const LOAD_MS_MAX: u64 = 300_000;
@@ -47,6 +48,8 @@ struct Change {
     since: Millis,
     /// What is to be stored; `None` to delete.
     record: Option<AdapterRecord>,
+    /// The generation that the caller hears of.
+    view: Option<AdapterView>,
     phase: Phase,
     /// The job that asked for it does not want it any more: the name goes when the store is done.
     taken_back: Option<Caller>,
@@ -54,7 +57,7 @@ struct Change {
 
 impl Change {
     fn new(caller: Caller, since: Millis, record: Option<AdapterRecord>, phase: Phase) -> Change {
-        Change { caller, since, record, phase, taken_back: None }
+        Change { caller, since, record, view: None, phase, taken_back: None }
     }
 }
 
@@ -72,7 +75,22 @@ fn refused(kind: AdminFailureKind, message: impl Into<String>) -> AdminFailure {
 
 impl AdapterRecord {
     fn served(&self) -> Option<&AdapterView> {
-        self.generations.last()
+        self.generations.iter().rfind(|view| !self.held_back.contains(&view.generation))
+    }
+
+    /// Adds a generation; of the others the oldest go, but never what is served.
+    fn push(&mut self, view: AdapterView, hold_back: bool) {
+        if hold_back {
+            self.held_back.insert(view.generation);
+        }
+        self.generations.push(view);
+        let served = self.served().map(|view| view.generation);
+        while self.generations.len() > GENERATIONS_KEPT {
+            let oldest = self.generations.iter().position(|view| Some(view.generation) != served);
+            let Some(oldest) = oldest else { return };
+            let gone = self.generations.remove(oldest);
+            self.held_back.remove(&gone.generation);
+        }
     }
 }
 
@@ -87,7 +105,12 @@ impl Adapters {
         self.names.values().filter_map(AdapterRecord::served).cloned().collect()
     }
 
-    /// Every adapter that is served, or was and can be served again.
+    /// What is served under a name.
+    pub fn served(&self, name: &str) -> Option<&AdapterView> {
+        self.names.get(name).and_then(AdapterRecord::served)
+    }
+
+    /// Every adapter that is served, or is kept and can be.
     pub fn referenced(&self) -> impl Iterator<Item = AdapterId> {
         self.names.values().flat_map(|record| &record.generations).map(|view| view.adapter)
     }
@@ -101,7 +124,8 @@ impl Adapters {
     pub fn handle(&mut self, now: Millis, event: Event, users: &dyn Users, effects: &mut Vec<Effect>) {
         match event {
             Event::Stored(records) => {
-                self.names = records.into_iter().filter(|(_, record)| record.served().is_some()).collect();
+                let kept = |record: &AdapterRecord| !record.generations.is_empty();
+                self.names = records.into_iter().filter(|(_, record)| kept(record)).collect();
                 self.tell_known(effects);
                 effects.push(Effect::Published);
             }
@@ -114,9 +138,8 @@ impl Adapters {
                 answer_refusal(caller, begun, effects);
             }
             Event::RollBack { caller, name, to_generation, expected_generation } => {
-                let begun = self
-                    .earlier(&name, to_generation, expected_generation)
-                    .and_then(|load| self.load(now, caller, load, users, effects));
+                let to = (name, to_generation, expected_generation);
+                let begun = self.roll_back(now, caller, to, users, effects);
                 answer_refusal(caller, begun, effects);
             }
             Event::ReplicaUp { replica, revision, ranks } => {
@@ -148,7 +171,7 @@ impl Adapters {
         }
     }
 
-    /// Begins to serve an adapter: as the first generation of its name, or the next one.
+    /// Begins to serve an adapter, or to store one: as the first generation of its name, or the next one.
     fn load(
         &mut self,
         now: Millis,
@@ -157,7 +180,7 @@ impl Adapters {
         users: &dyn Users,
         effects: &mut Vec<Effect>,
     ) -> Result<(), AdminFailure> {
-        let LoadAdapter { name, adapter, root, created_at, replace, expected_generation } = load;
+        let LoadAdapter { name, adapter, root, created_at, replace, expected_generation, hold_back } = load;
         let printable = name.bytes().all(|byte| byte.is_ascii_graphic());
         if name.is_empty() || name.len() > NAME_BYTES_MAX || !printable {
             let message = format!(
@@ -169,9 +192,14 @@ impl Adapters {
             return Err(refused(AdminFailureKind::Invalid, "the adapter's path is too long: shorten it"));
         }
         self.check_change(&name, expected_generation)?;
-        let mut record = self.names.get(&name).cloned().unwrap_or(AdapterRecord { generations: Vec::new() });
-        let last = record.served().map(|view| view.generation);
-        if last.is_some() && !replace {
+        let mut record = self.names.get(&name).cloned().unwrap_or_default();
+        let known = record.generations.iter().rfind(|view| view.adapter == adapter);
+        if let Some(known) = known.filter(|_| hold_back) {
+            effects.push(Effect::Reply(caller, AdminReply::Adapter(known.clone())));
+            return Ok(());
+        }
+        let last = record.generations.last().map(|view| view.generation);
+        if record.served().is_some() && !replace {
             let message = format!(
                 "an adapter `{name}` is loaded already: unload it first, or replace it with load_inplace"
             );
@@ -181,48 +209,89 @@ impl Adapters {
             let message = format!("{NAMES_MAX} adapters are registered already: unload one");
             return Err(refused(AdminFailureKind::Full, message));
         }
+        let generation = last.unwrap_or(0) + 1;
+        let view = AdapterView { name: name.clone(), generation, adapter, root, created_at };
+        record.push(view.clone(), hold_back);
+        if hold_back {
+            let phase = Phase::Storing;
+            let change = Change { caller, since: now, record: Some(record.clone()), view: Some(view), phase };
+            self.changes.insert(name.clone(), change);
+            effects.push(Effect::Persist { name, record: Some(record) });
+            return Ok(());
+        }
+        self.publish(now, caller, record, view, users, effects)
+    }
+
+    /// Begins to serve a generation: ranks load it first.
+    fn publish(
+        &mut self,
+        now: Millis,
+        caller: Caller,
+        record: AdapterRecord,
+        view: AdapterView,
+        users: &dyn Users,
+        effects: &mut Vec<Effect>,
+    ) -> Result<(), AdminFailure> {
         let missing = self.residents.replicas();
         if missing.is_empty() {
             let message = "no replica is ready to load the adapter: try again shortly";
             return Err(refused(AdminFailureKind::Unavailable, message));
         }
-        let generation = last.unwrap_or(0) + 1;
-        record.generations.push(AdapterView { name: name.clone(), generation, adapter, root, created_at });
-        let over = record.generations.len().saturating_sub(GENERATIONS_KEPT);
-        record.generations.drain(..over);
-        let phase = Phase::Loading { adapter, missing };
-        self.changes.insert(name, Change::new(caller, now, Some(record), phase));
+        let (name, phase) = (view.name.clone(), Phase::Loading { adapter: view.adapter, missing });
+        let change = Change { view: Some(view), ..Change::new(caller, now, Some(record), phase) };
+        self.changes.insert(name, change);
         self.load_missing(users, effects);
         Ok(())
     }
 
-    /// What serving an earlier generation again means.
-    fn earlier(
-        &self,
-        name: &str,
-        to_generation: u64,
-        expected_generation: Option<u64>,
-    ) -> Result<LoadAdapter, AdminFailure> {
-        let unknown = || refused(AdminFailureKind::NotFound, format!("no adapter `{name}` is loaded"));
-        let record = self.names.get(name).ok_or_else(unknown)?;
-        let earlier = record.generations.iter().find(|view| view.generation == to_generation);
-        let earlier = earlier.ok_or_else(|| {
-            let kept: Vec<String> =
-                record.generations.iter().map(|view| view.generation.to_string()).collect();
-            let message = format!(
-                "generation {to_generation} of `{name}` is not kept: choose one of {}",
-                kept.join(", ")
-            );
-            refused(AdminFailureKind::NotFound, message)
-        })?;
-        Ok(LoadAdapter {
-            name: name.to_owned(),
-            adapter: earlier.adapter,
-            root: earlier.root.clone(),
-            created_at: earlier.created_at,
+    /// Begins to serve a generation that is kept: one that was never served under its own number, any other as a new one.
+    fn roll_back(
+        &mut self,
+        now: Millis,
+        caller: Caller,
+        (name, to_generation, expected_generation): (String, u64, Option<u64>),
+        users: &dyn Users,
+        effects: &mut Vec<Effect>,
+    ) -> Result<(), AdminFailure> {
+        let (record, view) = self.kept(&name, to_generation)?;
+        let served = record.served().map(|view| view.generation);
+        // A job asks again where it does not know whether it has been heard.
+        if matches!(caller, Caller::Job(_)) && served == Some(to_generation) {
+            effects.push(Effect::Reply(caller, AdminReply::Adapter(view.clone())));
+            return Ok(());
+        }
+        if record.held_back.contains(&to_generation) && served.is_none_or(|served| served < to_generation) {
+            let (mut record, view) = (record.clone(), view.clone());
+            self.check_change(&name, expected_generation)?;
+            record.held_back.remove(&to_generation);
+            return self.publish(now, caller, record, view, users, effects);
+        }
+        let AdapterView { name, generation: _, adapter, root, created_at } = view.clone();
+        let load = LoadAdapter {
+            name,
+            adapter,
+            root,
+            created_at,
             replace: true,
             expected_generation,
-        })
+            hold_back: false,
+        };
+        self.load(now, caller, load, users, effects)
+    }
+
+    /// A name's record, and one of its generations.
+    fn kept(&self, name: &str, generation: u64) -> Result<(&AdapterRecord, &AdapterView), AdminFailure> {
+        let unknown = || refused(AdminFailureKind::NotFound, format!("no adapter `{name}` is loaded"));
+        let record = self.names.get(name).ok_or_else(unknown)?;
+        let view = record.generations.iter().find(|view| view.generation == generation);
+        let view = view.ok_or_else(|| {
+            let kept: Vec<String> =
+                record.generations.iter().map(|view| view.generation.to_string()).collect();
+            let message =
+                format!("generation {generation} of `{name}` is not kept: choose one of {}", kept.join(", "));
+            refused(AdminFailureKind::NotFound, message)
+        })?;
+        Ok((record, view))
     }
 
     fn unload(
@@ -379,17 +448,11 @@ impl Adapters {
     /// The store has a name's change.
     fn recorded(&mut self, name: &str, effects: &mut Vec<Effect>) {
         let Some(change) = self.changes.remove(name) else { return };
-        let reply = match change.record {
-            Some(record) => {
-                let view = record.served().cloned();
-                self.names.insert(name.to_owned(), record);
-                view.map_or(AdminReply::Done, AdminReply::Adapter)
-            }
-            None => {
-                self.names.remove(name);
-                AdminReply::Done
-            }
+        match change.record {
+            Some(record) => self.names.insert(name.to_owned(), record),
+            None => self.names.remove(name),
         };
+        let reply = change.view.map_or(AdminReply::Done, AdminReply::Adapter);
         self.tell_known(effects);
         effects.push(Effect::Published);
         effects.push(Effect::Reply(change.caller, reply));

@@ -182,7 +182,10 @@ impl Jobs {
             let text = format!("model {} is not served here: name the one that is", request.model);
             return self.refuse(call, AdminFailureKind::NotFound, text);
         }
-        for file in [Some(request.training_file), request.validation_file].into_iter().flatten() {
+        let evaluation_file = request.promote.map(|promote| promote.file);
+        for file in
+            [Some(request.training_file), request.validation_file, evaluation_file].into_iter().flatten()
+        {
             if !self.files.contains(file) {
                 return self.no_such_file(call, file);
             }
@@ -223,11 +226,22 @@ impl Jobs {
     fn control(&mut self, call: Call, id: JobId, action: JobAction) {
         let Some(job) = self.jobs.get(id) else { return self.no_such_job(call, id) };
         let status = job.record.status;
-        let publishing = matches!(job.phase, Phase::Publishing { .. });
+        let (publishing, promoting, being_served) = match &job.phase {
+            Phase::Publishing { .. } => (true, false, false),
+            Phase::Promoting(promoting) => (false, true, promoting.is_being_served()),
+            _ => (false, false, false),
+        };
         let conflict = match action {
             JobAction::Cancel if status == JobStatus::Cancelled => None,
             _ if status.is_final() => Some("the job has ended"),
             JobAction::Pause if publishing => Some("the job is trained, its model is about to be served"),
+            JobAction::Pause if promoting => {
+                Some("the job is trained, its adapter is compared with what is served")
+            }
+            // The name may be others' as well: it is not taken back.
+            JobAction::Cancel if being_served => {
+                Some("the job's adapter is about to be served: roll its name back when it is")
+            }
             JobAction::Cancel | JobAction::Pause | JobAction::Resume => None,
         };
         if let Some(why) = conflict {

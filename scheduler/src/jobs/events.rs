@@ -4,11 +4,11 @@ use super::replicas::TrainingReplica;
 use crate::cluster::NodeConnection;
 use crate::engine::GatewayId;
 use ashlar_protocol::admin::{
-    AdminFailure, AdminReply, AdminRequest, FileRecord, JobError, JobEvent, JobRecord, LoadAdapter,
-    PreparedJob,
+    AdminFailure, AdminReply, AdminRequest, Comparison, FileRecord, JobError, JobEvent, JobRecord,
+    LoadAdapter, PreparedJob,
 };
 use ashlar_protocol::membership::ToNode;
-use ashlar_protocol::serving::PrepareJob;
+use ashlar_protocol::serving::{CompareAdapters, PrepareJob};
 use ashlar_protocol::training::TrainingReport;
 use ashlar_vocabulary::{
     AdapterId, BlobId, Bytes, FileId, JobId, LeaseTerm, ModelDigest, ModelShape, ReplicaId, SessionId,
@@ -189,6 +189,29 @@ pub enum Event {
         /// [`Conflict`]: ashlar_protocol::admin::AdminFailureKind::Conflict
         failure: AdminFailure,
     },
+    /// The answer to [`Effect::StoreCandidate`].
+    CandidateStored {
+        /// The job.
+        job: JobId,
+        /// Which generation of its name the candidate is, or why it is not stored.
+        outcome: Result<u64, AdminFailure>,
+    },
+    /// A gateway has compared a job's adapter with what is served, or cannot.
+    Compared {
+        /// Which gateway.
+        gateway: GatewayId,
+        /// The job.
+        job: JobId,
+        /// What came of it.
+        outcome: Box<Result<Comparison, String>>,
+    },
+    /// The answer to [`Effect::Promote`].
+    Promoted {
+        /// The job.
+        job: JobId,
+        /// Why it is not served.
+        outcome: Result<(), AdminFailure>,
+    },
     /// The wall clock, in seconds since 1970. Only records show it.
     WallClock(u64),
     /// Time passes; attempts are due.
@@ -287,6 +310,33 @@ pub enum Effect {
     Publish(LoadAdapter),
     /// Serve a name no longer; not answered.
     Withdraw(String),
+    /// Store an adapter as a generation of a name without serving it; answered by [`Event::CandidateStored`].
+    StoreCandidate {
+        /// Whose it is.
+        job: JobId,
+        /// The adapter; to be held back.
+        load: LoadAdapter,
+    },
+    /// Have a gateway compare an adapter with what is served.
+    Compare {
+        /// Which gateway.
+        gateway: GatewayId,
+        /// The name. Whoever performs this fills in what it serves.
+        name: String,
+        /// What is to be compared.
+        compare: Box<CompareAdapters>,
+    },
+    /// Serve a generation that was held back; answered by [`Event::Promoted`].
+    Promote {
+        /// Whose it is.
+        job: JobId,
+        /// The name.
+        name: String,
+        /// The generation.
+        generation: u64,
+        /// Refused where another generation is served; 0 where none shall be.
+        expected_generation: u64,
+    },
     /// For the log: something an operator should know.
     Warn(String),
     /// For the log.

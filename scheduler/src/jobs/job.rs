@@ -2,6 +2,7 @@
 
 use super::event_log::EventLog;
 use super::events::{Counts, Progress, StoredJob};
+use super::promoting::Promoting;
 use super::session::Session;
 use crate::engine::GatewayId;
 use crate::time::Millis;
@@ -55,6 +56,8 @@ pub(super) enum Phase {
     Training(Session),
     /// It is trained; its adapter is about to be served.
     Publishing { asked: bool, due: Millis, attempts: u32 },
+    /// It is trained; its adapter is served only if it is better than what is.
+    Promoting(Promoting),
     /// Its owner has stopped it.
     Paused,
     /// Nothing more happens.
@@ -87,6 +90,13 @@ pub(super) struct Saving {
     pub(super) calls: Vec<Call>,
     /// The table of steps is being written.
     pub(super) results_asked: bool,
+}
+
+impl Saving {
+    /// Whether everything is durable.
+    pub(super) fn is_done(&self) -> bool {
+        !self.dirty && self.in_flight.is_none()
+    }
 }
 
 /// What the store writes.
@@ -126,6 +136,8 @@ impl Job {
             remaining_s: None,
             fine_tuned_model: None,
             adapter: None,
+            evaluation: None,
+            candidate: None,
             trained_model: None,
             result_files: Vec::new(),
             error: None,
@@ -363,7 +375,8 @@ fn printable(metrics: StepMetrics) -> StepMetrics {
     }
 }
 
-fn finite(number: f64) -> f64 {
+/// A number as JSON can hold it.
+pub(super) fn finite(number: f64) -> f64 {
     if number.is_finite() { number } else { f64::MAX }
 }
 

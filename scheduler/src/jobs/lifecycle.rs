@@ -42,7 +42,8 @@ impl Jobs {
             Phase::Waiting { .. } => {
                 job.happened(unix_s, JobEventKind::Interrupted("another scheduler took over".to_owned()));
             }
-            Phase::Validating(_) | Phase::Training(_) | Phase::Publishing { .. } | Phase::Paused => {}
+            Phase::Validating(_) | Phase::Training(_) | Phase::Paused => {}
+            Phase::Publishing { .. } | Phase::Promoting(_) => {}
         }
         self.active.insert(id);
     }
@@ -50,11 +51,13 @@ impl Jobs {
     pub(super) fn gateway_gone(&mut self, gateway: GatewayId) {
         self.gateways.remove(&gateway);
         for job in self.active.iter() {
-            let Some(Phase::Validating(validation)) = self.jobs.get_mut(*job).map(|job| &mut job.phase)
-            else {
-                continue;
-            };
-            validation.with.take_if(|(with, _)| *with == gateway);
+            match self.jobs.get_mut(*job).map(|job| &mut job.phase) {
+                Some(Phase::Validating(validation)) => {
+                    validation.with.take_if(|(with, _)| *with == gateway);
+                }
+                Some(Phase::Promoting(promoting)) => promoting.gateway_gone(gateway),
+                _ => {}
+            }
         }
         self.forget_calls_of(gateway);
     }
@@ -79,9 +82,10 @@ impl Jobs {
             Err(why) => Err(error("invalid_hyperparameters", why)),
         });
         match outcome {
-            Ok(PreparedJob { settings, data }) => {
+            Ok(PreparedJob { settings, data, evaluation }) => {
                 let data = bounded(data);
                 job.record.settings = Some(settings);
+                job.record.evaluation = evaluation;
                 job.record.data = Some(data.clone());
                 job.happened(self.unix_s, JobEventKind::Queued(data));
                 if job.progress.pause { self.stop_here(id) } else { self.enqueue(id) }
@@ -118,7 +122,7 @@ impl Jobs {
                 job.saving.dirty = true;
                 self.advance(id);
             }
-            Phase::Publishing { .. } | Phase::Paused | Phase::Ended => {}
+            Phase::Publishing { .. } | Phase::Promoting(_) | Phase::Paused | Phase::Ended => {}
         }
     }
 
@@ -195,12 +199,13 @@ impl Jobs {
                     validation.with.take_if(|(_, since)| now.since(*since) > VALIDATION_MS_MAX);
                 }
                 Phase::Training(_) => self.interrupt_if_silent(id),
+                Phase::Promoting(_) => self.compare_anew_if_late(id),
                 _ => {}
             }
         }
     }
 
-    /// Begins validations, sessions and publications that can be begun.
+    /// Begins validations, sessions, comparisons and publications that can be begun.
     pub(super) fn begin_what_can_begin(&mut self) {
         self.begin_validations();
         self.begin_jobs();
@@ -210,6 +215,7 @@ impl Jobs {
                 Phase::Waiting { .. } if job.next() == Next::Finish => self.publish(id),
                 Phase::Waiting { due } if due <= self.now => self.open_session(id),
                 Phase::Publishing { asked: false, due, .. } if due <= self.now => self.ask_to_publish(id),
+                Phase::Promoting(_) => self.promote_on(id),
                 _ => {}
             }
         }
@@ -257,15 +263,18 @@ impl Jobs {
         let request = job.record.request.clone();
         let training_file = self.files.get(request.training_file).cloned();
         let validation_file = request.validation_file.map(|id| self.files.get(id).cloned());
-        let (Some(training_file), None | Some(Some(_))) = (training_file, &validation_file) else {
+        let evaluation_file = request.promote.map(|promote| self.files.get(promote.file).cloned());
+        let (Some(training_file), None | Some(Some(_)), None | Some(Some(_))) =
+            (training_file, &validation_file, &evaluation_file)
+        else {
             self.fail(
                 id,
                 error("file_not_found", "a file was deleted before it was validated: upload it again"),
             );
             return None;
         };
-        let validation_file = validation_file.flatten();
-        let job = Box::new(PrepareJob { request, training_file, validation_file });
+        let (validation_file, evaluation_file) = (validation_file.flatten(), evaluation_file.flatten());
+        let job = Box::new(PrepareJob { request, training_file, validation_file, evaluation_file });
         self.effects.push(Effect::Prepare { gateway, job });
         Some(gateway)
     }

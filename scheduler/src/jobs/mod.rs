@@ -1,7 +1,7 @@
 //! Fine-tuning jobs and files as a pure function of events.
 //!
 //! Layout: [`events`] (what goes in and out), `admin` (calls of gateways), `lifecycle` (from validation to the end), `training`
-//! (sessions, steps, votes), `publishing` (adapters under names), `handing_out` (the files of a whole model), `saving` (what is
+//! (sessions, steps, votes), `publishing` (adapters under names), `promoting` (those that have to be better than what is served), `handing_out` (the files of a whole model), `saving` (what is
 //! durable); of one job: `job` (its record and what comes next), `session` (its ranks and their votes), `event_log`; `replicas` (who
 //! trains), `room` (whether there is memory for it), `shelf` (records and their lists), `names`, [`results`]
 //! (the table of steps).
@@ -18,6 +18,7 @@ mod handing_out;
 mod job;
 mod lifecycle;
 mod names;
+mod promoting;
 mod publishing;
 mod replicas;
 pub mod results;
@@ -139,6 +140,9 @@ impl Jobs {
             Event::EventsRead { read, events } => self.events_read(read, events),
             Event::BlobsDeleted { job, blobs } => self.blobs_deleted(job, &blobs),
             Event::ResultsWritten { job, outcome } => self.results_written(job, outcome),
+            Event::CandidateStored { job, outcome } => self.candidate_stored(job, outcome),
+            Event::Compared { gateway, job, outcome } => self.compared(gateway, job, *outcome),
+            Event::Promoted { job, outcome } => self.promoted(job, outcome),
             Event::Published { name } => self.published(&name),
             Event::NotPublished { name, failure } => self.not_published(&name, &failure),
             Event::WallClock(unix_s) => self.unix_s = unix_s,
@@ -204,9 +208,10 @@ impl Jobs {
             let expected = match &job.phase {
                 Phase::Validating(_) => status == JobStatus::Validating,
                 Phase::Queued(_) => status == JobStatus::Queued,
-                Phase::Waiting { .. } | Phase::Training(_) | Phase::Publishing { .. } => {
-                    status == JobStatus::Running
-                }
+                Phase::Waiting { .. }
+                | Phase::Training(_)
+                | Phase::Publishing { .. }
+                | Phase::Promoting(_) => status == JobStatus::Running,
                 Phase::Paused => status == JobStatus::Paused,
                 Phase::Ended => status.is_final(),
             };

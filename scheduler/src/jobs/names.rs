@@ -6,12 +6,24 @@ use ashlar_vocabulary::{FileId, JobId};
 /// The organisation in a fine-tuned model's name.
 const ORGANISATION: &str = "ashlar";
 
-/// The fine-tuned model's name: `ft:BASE:ashlar:SUFFIX:ID`.
+/// The job's own name for its model: `ft:BASE:ashlar:SUFFIX:ID`.
 pub(super) fn model(request: &JobRequest) -> String {
-    let base = request.model.trim_end_matches('/').rsplit('/').next().unwrap_or_default();
     let suffix = request.suffix.as_deref().unwrap_or_default();
     let id = request.id.to_string();
-    format!("ft:{base}:{ORGANISATION}:{suffix}:{}", id.get(..8).unwrap_or(&id))
+    format!("ft:{}:{ORGANISATION}:{suffix}:{}", base(request), id.get(..8).unwrap_or(&id))
+}
+
+/// The name under which a finished adapter is served. With a promotion that depends on a comparison, jobs of one suffix share it,
+/// without an id (`ft:BASE:ashlar:SUFFIX`): each is measured against what the one before has achieved.
+pub(super) fn served(request: &JobRequest) -> String {
+    match (&request.promote, &request.suffix) {
+        (Some(_), Some(suffix)) => format!("ft:{}:{ORGANISATION}:{suffix}", base(request)),
+        _ => model(request),
+    }
+}
+
+fn base(request: &JobRequest) -> &str {
+    request.model.trim_end_matches('/').rsplit('/').next().unwrap_or_default()
 }
 
 /// The name of its state after a step.

@@ -1,4 +1,5 @@
-//! Checkpoints, and the finished model: adapters under names (a model all of whose weights were trained: `handing_out`).
+//! Checkpoints, and the finished model: adapters under names (one that has to be better than what is served: `promoting`; a model
+//! all of whose weights were trained: `handing_out`).
 //!
 //! Here jobs meet the adapters that are served: [`Effect::Publish`] and [`Effect::Withdraw`] are for whoever serves them.
 
@@ -23,6 +24,11 @@ const ATTEMPTS_MAX: u32 = 10;
 const RETRY_MS: u64 = 1_000;
 /// The longest such pause.
 const RETRY_MS_MAX: u64 = 60_000;
+
+/// The pause after so many attempts, at least one.
+pub(super) fn retry_ms(attempts: u32) -> u64 {
+    (RETRY_MS << attempts.saturating_sub(1).min(16)).min(RETRY_MS_MAX)
+}
 
 impl Jobs {
     /// An adapter was made of the committed state: a checkpoint, served under a name of its own, whose files can be read.
@@ -70,11 +76,14 @@ impl Jobs {
         self.effects.push(Effect::Publish(load(model, adapter, id, unix_s)));
     }
 
-    /// A job is trained: its session is closed and its model is served, or its files can be downloaded.
+    /// A job is trained: its session is closed and its model is served, if it is good enough, or its files can be downloaded.
     pub(super) fn publish(&mut self, id: JobId) {
         self.close_session(id);
         if self.jobs.get(id).is_some_and(|job| job.record.trained_model.is_some()) {
             return self.hand_out(id);
+        }
+        if self.jobs.get(id).is_some_and(|job| job.record.request.promote.is_some()) {
+            return self.promote(id);
         }
         let now = self.now;
         let Some(job) = self.jobs.get_mut(id) else { return };
@@ -131,7 +140,7 @@ impl Jobs {
         };
         if again && *attempts < ATTEMPTS_MAX {
             *asked = false;
-            *due = now.plus((RETRY_MS << (*attempts - 1).min(16)).min(RETRY_MS_MAX));
+            *due = now.plus(retry_ms(*attempts));
             return;
         }
         let text = format!("the model is trained, but cannot be served: {why}");
@@ -148,5 +157,6 @@ fn load(name: String, adapter: AdapterId, job: JobId, created_at: u64) -> LoadAd
         created_at,
         replace: true,
         expected_generation: None,
+        hold_back: false,
     }
 }

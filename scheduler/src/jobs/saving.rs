@@ -283,6 +283,7 @@ impl Job {
             };
             [Some(settings.dataset), validation].into_iter().flatten()
         });
+        let data = data.chain(self.record.evaluation);
         // What is superseded is referred to by the durable record until a later one is.
         let superseded = self.progress.superseded.iter().map(|(_, blob)| *blob);
         let prepared = self.session().into_iter().flat_map(|session| session.prepared());

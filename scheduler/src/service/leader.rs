@@ -236,6 +236,7 @@ impl Leader {
                     ToScheduler::Cancel(id) => self.spans.cancelled(*id),
                     ToScheduler::Admin { .. }
                     | ToScheduler::Prepared { .. }
+                    | ToScheduler::Compared { .. }
                     | ToScheduler::Refused { .. } => {}
                 }
                 self.apply(Input::Gateway(gateway, message));
@@ -345,6 +346,7 @@ impl Leader {
             }
             // The director has dealt with these.
             E::Reply { .. } | E::Prepare { .. } | E::ToNodes(..) | E::Publish(_) | E::Withdraw(_) => {}
+            E::StoreCandidate { .. } | E::Compare { .. } | E::Promote { .. } => {}
         }
     }
 

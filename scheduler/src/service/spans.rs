@@ -54,6 +54,7 @@ impl Spans {
             FromScheduler::Cluster(_)
             | FromScheduler::Admin { .. }
             | FromScheduler::Prepare(_)
+            | FromScheduler::Compare(_)
             | FromScheduler::Token(_)
             | FromScheduler::PromptLogprobs { .. } => {}
         }

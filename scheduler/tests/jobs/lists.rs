@@ -153,6 +153,7 @@ fn before_the_store_is_read_and_without_blobs_nothing_is_promised() {
         created_at: 0,
         replace: false,
         expected_generation: None,
+        hold_back: false,
     };
     effects.clear();
     let request = Box::new(AdminRequest::LoadAdapter(load));

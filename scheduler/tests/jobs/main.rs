@@ -4,6 +4,8 @@
 mod full;
 mod lifecycle;
 mod lists;
+mod promoting;
 mod random;
 mod room;
+mod served;
 mod world;

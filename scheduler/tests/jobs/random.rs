@@ -1,10 +1,10 @@
 //! Everything dies at random moments. The world checks what must hold after every event; here jobs must come to an end.
 
-use crate::world::{ADAPTER_MEMORY, World, session_bytes, settings};
-use ashlar_protocol::admin::{AdminRequest, JobAction, JobStatus};
+use crate::world::{ADAPTER_MEMORY, World, request, session_bytes, settings};
+use ashlar_protocol::admin::{AdminRequest, JobAction, JobRequest, JobStatus, Promotion, PromotionMetric};
 use ashlar_protocol::training::{TrainingReport, TrainingSettings};
 use ashlar_scheduler::jobs::results_file;
-use ashlar_vocabulary::{Bytes, JobId};
+use ashlar_vocabulary::{Bytes, FileId, JobId};
 
 struct Dice(u64);
 
@@ -35,8 +35,11 @@ fn disturb(world: &mut World, dice: &mut Dice, jobs: &[JobId]) {
         730..760 => {
             world.prepare_one();
         }
-        760..820 => {
+        760..790 => {
             world.publish_one();
+        }
+        790..820 => {
+            world.promote_one();
         }
         820..900 => {
             let ms = dice.below(3_000);
@@ -78,7 +81,10 @@ fn run(seed: u64) -> (u64, u64) {
     }
     (0..2).for_each(|replica| world.replica_up(replica));
     world.settings = TrainingSettings { steps: 12, steps_per_epoch: 5, ..settings() };
-    let jobs: Vec<JobId> = (1..=3).map(|id| world.create(id)).collect();
+    let promote = Promotion { metric: PromotionMetric::ExactMatch, file: FileId(1), bound: None };
+    world.served.figures = if seed % 3 == 0 { Ok((0.5, 0.75)) } else { Ok((0.75, 0.5)) };
+    let asks = (1..=3).map(|id| JobRequest { promote: (id > 2).then_some(promote), ..request(id) });
+    let jobs: Vec<JobId> = asks.map(|request| world.create_as(request)).collect();
     for _ in 0..1_500 {
         disturb(&mut world, dice, &jobs);
     }
@@ -106,6 +112,11 @@ fn run(seed: u64) -> (u64, u64) {
             JobStatus::Succeeded => {
                 assert_eq!(record.steps, 12);
                 ended.0 += 1;
+                if let Some(candidate) = &record.candidate {
+                    let better = candidate.outcome.as_ref().is_some_and(|outcome| outcome.is_promoted());
+                    assert_eq!((better, better), (seed % 3 != 0, record.fine_tuned_model.is_some()));
+                    assert_eq!(world.served.generation > 0, better, "seed {seed}");
+                }
             }
             JobStatus::Cancelled => ended.1 += 1,
             JobStatus::Failed => {

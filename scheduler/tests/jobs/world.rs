@@ -1,13 +1,14 @@
 //! Everything around the jobs core, and what must hold whatever happens.
 
+use crate::served::Served;
 use ashlar_protocol::admin::{
     AdminReply, AdminRequest, DataReport, FileRecord, JobAction, JobEvent, JobEventKind, JobRecord,
     JobRequest, JobStatus, LoadAdapter, Page, PreparedJob,
 };
 use ashlar_protocol::membership::ToNode;
 use ashlar_protocol::training::{
-    ExportedFile, LearningRateDecay, LearningRateSchedule, LoraSettings, SessionStart, StepMetrics,
-    TrainingMethod, TrainingReport, TrainingSettings, TrainingTiming, TrainingWork, ValidationData,
+    ExportedFile, LoraSettings, SessionStart, StepMetrics, TrainingMethod, TrainingReport, TrainingSettings,
+    TrainingTiming, TrainingWork, ValidationData,
 };
 use ashlar_scheduler::cluster::NodeConnection;
 use ashlar_scheduler::engine::GatewayId;
@@ -17,9 +18,9 @@ use ashlar_scheduler::jobs::{
 use ashlar_scheduler::time::Millis;
 use ashlar_shard_plan::{Piece, SessionRequest, SessionWeights, Shares};
 use ashlar_vocabulary::{
-    AdapterId, BlobId, Bytes, FileId, FloatType, HeadSlice, JobId, LayerRange, LayerVectors, LeaseTerm,
-    ModelDigest, ModelShape, NodeId, ReplicaId, ReplicaRevision, SessionId, StageIndex, TensorRank,
-    WeightType, WeightTypes,
+    AdapterId, BlobId, Bytes, Decay, FileId, FloatType, HeadSlice, JobId, LayerRange, LayerVectors,
+    LeaseTerm, ModelDigest, ModelShape, NodeId, ReplicaId, ReplicaRevision, Schedule, SessionId, StageIndex,
+    TensorRank, WeightType, WeightTypes,
 };
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
@@ -78,6 +79,8 @@ pub(crate) struct World {
     pub(crate) preparing: VecDeque<(GatewayId, JobId)>,
     pub(crate) publishing: VecDeque<LoadAdapter>,
     pub(crate) published: Vec<String>,
+    /// What jobs of one name have come to that have to be better than what is served.
+    pub(crate) served: Served,
     pub(crate) withdrawn: Vec<String>,
     pub(crate) deleted: Vec<BlobId>,
     /// What is still to be deleted.
@@ -117,9 +120,10 @@ pub(crate) fn settings() -> TrainingSettings {
         batch_size: 8,
         seed: 1,
         micro_batch_rows: 64,
+        packing: true,
         keep_activations: true,
         learning_rate: 1e-4,
-        schedule: LearningRateSchedule { warmup_steps: 1, decay: LearningRateDecay::Constant },
+        schedule: Schedule { warmup_steps: 1, decay: Decay::Constant },
         adam: (0.9, 0.999, 1e-8),
         weight_decay: 0.0,
         norm_max: Some(1.0),
@@ -152,6 +156,7 @@ pub(crate) fn request(id: u128) -> JobRequest {
         suffix: Some("mine".into()),
         metadata: BTreeMap::new(),
         settings: "{}".into(),
+        promote: None,
     }
 }
 
@@ -251,6 +256,7 @@ impl World {
             preparing: VecDeque::new(),
             publishing: VecDeque::new(),
             published: Vec::new(),
+            served: Served::default(),
             withdrawn: Vec::new(),
             deleted: Vec::new(),
             deletions: VecDeque::new(),
@@ -320,6 +326,9 @@ impl World {
             wish @ Effect::DeleteBlobs { .. } => self.deletions.push_back(wish),
             Effect::Publish(load) => self.publishing.push_back(load),
             Effect::Withdraw(name) => self.withdrawn.push(name),
+            Effect::StoreCandidate { .. } | Effect::Compare { .. } | Effect::Promote { .. } => {
+                self.served.ask(effect);
+            }
             Effect::Sweep(references) => {
                 let shares = self.stored.jobs.values().filter(|job| !job.record.status.is_final());
                 let shares = shares.flat_map(|job| job.record.shards.iter());
@@ -438,6 +447,7 @@ impl World {
         self.preparing.clear();
         self.publishing.clear();
         self.deletions.clear();
+        self.served.scheduler_dies();
         self.replies.clear();
         self.event(Event::WallClock(5_000 + self.now.0 / 1000));
         self.load();
@@ -465,6 +475,7 @@ impl World {
     pub(crate) fn gateway_dies(&mut self, gateway: GatewayId) {
         self.gateways.remove(&gateway);
         self.preparing.retain(|(with, _)| *with != gateway);
+        self.served.gateway_dies(gateway);
         self.event(Event::GatewayGone(gateway));
     }
 
@@ -641,7 +652,9 @@ impl World {
         };
         // Seeds differ, so that shares of different jobs do.
         let settings = TrainingSettings { seed: (job.0 >> 96) as u64, ..self.settings.clone() };
-        let outcome = Box::new(Ok(PreparedJob { settings, data }));
+        let promote = self.jobs.job(job).and_then(|record| record.request.promote);
+        let evaluation = promote.map(|_| BlobId([5; 32]));
+        let outcome = Box::new(Ok(PreparedJob { settings, data, evaluation }));
         self.event(Event::Prepared { gateway, job, outcome });
         true
     }
@@ -663,7 +676,11 @@ impl World {
         match self.talkative().first() {
             Some(rank) => self.hear(*rank),
             None => {
-                return self.delete_one() || self.store_works() || self.prepare_one() || self.publish_one();
+                return self.delete_one()
+                    || self.store_works()
+                    || self.prepare_one()
+                    || self.publish_one()
+                    || self.promote_one();
             }
         }
         true
@@ -707,7 +724,10 @@ impl World {
     }
 
     pub(crate) fn create(&mut self, id: u128) -> JobId {
-        let request = request(id);
+        self.create_as(request(id))
+    }
+
+    pub(crate) fn create_as(&mut self, request: JobRequest) -> JobId {
         let job = request.id;
         let reply = self.ask(AdminRequest::CreateJob(Box::new(request)));
         assert!(matches!(reply, AdminReply::Job(_)), "{reply:?}");
@@ -765,6 +785,8 @@ impl World {
             JobEventKind::Cancelled => "cancelled".into(),
             JobEventKind::Failed(error) => format!("failed {}", error.code),
             JobEventKind::WaitsForMemory(_) => "waits".into(),
+            JobEventKind::Comparing { generation, .. } => format!("comparing {generation}"),
+            JobEventKind::Compared(outcome) => format!("compared {}", outcome.is_promoted()),
         };
         self.events(id).iter().map(short).collect()
     }

@@ -20,6 +20,8 @@ pub(super) struct SessionData {
     /// What is measured.
     validation: Vec<u32>,
     rows_max: u32,
+    /// Whether samples share micro-batches.
+    packing: bool,
 }
 
 /// Samples that are computed together.
@@ -103,8 +105,8 @@ impl SessionData {
             let (own, told) = (plan.steps(), settings.steps);
             return Err(refused(format!("the plan has {own} steps, the job {told}: create the job again")));
         }
-        let data =
-            SessionData { training, plan, validation_file, validation, rows_max: settings.micro_batch_rows };
+        let (rows_max, packing) = (settings.micro_batch_rows, settings.packing);
+        let data = SessionData { training, plan, validation_file, validation, rows_max, packing };
         let too_large = |&&sample: &&u32| data.validation_size(sample).rows > data.rows_max;
         if let Some(sample) = data.validation.iter().find(too_large) {
             let rows = data.validation_size(*sample).rows;
@@ -125,9 +127,12 @@ impl SessionData {
     pub(super) fn rows_max(&self) -> usize {
         let files = [Some(&self.training), self.validation_file.as_ref()];
         let sizes = files.into_iter().flatten().map(DatasetReader::sizes);
-        let all = sizes.map(|sizes| sizes.iter().map(|size| u64::from(size.rows)).sum::<u64>()).max();
-        // A small file never fills the micro-batches that were allowed.
-        all.unwrap_or(0).min(u64::from(self.rows_max)).max(1) as usize
+        let most = |sizes: &[SampleSize]| {
+            let rows = sizes.iter().map(|size| u64::from(size.rows));
+            if self.packing { rows.sum() } else { rows.max().unwrap_or(0) }
+        };
+        // A small file never fills the micro-batches that were allowed, nor does a sample alone.
+        sizes.map(most).max().unwrap_or(0).min(u64::from(self.rows_max)).max(1) as usize
     }
 
     /// A replica's part of a step; `None` beyond the last.
@@ -149,7 +154,7 @@ impl SessionData {
     }
 
     fn micro_plans(&self, batch: &Batch, run: usize) -> Result<Vec<MicroPlan>, SessionError> {
-        let micros = batch.micro_batches(run, self.rows_max).map_err(refused)?;
+        let micros = batch.micro_batches(run, self.rows_max, self.packing).map_err(refused)?;
         let plan = |micro: ashlar_dataset::plan::MicroBatch| MicroPlan {
             run,
             samples: batch.samples()[micro.positions].to_vec(),
@@ -170,7 +175,7 @@ impl SessionData {
             let rows = self.validation_size(sample).rows;
             match plans.last_mut() {
                 _ if rows == 0 => {}
-                Some((filled, plan)) if *filled + rows <= self.rows_max => {
+                Some((filled, plan)) if self.packing && *filled + rows <= self.rows_max => {
                     *filled += rows;
                     plan.samples.push(sample);
                 }

@@ -12,7 +12,6 @@ use super::data::{Micro, MicroPlan, SessionData};
 use super::error::SessionError;
 use super::facts::{self, Facts};
 use super::links::{Links, StageLink};
-use ashlar_dataset::plan::Schedule;
 use ashlar_kernels::Kernels;
 use ashlar_model::adapter::Adapter;
 use ashlar_model::stage::{BatchLoss, ForwardError, StageTape, StageTrainer};
@@ -22,7 +21,7 @@ use ashlar_training::preference::{AnswerScore, answer_scores};
 use ashlar_training::{
     Hyperparameters, NormTerms, Preference, RunTree, TrainingState, gradient_norm, settle,
 };
-use ashlar_vocabulary::StepId;
+use ashlar_vocabulary::{Schedule, StepId};
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};

@@ -10,14 +10,12 @@ use super::memory::{SessionSize, session_memory};
 use super::start::{self, Start};
 use super::storage::Storage;
 use super::{Place, Resources};
-use ashlar_dataset::plan::{Decay, Schedule};
 use ashlar_kernels::{Kernels, ThreadPool};
 use ashlar_model::adapter::{LoraSpec, Target};
 use ashlar_model::stage::StageTrainer;
 use ashlar_model::{RankSlice, Trained};
 use ashlar_protocol::training::{
-    LearningRateDecay, LoraSettings, OpenSession, TrainingMethod, TrainingReport, TrainingSettings,
-    TrainingWork,
+    LoraSettings, OpenSession, TrainingMethod, TrainingReport, TrainingSettings, TrainingWork,
 };
 use ashlar_training::checkpoint::{self, Position};
 use ashlar_training::{Hyperparameters, Preference, RunTree};
@@ -273,14 +271,8 @@ fn course(settings: &TrainingSettings) -> Result<Course, SessionError> {
     if !settings.learning_rate.is_finite() || settings.learning_rate < 0.0 {
         return Err(refused(format!("{} is no learning rate: choose one above 0", settings.learning_rate)));
     }
-    let decay = match settings.schedule.decay {
-        LearningRateDecay::Constant => Decay::Constant,
-        LearningRateDecay::Linear { floor } => Decay::Linear { floor },
-        LearningRateDecay::Cosine { floor } => Decay::Cosine { floor },
-        LearningRateDecay::Late { steps, floor } => Decay::Late { steps, floor },
-    };
-    let schedule = Schedule::new(settings.schedule.warmup_steps, decay);
-    let schedule = schedule.map_err(|error| refused(error.to_string()))?;
+    let schedule = settings.schedule;
+    schedule.check().map_err(|error| refused(error.to_string()))?;
     let (beta1, beta2, epsilon) = settings.adam;
     let (weight_decay, norm_max) = (settings.weight_decay, settings.norm_max);
     let with = Hyperparameters { beta1, beta2, epsilon, weight_decay, norm_max };

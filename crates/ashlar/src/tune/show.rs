@@ -150,6 +150,7 @@ impl Rate {
 pub(super) fn job_line(job: &Value) -> String {
     let text = |name: &str| job[name].as_str().unwrap_or("-").to_owned();
     let more = match (job["status"].as_str(), &job["ashlar"]) {
+        (Some("succeeded"), own) if own["promotion"]["promoted"] == false => "not promoted".to_owned(),
         (Some("succeeded"), _) => text("fine_tuned_model"),
         (Some("failed"), _) => job["error"]["message"].as_str().unwrap_or("-").to_owned(),
         (_, own) => match (own["steps"].as_u64(), own["total_steps"].as_u64()) {

@@ -90,8 +90,16 @@ impl Batch {
     }
 
     /// A run as micro-batches of at most `rows_max` rows: whole samples in their order, each micro-batch as full as the next sample
-    /// allows. How large they are does not show in the result.
-    pub fn micro_batches(&self, run: usize, rows_max: u32) -> Result<Vec<MicroBatch>, PlanError> {
+    /// allows; without `packing` each sample has one of its own. How large they are does not show in the result.
+    ///
+    /// # Errors
+    /// [`PlanError::SampleTooLarge`].
+    pub fn micro_batches(
+        &self,
+        run: usize,
+        rows_max: u32,
+        packing: bool,
+    ) -> Result<Vec<MicroBatch>, PlanError> {
         let mut packed: Vec<MicroBatch> = Vec::new();
         for position in self.run(run) {
             let (sample, rows) = (self.samples[position], self.sizes[position].rows);
@@ -99,7 +107,7 @@ impl Batch {
                 return Err(PlanError::SampleTooLarge { sample, rows, rows_max });
             }
             match packed.last_mut() {
-                Some(last) if rows_max - last.rows >= rows => {
+                Some(last) if packing && rows_max - last.rows >= rows => {
                     last.positions.end += 1;
                     last.rows += rows;
                 }

@@ -1,7 +1,7 @@
-//! Which samples each step of a job computes, in which order and with which learning rate.
+//! Which samples each step of a job computes, and in which order.
 //!
 //! Layout: `auto` (what `"auto"` means), `split` (samples set aside for validation), `order` (shuffling), `batch` (one step: eight runs
-//! of samples, and micro-batches), `schedule` (the learning rate's course); this file puts them together.
+//! of samples, and micro-batches); this file puts them together. The learning rate's course is the vocabulary's.
 //!
 //! **Invariant:** a plan is a function of the samples' sizes, the settings and the seed. It does not know how many machines
 //! there are: a replica takes whole runs of a batch, a stage the micro-batches of a run, and whoever resumes at a step finds the
@@ -10,12 +10,10 @@
 mod auto;
 mod batch;
 mod order;
-mod schedule;
 mod split;
 
 pub use auto::{auto_batch_size, auto_epochs};
 pub use batch::{Batch, MicroBatch, replica_runs};
-pub use schedule::{Decay, Schedule, ScheduleError};
 pub use split::{Split, split};
 
 use crate::file::SampleSize;

@@ -80,7 +80,10 @@ proptest! {
         for step in 0..plan.steps() {
             let batch = plan.batch(step).unwrap();
             for run in 0..8 {
-                let packed = batch.micro_batches(run, rows_max).unwrap();
+                let packed = batch.micro_batches(run, rows_max, true).unwrap();
+                let alone = batch.micro_batches(run, rows_max, false).unwrap();
+                prop_assert!(alone.iter().all(|micro| micro.positions.len() == 1));
+                prop_assert!(alone.iter().map(|micro| micro.positions.start).eq(batch.run(run)));
                 let mut next = batch.run(run).start;
                 for (index, micro) in packed.iter().enumerate() {
                     prop_assert_eq!(micro.positions.start, next);
@@ -175,6 +178,6 @@ fn impossible_settings_are_refused_with_the_reason() {
     let plan = plan(&[5, 9], PlanSettings { batch_size: 2, ..settings });
     let too_large = PlanError::SampleTooLarge { sample: 1, rows: 9, rows_max: 8 };
     assert_eq!(plan.check_micro_batch_rows(8), Err(too_large));
-    assert!((0..8).any(|run| plan.batch(0).unwrap().micro_batches(run, 8) == Err(too_large)));
+    assert!((0..8).any(|run| plan.batch(0).unwrap().micro_batches(run, 8, true) == Err(too_large)));
     assert_eq!((replica_runs(0, 3), replica_runs(2, 2), replica_runs(0, 0)), (None, None, None));
 }

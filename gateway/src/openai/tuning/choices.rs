@@ -8,6 +8,7 @@ use crate::tuning::settings::{
     LEARNING_RATE_FULL, LEARNING_RATE_RANDOM, LINEAR_MODULES, MethodChoice, SEQUENCE_TOKENS_MAX,
     ScheduleChoice, Span, WARMUP_SHARE,
 };
+use ashlar_protocol::admin::{Promotion, PromotionMetric};
 use ashlar_protocol::training::{LoraSettings, ModelStart};
 use ashlar_vocabulary::FileId;
 use serde_json::Value;
@@ -35,6 +36,8 @@ const STEPS_MAX: i64 = 1 << 40;
 const PATIENCE: i64 = 3;
 const PATIENCE_MAX: i64 = 1000;
 const VALIDATION_SPLIT: f64 = 0.1;
+/// Far above what guessing among all tokens of any model costs, in nats.
+const LOSS_BOUND_MAX: f64 = 1e3;
 
 /// A request that is good in itself.
 #[derive(Debug, Clone, PartialEq)]
@@ -45,6 +48,7 @@ pub(super) struct JobForm {
     pub(super) suffix: Option<String>,
     pub(super) metadata: BTreeMap<String, String>,
     pub(super) choices: Choices,
+    pub(super) promote: Option<Promotion>,
     /// What nobody knows.
     pub(super) unknown: Vec<String>,
 }
@@ -64,6 +68,9 @@ impl JobForm {
             .integer("seed", 0, SEED_MAX)?
             .map_or(u64::from(seed) & SEED_MAX as u64, |seed| seed as u64);
         let full = full(&mut fields, method)?;
+        let packing = packing(&mut fields, hyper.packing)?;
+        let files = Files { training: training_file, validation: validation_file };
+        let promote = promote(&mut fields, method, full, &files)?;
         let default_rate = match (method, full) {
             (MethodChoice::Dpo { .. }, _) => LEARNING_RATE_DPO,
             (MethodChoice::Supervised, None) => LEARNING_RATE,
@@ -91,10 +98,11 @@ impl JobForm {
                 None => context.min(SEQUENCE_TOKENS_MAX),
             },
             early_stopping: early_stopping(&mut fields, validation_file.is_some())?,
+            packing,
         };
         refuse_what_is_not_trained_yet(&choices)?;
         let unknown = fields.unknown();
-        Ok(JobForm { model, training_file, validation_file, suffix, metadata, choices, unknown })
+        Ok(JobForm { model, training_file, validation_file, suffix, metadata, choices, promote, unknown })
     }
 }
 
@@ -104,12 +112,20 @@ struct Hyperparameters {
     batch_size: Option<u32>,
     learning_rate_multiplier: Option<f64>,
     beta: Option<f64>,
+    packing: Option<bool>,
+}
+
+/// The files of a job.
+struct Files {
+    training: FileId,
+    validation: Option<FileId>,
 }
 
 fn file(fields: &mut Fields, name: &str) -> Result<Option<FileId>, ApiError> {
     let Some(text) = fields.string(name)? else { return Ok(None) };
+    let path = fields.path(name);
     let unknown =
-        || ApiError::field(name, format!("`{name}` is no file's id: use the `id` that uploading it gave"));
+        || ApiError::field(&path, format!("`{path}` is no file's id: use the `id` that uploading it gave"));
     read_file_name(&text).map(Some).ok_or_else(unknown)
 }
 
@@ -152,10 +168,6 @@ fn metadata(fields: &mut Fields) -> Result<BTreeMap<String, String>, ApiError> {
 }
 
 fn refuse_what_is_not_yet(fields: &mut Fields) -> Result<(), ApiError> {
-    if fields.bool("packing")? == Some(true) {
-        let message = "`packing` is not possible yet: leave it out, and each sample is a sequence of its own";
-        return Err(ApiError::field("packing", message));
-    }
     if fields.array("integrations")?.is_some_and(|list| !list.is_empty()) {
         let message = "`integrations` are not possible here: leave them out, and follow the job's events";
         return Err(ApiError::field("integrations", message));
@@ -218,7 +230,78 @@ fn hyperparameters(given: &mut Fields, dpo: bool) -> Result<Hyperparameters, Api
             given.number(name, MULTIPLIER.0, MULTIPLIER.1)
         })?,
         beta: if dpo { auto(given, "beta", |given, name| given.number(name, BETA.0, BETA.1))? } else { None },
+        packing: auto(given, "packing", |given, name| given.bool(name))?,
     })
+}
+
+/// Whether samples share micro-batches: said among the hyperparameters, or beside the method.
+fn packing(fields: &mut Fields, among: Option<bool>) -> Result<bool, ApiError> {
+    match (fields.bool("packing")?, among) {
+        (Some(beside), Some(among)) if beside != among => {
+            let message = "`packing` stands here and among the hyperparameters, and they differ: send one";
+            Err(ApiError::field("packing", message))
+        }
+        (beside, among) => Ok(among.or(beside).unwrap_or(true)),
+    }
+}
+
+/// When the finished adapter is served: always, or only if it is better than what is.
+fn promote(
+    fields: &mut Fields,
+    method: MethodChoice,
+    full: Option<ModelStart>,
+    files: &Files,
+) -> Result<Option<Promotion>, ApiError> {
+    let Some(mut given) = fields.object("promote")? else { return Ok(None) };
+    if full.is_some() {
+        let message =
+            "`promote` is for adapters: a model all of whose weights are trained is not served by itself";
+        return Err(ApiError::field("promote", message));
+    }
+    let metric = given.string("metric")?.ok_or_else(|| given.required("metric"))?;
+    let metric = match metric.as_str() {
+        "exact_match" => PromotionMetric::ExactMatch,
+        "loss" => PromotionMetric::Loss,
+        _ => {
+            let path = given.path("metric");
+            return Err(ApiError::field(&path, format!("`{path}` must be exact_match or loss")));
+        }
+    };
+    let (at_least, at_most) =
+        (given.number("at_least", 0.0, 1.0)?, given.number("at_most", 0.0, LOSS_BOUND_MAX)?);
+    let bound = match (metric, at_least, at_most) {
+        (PromotionMetric::ExactMatch, at_least, None) => at_least,
+        (PromotionMetric::Loss, None, at_most) => at_most,
+        (PromotionMetric::ExactMatch, _, Some(_)) => {
+            let path = given.path("at_most");
+            let message = format!("`{path}` is of a loss: with exact_match send `at_least`, a share");
+            return Err(ApiError::field(&path, message));
+        }
+        (PromotionMetric::Loss, Some(_), _) => {
+            let path = given.path("at_least");
+            let message =
+                format!("`{path}` is of exact_match: with a loss, which is to be low, send `at_most`");
+            return Err(ApiError::field(&path, message));
+        }
+    };
+    let path = given.path("file");
+    let wrong = |message: &str| Err(ApiError::field(&path, format!("`{path}` {message}")));
+    // A preference has no one right answer.
+    let validation = files.validation.filter(|_| method == MethodChoice::Supervised);
+    let file = match file(&mut given, "file")?.or(validation) {
+        Some(file) if file == files.training => {
+            return wrong("is the training file: name one with examples that are not trained");
+        }
+        Some(file) => file,
+        None if files.validation.is_some() => {
+            return wrong(
+                "is required: a validation file of preferences has no right answers to compare with",
+            );
+        }
+        None => return wrong("is required where there is no `validation_file`: name a file to compare on"),
+    };
+    fields.finish(given);
+    Ok(Some(Promotion { metric, file, bound }))
 }
 
 /// A number, or `"auto"`.

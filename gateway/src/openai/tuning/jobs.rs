@@ -46,6 +46,9 @@ pub(crate) async fn create_job(State(app): State<Arc<App>>, request: Request) ->
     if let Some(file) = form.validation_file {
         check_file(&app, file, "validation_file").await?;
     }
+    if let Some(promote) = &form.promote {
+        check_file(&app, promote.file, "promote.file").await?;
+    }
     let settings = serde_json::to_string(&form.choices)
         .map_err(|error| ApiError::internal(format!("the job's settings cannot be written: {error}")))?;
     let request = JobRequest {
@@ -58,6 +61,7 @@ pub(crate) async fn create_job(State(app): State<Arc<App>>, request: Request) ->
         suffix: form.suffix,
         metadata: form.metadata,
         settings,
+        promote: form.promote,
     };
     let job = match app.scheduler.call(AdminRequest::CreateJob(Box::new(request))).await? {
         AdminReply::Job(job) => job,

@@ -1,6 +1,7 @@
 //! Jobs, events and checkpoints as a client sees them.
 
 use super::ids::{checkpoint_name, event_name, file_name, job_name};
+use super::promotion;
 use crate::app::unix_seconds;
 use crate::tuning::settings::{Choices, DPO_BETA, MethodChoice};
 use ashlar_protocol::admin::{
@@ -124,6 +125,9 @@ fn additional(job: &JobRecord, choices: Option<&Choices>) -> Value {
         })),
         "data": job.data.as_ref().map(data_object),
         "adapter": job.adapter.map(|adapter| adapter.to_string()),
+        "packing": choices.map(|c| c.packing),
+        "promote": job.request.promote.as_ref().map(promotion::asked),
+        "promotion": promotion::object(job),
     })
 }
 
@@ -249,6 +253,10 @@ fn tell(job: &JobRecord, what: &JobEventKind) -> (&'static str, String, Value) {
             let message = format!("The trained model is stored as result files: {}", named.join(", "));
             ("info", message, json!({"files": list}))
         }
+        JobEventKind::Comparing { name, generation } => info(format!(
+            "Adapter stored as generation {generation} of {name}, comparing it with what is served there"
+        )),
+        JobEventKind::Compared(outcome) => promotion::told(job, outcome),
         JobEventKind::Succeeded => info("The job has successfully completed".to_owned()),
         JobEventKind::Cancelled => info("Fine-tuning job cancelled".to_owned()),
         JobEventKind::Failed(error) => ("error", format!("The job failed: {}", error.message), Value::Null),

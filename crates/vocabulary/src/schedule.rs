@@ -3,15 +3,19 @@
 //! Every operation is one of IEEE 754's in `f64`, and the cosine is a polynomial of our own: a step has the same factor on every
 //! machine.
 
+use serde::{Deserialize, Serialize};
+
 /// The course of a job's learning rate. Step *k* of *w* steps of warm-up has the factor (k + 1)/w; the decay follows.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Schedule {
-    warmup_steps: u64,
-    decay: Decay,
+    /// Steps in which it rises from 0.
+    pub warmup_steps: u64,
+    /// What follows.
+    pub decay: Decay,
 }
 
 /// What comes after warm-up. With x from 0 at its first step towards 1 after the job's last:
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub enum Decay {
     /// 1.
     Constant,
@@ -43,16 +47,19 @@ pub enum ScheduleError {
 }
 
 impl Schedule {
-    /// A schedule.
-    pub fn new(warmup_steps: u64, decay: Decay) -> Result<Schedule, ScheduleError> {
-        let floor = match decay {
+    /// Refuses what is no course; one that came over a wire or from a store may be anything.
+    ///
+    /// # Errors
+    /// [`ScheduleError`].
+    pub fn check(&self) -> Result<(), ScheduleError> {
+        let floor = match self.decay {
             Decay::Constant => 0.0,
             Decay::Linear { floor } | Decay::Cosine { floor } | Decay::Late { floor, .. } => floor,
         };
         if !(0.0..=1.0).contains(&floor) {
             return Err(ScheduleError::Floor(floor));
         }
-        Ok(Schedule { warmup_steps, decay })
+        Ok(())
     }
 
     /// The factor of step `step` (from 0) of `steps`. Steps beyond the last have the factor that the decay ends with.
@@ -128,7 +135,8 @@ mod tests {
     use super::*;
 
     fn factors(warmup: u64, decay: Decay, steps: u64) -> Vec<f64> {
-        let schedule = Schedule::new(warmup, decay).unwrap();
+        let schedule = Schedule { warmup_steps: warmup, decay };
+        schedule.check().unwrap();
         (0..steps).map(|step| schedule.factor(step, steps)).collect()
     }
 
@@ -160,7 +168,7 @@ mod tests {
                 let after = factors.iter().skip(warmup.min(steps) as usize);
                 assert!(after.clone().all(|&f| f >= 0.1) && after.is_sorted_by(|a, b| a >= b), "{decay:?}");
             }
-            let schedule = Schedule::new(3, decay).unwrap();
+            let schedule = Schedule { warmup_steps: 3, decay };
             let end = if decay == Decay::Constant { 1.0 } else { 0.1 };
             assert!((schedule.factor(500, 100) - end).abs() < 1e-15);
         }
@@ -186,7 +194,8 @@ mod tests {
     #[test]
     fn a_floor_that_is_no_share_is_refused() {
         for floor in [-0.1, 1.1, f64::NAN, f64::INFINITY] {
-            assert!(Schedule::new(0, Decay::Cosine { floor }).is_err(), "{floor}");
+            let schedule = Schedule { warmup_steps: 0, decay: Decay::Cosine { floor } };
+            assert!(schedule.check().is_err(), "{floor}");
         }
     }
 }
