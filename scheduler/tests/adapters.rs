@@ -67,7 +67,13 @@ fn revision(replica: u32) -> ReplicaRevision {
 impl Test {
     fn new(max_adapters: usize) -> Test {
         let config = AdaptersConfig { max_adapters, memory: Bytes(1000) };
-        Test { adapters: Adapters::new(config), others: Others::default(), now: 0, calls: 0, loads: BTreeMap::new() }
+        Test {
+            adapters: Adapters::new(config),
+            others: Others::default(),
+            now: 0,
+            calls: 0,
+            loads: BTreeMap::new(),
+        }
     }
 
     /// With one replica of two ranks.

@@ -135,7 +135,13 @@ impl Residents {
         self.loads += 1;
         let (load, missing) = (self.loads, place.ranks.iter().copied().collect());
         place.adapters.insert(adapter, Residency::Loading { load, missing, failure: None });
-        effects.push(Effect::Load { replica, ranks: place.ranks.clone(), revision: place.revision, adapter, load });
+        effects.push(Effect::Load {
+            replica,
+            ranks: place.ranks.clone(),
+            revision: place.revision,
+            adapter,
+            load,
+        });
         Begun::Loading
     }
 
