@@ -154,6 +154,7 @@ impl<'a> Session<'a> {
             stages_behind,
             threads: resources.threads,
             replicas: open.replicas as usize,
+            dropout: trained.adapter().is_some() && settings.lora.dropout > 0.0,
         };
         let reserved = session_memory(&size).total();
         let engine = Engine {
@@ -167,6 +168,9 @@ impl<'a> Session<'a> {
             course,
             preference,
             stages_behind,
+            // Where a model trains whole there is no adapter.
+            dropout: if trained.adapter().is_some() { settings.lora.dropout } else { 0.0 },
+            seed: settings.seed,
             replica: open.replica as usize,
             replicas: open.replicas as usize,
             keep: settings.keep_activations,
@@ -240,8 +244,8 @@ fn spec(lora: &LoraSettings) -> Result<LoraSpec, SessionError> {
     if !lora.alpha.is_finite() {
         return Err(refused("the adapter's alpha is no number"));
     }
-    if lora.dropout != 0.0 {
-        return Err(refused("dropout is not supported yet: set it to 0"));
+    if !(0.0..1.0).contains(&lora.dropout) {
+        return Err(refused(format!("{} is no dropout: choose a share from 0 to below 1", lora.dropout)));
     }
     let known = || Target::ALL.map(Target::module).join(", ");
     let mut targets = Vec::new();
