@@ -213,7 +213,8 @@ impl<'a> Session<'a> {
     fn export(&self, shards: &[BlobId]) -> Result<TrainingReport, SessionError> {
         let at = Position { job: self.open.job, steps: self.steps };
         let (place, storage, directory) = (&self.place, &self.storage, &self.resources.directory);
-        let export = Export { place, storage, directory, at };
+        let dropout = self.engine.dropout;
+        let export = Export { place, storage, directory, at, dropout };
         match &self.trained {
             Trained::Adapter(_) => export.adapter(&self.trained, shards),
             Trained::Model => export.model(shards),
