@@ -86,6 +86,8 @@ struct Batch<'a> {
     keep: bool,
     /// Whether they are pairs of answers, which go through the model without the adapter first.
     pairs: bool,
+    /// The share of its inputs that an adapter does not see.
+    dropout: f32,
 }
 
 /// Runs what a step runs, and compares.
@@ -127,7 +129,8 @@ fn check(name: &str, precision: Precision, place: Place, trained: &Trained, with
     // A smaller micro-batch first: what grows does so to what is needed, and no further.
     let smaller: Vec<usize> = with.lengths.iter().map(|length| length.div_ceil(2)).collect();
     for lengths in [&smaller[..], with.lengths] {
-        let batch = MicroBatch::new(lengths);
+        let keys: Vec<[u32; 2]> = (0..lengths.len() as u32).map(|index| [index, 7]).collect();
+        let batch = MicroBatch::new(lengths).with_dropout(with.dropout, &keys);
         let (rows, beat) = (batch.rows(), &mut || Ok(()));
         let tokens: Vec<u32> = (0..rows as u32).map(|row| row * 7 % shape.vocab_size as u32).collect();
         let values: Vec<f32> =
@@ -179,6 +182,7 @@ fn check(name: &str, precision: Precision, place: Place, trained: &Trained, with
         stages_behind,
         threads: kernels.threads(),
         replicas: 1,
+        dropout: with.dropout > 0.0,
     });
     // What threads work in is by far the most of so small a session, and the same on both sides.
     let threads = kernels.gradient_bytes() + kernels.attention_gradient_bytes(rows, shape.head_dim);
@@ -215,15 +219,21 @@ fn adapter(rank: usize, targets: &[Target]) -> Trained {
 #[test]
 fn adapters_take_what_the_formula_says_on_every_shape_and_place() {
     let ways = [
-        (adapter(1, &[Target::Query]), Batch { lengths: &[24], keep: true, pairs: false }),
-        (adapter(8, &Target::ALL), Batch { lengths: &[40, 3, 30], keep: false, pairs: false }),
+        (adapter(1, &[Target::Query]), Batch { lengths: &[24], keep: true, pairs: false, dropout: 0.0 }),
+        (adapter(8, &Target::ALL), Batch { lengths: &[40, 3, 30], keep: false, pairs: false, dropout: 0.0 }),
         (
             adapter(20, &[Target::Query, Target::Value, Target::Down]),
-            Batch { lengths: &[100], keep: true, pairs: false },
+            Batch { lengths: &[100], keep: true, pairs: false, dropout: 0.0 },
         ),
         // More rows than any dimension: what the lower rank has of them is the longer side.
-        (adapter(96, &[Target::Gate, Target::Output]), Batch { lengths: &[33], keep: false, pairs: false }),
-        (adapter(4, &[Target::Up, Target::Key]), Batch { lengths: &[30, 25], keep: true, pairs: true }),
+        (
+            adapter(96, &[Target::Gate, Target::Output]),
+            Batch { lengths: &[33], keep: false, pairs: false, dropout: 0.0 },
+        ),
+        (
+            adapter(4, &[Target::Up, Target::Key]),
+            Batch { lengths: &[30, 25], keep: true, pairs: true, dropout: 0.25 },
+        ),
     ];
     for name in ["llama-bf16", "llama-bias", "qwen2", "qwen3", "mistral"] {
         for place in places() {
@@ -241,7 +251,7 @@ fn so_they_do_beside_quantised_weights_and_narrow_caches() {
         kv_cache: FloatType::Bf16,
         activations: FloatType::Bf16,
     };
-    let with = Batch { lengths: &[70, 9], keep: true, pairs: false };
+    let with = Batch { lengths: &[70, 9], keep: true, pairs: false, dropout: 0.0 };
     for place in places() {
         check("llama-bias", precision, place, &adapter(8, &Target::ALL), with);
         check(
@@ -259,7 +269,7 @@ fn whole_models_take_what_the_formula_says_on_every_shape_and_place() {
     for name in ["llama-bf16", "llama-bias", "qwen2", "qwen3", "mistral"] {
         for place in places() {
             for keep in [true, false] {
-                let with = Batch { lengths: &[40, 17], keep, pairs: false };
+                let with = Batch { lengths: &[40, 17], keep, pairs: false, dropout: 0.0 };
                 check(name, Precision::default(), place, &Trained::Model, with);
             }
         }

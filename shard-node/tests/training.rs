@@ -687,6 +687,60 @@ fn validation_data_is_measured_alike_on_every_layout_and_changes_nothing() {
     }
 }
 
+/// The same with such a share of dropout.
+fn dropped(settings: TrainingSettings, dropout: f32) -> TrainingSettings {
+    TrainingSettings { lora: LoraSettings { dropout, ..settings.lora.clone() }, ..settings }
+}
+
+#[test]
+fn dropout_is_the_same_on_every_layout_and_after_a_resume() {
+    for plain in [settings(), preferences()] {
+        let settings = dropped(plain.clone(), 0.3);
+        let (expected, metrics) = Job::train(&settings, ONE);
+        assert!(expected != Job::train(&plain, ONE).0, "some inputs are not seen");
+        assert!(metrics.iter().all(|step| !step.skipped), "{metrics:?}");
+        for (grid, micro_batch_rows, keep_activations) in [
+            (ONE, 30, false),
+            (grid(2, 1, 1), 30, true),
+            (grid(1, 2, 1), 64, false),
+            (grid(2, 2, 2), 30, true),
+            (grid(1, 1, 4), 30, true),
+        ] {
+            let settings = TrainingSettings { micro_batch_rows, keep_activations, ..settings.clone() };
+            let (tensors, own) = Job::train(&settings, grid);
+            assert_eq!(own, metrics, "{grid:?}");
+            assert!(tensors == expected, "{grid:?}, {micro_batch_rows} rows, keep {keep_activations}");
+        }
+        let mut first = Job::start(grid(2, 1, 1));
+        first.open(&settings, &SessionStart::New);
+        let (_, shards) = first.steps(0..2);
+        first.close();
+        let mut second = Job::start(grid(1, 2, 1));
+        second.open(&settings, &SessionStart::Resume { steps: 2, shards });
+        let (_, shards) = second.steps(2..STEPS);
+        let (tensors, usable) = second.export(shards);
+        second.close();
+        assert!(tensors == expected && usable.is_ok());
+        // Another seed drops something else; a measurement drops nothing.
+        let other = TrainingSettings { seed: 12, ..settings };
+        assert!(Job::train(&other, ONE).0 != expected);
+    }
+}
+
+#[test]
+fn dropout_leaves_measurements_alone() {
+    let mut validated = settings();
+    validated.validation = ValidationData::File(WORLD.dataset);
+    let measure = |settings: &TrainingSettings| {
+        let mut job = Job::start(ONE);
+        job.open(settings, &SessionStart::New);
+        let measured = job.evaluate();
+        job.close();
+        measured
+    };
+    assert_eq!(measure(&dropped(validated.clone(), 0.5)), measure(&validated));
+}
+
 /// Serving's own pass over some tokens; its bits.
 fn serve(model: &StageModel) -> Vec<u32> {
     let table = [BlockId(0)];
@@ -783,10 +837,8 @@ fn what_can_never_work_is_refused_for_good() {
     let module = |name: &str| LoraSettings { targets: vec![name.into()], ..settings().lora };
     let cases: BTreeMap<&str, TrainingSettings> = BTreeMap::from([
         ("no module `lm_head`", TrainingSettings { lora: module("lm_head"), ..settings() }),
-        (
-            "dropout",
-            TrainingSettings { lora: LoraSettings { dropout: 0.1, ..settings().lora }, ..settings() },
-        ),
+        ("1 is no dropout", dropped(settings(), 1.0)),
+        ("NaN is no dropout", dropped(settings(), f32::NAN)),
         ("method supervised, the job's is dpo", TrainingSettings { dataset: WORLD.dataset, ..preferences() }),
         ("method dpo, the job's is supervised", TrainingSettings { dataset: WORLD.pairs, ..settings() }),
         (

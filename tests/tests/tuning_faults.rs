@@ -5,7 +5,7 @@ use ashlar_tests::tuning::{
     ask, create, create_with, ended, events, examples, job, learnt, upload, upload_bytes, upload_head,
     upload_request, uploaded,
 };
-use ashlar_tests::{Cluster, Event, eventually, http, run_to_end, tuning};
+use ashlar_tests::{Cluster, Event, eventually, http, run_to_end, tuning, wait};
 use serde_json::{Value, json};
 use std::fmt::Write as _;
 use std::fs;
@@ -15,6 +15,8 @@ use std::time::Duration;
 
 const BASE: &str = "ashlar-demo";
 const LIMIT: Duration = Duration::from_secs(30);
+/// A disk that has room for a job beside the 256 MiB that the blob store leaves free.
+const SMALL_DISK_BYTES: u64 = 384 << 20;
 
 /// A file of twelve good examples with this line at the end.
 fn with_line(line: &[u8]) -> Vec<u8> {
@@ -210,29 +212,25 @@ fn clients_that_stop_following_a_job_change_nothing() {
 }
 
 #[test]
-fn a_job_that_diverges_fails_with_what_to_do_and_the_cluster_serves_on() {
+fn a_job_that_learns_far_too_fast_harms_nobody() {
     let cluster = Cluster::start(&["--stages", "2"]);
     let before = ask(&cluster, BASE);
     let file = uploaded(&cluster, &examples(48));
+    let alone = learnt(&cluster, &create(&cluster, &file, "alone"));
     // As fast as it may be asked for, and nothing holds it back.
-    let hyperparameters = json!({"n_epochs": 10, "batch_size": 8, "learning_rate_multiplier": 1000});
+    let hyperparameters = json!({"n_epochs": 4, "batch_size": 8, "learning_rate_multiplier": 1000});
     let with = json!({
         "seed": 7, "learning_rate": 1, "grad_clip": 0, "schedule": "constant", "lora": {"r": 16, "alpha": 4096},
         "method": {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}},
     });
-    let id = create_with(&cluster, BASE, &file, &with);
-    let job = ended(&cluster, &id);
-    assert_eq!(job["status"], "failed", "{job}");
-    let error = &job["error"];
-    assert_eq!(error["code"], "loss_not_finite", "{error}");
-    assert!(message(error).contains("lower the learning rate"), "{error}");
-    let skipped = |event: &Value| event["data"]["skipped"] == true;
-    let steps: Vec<Value> = events(&cluster, &id).into_iter().filter(skipped).collect();
-    assert_eq!(steps.len(), 4, "each that changed nothing is recorded: {steps:?}");
-    assert!(steps.iter().all(|step| step["level"] == "warn"), "{steps:?}");
+    let job = ended(&cluster, &create_with(&cluster, BASE, &file, &with));
+    match job["error"].is_null() {
+        // A model that says nothing is what was asked for, as long as it is made of numbers.
+        true => drop(ask(&cluster, job["fine_tuned_model"].as_str().expect("a model"))),
+        false => assert!(message(&job["error"]).contains("learning rate"), "{job}"),
+    }
     assert_eq!(ask(&cluster, BASE), before);
-    let again = create(&cluster, &file, "again");
-    assert_eq!(ended(&cluster, &again)["status"], "succeeded", "the next job is none the worse");
+    assert_eq!(learnt(&cluster, &create(&cluster, &file, "again")), alone, "the next job is none the worse");
 }
 
 /// Writes a model of random weights whose embedding is no number for one token.
@@ -286,13 +284,23 @@ fn a_sample_that_meets_a_poisoned_weight_costs_its_step_and_no_more() {
     let id = create_with(&cluster, &name, &uploaded(&cluster, &text), &with);
     let job = ended(&cluster, &id);
     assert_eq!(job["status"], "succeeded", "{job}");
-    let of = |skipped: bool| {
-        let events = events(&cluster, &id);
-        events.into_iter().filter(move |event| event["data"]["skipped"] == skipped).collect::<Vec<Value>>()
+    let steps = |id: &str, skipped: bool| -> Vec<Value> {
+        let of = |event: &Value| event["data"]["skipped"] == skipped;
+        events(&cluster, id).into_iter().filter(of).collect()
     };
-    assert_eq!((of(true).len(), of(false).len()), (2, 6), "once per epoch: {:?}", of(true));
-    let said = of(true)[0]["message"].to_string();
+    let skipped = steps(&id, true);
+    assert_eq!((skipped.len(), steps(&id, false).len()), (2, 6), "once per epoch: {skipped:?}");
+    let said = skipped[0]["message"].to_string();
     assert!(said.contains("was no number") && said.contains("changed nothing"), "{said}");
+    // Where every sample meets it, the job fails and says why.
+    let poisoned: String = text.lines().map(|line| line.replace("\"}", "~\"}") + "\n").collect();
+    let never = create_with(&cluster, &name, &uploaded(&cluster, &poisoned), &with);
+    let failed = ended(&cluster, &never);
+    assert_eq!((&failed["status"], &failed["error"]["code"]), (&json!("failed"), &json!("loss_not_finite")));
+    assert!(message(&failed["error"]).contains("lower the learning rate"), "{failed}");
+    let skipped = steps(&never, true);
+    assert_eq!((skipped.len(), steps(&never, false).len()), (4, 0), "{skipped:?}");
+    assert!(skipped.iter().all(|step| step["level"] == "warn"), "{skipped:?}");
     assert_eq!(ask(&cluster, &name), before, "the model that is served");
     let tuned = job["fine_tuned_model"].as_str().expect("a model");
     assert_ne!(ask(&cluster, tuned), before, "the other steps were taken");
@@ -301,7 +309,8 @@ fn a_sample_that_meets_a_poisoned_weight_costs_its_step_and_no_more() {
 #[test]
 fn a_full_disk_pauses_the_job_with_its_reason_and_the_cluster_serves_on() {
     let test = "a_full_disk_pauses_the_job";
-    let Some(cluster) = Cluster::start_on_small_disk(test, &["--stages", "2"], "blobs", 64 << 20) else {
+    let Some(cluster) = Cluster::start_on_small_disk(test, &["--stages", "2"], "blobs", SMALL_DISK_BYTES)
+    else {
         return;
     };
     let before = ask(&cluster, BASE);
@@ -344,7 +353,9 @@ fn a_full_disk_pauses_the_job_with_its_reason_and_the_cluster_serves_on() {
 #[test]
 fn a_cluster_whose_whole_state_lies_on_a_full_disk_serves_on_and_recovers() {
     let test = "a_cluster_whose_whole_state_lies_on_a_full_disk";
-    let Some(cluster) = Cluster::start_on_small_disk(test, &["--stages", "2"], ".", 96 << 20) else { return };
+    let Some(cluster) = Cluster::start_on_small_disk(test, &["--stages", "2"], ".", SMALL_DISK_BYTES) else {
+        return;
+    };
     let before = ask(&cluster, BASE);
     let file = uploaded(&cluster, &examples(48));
     let undisturbed = learnt(&cluster, &create(&cluster, &file, "plain"));
@@ -352,8 +363,18 @@ fn a_cluster_whose_whole_state_lies_on_a_full_disk_serves_on_and_recovers() {
     let filler = cluster.fill_disk(".");
     assert_eq!(ask(&cluster, BASE), before);
     let answer = upload(&cluster, &examples(400));
-    assert!((500..600).contains(&answer.status), "{}", answer.text());
-    assert!(!message(&answer.json()["error"]).is_empty(), "{}", answer.text());
+    assert_eq!(answer.status, 507, "{}", answer.text());
+    assert!(message(&answer.json()["error"]).contains("no room"), "{}", answer.text());
+    // Records of jobs fill what the state file has left.
+    let metadata: serde_json::Map<String, Value> =
+        (0..16).map(|key| (key.to_string(), json!("x".repeat(500)))).collect();
+    let body = json!({"model": BASE, "training_file": file, "metadata": metadata}).to_string();
+    let create =
+        || http::post(cluster.address(), "/v1/fine_tuning/jobs", body.as_bytes()).expect("an answer");
+    let refused = wait::until(LIMIT, || Some(create()).filter(|answer| answer.status != 200));
+    let refused = refused.expect("a store that is full");
+    assert_eq!(refused.status, 503, "{}", refused.text());
+    assert!(message(&refused.json()["error"]).contains("try again"), "{}", refused.text());
     assert_eq!(ask(&cluster, BASE), before);
     fs::remove_file(filler).expect("room");
     // The job was still running, or it is paused; records that could not be written are written now.
@@ -366,6 +387,7 @@ fn a_cluster_whose_whole_state_lies_on_a_full_disk_serves_on_and_recovers() {
         tuning::is_over(&now)
     };
     eventually("the end of the job", tuning::JOB_LIMIT, resumed);
+    eventually("a store that takes records again", LIMIT, || create().status == 200);
     assert_eq!(learnt(&cluster, &id), undisturbed);
     assert_eq!(ask(&cluster, BASE), before);
 }

@@ -2,7 +2,7 @@
 //!
 //! Layout, in reading order: [`isa`](Isa) and `lanes` (sixteen lanes over three instruction sets), [`pool`](ThreadPool)
 //! (threads), `background` (work that gives way), [`cores`](available_cores) (where they run), `matmul` with [`PackedMatrix`] (products), `tree` (sums over parts and ranks), `norm`, `rope`,
-//! `elementwise`, `elements` (narrower numbers), `attention` (paged, splits of 256 keys), `softmax` (log-sum-exp), [`sampling`], [`math`] (elementary
+//! `elementwise`, `dropout`, `elements` (narrower numbers), `attention` (paged, splits of 256 keys), `softmax` (log-sum-exp), [`sampling`], [`math`] (elementary
 //! functions) and [`measure`] (what this machine can do).
 //!
 //! **Invariants.**
@@ -13,7 +13,7 @@
 //!   then a fixed tree).
 //! - No libm: elementary functions are fixed sequences of IEEE operations. `mul_add` is the correctly rounded fused
 //!   operation, and nothing else is fused.
-//! - No randomness, no clock (but for [`measure`], and in the pool, whose clock no result sees), no I/O, no model: of ours this crate imports only the vocabulary.
+//! - No randomness (masks are functions of keys that a caller has), no clock (but for [`measure`], and in the pool, whose clock no result sees), no I/O, no model: of ours this crate imports only the vocabulary.
 //! - A shape that does not fit is a programming error and panics; what a caller can meet at run time is a typed error.
 
 mod adamw;
@@ -21,6 +21,7 @@ mod aligned;
 mod attention;
 mod background;
 mod cores;
+mod dropout;
 mod elements;
 mod elementwise;
 mod half;
@@ -44,6 +45,7 @@ pub use aligned::AlignedBuffer;
 pub use attention::{AttentionShape, BLOCK_TOKENS, KvBuffer, KvLayout, RowContext, SPLIT_KEYS};
 pub use background::{Raised, YieldFlag, lower_priority};
 pub use cores::{PinError, PinnedThread, available_cores, available_threads};
+pub use dropout::{Dropout, DropoutRow};
 pub use isa::{Isa, UnknownIsa};
 pub use kernels::Kernels;
 pub use matmul::{

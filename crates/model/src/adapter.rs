@@ -9,7 +9,7 @@ use crate::collective::{Collective, CollectiveError};
 use crate::slice::RankSlice;
 use crate::tensors::{AdapterHalf, TensorId, Tensors};
 use crate::trained::Trained;
-use ashlar_kernels::{Input, Kernels, Output, PackedMatrix, Product};
+use ashlar_kernels::{Dropout, DropoutRow, Input, Kernels, Output, PackedMatrix, Product};
 use ashlar_vocabulary::{Bytes, ModelShape, WeightType};
 use std::ops::Range;
 
@@ -265,6 +265,7 @@ pub struct AdaptedRows<'a> {
 pub(crate) struct AdapterWork {
     low: Vec<f32>,
     gathered: Vec<f32>,
+    dropped: Vec<f32>,
 }
 
 impl AdapterWork {
@@ -281,7 +282,7 @@ impl AdapterWork {
 
     /// Reserved values.
     pub(crate) fn values(&self) -> usize {
-        self.low.len() + self.gathered.len()
+        self.low.len() + self.gathered.len() + self.dropped.len()
     }
 }
 
@@ -303,12 +304,50 @@ pub(crate) fn copied(to: &mut Vec<f32>, from: &[f32]) {
     to.extend_from_slice(from);
 }
 
+/// Dropout of what adapters read in a micro-batch that trains.
+#[derive(Debug, Clone)]
+pub(crate) struct AdapterDropout<'a> {
+    threshold: u32,
+    factor: f32,
+    rows: &'a [DropoutRow],
+    /// The stage's first layer.
+    first_layer: usize,
+    /// Per target the first of its inputs that this rank has.
+    first_inputs: [usize; 7],
+}
+
+impl<'a> AdapterDropout<'a> {
+    pub(crate) fn new(
+        (threshold, factor): (u32, f32),
+        rows: &'a [DropoutRow],
+        shape: &ModelShape,
+        slice: &RankSlice,
+    ) -> AdapterDropout<'a> {
+        let first_inputs = Target::ALL.map(|target| target.inputs(shape, slice).start);
+        AdapterDropout { threshold, factor, rows, first_layer: slice.layers.start, first_inputs }
+    }
+
+    /// That of a target on the stage's layer `layer`, for `rows` of the micro-batch.
+    pub(crate) fn of(&self, layer: usize, target: Target, rows: Range<usize>) -> Dropout<'a> {
+        let stream = (self.first_layer + layer) * Target::ALL.len() + target.index();
+        Dropout {
+            threshold: self.threshold,
+            factor: self.factor,
+            rows: &self.rows[rows],
+            stream: stream as u32,
+            first: self.first_inputs[target.index()],
+        }
+    }
+}
+
 /// A layer's place among the adapters of a step.
 pub(crate) struct AdapterStep<'a> {
     /// The layer, counted from the stage's first.
     pub(crate) layer: usize,
     /// The rows with adapters.
     pub(crate) adapted: &'a [AdaptedRows<'a>],
+    /// What they do not see of their inputs.
+    pub(crate) dropout: Option<&'a AdapterDropout<'a>>,
 }
 
 impl AdapterStep<'_> {
@@ -317,8 +356,8 @@ impl AdapterStep<'_> {
         self.adapted.is_empty()
     }
 
-    /// Adds B·(s·A·x) to the outputs of `target`, of which row r lies at `out[r · stride]`; `input` is rows × inputs. `keep`
-    /// receives s·A·x where a backward pass will need it.
+    /// Adds B·(s·A·x) to the outputs of `target`, of which row r lies at `out[r · stride]`; `input` is rows × inputs, of which
+    /// dropout leaves x. `keep` receives s·A·x where a backward pass will need it.
     #[allow(clippy::too_many_arguments)]
     pub(crate) fn add(
         &self,
@@ -335,14 +374,13 @@ impl AdapterStep<'_> {
             let Some(pair) = &adapter.layers[self.layer].pairs[target.index()] else { continue };
             let (inputs, count) = (pair.a.k(), rows.len());
             let low = grown(&mut work.low, count * adapter.rank);
-            kernels.matmul(
-                count,
-                &input[rows.start * inputs..rows.end * inputs],
-                &pair.a,
-                &pair.parts,
-                None,
-                low,
-            );
+            let mut input = &input[rows.start * inputs..rows.end * inputs];
+            if let Some(dropout) = self.dropout {
+                let dropped = grown(&mut work.dropped, count * inputs);
+                kernels.drop_out(&dropout.of(self.layer, target, rows.clone()), inputs, input, dropped);
+                input = dropped;
+            }
+            kernels.matmul(count, input, &pair.a, &pair.parts, None, low);
             if target.is_row_parallel() {
                 sum_over_group(kernels, low, group, &mut work.gathered)?;
             }

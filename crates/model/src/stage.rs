@@ -410,7 +410,7 @@ impl StageModel {
     ) -> Result<(), ForwardError> {
         self.enter(&self.kernels, rows, input, group, work)?;
         for (layer, block) in self.blocks.iter().enumerate() {
-            let step = AdapterStep { layer, adapted };
+            let step = AdapterStep { layer, adapted, dropout: None };
             block.forward(&self.kernels, rows, cache.layer_mut(layer), group, &step, None, work)?;
             self.leave(&self.kernels, layer, rows.len(), work);
             beat();

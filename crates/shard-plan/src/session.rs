@@ -37,6 +37,8 @@ pub struct SessionRequest<'a> {
     pub keep_activations: bool,
     /// Replicas that train together.
     pub replicas: usize,
+    /// Whether adapters do not see all of their inputs.
+    pub dropout: bool,
 }
 
 /// What trains in a session.
@@ -373,6 +375,9 @@ impl Piece {
         // ranks exchange.
         let exchange = hidden + pairs.exchanged();
         let low = if_any(pairs.any_row_parallel(), pairs.rank);
+        // What dropout leaves of the widest inputs.
+        let widest = pairs.linears.iter().map(|linear| linear.inputs).max().unwrap_or(0);
+        let dropped = if_any(request.dropout, widest);
         let backward = hidden
             + (2 * wide).max(query + 2 * key)
             + wide
@@ -380,9 +385,10 @@ impl Piece {
             + exchange
             + of_group(exchange)
             + low
+            + dropped
             + angles;
         // What an adapter adds in a forward pass.
-        let forward = if_any(!pairs.linears.is_empty(), pairs.rank) + of_group(low);
+        let forward = if_any(!pairs.linears.is_empty(), pairs.rank) + of_group(low) + dropped;
         let gradient = if_any(self.last, hidden);
         let head = self.stage_head().rows(shape).len();
         let loss_rows = if_any(self.last, loss_rows(shape.vocab_size, size).min(rows));
@@ -451,7 +457,8 @@ mod tests {
         };
         let of = |end, stages_behind, rank, modules: &[String], micro_batch_rows, keep_activations| {
             let weights = SessionWeights::Adapter { rank, modules };
-            let request = SessionRequest { weights, micro_batch_rows, keep_activations, replicas: 1 };
+            let request =
+                SessionRequest { weights, micro_batch_rows, keep_activations, replicas: 1, dropout: false };
             piece(end).session(&shares, stages_behind, 2, &request).total()
         };
         let all = of(8, 1, 8, &modules, 100, true);
@@ -468,8 +475,13 @@ mod tests {
         let twice = [&modules[..], &modules[..], &["lm_head".to_owned()]].concat();
         let adapter = |modules: &[String]| {
             let weights = SessionWeights::Adapter { rank: 8, modules };
-            let request =
-                SessionRequest { weights, micro_batch_rows: 1, keep_activations: false, replicas: 1 };
+            let request = SessionRequest {
+                weights,
+                micro_batch_rows: 1,
+                keep_activations: false,
+                replicas: 1,
+                dropout: false,
+            };
             piece(8).session(&shares, 0, 1, &request).weights
         };
         assert_eq!(adapter(&twice), adapter(&modules), "named twice is held once");

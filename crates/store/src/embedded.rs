@@ -11,6 +11,7 @@ use ashlar_vocabulary::LeaseTerm;
 use redb::{Database, DatabaseError, ReadableDatabase, ReadableTable, StorageError, TableDefinition};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -38,7 +39,10 @@ pub struct EmbeddedStore {
 
 struct Inner {
     path: PathBuf,
-    database: Database,
+    /// `None` after the disk has refused something: the database then refuses everything until it is opened again.
+    database: Mutex<Option<Arc<Database>>>,
+    /// How often it was opened.
+    opened: AtomicU64,
     clock: LeaseClock,
     /// Who holds which lease. Locked around the write of its term, so that grants have one order; only blocking tasks
     /// take it.
@@ -50,6 +54,8 @@ struct Tenure {
     holder: String,
     term: u64,
     until: Duration,
+    /// Which opening of the file it was granted or last checked in: between two of them another process may have granted.
+    opened: u64,
 }
 
 impl EmbeddedStore {
@@ -70,7 +76,8 @@ impl EmbeddedStore {
         let path = path.to_owned();
         let inner = blocking(move || {
             let database = open_database(&path)?;
-            let inner = Inner { path, database, clock, tenures: Mutex::default() };
+            let database = Mutex::new(Some(Arc::new(database)));
+            let inner = Inner { path, database, opened: AtomicU64::new(1), clock, tenures: Mutex::default() };
             inner.check_format()?;
             Ok(inner)
         });
@@ -120,12 +127,33 @@ fn open_database(path: &Path) -> Result<Database, StoreError> {
 }
 
 impl Inner {
+    /// The open file; where the disk has refused something before, opened again, which goes back to what was committed last.
+    fn database(&self) -> Result<Arc<Database>, StoreError> {
+        let mut open = self.database.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(database) = &*open {
+            return Ok(Arc::clone(database));
+        }
+        let database = Arc::new(open_database(&self.path)?);
+        *open = Some(Arc::clone(&database));
+        self.opened.fetch_add(1, Ordering::Relaxed);
+        Ok(database)
+    }
+
+    /// Has the file opened again by whoever needs it next, once nobody uses it any more.
+    fn close(&self) {
+        self.database.lock().unwrap_or_else(PoisonError::into_inner).take();
+    }
+
     /// Sorts errors of the database into those of the disk and those of the file.
     fn error(&self, error: impl Into<redb::Error>) -> StoreError {
         match error.into() {
-            redb::Error::Io(error) => StoreError::Disk { path: self.path.clone(), reason: error.to_string() },
+            redb::Error::Io(error) => {
+                self.close();
+                StoreError::Disk { path: self.path.clone(), reason: error.to_string() }
+            }
             redb::Error::PreviousIo => {
-                let reason = "an earlier write failed, restart to recover".to_owned();
+                self.close();
+                let reason = "an earlier write failed".to_owned();
                 StoreError::Disk { path: self.path.clone(), reason }
             }
             other => StoreError::Corrupt(format!("{}: {other}", self.path.display())),
@@ -134,7 +162,8 @@ impl Inner {
 
     /// Marks a new file with its format, and refuses one of another.
     fn check_format(&self) -> Result<(), StoreError> {
-        let write = self.database.begin_write().map_err(|e| self.error(e))?;
+        let database = self.database()?;
+        let write = database.begin_write().map_err(|e| self.error(e))?;
         {
             let mut meta = write.open_table(META).map_err(|e| self.error(e))?;
             let format = meta.get(FORMAT).map_err(|e| self.error(e))?.map(|format| format.value());
@@ -157,7 +186,8 @@ impl Inner {
     }
 
     fn last_term(&self, name: &str) -> Result<u64, StoreError> {
-        let read = self.database.begin_read().map_err(|e| self.error(e))?;
+        let database = self.database()?;
+        let read = database.begin_read().map_err(|e| self.error(e))?;
         let terms = read.open_table(TERMS).map_err(|e| self.error(e))?;
         let term = terms.get(name).map_err(|e| self.error(e))?;
         Ok(term.map_or(0, |term| term.value()))
@@ -184,13 +214,15 @@ impl Inner {
             });
         }
         let term = (self.last_term(&name)? + 1).max(min_term.0);
-        let write = self.database.begin_write().map_err(|e| self.error(e))?;
+        let database = self.database()?;
+        let write = database.begin_write().map_err(|e| self.error(e))?;
         {
             let mut terms = write.open_table(TERMS).map_err(|e| self.error(e))?;
             terms.insert(name.as_str(), term).map_err(|e| self.error(e))?;
         }
         write.commit().map_err(|e| self.error(e))?;
-        tenures.insert(name.clone(), Tenure { holder: holder.clone(), term, until: now + ttl });
+        let opened = self.opened.load(Ordering::Relaxed);
+        tenures.insert(name.clone(), Tenure { holder: holder.clone(), term, until: now + ttl, opened });
         Ok(LeaseAnswer::Granted(Lease { name, holder, term: LeaseTerm(term), ttl }))
     }
 
@@ -198,6 +230,11 @@ impl Inner {
         let mut tenures = self.tenures.lock().unwrap_or_else(PoisonError::into_inner);
         match tenures.get_mut(&lease.name) {
             Some(tenure) if tenure.term == lease.term.0 && tenure.holder == lease.holder => {
+                let opened = self.opened.load(Ordering::Relaxed);
+                if tenure.opened != opened && self.last_term(&lease.name)? != tenure.term {
+                    return Err(StoreError::LeaseLost { name: lease.name.clone(), term: lease.term });
+                }
+                tenure.opened = opened;
                 tenure.until = (self.clock)() + lease.ttl;
                 Ok(())
             }
@@ -214,7 +251,8 @@ impl Inner {
 
     fn get(&self, key: &str) -> Result<Option<Entry>, StoreError> {
         limits::check_name("key", key)?;
-        let read = self.database.begin_read().map_err(|e| self.error(e))?;
+        let database = self.database()?;
+        let read = database.begin_read().map_err(|e| self.error(e))?;
         let entries = read.open_table(ENTRIES).map_err(|e| self.error(e))?;
         let found = entries.get(key).map_err(|e| self.error(e))?;
         Ok(found.map(|found| entry(found.value())))
@@ -229,7 +267,8 @@ impl Inner {
     ) -> Result<(u64, bool), StoreError> {
         limits::check_name("key", key)?;
         limits::check_value(bytes.as_deref().unwrap_or_default())?;
-        let write = self.database.begin_write().map_err(|e| self.error(e))?;
+        let database = self.database()?;
+        let write = database.begin_write().map_err(|e| self.error(e))?;
         let answer = {
             let mut entries = write.open_table(ENTRIES).map_err(|e| self.error(e))?;
             let found = entries.get(key).map_err(|e| self.error(e))?.map(|found| Version(found.value().0));
@@ -262,7 +301,8 @@ impl Inner {
 
     fn list(&self, prefix: &str) -> Result<Vec<(String, Entry)>, StoreError> {
         limits::check_prefix("key prefix", prefix)?;
-        let read = self.database.begin_read().map_err(|e| self.error(e))?;
+        let database = self.database()?;
+        let read = database.begin_read().map_err(|e| self.error(e))?;
         let entries = read.open_table(ENTRIES).map_err(|e| self.error(e))?;
         let mut found = Vec::new();
         let mut size = 0;

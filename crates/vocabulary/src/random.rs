@@ -16,6 +16,8 @@ pub enum Purpose {
     Initial = 3,
     /// What a model starts from.
     InitialModel = 4,
+    /// Which inputs of an adapter are zero in a step.
+    Dropout = 5,
 }
 
 /// Ten rounds of Philox over a counter, with a key of 64 bits (low word first).
@@ -50,6 +52,14 @@ pub fn random_bits(seed: u64, purpose: Purpose, place: [u32; 2]) -> u64 {
 #[inline]
 pub fn random_below(bound: u64, seed: u64, purpose: Purpose, place: [u32; 2]) -> u64 {
     ((u128::from(random_bits(seed, purpose, place)) * u128::from(bound)) >> 64) as u64
+}
+
+/// The key of a sequence's dropout in a step, by which [`philox`] makes its masks: of the seed, the step, the sample's number in the
+/// training file, and the sequence's within the sample. Not of where in a batch or micro-batch it comes.
+pub fn dropout_key(seed: u64, step: u64, sample: u32, sequence: u32) -> [u32; 2] {
+    let of_step = random_bits(seed, Purpose::Dropout, [step as u32, (step >> 32) as u32]);
+    let key = random_bits(of_step, Purpose::Dropout, [sample, sequence]);
+    [key as u32, (key >> 32) as u32]
 }
 
 #[cfg(test)]

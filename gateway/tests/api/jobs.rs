@@ -133,14 +133,17 @@ async fn what_is_chosen_reaches_the_scheduler() {
     assert_eq!(settings(with(json!({"method": method}))).await, deprecated);
     assert_eq!((&deprecated["epochs"], &deprecated["batch_size"]), (&json!(2), &Value::Null));
     let ours = settings(with(json!({
-        "lora": {"r": 8, "dropout": 0, "target_modules": ["v_proj", "q_proj", "q_proj"], "rslora": true},
+        "lora": {"r": 8, "dropout": 0.25, "target_modules": ["v_proj", "q_proj", "q_proj"], "rslora": true},
         "schedule": {"type": "cosine", "warmup_steps": 5, "floor": 0.1},
         "max_seq_len": 100, "grad_clip": 0, "weight_decay": 0.5, "learning_rate": 1e-3,
         "early_stopping": {"patience": 2, "validation_split": 0.2}, "full": false, "integrations": [],
     })))
     .await;
     assert_eq!((&ours["lora"]["rank"], &ours["lora"]["alpha"]), (&json!(8), &json!(16.0)), "α follows r");
-    assert_eq!(ours["lora"]["targets"], json!(["q_proj", "v_proj"]));
+    assert_eq!(
+        (&ours["lora"]["targets"], &ours["lora"]["dropout"]),
+        (&json!(["q_proj", "v_proj"]), &json!(0.25))
+    );
     assert_eq!((&ours["grad_clip"], &ours["max_seq_len"]), (&Value::Null, &json!(100)));
     assert_eq!(ours["schedule"]["warmup"], json!({"steps": 5}));
     assert_eq!(ours["early_stopping"], json!({"patience": 2, "validation_split": 0.2}));
@@ -221,7 +224,7 @@ async fn a_bad_request_names_its_field() {
         (dpo(json!({"beta": 2.5})), path("dpo", "beta")),
         (dpo(json!({"beta": "little"})), path("dpo", "beta")),
         (dpo(json!({"beta": [0.1]})), path("dpo", "beta")),
-        (json!({"lora": {"dropout": 0.25}}), "lora.dropout".into()),
+        (json!({"lora": {"dropout": -0.1}}), "lora.dropout".into()),
         (json!({"lora": {"r": 0}}), "lora.r".into()),
         (json!({"lora": {"r": 257}}), "lora.r".into()),
         (json!({"lora": {"dropout": 1}}), "lora.dropout".into()),

@@ -84,6 +84,7 @@ impl Ask<'_> {
             micro_batch_rows: rows as usize,
             keep_activations,
             replicas: self.replicas,
+            dropout: self.settings.lora.dropout > 0.0,
         };
         piece.session(&self.shares, place.stages_behind, place.rank.room.threads, &request)
     }

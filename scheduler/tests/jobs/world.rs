@@ -229,6 +229,7 @@ pub(crate) fn session_bytes(settings: &TrainingSettings, keep_activations: bool,
             micro_batch_rows: rows as usize,
             keep_activations,
             replicas: 1,
+            dropout: false,
         },
     );
     let shares = Shares::new(&shape, 1);

@@ -27,6 +27,8 @@ pub(super) struct SessionData {
 /// Samples that are computed together.
 pub(super) struct Micro {
     pub(super) batch: MicroBatch,
+    /// Of each sequence the sample's number in the file, and its own in the sample.
+    pub(super) sequences: Vec<(u32, u32)>,
     pub(super) tokens: Vec<TokenId>,
     pub(super) targets: Vec<TargetRow>,
 }
@@ -192,25 +194,27 @@ impl SessionData {
             _ => &mut self.training,
         };
         let (mut lengths, mut tokens, mut targets) = (Vec::new(), Vec::new(), Vec::new());
+        let mut of_samples = Vec::new();
         let pairs = file.method() == Method::Dpo;
         for &sample in &plan.samples {
             let sequences = file.read(sample)?.sequences;
             if pairs && (sequences.len() != 2 || sequences.iter().any(|answer| answer.target_count() == 0)) {
                 return Err(refused(format!("sample {sample} is no pair of answers: create the job again")));
             }
-            for sequence in sequences {
+            for (number, sequence) in (0..).zip(sequences) {
                 let rows = sequence.rows() as usize;
                 if rows == 0 {
                     continue;
                 }
                 let start = tokens.len();
                 lengths.push(rows);
+                of_samples.push((sample, number));
                 tokens.extend_from_slice(&sequence.tokens()[..rows]);
                 let of_row =
                     |(row, token): (u32, u32)| TargetRow { row: start + row as usize, token, weight: 1.0 };
                 targets.extend(sequence.labels().map(of_row));
             }
         }
-        Ok(Micro { batch: MicroBatch::new(&lengths), tokens, targets })
+        Ok(Micro { batch: MicroBatch::new(&lengths), sequences: of_samples, tokens, targets })
     }
 }

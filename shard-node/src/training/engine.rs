@@ -21,6 +21,7 @@ use ashlar_training::preference::{AnswerScore, answer_scores};
 use ashlar_training::{
     Hyperparameters, NormTerms, Preference, RunTree, TrainingState, gradient_norm, settle,
 };
+use ashlar_vocabulary::random::dropout_key;
 use ashlar_vocabulary::{Schedule, StepId};
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -40,6 +41,9 @@ pub(super) struct Engine {
     pub(super) preference: Option<Preference>,
     /// Stages behind this one.
     pub(super) stages_behind: usize,
+    /// The share of their inputs that adapters do not see in a step, and what decides which.
+    pub(super) dropout: f32,
+    pub(super) seed: u64,
     pub(super) replica: usize,
     pub(super) replicas: usize,
     pub(super) keep: bool,
@@ -90,7 +94,7 @@ impl Engine {
         let mut open_run = plan.runs.start;
         let mut flight: VecDeque<InFlight> = VecDeque::new();
         for micro in &plan.micros {
-            flight.push_back(self.forward(micro)?);
+            flight.push_back(self.forward(step, micro)?);
             if flight.len() > self.stages_behind
                 && let Some(first) = flight.pop_front()
             {
@@ -177,8 +181,13 @@ impl Engine {
     }
 
     /// A micro-batch through this stage, on the way to its backward pass.
-    fn forward(&mut self, plan: &MicroPlan) -> Result<InFlight, SessionError> {
-        let micro = self.data.read(plan, false)?;
+    fn forward(&mut self, step: u64, plan: &MicroPlan) -> Result<InFlight, SessionError> {
+        let mut micro = self.data.read(plan, false)?;
+        if self.dropout > 0.0 {
+            let key = |&(sample, sequence): &(u32, u32)| dropout_key(self.seed, step, sample, sequence);
+            let keys: Vec<[u32; 2]> = micro.sequences.iter().map(key).collect();
+            micro.batch = micro.batch.with_dropout(self.dropout, &keys);
+        }
         let reference = self.reference(&micro)?;
         self.receive_rows(&micro)?;
         let Engine { trainer, state, links, alarm, rows, keep, .. } = self;

@@ -41,6 +41,8 @@ pub(super) struct Export<'a> {
     /// Where shards are kept meanwhile.
     pub(super) directory: &'a Path,
     pub(super) at: Position,
+    /// The share of its inputs that an adapter did not see while it was trained.
+    pub(super) dropout: f32,
 }
 
 impl Export<'_> {
@@ -63,12 +65,25 @@ impl Export<'_> {
         let (adapter, usable) = whole.adapter(shape)?;
         let unwritable = |error: PeftError| refused(error.to_string());
         let (config, weights) = adapter.files(base_name(&self.place.model_name)).map_err(unwritable)?;
+        let config = self.with_dropout(config)?;
         let mut files = Vec::new();
         for (name, bytes) in [(CONFIG_FILE, config), (WEIGHTS_FILE, weights)] {
             files.push(file(name, self.storage.put(&bytes)?));
         }
         let adapter = AdapterId(self.manifest(&files)?);
         Ok(TrainingReport::Exported { adapter, files, usable })
+    }
+
+    /// An adapter's configuration that says how it was trained. Serving has no use for it.
+    fn with_dropout(&self, config: Vec<u8>) -> Result<Vec<u8>, SessionError> {
+        if self.dropout == 0.0 {
+            return Ok(config);
+        }
+        let unusable = |error: serde_json::Error| refused(format!("the adapter's configuration: {error}"));
+        let mut config: Value = serde_json::from_slice(&config).map_err(unusable)?;
+        // As it was asked for, not as it is rounded to an f32.
+        config["lora_dropout"] = json!((f64::from(self.dropout) * 1e6).round() / 1e6);
+        Ok(format!("{config:#}\n").into_bytes())
     }
 
     /// Stores a model: a directory that can be served.

@@ -24,6 +24,8 @@ pub struct SessionSize<'a> {
     pub threads: usize,
     /// Replicas that train together.
     pub replicas: usize,
+    /// Whether an adapter does not see all of its inputs.
+    pub dropout: bool,
 }
 
 /// What a session reserves on a rank.
@@ -50,6 +52,7 @@ pub fn session_memory(size: &SessionSize<'_>) -> SessionMemory {
         micro_batch_rows: size.rows,
         keep_activations: size.keep,
         replicas: size.replicas,
+        dropout: size.dropout,
     };
     let shares = Shares::new(size.shape, slice.tensor_parallel_size);
     piece.session(&shares, size.stages_behind, size.threads as u32, &request)

@@ -152,6 +152,7 @@ impl<'a> Session<'a> {
             stages_behind,
             threads: resources.threads,
             replicas: open.replicas as usize,
+            dropout: trained.adapter().is_some() && settings.lora.dropout > 0.0,
         };
         let reserved = session_memory(&size).total();
         let engine = Engine {
@@ -165,6 +166,9 @@ impl<'a> Session<'a> {
             course,
             preference,
             stages_behind,
+            // Where a model trains whole there is no adapter.
+            dropout: if trained.adapter().is_some() { settings.lora.dropout } else { 0.0 },
+            seed: settings.seed,
             replica: open.replica as usize,
             replicas: open.replicas as usize,
             keep: settings.keep_activations,
@@ -207,7 +211,8 @@ impl<'a> Session<'a> {
     fn export(&self, shards: &[BlobId]) -> Result<TrainingReport, SessionError> {
         let at = Position { job: self.open.job, steps: self.steps };
         let (place, storage, directory) = (&self.place, &self.storage, &self.resources.directory);
-        let export = Export { place, storage, directory, at };
+        let dropout = self.engine.dropout;
+        let export = Export { place, storage, directory, at, dropout };
         match &self.trained {
             Trained::Adapter(_) => export.adapter(&self.trained, shards),
             Trained::Model => export.model(shards),
@@ -238,8 +243,8 @@ fn spec(lora: &LoraSettings) -> Result<LoraSpec, SessionError> {
     if !lora.alpha.is_finite() {
         return Err(refused("the adapter's alpha is no number"));
     }
-    if lora.dropout != 0.0 {
-        return Err(refused("dropout is not supported yet: set it to 0"));
+    if !(0.0..1.0).contains(&lora.dropout) {
+        return Err(refused(format!("{} is no dropout: choose a share from 0 to below 1", lora.dropout)));
     }
     let known = || Target::ALL.map(Target::module).join(", ");
     let mut targets = Vec::new();

@@ -26,8 +26,11 @@ pub(super) struct SessionArgs {
     /// Modules that its adapter changes; default: all seven of a block.
     #[arg(long, value_name = "NAME,…", value_delimiter = ',')]
     lora_targets: Vec<String>,
+    /// Its adapter has dropout, which takes some memory.
+    #[arg(long)]
+    lora_dropout: bool,
     /// It trains all weights instead of an adapter.
-    #[arg(long, conflicts_with_all = ["lora_rank", "lora_targets"])]
+    #[arg(long, conflicts_with_all = ["lora_rank", "lora_targets", "lora_dropout"])]
     full: bool,
     /// Rows of its micro-batches: tokens that go through the stages together, at least those of the longest sample.
     #[arg(long, value_name = "N", default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..=ROWS_MAX))]
@@ -101,6 +104,7 @@ impl SessionArgs {
             micro_batch_rows: self.micro_batch_rows as usize,
             keep_activations,
             replicas: layout.replicas.len(),
+            dropout: self.lora_dropout,
         };
         let mut ranks = Vec::new();
         for (replica, of_replica) in layout.replicas.iter().enumerate() {

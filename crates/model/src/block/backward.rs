@@ -5,7 +5,7 @@
 //! row-parallel one it has all that belongs to its own inputs. The order of every sum is that of `NUMERICS.md`.
 
 use super::{Block, BlockDims};
-use crate::adapter::{Adapter, PackedPair, Target, copied, grown, sum_over_group};
+use crate::adapter::{Adapter, AdapterDropout, PackedPair, Target, copied, grown, sum_over_group};
 use crate::collective::{Collective, CollectiveError};
 use crate::tensors::{AdapterHalf, LayerTensor, TensorId, Tensors};
 use ashlar_kernels::{AttentionShape, Kernels, KvLayout, PackedMatrix, StridedRows};
@@ -99,13 +99,15 @@ pub(crate) struct BackwardWork {
     exchange: Vec<f32>,
     low: Vec<f32>,
     gathered: Vec<f32>,
+    /// What dropout leaves of an adapter's inputs, then the gradient by them.
+    dropped: Vec<f32>,
 }
 
 impl BackwardWork {
     /// Memory that it takes, in bytes.
     pub(crate) fn bytes(&self) -> usize {
-        let BackwardWork { normed, wide, inputs, narrow, exchange, low, gathered } = self;
-        [normed, wide, inputs, narrow, exchange, low, gathered]
+        let BackwardWork { normed, wide, inputs, narrow, exchange, low, gathered, dropped } = self;
+        [normed, wide, inputs, narrow, exchange, low, gathered, dropped]
             .map(|buffer| 4 * buffer.capacity())
             .iter()
             .sum()
@@ -122,6 +124,8 @@ pub(crate) struct Backward<'a> {
     pub(crate) index: usize,
     /// The adapter that its rows had.
     pub(crate) adapter: Option<&'a Adapter>,
+    /// What it did not see of its inputs.
+    pub(crate) dropout: Option<&'a AdapterDropout<'a>>,
     pub(crate) tape: &'a BlockTape,
 }
 
@@ -153,7 +157,15 @@ impl Block {
         let activated = grown(&mut work.inputs, count * d.feed_forward);
         kernels.silu_mul(count, d.feed_forward, &tape.gate_up, activated);
         let d_activated = grown(&mut work.narrow, count * d.feed_forward);
-        with.row_parallel(Target::Down, &self.down, gradient, activated, d_activated, sink, &mut work.low);
+        with.row_parallel(
+            Target::Down,
+            &self.down,
+            gradient,
+            activated,
+            d_activated,
+            sink,
+            (&mut work.low, &mut work.dropped),
+        );
         let d_gate_up = grown(&mut work.wide, count * 2 * d.feed_forward);
         kernels.silu_mul_gradient(count, d.feed_forward, &tape.gate_up, d_activated, d_gate_up);
         let normed = grown(&mut work.normed, count * d.hidden);
@@ -169,7 +181,12 @@ impl Block {
         let rows = StridedRows { data: d_gate_up, stride: 2 * d.feed_forward };
         let product =
             ColumnParallel { weights: &self.gate_up, parts: &parts, targets: &targets, rows, input: normed };
-        let d_normed = with.column_parallel(&product, sink, group, &mut work.exchange, &mut work.gathered)?;
+        let d_normed = with.column_parallel(
+            &product,
+            sink,
+            group,
+            (&mut work.exchange, &mut work.gathered, &mut work.dropped),
+        )?;
         let middle = StridedRows { data: &tape.middle, stride: d.hidden };
         let norm = &self.feed_forward_norm;
         with.norm_weight(LayerTensor::FeedForwardNorm, middle, d.eps, d_normed, sink);
@@ -190,7 +207,15 @@ impl Block {
         let (count, stride) = (gradient.len() / d.hidden, d.query + 2 * d.key);
         let d_attended = grown(&mut work.narrow, count * d.query);
         let attended = &tape.attended[..];
-        with.row_parallel(Target::Output, &self.output, gradient, attended, d_attended, sink, &mut work.low);
+        with.row_parallel(
+            Target::Output,
+            &self.output,
+            gradient,
+            attended,
+            d_attended,
+            sink,
+            (&mut work.low, &mut work.dropped),
+        );
         let d_qkv = grown(&mut work.wide, count * stride);
         let shape = AttentionShape {
             layout: KvLayout { kv_heads: d.key / d.head_dim, head_dim: d.head_dim },
@@ -239,7 +264,12 @@ impl Block {
         let rows = StridedRows { data: d_qkv, stride };
         let product =
             ColumnParallel { weights: &self.qkv, parts: &parts, targets: &targets, rows, input: normed };
-        let d_normed = with.column_parallel(&product, sink, group, &mut work.exchange, &mut work.gathered)?;
+        let d_normed = with.column_parallel(
+            &product,
+            sink,
+            group,
+            (&mut work.exchange, &mut work.gathered, &mut work.dropped),
+        )?;
         let input = StridedRows { data: &tape.input, stride: d.hidden };
         with.norm_weight(LayerTensor::InputNorm, input, d.eps, d_normed, sink);
         kernels.rms_norm_gradient(count, 1, d.hidden, input, &self.input_norm, d.eps, d_normed, d.hidden);
@@ -284,8 +314,7 @@ impl Backward<'_> {
         product: &ColumnParallel<'_>,
         sink: &mut Tensors,
         group: &mut dyn Collective,
-        exchange: &'w mut Vec<f32>,
-        gathered: &mut Vec<f32>,
+        (exchange, gathered, dropped): (&'w mut Vec<f32>, &mut Vec<f32>, &mut Vec<f32>),
     ) -> Result<&'w mut [f32], CollectiveError> {
         let (kernels, inputs) = (self.kernels, product.weights.k());
         let count = product.input.len() / inputs;
@@ -317,7 +346,8 @@ impl Backward<'_> {
         let (d_input, mut d_low) = all.split_at_mut(count * inputs);
         for (target, columns, _, (pair, adapter)) in &pairs {
             let (own, rest) = d_low.split_at_mut(count * rank);
-            self.low_rank(*target, pair, adapter, gradient_of(columns), product.input, own, d_input, sink);
+            let d_out = gradient_of(columns);
+            self.low_rank(*target, pair, adapter, d_out, product.input, own, d_input, sink, dropped);
             d_low = rest;
         }
         Ok(d_input)
@@ -333,7 +363,7 @@ impl Backward<'_> {
         input: &[f32],
         d_input: &mut [f32],
         sink: &mut Tensors,
-        low: &mut Vec<f32>,
+        (low, dropped): (&mut Vec<f32>, &mut Vec<f32>),
     ) {
         let outputs = weights.n();
         let count = gradient.len() / outputs;
@@ -351,7 +381,7 @@ impl Backward<'_> {
         if let Some((pair, adapter)) = self.pair(target) {
             let d_low = grown(low, count * adapter.rank);
             self.kernels.input_gradient(count, rows, &pair.b, &uncut, d_low);
-            self.low_rank(target, pair, adapter, rows, input, d_low, d_input, sink);
+            self.low_rank(target, pair, adapter, rows, input, d_low, d_input, sink, dropped);
         }
     }
 
@@ -419,6 +449,7 @@ impl Backward<'_> {
         d_low: &mut [f32],
         d_input: &mut [f32],
         sink: &mut Tensors,
+        dropped: &mut Vec<f32>,
     ) {
         let (kernels, rank, inputs) = (self.kernels, adapter.rank, pair.a.k());
         let count = d_low.len() / rank;
@@ -429,11 +460,24 @@ impl Backward<'_> {
         }
         kernels.scale(d_low, adapter.factor);
         let rows = StridedRows { data: d_low, stride: rank };
+        let dropout = self.dropout.map(|dropout| dropout.of(self.index, target, 0..count));
+        let dropped = grown(dropped, if dropout.is_some() { count * inputs } else { 0 });
         if let Some(sink) = sink.get_mut(half(AdapterHalf::A)) {
-            let input = StridedRows { data: input, stride: inputs };
-            kernels.weight_gradient(count, (rows, rank), (input, inputs), sink);
+            let mut seen = input;
+            if let Some(dropout) = &dropout {
+                kernels.drop_out(dropout, inputs, input, dropped);
+                seen = dropped;
+            }
+            let seen = StridedRows { data: seen, stride: inputs };
+            kernels.weight_gradient(count, (rows, rank), (seen, inputs), sink);
         }
         let uncut = [vec![0..rank]];
-        kernels.add_input_gradient(count, rows, &pair.a, &uncut, d_input);
+        match &dropout {
+            None => kernels.add_input_gradient(count, rows, &pair.a, &uncut, d_input),
+            Some(dropout) => {
+                kernels.input_gradient(count, rows, &pair.a, &uncut, dropped);
+                kernels.add_dropped(dropout, inputs, dropped, d_input);
+            }
+        }
     }
 }

@@ -4,14 +4,15 @@
 //! which it is computed again: the bits are the same.
 
 use super::{ForwardError, StageInput, StageModel, Workspace};
-use crate::adapter::{AdaptedRows, Adapter, AdapterStep, grown, sum_over_group};
+use crate::adapter::{AdaptedRows, Adapter, AdapterDropout, AdapterStep, grown, sum_over_group};
 use crate::block::{Backward, BackwardWork, BlockTape, Sequences};
 use crate::collective::Collective;
 use crate::kv::KvCache;
 use crate::tensors::{TensorId, Tensors};
 use crate::trained::{MissingTensor, TrainedSource};
 use ashlar_kernels::{
-    BLOCK_TOKENS, CrossEntropyRow, Kernels, KvLayout, LogSumExp, PackedMatrix, RowContext, StridedRows,
+    BLOCK_TOKENS, CrossEntropyRow, DropoutRow, Kernels, KvLayout, LogSumExp, PackedMatrix, RowContext,
+    StridedRows,
 };
 use ashlar_vocabulary::gradient::loss_rows;
 use ashlar_vocabulary::{BlockId, Bytes, HeadSlice, PARTS, TokenId};
@@ -19,10 +20,19 @@ use std::ops::Range;
 use std::sync::Arc;
 
 /// Whole sequences that go through the stages together.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct MicroBatch {
     sequences: Vec<Range<usize>>,
     tables: Vec<Vec<BlockId>>,
+    dropout: Option<BatchDropout>,
+}
+
+/// What adapters do not see of a micro-batch that trains.
+#[derive(Debug, Clone, PartialEq)]
+struct BatchDropout {
+    threshold: u32,
+    factor: f32,
+    rows: Vec<DropoutRow>,
 }
 
 impl MicroBatch {
@@ -36,7 +46,30 @@ impl MicroBatch {
             tables.push((block..block + blocks).map(BlockId).collect());
             (row, block) = (row + length, block + blocks);
         }
-        MicroBatch { sequences, tables }
+        MicroBatch { sequences, tables, dropout: None }
+    }
+
+    /// Has adapters read zeros in the place of a share of their inputs, and the rest divided by what is left of 1, wherever it goes
+    /// through a stage to be trained: as PEFT's `lora_dropout`. `keys` has one of each sequence
+    /// ([`dropout_key`](ashlar_vocabulary::random::dropout_key)). A share of 0 changes nothing.
+    ///
+    /// # Panics
+    /// If there are not as many keys as sequences, or the share is not from 0 to below 1.
+    pub fn with_dropout(mut self, share: f32, keys: &[[u32; 2]]) -> MicroBatch {
+        assert_eq!(keys.len(), self.sequences.len(), "a key per sequence");
+        assert!((0.0..1.0).contains(&share), "a share from 0 to below 1");
+        if share > 0.0 {
+            let share = f64::from(share);
+            let of_sequence = |(rows, &key): (&Range<usize>, &[u32; 2])| {
+                (0..rows.len() as u32).map(move |position| DropoutRow { key, position })
+            };
+            self.dropout = Some(BatchDropout {
+                threshold: (share * 2_f64.powi(32)) as u32,
+                factor: (1.0 / (1.0 - share)) as f32,
+                rows: self.sequences.iter().zip(keys).flat_map(of_sequence).collect(),
+            });
+        }
+        self
     }
 
     /// Tokens of all sequences.
@@ -324,14 +357,14 @@ impl StageTrainer {
         };
         model.enter(kernels, &contexts, input, group, work)?;
         let mut layers = Vec::with_capacity(model.blocks.len());
-        let adapted = adapted(batch, adapter);
+        let (adapted, dropout) = (adapted(batch, adapter), dropout(batch, model));
         for (layer, block) in model.blocks.iter().enumerate() {
             let mut tape = spare.1.pop().unwrap_or_default();
             tape.clear();
             if !keep {
                 tape.keep_input(&work.x[..size]);
             }
-            let step = AdapterStep { layer, adapted: &adapted };
+            let step = AdapterStep { layer, adapted: &adapted, dropout: dropout.as_ref() };
             let own = keep.then_some(&mut tape);
             block.forward(kernels, &contexts, cache.layer_mut(0), group, &step, own, work)?;
             // The gradient passes this rounding as it is.
@@ -360,7 +393,7 @@ impl StageTrainer {
         let (contexts, adapted) = (batch.contexts(), adapted(batch, adapter));
         model.enter(kernels, &contexts, input, group, work)?;
         for (layer, block) in model.blocks.iter().enumerate() {
-            let step = AdapterStep { layer, adapted: &adapted };
+            let step = AdapterStep { layer, adapted: &adapted, dropout: None };
             block.forward(kernels, &contexts, cache.layer_mut(0), group, &step, None, work)?;
             model.leave(kernels, layer, contexts.len(), work);
             beat()?;
@@ -542,7 +575,7 @@ impl StageTrainer {
         cos.copy_from_slice(&work.cos[..half]);
         let back_sin = grown(back_sin, half);
         back_sin.iter_mut().zip(&work.sin).for_each(|(back, sin)| *back = -sin);
-        let adapted = adapted(batch, adapter);
+        let (adapted, dropout) = (adapted(batch, adapter), dropout(batch, model));
         let StageTape { layers, kept, tokens } = tape;
         for (layer, own) in layers.into_iter().enumerate().rev() {
             let block = &model.blocks[layer];
@@ -550,7 +583,7 @@ impl StageTrainer {
                 &own
             } else {
                 work.x[..own.input.len()].copy_from_slice(&own.input);
-                let step = AdapterStep { layer, adapted: &adapted };
+                let step = AdapterStep { layer, adapted: &adapted, dropout: dropout.as_ref() };
                 let (cache, own) = (cache.layer_mut(0), Some(&mut *again));
                 block.forward(kernels, &contexts, cache, group, &step, own, work)?;
                 &*again
@@ -561,6 +594,7 @@ impl StageTrainer {
                 layer: model.slice.layers.start + layer,
                 index: layer,
                 adapter,
+                dropout: dropout.as_ref(),
                 tape,
             };
             block.backward(&with, gradient, sink, group, backward)?;
@@ -580,6 +614,12 @@ impl StageTrainer {
         }
         Ok(())
     }
+}
+
+/// What adapters on a stage's layers do not see of a batch.
+fn dropout<'a>(batch: &'a MicroBatch, model: &StageModel) -> Option<AdapterDropout<'a>> {
+    let BatchDropout { threshold, factor, rows } = batch.dropout.as_ref()?;
+    Some(AdapterDropout::new((*threshold, *factor), rows, &model.config.shape, &model.slice))
 }
 
 /// The whole batch under one adapter.

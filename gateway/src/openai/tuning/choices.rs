@@ -100,7 +100,6 @@ impl JobForm {
             early_stopping: early_stopping(&mut fields, validation_file.is_some())?,
             packing,
         };
-        refuse_what_is_not_trained_yet(&choices)?;
         let unknown = fields.unknown();
         Ok(JobForm { model, training_file, validation_file, suffix, metadata, choices, promote, unknown })
     }
@@ -171,15 +170,6 @@ fn refuse_what_is_not_yet(fields: &mut Fields) -> Result<(), ApiError> {
     if fields.array("integrations")?.is_some_and(|list| !list.is_empty()) {
         let message = "`integrations` are not possible here: leave them out, and follow the job's events";
         return Err(ApiError::field("integrations", message));
-    }
-    Ok(())
-}
-
-/// What is understood, but nodes cannot do: better said now than by a job that fails.
-fn refuse_what_is_not_trained_yet(choices: &Choices) -> Result<(), ApiError> {
-    if choices.lora.dropout > 0.0 {
-        let message = "`lora.dropout` above 0 is not possible yet: leave it out";
-        return Err(ApiError::field("lora.dropout", message));
     }
     Ok(())
 }
