@@ -214,7 +214,7 @@ impl Adapters {
         record.push(view.clone(), hold_back);
         if hold_back {
             let phase = Phase::Storing;
-            let change = Change { caller, since: now, record: Some(record.clone()), view: Some(view), phase };
+            let change = Change { view: Some(view), ..Change::new(caller, now, Some(record.clone()), phase) };
             self.changes.insert(name.clone(), change);
             effects.push(Effect::Persist { name, record: Some(record) });
             return Ok(());

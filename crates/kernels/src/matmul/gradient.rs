@@ -225,7 +225,7 @@ impl Kernels {
 /// side by side.
 #[inline(always)]
 fn evicts(stride: usize) -> bool {
-    stride % ROWS_EVICT == 0
+    stride.is_multiple_of(ROWS_EVICT)
 }
 
 /// Blocks of rows and of inputs, one task for each pair: as large as the caches allow, but enough of them for all threads.
