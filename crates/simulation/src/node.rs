@@ -2,7 +2,6 @@
 
 mod steps;
 
-use crate::durable::Wish;
 use crate::process::{Action, Activations, Connection, Errand, Input, Message, Process, Purpose, Timer};
 use crate::random::Random;
 use crate::session::Sessions;
@@ -46,9 +45,18 @@ struct Place {
     kv: BTreeMap<(u32, usize), u64>,
     seeds: BTreeMap<SequenceId, u64>,
     adapters: Shelf,
-    plans: VecDeque<StepPlan>,
+    /// What the scheduler wants, in order: an adapter is forgotten after every step sent before.
+    orders: VecDeque<Order>,
     arrived: VecDeque<Activations>,
     current: Option<Current>,
+}
+
+/// What a rank does in the order in which it is told.
+enum Order {
+    Step(Box<StepPlan>),
+    /// Under the number of the load.
+    Load(AdapterId, u64),
+    Unload(AdapterId),
 }
 
 /// The step at hand.
@@ -302,14 +310,16 @@ impl Node {
             ToNode::Release { .. } => self.leave_place(actions),
             ToNode::Step(plan) => {
                 if let Some(place) = &mut self.place {
-                    place.plans.push_back(*plan);
+                    place.orders.push_back(Order::Step(plan));
                 }
             }
             ToNode::LoadAdapter { revision, adapter, load } => {
-                self.load_adapter(revision, adapter, load, actions);
+                let place = self.place.as_mut().filter(|place| place.assignment.revision == revision);
+                place.into_iter().for_each(|place| place.orders.push_back(Order::Load(adapter, load)));
             }
             ToNode::UnloadAdapter { adapter } => {
-                self.place.iter_mut().for_each(|place| place.adapters.unload(adapter));
+                let place = self.place.as_mut();
+                place.into_iter().for_each(|place| place.orders.push_back(Order::Unload(adapter)));
             }
             ToNode::OpenSession(open) => {
                 let place = self.place.as_ref().filter(|place| place.announced);
@@ -319,20 +329,6 @@ impl Node {
             ToNode::Rejected(_) => {}
         }
         Ok(())
-    }
-
-    fn load_adapter(
-        &mut self,
-        revision: ReplicaRevision,
-        adapter: AdapterId,
-        load: u64,
-        actions: &mut Vec<Action>,
-    ) {
-        let place = self.place.as_mut().filter(|place| place.assignment.revision == revision);
-        if let Some(place) = place {
-            place.adapters.begin(adapter, load);
-            actions.push(Action::Call(Errand::Adapter(revision, adapter, load), Wish::Get(adapter.0)));
-        }
     }
 
     fn assign(&mut self, assignment: Assignment, random: &mut Random, actions: &mut Vec<Action>) {
@@ -374,7 +370,7 @@ impl Node {
             kv: BTreeMap::new(),
             seeds: BTreeMap::new(),
             adapters: Shelf::default(),
-            plans: VecDeque::new(),
+            orders: VecDeque::new(),
             arrived: VecDeque::new(),
             current: None,
         });

@@ -30,7 +30,7 @@ fn whatever_breaks_jobs_end_with_the_bits_of_an_undisturbed_run_and_leave_nothin
     if count >= SEEDS {
         // The worlds are not so kind that nothing is tested, nor so hard that nothing is trained.
         assert!(sum.jobs_succeeded > count && 20 * sum.jobs_failed > count, "{sum:?}");
-        assert!(20 * sum.jobs_cancelled > count && sum.train_steps > 8 * count, "{sum:?}");
+        assert!(40 * sum.jobs_cancelled > count && sum.train_steps > 8 * count, "{sum:?}");
         assert!(2 * sum.repeated_steps > count && sum.blobs_deleted > 10 * count, "{sum:?}");
         assert!(sum.adapted > 2 * count, "{sum:?}");
     }

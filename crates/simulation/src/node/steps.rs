@@ -1,8 +1,9 @@
 //! A rank's steps of serving: computed with a KV cache that remembers what was written where, and the slices of the head.
 
-use super::{Current, Node, Trouble};
+use super::{Current, Node, Order, Trouble};
+use crate::durable::Wish;
 use crate::oracle;
-use crate::process::{Action, Activations, Connection, Logits, Message, Timer};
+use crate::process::{Action, Activations, Connection, Errand, Logits, Message, Timer};
 use ashlar_protocol::membership::FromNode;
 use ashlar_protocol::step::{SampledToken, StepResult, StepTiming};
 use ashlar_shard_node::sequencer::{BLOCK_TOKENS, Effect, Event, StepWork};
@@ -57,14 +58,27 @@ impl Node {
         Ok(())
     }
 
-    /// Begins the next step, and computes it once its activations are there.
+    /// Does what is wanted next: begins a step, and computes it once its activations are there.
     pub(super) fn work(&mut self, actions: &mut Vec<Action>) -> Result<(), Trouble> {
         loop {
             let Some(place) = &mut self.place else { return Ok(()) };
             if place.current.is_some() {
                 return self.compute(actions);
             }
-            let Some(plan) = place.plans.pop_front() else { return Ok(()) };
+            let plan = match place.orders.pop_front() {
+                None => return Ok(()),
+                Some(Order::Step(plan)) => *plan,
+                Some(Order::Load(adapter, load)) => {
+                    place.adapters.begin(adapter, load);
+                    let errand = Errand::Adapter(place.assignment.revision, adapter, load);
+                    actions.push(Action::Call(errand, Wish::Get(adapter.0)));
+                    continue;
+                }
+                Some(Order::Unload(adapter)) => {
+                    place.adapters.unload(adapter);
+                    continue;
+                }
+            };
             let mut effects = Vec::new();
             self.sequencer.handle(Event::Plan(plan), &mut effects);
             for effect in effects {
