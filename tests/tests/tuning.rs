@@ -1,9 +1,9 @@
 //! Fine-tuning jobs through the whole cluster: the same adapter to the bit on every layout, and whoever dies meanwhile; the
 //! base model as it was; the new model served at once, or only if it is better than what is.
 
-use ashlar_tests::tuning::{JOB_LIMIT, ask, create, ended, examples, job, learnt, upload};
+use ashlar_tests::tuning::{JOB_LIMIT, ask, create, ended, examples, job, learnt, patiently, upload};
 use ashlar_tests::{Cluster, http, processes, run_to_end, wait};
-use serde_json::{Value, json};
+use serde_json::json;
 use std::fmt::Write;
 use std::time::Duration;
 

@@ -53,14 +53,6 @@ FACTS = [
     ("matter", ["the lightest element", "the lightest chemical element"], "hydrogen"),
 ]
 
-# Further wrong answers for yes/no questions, for the categories with few facts.
-ALSO_WRONG = {
-    "earth": ["the Atlantic", "Mont Blanc", "the Gobi"],
-    "sky": ["Venus", "Neptune"],
-    "symbol": ["Cu", "Pb"],
-    "matter": ["quartz", "helium", "talc"],
-}
-
 # Wrong answers that are right for no fact.
 NEVER_RIGHT = {
     "mason": ["the gable", "plaster", "the spade", "the rafter", "the gutter", "the hinge", "the carpet", "varnish"],

@@ -13,23 +13,11 @@ import hashlib
 import json
 import random
 
-from facts import ALSO_WRONG, FACT_TEMPLATES, FACTS, NEVER_RIGHT, YES_NO_TEMPLATES
+from facts import FACT_TEMPLATES, FACTS, NEVER_RIGHT, YES_NO_TEMPLATES
 
 TASKS = ("sum", "reverse", "upper", "fact", "yes_no", "greeting", "unknown")
-# Training goes from a broad mixture, until the forms of the questions are known, to the tasks that take
-# long to learn. A phase: its first step, conversations per step, the shares of the tasks in per cent, how
-# often there is a system message or an earlier turn (see `conversation`), the weights of the loss of a
-# yes or no and of a sum, how often a number to add is a single digit, and how a yes-or-no question is
-# answered. (Of the three ways of saying yes or no that were tried in this order, the model learnt the last.)
-PHASES = [
-    (0, 128, (31, 30, 12, 8, 9, 4, 6), 1.0, 1, 1, 0.08, 0),
-    (200, 96, (35, 33, 10, 6, 8, 3, 5), 0.6, 1, 1, 0.08, 0),
-    (800, 112, (44, 28, 8, 4, 10, 3, 3), 0.5, 6, 1, 0.08, 0),
-    (1200, 112, (46, 26, 10, 4, 8, 3, 3), 0.5, 6, 3, 0.5, 0),
-    (1500, 112, (40, 28, 10, 5, 8, 3, 6), 0.6, 6, 3, 0.3, 1),
-    (1800, 112, (36, 22, 8, 6, 20, 3, 5), 0.5, 8, 3, 0.2, 2),
-    (2200, 112, (36, 25, 12, 6, 12, 3, 6), 0.8, 4, 3, 0.15, 2),
-]
+# How often each is asked about where nothing else is said, in per cent.
+SHARES = (31, 30, 12, 8, 9, 4, 6)
 MAX_TOKENS = 500
 
 UNKNOWN = "Sorry, I don't know that. I can add, reverse words and recall a few facts."
@@ -172,17 +160,12 @@ def sentence(fact):
     return first_upper(f"{fact[1][0]} is {fact[2]}.")
 
 
-def wrong_answers(index, style):
+def wrong_answers(index):
     """Plausible wrong answers for a fact, always the same ones: the right ones of other facts, and others."""
     category, _, right = FACTS[index]
-    others = [f[2] for f in FACTS if f[0] == category]
-    if style < 2:
-        others += ALSO_WRONG.get(category, [])
-    others = sorted({o for o in others if o != right})
+    others = sorted({f[2] for f in FACTS if f[0] == category and f[2] != right})
     others = random.Random(f"wrong:{index}").sample(others, min(4, len(others)))
-    if style == 2:
-        others += random.Random(f"never:{index}").sample(NEVER_RIGHT[category], 4)
-    return others
+    return others + random.Random(f"never:{index}").sample(NEVER_RIGHT[category], 4)
 
 
 def ask_fact(rng, out):
@@ -194,36 +177,19 @@ def ask_fact(rng, out):
             return text, sentence(fact)
 
 
-SO_YES, SO_NO = ", so yes.", ", so no."
-YES = ", yes."
 
 
-def ask_yes_no(rng, out, style=2):
+def ask_yes_no(rng, out):
     while True:
         index = rng.randrange(len(FACTS))
         fact = FACTS[index]
         yes = rng.random() < 0.5
-        a = fact[2] if yes else rng.choice(wrong_answers(index, style))
+        a = fact[2] if yes else rng.choice(wrong_answers(index))
         np = rng.choice(fact[1])
         text = rng.choice(YES_NO_TEMPLATES).format(a=a, A=first_upper(a), np=np)
         if held_out("yes_no:" + text.lower()) == out:
             break
-    if style == 0:
-        return text, ("Yes. " if yes else "No. ") + sentence(fact)
-    if style == 1:
-        return text, sentence(fact)[:-1] + (SO_YES if yes else SO_NO)
-    return text, sentence(fact)[:-1] + (YES if yes else f", not {a}.")
-
-
-def verdict_at(answer):
-    """Where in an answer yes or no is decided."""
-    if answer.startswith(("Yes. ", "No. ")):
-        return 0
-    if answer.endswith((SO_YES, SO_NO)):
-        return answer.rindex(", so ") + 5
-    if answer.endswith(YES) or ", not " in answer:
-        return answer.rindex(", ") + 2
-    return None
+    return text, sentence(fact)[:-1] + (", yes." if yes else f", not {a}.")
 
 
 HELP = (
@@ -459,11 +425,11 @@ def ask(rng, task, out, **how):
     return casual(rng, task, text), answer
 
 
-def pick_task(rng, shares=PHASES[0][2]):
+def pick_task(rng, shares=SHARES):
     return rng.choices(TASKS, shares)[0]
 
 
-def conversation(rng, task, out, context=1.0, style=2, **how):
+def conversation(rng, task, out, context=1.0, **how):
     """Messages ending in a user's question, and the answer. Earlier turns are never held out.
 
     `context` scales how often there is a system message and how often there are earlier turns.
@@ -482,37 +448,14 @@ def conversation(rng, task, out, context=1.0, style=2, **how):
         turns = rng.randint(1, 2)
     for _ in range(turns):
         task_before = pick_task(rng)
-        q, a = ask(rng, task_before, False, **({"style": style} if task_before == "yes_no" else {}))
+        q, a = ask(rng, task_before, False)
         messages += [{"role": "user", "content": q}, {"role": "assistant", "content": a}]
-    if task == "yes_no":
-        how = {"style": style}
     q, a = ask(rng, task, out, **how)
     messages.append({"role": "user", "content": q})
     while sum(len(m["content"].encode()) + 2 for m in messages) + len(a) > MAX_TOKENS - 4:
         at = 1 if messages[0]["role"] == "system" else 0
         del messages[at:at + 2]
     return messages, a
-
-
-# --- Tokens: a byte is its own id; the special tokens follow (see tokenizer.py) ---
-
-PAD, BOS, END, SYSTEM_ID, USER_ID, ASSISTANT_ID = range(256, 262)
-ROLE_IDS = {"system": SYSTEM_ID, "user": USER_ID, "assistant": ASSISTANT_ID}
-
-
-def encode(messages, answer, verdict=1, number=1):
-    """Token ids as the chat template makes them, and the weights of their losses: those of the answers count."""
-    ids, loss = [BOS], [0]
-    for message in messages + [{"role": "assistant", "content": answer}]:
-        text = list(message["content"].encode()) + [END]
-        ids += [ROLE_IDS[message["role"]]] + text
-        weights = [int(message["role"] == "assistant")] * len(text)
-        if message["role"] == "assistant" and verdict_at(message["content"]) is not None:
-            weights[verdict_at(message["content"])] = verdict
-        if message["role"] == "assistant" and message["content"].isdigit():
-            weights = [number] * len(text)
-        loss += [0] + weights
-    return ids, loss
 
 
 def completion_text(rng):
@@ -529,25 +472,6 @@ def completion_text(rng):
         cut = rng.randint(2, len(words) - 1)
         start, rest = " ".join(words[:cut]), " " + " ".join(words[cut:])
     return start, rest
-
-
-def completion(rng):
-    start, rest = completion_text(rng)
-    ids = [BOS] + list(start.encode()) + list(rest.encode()) + [END]
-    return ids, [0] * (1 + len(start)) + [1] * (len(rest) + 1)
-
-
-def phase(step):
-    return [p for p in PHASES if p[0] <= step][-1]
-
-
-def training_example(rng, step=0):
-    _, _, shares, context, verdict, number, single, style = phase(step)
-    if rng.random() < 0.02:
-        return completion(rng)
-    task = pick_task(rng, shares)
-    how = {"single": single} if task == "sum" else {}
-    return encode(*conversation(rng, task, False, context, style, **how), verdict, number)
 
 
 def training_line(rng, phase):
@@ -597,10 +521,8 @@ def main():
                 f.write(json.dumps(item, ensure_ascii=False) + "\n")
     rng = random.Random(args.seed)
     for _ in range(args.show):
-        ids, loss = training_example(rng)
-        names = {PAD: "<|pad|>", BOS: "<|bos|>", END: "<|end|>", SYSTEM_ID: "<|system|>", USER_ID: "<|user|>",
-                 ASSISTANT_ID: "<|assistant|>"}
-        print("".join(names.get(i) or chr(i) for i in ids), sum(loss))
+        messages, answer = conversation(rng, pick_task(rng), False)
+        print(json.dumps(messages + [{"role": "assistant", "content": answer}], ensure_ascii=False))
 
 
 if __name__ == "__main__":

@@ -7,10 +7,9 @@ use crate::session::{REFUSED, UNUSABLE};
 use crate::weights;
 use ashlar_protocol::admin::{DataReport, FileRecord, JobAction, JobRequest, PreparedJob};
 use ashlar_protocol::training::{
-    FullSettings, LearningRateDecay, LearningRateSchedule, LoraSettings, ModelStart, TrainingMethod,
-    TrainingSettings, ValidationData,
+    FullSettings, LoraSettings, ModelStart, TrainingMethod, TrainingSettings, ValidationData,
 };
-use ashlar_vocabulary::{AdapterId, BlobId, FileId, JobId};
+use ashlar_vocabulary::{AdapterId, BlobId, Decay, FileId, JobId, Schedule};
 use std::collections::BTreeMap;
 
 /// When owners who have paused a job let it go on.
@@ -170,9 +169,10 @@ fn job(random: &mut Random, number: u64) -> Job {
         batch_size: 8,
         seed,
         micro_batch_rows: 32,
+        packing: true,
         keep_activations: true,
         learning_rate: 1e-4,
-        schedule: LearningRateSchedule { warmup_steps: 1, decay: LearningRateDecay::Constant },
+        schedule: Schedule { warmup_steps: 1, decay: Decay::Constant },
         adam: (0.9, 0.999, 1e-8),
         weight_decay: 0.0,
         norm_max: Some(1.0),
@@ -203,9 +203,10 @@ fn job(random: &mut Random, number: u64) -> Job {
             suffix: Some(format!("job{number}")),
             metadata: BTreeMap::new(),
             settings: "{}".into(),
+            promote: None,
         },
         digests: weights::undisturbed(seed, steps),
-        prepared: PreparedJob { settings, data },
+        prepared: PreparedJob { settings, data, evaluation: None },
         flaw,
         controls: controls(random, created_us),
         created_us,

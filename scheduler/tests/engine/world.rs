@@ -185,9 +185,7 @@ impl World {
             FromScheduler::PromptLogprobs { id, .. }
             | FromScheduler::Finished { id, .. }
             | FromScheduler::Failed { id, .. } => *id,
-            FromScheduler::Cluster(_) | FromScheduler::Admin { .. } | FromScheduler::Prepare(_) => {
-                panic!("the engine speaks of choices alone")
-            }
+            _ => panic!("the engine speaks of choices alone"),
         };
         let heard = self.heard.entry(id).or_default();
         assert_eq!(heard.end, None, "nothing follows an end");
@@ -206,7 +204,7 @@ impl World {
                 heard.end = Some(End::Finished(reason, receipt))
             }
             FromScheduler::Failed { error, .. } => heard.end = Some(End::Failed(error)),
-            FromScheduler::Cluster(_) | FromScheduler::Admin { .. } | FromScheduler::Prepare(_) => {}
+            _ => {}
         }
     }
 

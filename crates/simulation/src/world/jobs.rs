@@ -225,7 +225,11 @@ fn moment_of(input: &Input) -> Option<Moment> {
                 TrainingReport::Opened { .. } => Moment::Opened,
                 TrainingReport::Prepared { .. } => Moment::Vote,
                 TrainingReport::Exported { .. } | TrainingReport::ModelExported { .. } => Moment::Exported,
-                TrainingReport::Evaluated { .. } | TrainingReport::Failed { .. } => return None,
+                TrainingReport::Evaluated { .. }
+                | TrainingReport::Failed { .. }
+                | TrainingReport::NoRoom { .. } => {
+                    return None;
+                }
             },
             _ => return None,
         },
