@@ -99,7 +99,8 @@ impl Cluster {
         let mut command = match small_disk {
             None => command(&state, Command::new(binary())),
             Some((folder, bytes)) => {
-                let place = state.path().join("state").join(folder);
+                // `.` drops out: a directory that is still to be made has none.
+                let place: PathBuf = state.path().join("state").join(folder).components().collect();
                 fs::create_dir_all(&place).expect("a directory");
                 // In a mount namespace of its own, which ends with its processes; `exec` keeps the process id.
                 let script = "mount -t tmpfs -o size=$2 tmpfs \"$1\" && shift 2 && exec \"$@\"";

@@ -26,8 +26,7 @@ fn examples(count: u32) -> String {
 }
 
 fn ask(cluster: &Cluster) -> String {
-    let body =
-        json!({"prompt": "Double every letter of stone.", "max_tokens": 16, "temperature": 0, "logprobs": 5});
+    let body = json!({"prompt": "Double every letter of stone.", "max_tokens": 16, "temperature": 0, "logprobs": 5, "logit_bias": {"258": -100}});
     cluster.post("/v1/completions", &body).ok()["choices"].to_string()
 }
 
