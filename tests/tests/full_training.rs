@@ -1,29 +1,10 @@
 //! All weights through the whole cluster: a job from the command line, its files on disk, a cluster that serves them.
 
+use ashlar_tests::tuning::{JOB_LIMIT, examples};
 use ashlar_tests::{Cluster, http, processes, run_to_end, wait};
 use serde_json::json;
-use std::fmt::Write;
 use std::path::Path;
 use std::time::Duration;
-
-/// A job of a few steps, on a machine that is busy with other tests.
-const JOB_LIMIT: Duration = Duration::from_secs(240);
-
-/// Words, and the same with every letter doubled.
-fn examples(count: u32) -> String {
-    let mut lines = String::new();
-    for number in 0..count {
-        let letter = |place: u32| char::from(b'a' + ((number * 7 + place * (number % 5 + 3)) % 26) as u8);
-        let word: String = (0..3 + number % 4).map(letter).collect();
-        let doubled: String = word.chars().flat_map(|c| [c, c]).collect();
-        let line = json!({"messages": [
-            {"role": "user", "content": format!("Double every letter of {word}.")},
-            {"role": "assistant", "content": doubled},
-        ]});
-        writeln!(lines, "{line}").expect("a string");
-    }
-    lines
-}
 
 fn ask(cluster: &Cluster) -> String {
     let body = json!({"prompt": "Double every letter of stone.", "max_tokens": 16, "temperature": 0, "logprobs": 5, "logit_bias": {"258": -100}});

@@ -5,7 +5,7 @@ use ashlar_kernels::{Isa, Kernels, ThreadPool, YieldFlag};
 use ashlar_vocabulary::WeightType;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -69,13 +69,18 @@ fn nested_jobs_and_several_callers_finish() {
 fn sleeping_workers_wake_for_the_next_job() {
     let pool = ThreadPool::new(2);
     for _ in 0..20 {
+        // Long enough for the worker to go to sleep, most of the time.
         thread::sleep(Duration::from_micros(300));
-        let ids = Mutex::new(std::collections::BTreeSet::new());
+        let (begun, both) = (Mutex::new(0), Condvar::new());
         pool.run(2, &|_| {
-            lock(&ids).insert(format!("{:?}", thread::current().id()));
-            thread::sleep(Duration::from_millis(2));
+            let mut count = lock(&begun);
+            *count += 1;
+            both.notify_all();
+            // One thread that takes both tasks would wait for itself.
+            let wait = both.wait_timeout_while(count, Duration::from_secs(30), |count| *count < 2);
+            let (_, waited) = wait.unwrap_or_else(PoisonError::into_inner);
+            assert!(!waited.timed_out(), "the other thread slept on");
         });
-        assert!(!lock(&ids).is_empty());
     }
 }
 
