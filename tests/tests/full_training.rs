@@ -4,7 +4,6 @@ use ashlar_tests::tuning::{JOB_LIMIT, examples};
 use ashlar_tests::{Cluster, http, processes, run_to_end, wait};
 use serde_json::json;
 use std::path::Path;
-use std::time::Duration;
 
 fn ask(cluster: &Cluster) -> String {
     let body = json!({"prompt": "Double every letter of stone.", "max_tokens": 16, "temperature": 0, "logprobs": 5, "logit_bias": {"258": -100}});
