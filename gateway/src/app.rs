@@ -126,14 +126,14 @@ impl App {
         }
     }
 
-    /// The cluster, or 503.
+    /// The cluster, or 503. A scheduler that is away for a moment is waited for.
     pub(crate) fn cluster(&self) -> Result<Arc<ClusterSnapshot>, ApiError> {
         if *self.phase.borrow() != Phase::Serving {
             return Err(ApiError::unavailable(
                 "this server is shutting down: retry elsewhere or in a moment",
             ));
         }
-        self.scheduler.link().live_cluster().cloned().map_err(ApiError::unavailable)
+        self.scheduler.link().known_cluster().cloned().map_err(ApiError::unavailable)
     }
 
     /// Runs work that takes more than microseconds (parsing, templates, tokenizing) where it disturbs no stream; as many

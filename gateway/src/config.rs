@@ -63,8 +63,11 @@ pub struct GatewayConfig {
     pub keep_alive_ms: u64,
     /// Milliseconds that running requests get when the gateway shuts down. Default 30000.
     pub drain_grace_ms: u64,
-    /// Longest wait in milliseconds between two attempts to reach the scheduler. Default 1000.
+    /// Longest wait in milliseconds between two attempts to reach the scheduler. Default 500.
     pub reconnect_ms_max: u64,
+    /// Milliseconds that a request which has not begun waits for a scheduler that is away; one that has begun waits until its
+    /// deadline. Default 30000.
+    pub scheduler_patience_ms: u64,
     /// Whether a client may set `priority`. Default true.
     pub accept_priority: bool,
 }
@@ -98,7 +101,8 @@ impl Default for GatewayConfig {
             write_timeout_ms: 60_000,
             keep_alive_ms: 10_000,
             drain_grace_ms: 30_000,
-            reconnect_ms_max: 1_000,
+            reconnect_ms_max: 500,
+            scheduler_patience_ms: 30_000,
             accept_priority: true,
         }
     }

@@ -2,12 +2,12 @@
 
 use crate::app::{App, Phase, reached};
 use crate::openai::error::ApiError;
-use crate::scheduler_client::RequestEvents;
+use crate::scheduler_client::{Heard, RequestEvents};
 use crate::text::AnswerDecoder;
 use crate::transcript::{Delta, Effect, End, Transcript, TranscriptEvent, TranscriptSpec};
 use ashlar_protocol::serving::{ChoiceId, ClusterSnapshot, FailureKind, Receipt, RequestFailure, Submit};
 use ashlar_tokenizer::{SpecialTokens, TextStart};
-use ashlar_vocabulary::{AdapterId, RequestId, SamplingParams, TokenId, TokenLogprobs};
+use ashlar_vocabulary::{AdapterId, ModelDigest, RequestId, SamplingParams, TokenId, TokenLogprobs};
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
@@ -62,9 +62,9 @@ pub(crate) struct Generation {
     effects: Vec<Effect>,
     /// By choice, once ended.
     receipts: Vec<Option<Receipt>>,
-    /// Choices per prompt.
-    n: usize,
-    prompt_tokens: usize,
+    /// What was asked for: enough to submit any choice again.
+    spec: GenerationSpec,
+    model_digest: ModelDigest,
     deadline: Instant,
     phase: watch::Receiver<Phase>,
     started: Duration,
@@ -83,9 +83,7 @@ pub(crate) struct TokenCounts {
 
 /// What a generation waits for.
 enum Happened {
-    Event((ChoiceId, TranscriptEvent)),
-    /// The reader fell so far behind that its events were dropped.
-    Lagged,
+    Heard(Heard),
     Deadline,
     Ending,
 }
@@ -108,8 +106,7 @@ impl Generation {
                 let id = ChoiceId { request: spec.id, choice: submits.len() as u32 };
                 unread_max +=
                     described + app.config.unread_tokens_max.min(prompt.max_new_tokens as usize + 2);
-                let sampling = SamplingParams { choice_index, ..spec.sampling.clone() };
-                submits.push(spec.submit(id, prompt, sampling, cluster, app.config.deadline_ms));
+                submits.push(spec.submit(id, prompt, choice_index, cluster.model_digest, app.config.deadline()));
                 let decoder = app.text.decoder(spec.special, spec.start);
                 transcripts.push(Transcript::new(now, spec.transcript(id, prompt), decoder));
             }
@@ -122,8 +119,8 @@ impl Generation {
             transcripts,
             outputs: VecDeque::new(),
             effects: Vec::new(),
-            n: spec.n.max(1) as usize,
-            prompt_tokens: spec.prompts.iter().map(|prompt| prompt.tokens.len()).sum(),
+            spec,
+            model_digest: cluster.model_digest,
             deadline: Instant::now() + app.config.deadline() + DEADLINE_SLACK,
             phase: app.phase.clone(),
             started: now,
@@ -141,13 +138,19 @@ impl Generation {
                 return None;
             }
             let happened = tokio::select! {
-                event = self.events.next() => event.map_or(Happened::Lagged, Happened::Event),
+                heard = self.events.next() => Happened::Heard(heard),
                 () = tokio::time::sleep_until(self.deadline) => Happened::Deadline,
                 () = reached(&mut self.phase, Phase::Ending) => Happened::Ending,
             };
             match happened {
-                Happened::Event((id, event)) => self.handle(id.choice as usize, event),
-                Happened::Lagged => self.fail_all(
+                Happened::Heard(Heard::Event(id, event)) => self.handle(id.choice as usize, event),
+                Happened::Heard(Heard::SchedulerBack) => {
+                    (0..self.transcripts.len()).for_each(|choice| self.handle(choice, TranscriptEvent::SchedulerBack));
+                }
+                Happened::Heard(Heard::GivenUp(problem)) => {
+                    self.fail_where(|transcript| transcript.delivered().is_empty(), FailureKind::Unavailable, &problem);
+                }
+                Happened::Heard(Heard::Lagged) => self.fail_all(
                     FailureKind::Unavailable,
                     "the connection was too slow to take the answer: read faster, or ask for less",
                 ),
@@ -171,12 +174,12 @@ impl Generation {
     /// Token counts so far.
     pub(crate) fn counts(&self) -> TokenCounts {
         // The first choice of each prompt found what was cached before; the others share what it computed.
-        let first_choices = self.transcripts.iter().zip(&self.receipts).step_by(self.n);
+        let first_choices = self.transcripts.iter().zip(&self.receipts).step_by(self.choices_per_prompt());
         let cached = first_choices.map(|(transcript, receipt)| {
             receipt.as_ref().map_or(transcript.cached_tokens(), |receipt| receipt.cached_tokens) as usize
         });
         TokenCounts {
-            prompt: self.prompt_tokens,
+            prompt: self.spec.prompts.iter().map(|prompt| prompt.tokens.len()).sum(),
             generated: self.transcripts.iter().map(|transcript| transcript.delivered().len()).sum(),
             cached: cached.sum(),
         }
@@ -187,10 +190,23 @@ impl Generation {
         self.receipts.iter().flatten()
     }
 
+    fn choices_per_prompt(&self) -> usize {
+        self.spec.n.max(1) as usize
+    }
+
     fn fail_all(&mut self, kind: FailureKind, message: &str) {
+        self.fail_where(|_| true, kind, message);
+    }
+
+    fn fail_where(
+        &mut self,
+        shall: impl Fn(&Transcript<AnswerDecoder>) -> bool,
+        kind: FailureKind,
+        message: &str,
+    ) {
         for choice in 0..self.transcripts.len() {
-            let ended = self.transcripts.get(choice).is_none_or(Transcript::ended);
-            if !ended {
+            let fails = |transcript: &Transcript<AnswerDecoder>| !transcript.ended() && shall(transcript);
+            if self.transcripts.get(choice).is_some_and(fails) {
                 let failure = RequestFailure { kind, message: message.to_owned(), retry_after_ms: None };
                 self.handle(choice, TranscriptEvent::Failed(failure));
             }
@@ -209,10 +225,12 @@ impl Generation {
             }
         }
         let id = transcript.id();
+        let mut resubmitted = None;
         for effect in self.effects.drain(..) {
             match effect {
                 Effect::Deliver(delta) => self.outputs.push_back(Output::Delta { choice, delta }),
                 Effect::Cancel => self.events.cancel(id),
+                Effect::Resubmit { forced } => resubmitted = Some(forced),
                 Effect::End(end) => {
                     match &end {
                         // Whatever failed it, the scheduler may still be computing.
@@ -228,6 +246,21 @@ impl Generation {
                 }
             }
         }
+        if let Some(forced) = resubmitted {
+            self.resubmit(id, forced);
+        }
+    }
+
+    /// Submits a choice again, with what it has received and what is left of its time.
+    fn resubmit(&mut self, id: ChoiceId, forced: Vec<TokenId>) {
+        let n = self.choices_per_prompt();
+        let (prompt, choice_index) = (id.choice as usize / n, id.choice as usize % n);
+        let Some(prompt) = self.spec.prompts.get(prompt) else { return };
+        let left = self.deadline.saturating_duration_since(Instant::now()).saturating_sub(DEADLINE_SLACK);
+        let left = left.max(Duration::from_millis(1));
+        let submit = self.spec.submit(id, prompt, choice_index as u32, self.model_digest, left);
+        self.app.metrics.resubmitted();
+        self.events.resubmit(Submit { forced, ..submit });
     }
 }
 
@@ -245,22 +278,22 @@ impl GenerationSpec {
         &self,
         id: ChoiceId,
         prompt: &PromptSpec,
-        sampling: SamplingParams,
-        cluster: &ClusterSnapshot,
-        deadline_ms: u64,
+        choice_index: u32,
+        model_digest: ModelDigest,
+        deadline: Duration,
     ) -> Submit {
         Submit {
             adapter: self.adapter,
             id,
-            model_digest: cluster.model_digest,
+            model_digest,
             prompt: prompt.tokens.to_vec(),
             forced: Vec::new(),
             max_new_tokens: prompt.max_new_tokens,
             stop_tokens: self.stop_tokens.clone(),
-            sampling,
+            sampling: SamplingParams { choice_index, ..self.sampling.clone() },
             tenant_salt: 0,
             priority: self.priority,
-            deadline_ms,
+            deadline_ms: deadline.as_millis() as u64,
             traceparent: self.traceparent.clone(),
         }
     }

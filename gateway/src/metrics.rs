@@ -45,6 +45,7 @@ pub(crate) struct Metrics {
     success_stop: Counter,
     success_length: Counter,
     failures: Counter,
+    resubmissions: Counter,
     first_token_s: Histogram,
     between_tokens_s: Histogram,
     e2e_s: Histogram,
@@ -71,6 +72,7 @@ impl Metrics {
             success_stop: counter!("vllm:request_success_total", "finished_reason" => "stop"),
             success_length: counter!("vllm:request_success_total", "finished_reason" => "length"),
             failures: counter!("ashlar_choices_failed_total"),
+            resubmissions: counter!("ashlar_choices_resubmitted_total"),
             first_token_s: histogram!("vllm:time_to_first_token_seconds"),
             between_tokens_s: histogram!("vllm:inter_token_latency_seconds"),
             e2e_s: histogram!("vllm:e2e_request_latency_seconds"),
@@ -114,6 +116,11 @@ impl Metrics {
     pub(crate) fn next_token(&self, after: Duration) {
         self.between_tokens_s.record(after);
         self.gen_ai_token_s.record(after);
+    }
+
+    /// A choice was submitted again, to the scheduler that came after a lost one.
+    pub(crate) fn resubmitted(&self) {
+        self.resubmissions.increment(1);
     }
 
     /// A choice has ended, this long after its request's arrival.

@@ -3,6 +3,9 @@
 //! An actor owns the connection and the table of choices in flight; everybody else holds a [`SchedulerClient`] and gets
 //! a [`RequestEvents`] per request. Dropping that cancels what is still running, at once.
 //!
+//! Choices outlive the connection. While there is none they wait; with each new one [`Link::epoch`] rises, and whoever holds a choice
+//! submits it again with what it has received. A scheduler that says nothing for a second counts as lost.
+//!
 //! Bounds: choices and administrative calls in flight by permits (none left: refused as overloaded), a request's unread
 //! events by its channel (full: its choices are dropped and cancelled), messages to a scheduler that does not read by the
 //! outbox (full: the connection is dropped).
@@ -52,11 +55,12 @@ pub enum CallError {
 }
 
 /// What handles ask of the actor. Unbounded in type, bounded in fact: a submission holds a permit until it has left
-/// the actor's table, and a cancellation follows a submission; a call holds a permit until it is answered or given up, and
+/// the actor's table, a resubmission follows a new connection, and a cancellation a submission; a call holds a permit until it is answered or given up, and
 /// a job's outcome follows a [`PrepareJob`] or [`CompareAdapters`].
 #[derive(Debug)]
 enum Command {
     Submit { submit: Box<Submit>, events: EventSender, permit: OwnedSemaphorePermit },
+    Resubmit(Box<Submit>),
     Cancel(ChoiceId),
     Call { request: Box<AdminRequest>, answer: CallAnswer },
     Prepared { job: JobId, outcome: Box<Result<PreparedJob, JobError>> },
@@ -75,6 +79,8 @@ pub struct SchedulerClientSettings {
     pub choices_in_flight_max: usize,
     /// Longest wait between two attempts to connect.
     pub reconnect_max: Duration,
+    /// How long requests that have not begun wait for a scheduler.
+    pub patience: Duration,
     /// Where jobs go whose files are to be validated; without it they are refused.
     pub jobs: Option<mpsc::Sender<Box<PrepareJob>>>,
     /// Where adapters go that are to be compared with what is served; without it they are not.
@@ -87,6 +93,24 @@ pub struct RequestEvents {
     events: mpsc::Receiver<(ChoiceId, TranscriptEvent)>,
     commands: mpsc::UnboundedSender<Command>,
     running: Vec<ChoiceId>,
+    link: watch::Receiver<Link>,
+    /// Of the connection over which the choices were submitted last.
+    epoch: u64,
+    given_up: bool,
+}
+
+/// What a request hears.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Heard {
+    /// Of one of its choices.
+    Event(ChoiceId, TranscriptEvent),
+    /// The scheduler was lost, and one has been reached again: choices that have not ended are to be
+    /// [submitted again](RequestEvents::resubmit).
+    SchedulerBack,
+    /// There has been no scheduler for as long as a request that has not begun shall wait; why.
+    GivenUp(String),
+    /// Nothing more: it was read too slowly.
+    Lagged,
 }
 
 impl SchedulerClient {
@@ -154,6 +178,9 @@ impl SchedulerClient {
                 retry_after_ms: Some(1_000),
             })?;
         let (sender, events) = mpsc::channel(unread_max.max(1));
+        // Before they are sent: should they go over a later connection, they are sent once more, which does no harm.
+        let link = self.link.clone();
+        let epoch = link.borrow().epoch;
         let running = choices.iter().map(|choice| choice.id).collect();
         for submit in choices {
             let Some(permit) = permits.split(1) else { break };
@@ -161,18 +188,47 @@ impl SchedulerClient {
             // A send fails only when the actor is gone; the dropped sender then ends the request.
             let _ = self.commands.send(Command::Submit { submit, events: sender.clone(), permit });
         }
-        Ok(RequestEvents { events, commands: self.commands.clone(), running })
+        let commands = self.commands.clone();
+        Ok(RequestEvents { events, commands, running, link, epoch, given_up: false })
     }
 }
 
 impl RequestEvents {
-    /// The next event; `None` when no choice can get another. Cancellation-safe.
-    pub async fn next(&mut self) -> Option<(ChoiceId, TranscriptEvent)> {
-        let (id, event) = self.events.recv().await?;
-        if matches!(event, TranscriptEvent::Finished { .. } | TranscriptEvent::Failed(_)) {
-            self.running.retain(|running| *running != id);
+    /// What comes next. Cancellation-safe.
+    pub async fn next(&mut self) -> Heard {
+        let (epoch, given_up) = (self.epoch, self.given_up);
+        let news = |link: &Link| link.epoch != epoch || link.given_up && !given_up;
+        tokio::select! {
+            // What a lost scheduler has said still counts: it spares the next one the work.
+            biased;
+            event = self.events.recv() => match event {
+                None => Heard::Lagged,
+                Some((id, event)) => {
+                    if event.is_last() {
+                        self.running.retain(|running| *running != id);
+                    }
+                    Heard::Event(id, event)
+                }
+            },
+            link = self.link.wait_for(news) => match link {
+                Err(_) => Heard::Lagged,
+                Ok(link) if link.epoch != epoch => {
+                    (self.epoch, self.given_up) = (link.epoch, false);
+                    Heard::SchedulerBack
+                }
+                Ok(link) => {
+                    self.given_up = true;
+                    Heard::GivenUp(link.problem.clone())
+                }
+            },
         }
-        Some((id, event))
+    }
+
+    /// Submits a choice again, over a new connection.
+    pub fn resubmit(&self, submit: Submit) {
+        if self.running.contains(&submit.id) {
+            let _ = self.commands.send(Command::Resubmit(Box::new(submit)));
+        }
     }
 
     /// Stops one choice; it gets no further event, save those already under way.

@@ -14,7 +14,7 @@ use crate::tuning::Tuning;
 use crate::tuning::compare::{COMPARISONS_WAITING_MAX, Comparer};
 use crate::tuning::validate::{JOBS_WAITING_MAX, Validator};
 use ashlar_protocol::serving::SchedulerCounters;
-use ashlar_service_kit::Shutdown;
+use ashlar_service_kit::{Shutdown, Watchdog};
 use ashlar_store::blobs::{self, BlobOptions};
 use connection::{ConnectionSettings, refuse, serve_connection};
 use std::io;
@@ -79,6 +79,7 @@ impl Gateway {
             address: config.scheduler.clone(),
             choices_in_flight_max: config.choices_in_flight_max,
             reconnect_max: Duration::from_millis(config.reconnect_ms_max),
+            patience: Duration::from_millis(config.scheduler_patience_ms),
             jobs: tuning.is_some().then_some(jobs),
             comparisons: tuning.is_some().then_some(comparisons),
         });
@@ -97,6 +98,9 @@ impl Gateway {
         let (phase, seen) = watch::channel(Phase::Serving);
         let app = Arc::new(App::new(config, names, text, scheduler, metrics, seen, tuning));
         background.spawn(count_steps(app.clone()));
+        background.spawn(async {
+            Watchdog::from_environment().keep_beating().await;
+        });
         Ok(Gateway { app, listener, address, phase, background })
     }
 

@@ -1,5 +1,8 @@
 //! The transcript of one choice: what was asked, what has been delivered, and what may still be said.
 //!
+//! It is all that a choice needs to outlive whatever computes it: when a scheduler is reached again, the choice is submitted with
+//! the tokens that have been delivered, which are forced, and goes on with the next one.
+//!
 //! A pure core: [`Transcript::handle`] takes the time and an event and pushes effects; it has no clock, no I/O, no
 //! randomness and no async. A shell feeds it events of the scheduler and performs the effects.
 //!
@@ -11,7 +14,9 @@ mod stop;
 
 pub use stop::{Released, StopMatcher};
 
-use ashlar_protocol::serving::{ChoiceId, FailureKind, FinishReason, Receipt, RequestFailure, TokenEvent};
+use ashlar_protocol::serving::{
+    ChoiceId, FailureKind, FinishReason, FromScheduler, Receipt, RequestFailure, TokenEvent,
+};
 use ashlar_vocabulary::{TokenId, TokenLogprobs};
 use std::sync::Arc;
 use std::time::Duration;
@@ -62,8 +67,38 @@ pub enum TranscriptEvent {
     },
     /// The choice failed, at the scheduler or on the way to it.
     Failed(RequestFailure),
+    /// The scheduler was lost, and one has been reached again.
+    SchedulerBack,
     /// Nobody is listening any more.
     ClientGone,
+}
+
+impl TranscriptEvent {
+    /// What a message of the scheduler says to which choice; `None` where it says nothing to any. A choice that a leaving scheduler
+    /// does not take is not told: it is submitted to the next one.
+    pub fn of(message: FromScheduler) -> Option<(ChoiceId, TranscriptEvent)> {
+        match message {
+            FromScheduler::Token(token) => Some((token.id, TranscriptEvent::Token(token))),
+            FromScheduler::PromptLogprobs { id, position, logprobs } => {
+                Some((id, TranscriptEvent::PromptLogprobs { position, logprobs }))
+            }
+            FromScheduler::Finished { id, reason, receipt } => {
+                Some((id, TranscriptEvent::Finished { reason, receipt }))
+            }
+            FromScheduler::Failed { error, .. } if error.kind == FailureKind::Leaving => None,
+            FromScheduler::Failed { id, error } => Some((id, TranscriptEvent::Failed(error))),
+            FromScheduler::Cluster(_)
+            | FromScheduler::Beat
+            | FromScheduler::Admin { .. }
+            | FromScheduler::Prepare(_)
+            | FromScheduler::Compare(_) => None,
+        }
+    }
+
+    /// Whether nothing follows.
+    pub fn is_last(&self) -> bool {
+        matches!(self, TranscriptEvent::Finished { .. } | TranscriptEvent::Failed(_))
+    }
 }
 
 /// What the shell has to do.
@@ -73,6 +108,11 @@ pub enum Effect {
     Deliver(Delta),
     /// Tell the scheduler to stop this choice.
     Cancel,
+    /// Submit the choice again, with these tokens forced.
+    Resubmit {
+        /// What has been delivered.
+        forced: Vec<TokenId>,
+    },
     /// The choice is over; no effect follows.
     End(End),
 }
@@ -126,6 +166,7 @@ pub struct Transcript<D> {
     decoded: Position,
     released_bytes: usize,
     stop_token_seen: bool,
+    resubmissions: u32,
     ended: bool,
     started_at: Duration,
     first_token_at: Option<Duration>,
@@ -162,6 +203,7 @@ impl<D: TokenDecoder> Transcript<D> {
             decoded: Position::default(),
             released_bytes: 0,
             stop_token_seen: false,
+            resubmissions: 0,
             ended: false,
             started_at: now,
             first_token_at: None,
@@ -181,6 +223,10 @@ impl<D: TokenDecoder> Transcript<D> {
             }
             TranscriptEvent::Finished { reason, receipt } => self.finish(reason, receipt, effects),
             TranscriptEvent::Failed(failure) => self.end(End::Failed(failure), effects),
+            TranscriptEvent::SchedulerBack => {
+                self.resubmissions += 1;
+                effects.push(Effect::Resubmit { forced: self.delivered.clone() });
+            }
             TranscriptEvent::ClientGone => {
                 self.ended = true;
                 effects.push(Effect::Cancel);
@@ -293,14 +339,15 @@ impl<D: TokenDecoder> Transcript<D> {
 
     fn describe_prompt(&mut self, position: u32, logprobs: Vec<TokenLogprobs>, effects: &mut Vec<Effect>) {
         let start = position as usize;
-        if start < self.prompt_logprobs.len() {
-            return;
-        }
         if start + logprobs.len() > self.spec.prompt.len() {
             return self.abandon("received log-probabilities beyond the prompt".to_owned(), effects);
         }
-        self.prompt_logprobs.resize(start, None);
-        self.prompt_logprobs.extend(logprobs.into_iter().map(Some));
+        // After a resubmission they come again, perhaps in other pieces.
+        let known = self.prompt_logprobs.len().saturating_sub(start);
+        if known < logprobs.len() {
+            self.prompt_logprobs.resize(start + known, None);
+            self.prompt_logprobs.extend(logprobs.into_iter().skip(known).map(Some));
+        }
     }
 
     fn finish(&mut self, reason: FinishReason, receipt: Receipt, effects: &mut Vec<Effect>) {
@@ -314,6 +361,7 @@ impl<D: TokenDecoder> Transcript<D> {
         let last = std::mem::take(&mut self.open);
         self.unreleased.push(last);
         self.deliver(text, |_, _| true, effects);
+        let receipt = Receipt { replays: receipt.replays + self.resubmissions, ..receipt };
         self.end(End::Finished { reason, receipt }, effects);
     }
 
@@ -339,6 +387,7 @@ impl<D: TokenDecoder> Transcript<D> {
             queue_ms: self.queue_ms,
             prefill_ms: self.time_to_first_token().unwrap_or_default().as_millis() as u64,
             decode_ms: decode.unwrap_or_default().as_millis() as u64,
+            replays: self.resubmissions,
             ..Receipt::default()
         }
     }

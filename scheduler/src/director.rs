@@ -36,8 +36,8 @@ pub enum Input {
     AdapterPersisted(String, Result<(), String>),
     /// From now on no submission is accepted; what is accepted goes on.
     Drain,
-    /// Ends every request as unavailable.
-    Abort(String),
+    /// The connections are about to end: jobs let go of what they hold. Gateways take their requests elsewhere.
+    Abort,
     /// Time passes. To be given at least every [`TICK_MS`](cluster::TICK_MS).
     Tick,
 }
@@ -176,10 +176,7 @@ impl Director {
             Input::Drain => self.engine_event(now, engine::Event::Drain),
             Input::Jobs(event) => self.job_event(now, *event),
             Input::WallClock(unix_s) => self.job_event(now, jobs::Event::WallClock(unix_s)),
-            Input::Abort(reason) => {
-                self.engine_event(now, engine::Event::Abort { reason });
-                self.job_event(now, jobs::Event::Abort);
-            }
+            Input::Abort => self.job_event(now, jobs::Event::Abort),
             Input::Tick => {
                 self.job_event(now, jobs::Event::Tick);
                 self.engine_event(now, engine::Event::Tick);

@@ -1,8 +1,10 @@
-//! A child process kept alive: started again with growing pauses, told to end by closing its standard input.
+//! A child process kept alive: killed when it hangs, started again with growing pauses, told to end by closing its standard
+//! input.
 
 use crate::roles::EXIT_PERMANENT;
 use anyhow::{Context, Result};
 use ashlar_service_kit::drain::SUPERVISED_VARIABLE;
+use ashlar_service_kit::watchdog;
 use std::fs::{self, OpenOptions};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -12,8 +14,8 @@ use tokio::sync::{mpsc, watch};
 
 const PAUSE_MIN: Duration = Duration::from_millis(50);
 const PAUSE_MAX: Duration = Duration::from_secs(5);
-/// A child that lived this long starts again without a pause.
-const STEADY: Duration = Duration::from_secs(10);
+/// A child that lived this long starts again after the shortest pause.
+const STEADY: Duration = Duration::from_secs(2);
 const LOG_TAIL_LINES: usize = 12;
 
 /// A role to keep alive.
@@ -27,6 +29,8 @@ pub(crate) struct Role {
     pub(crate) config: PathBuf,
     /// Where its standard error goes.
     pub(crate) log: PathBuf,
+    /// After how much silence it is killed, once it has said that it lives; `None` waits for ever.
+    pub(crate) silence_max: Option<Duration>,
 }
 
 /// What a supervised role tells.
@@ -70,30 +74,38 @@ async fn supervise(role: Role, notices: mpsc::Sender<Notice>, mut stop: watch::R
     let mut pause = PAUSE_MIN;
     loop {
         let started = Instant::now();
-        let how = match spawn(&role) {
+        let mut ear = role.silence_max.and_then(Ear::open);
+        let how = match spawn(&role, ear.as_ref()) {
             Err(error) => format!("{error:#}"),
             Ok(mut child) => {
                 let pid = child.id().unwrap_or_default();
                 let _ = notices.send(Notice::Started { name: role.name.clone(), pid }).await;
                 // Held open for as long as the child shall live; `wait` would close it.
                 let stdin = child.stdin.take();
+                let mut hung = None;
                 let ended = tokio::select! {
                     status = child.wait() => Some(status),
                     _ = stop.changed() => None,
+                    limit = silence(&mut ear) => {
+                        hung = Some(limit);
+                        let _ = child.start_kill();
+                        Some(child.wait().await)
+                    }
                 };
                 let Some(status) = ended else {
                     drop(stdin);
                     let _ = child.wait().await;
                     return;
                 };
-                match status {
-                    Ok(status) if status.code() == Some(i32::from(EXIT_PERMANENT)) => {
+                match (hung, status) {
+                    (Some(limit), _) => format!("killed, as it said nothing for {} ms", limit.as_millis()),
+                    (None, Ok(status)) if status.code() == Some(i32::from(EXIT_PERMANENT)) => {
                         let log_tail = tail(&role.log);
                         let _ = notices.send(Notice::GaveUp { name: role.name, log_tail }).await;
                         return;
                     }
-                    Ok(status) => status.to_string(),
-                    Err(error) => error.to_string(),
+                    (None, Ok(status)) => status.to_string(),
+                    (None, Err(error)) => error.to_string(),
                 }
             }
         };
@@ -106,14 +118,20 @@ async fn supervise(role: Role, notices: mpsc::Sender<Notice>, mut stop: watch::R
     }
 }
 
-fn spawn(role: &Role) -> Result<Child> {
+fn spawn(role: &Role, ear: Option<&Ear>) -> Result<Child> {
     let binary = std::env::current_exe().context("cannot find this program's own file")?;
     let log = OpenOptions::new()
         .create(true)
         .append(true)
         .open(&role.log)
         .with_context(|| format!("cannot open {}", role.log.display()))?;
-    Command::new(binary)
+    let mut command = Command::new(binary);
+    if let Some(ear) = ear {
+        command
+            .env(watchdog::SOCKET_VARIABLE, format!("@{}", ear.name))
+            .env(watchdog::LIMIT_VARIABLE, ear.silence_max.as_micros().to_string());
+    }
+    command
         .arg(role.command)
         .arg("--config")
         .arg(&role.config)
@@ -126,6 +144,54 @@ fn spawn(role: &Role) -> Result<Child> {
         .kill_on_drop(true)
         .spawn()
         .with_context(|| format!("cannot start {}", role.name))
+}
+
+/// Hears a child's signs of life.
+struct Ear {
+    #[cfg(target_os = "linux")]
+    socket: tokio::net::UnixDatagram,
+    /// The socket's abstract name.
+    name: String,
+    silence_max: Duration,
+}
+
+impl Ear {
+    #[cfg(target_os = "linux")]
+    fn open(silence_max: Duration) -> Option<Ear> {
+        use std::os::linux::net::SocketAddrExt;
+        use std::os::unix::net::{SocketAddr, UnixDatagram};
+        use std::sync::atomic::{AtomicU64, Ordering};
+        static OPENED: AtomicU64 = AtomicU64::new(0);
+        let number = OPENED.fetch_add(1, Ordering::Relaxed);
+        let name = format!("ashlar-{}-{number}", std::process::id());
+        let socket = UnixDatagram::bind_addr(&SocketAddr::from_abstract_name(&name).ok()?).ok()?;
+        socket.set_nonblocking(true).ok()?;
+        let socket = tokio::net::UnixDatagram::from_std(socket).ok()?;
+        Some(Ear { socket, name, silence_max })
+    }
+
+    #[cfg(not(target_os = "linux"))]
+    fn open(_: Duration) -> Option<Ear> {
+        None
+    }
+
+    async fn beat(&self) {
+        #[cfg(target_os = "linux")]
+        {
+            let _ = self.socket.recv(&mut [0; 64]).await;
+        }
+        #[cfg(not(target_os = "linux"))]
+        std::future::pending().await
+    }
+}
+
+/// Ends when a child that has said that it lives says so no longer; after how much silence.
+async fn silence(ear: &mut Option<Ear>) -> Duration {
+    let Some(ear) = ear else { return std::future::pending().await };
+    // It may take its time to start.
+    ear.beat().await;
+    while tokio::time::timeout(ear.silence_max, ear.beat()).await.is_ok() {}
+    ear.silence_max
 }
 
 fn tail(log: &Path) -> String {

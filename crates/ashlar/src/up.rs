@@ -25,6 +25,10 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 use tokio::sync::mpsc;
 
+/// A scheduler that hangs for this long is started again.
+const SCHEDULER_SILENCE_MAX: Duration = Duration::from_secs(1);
+/// A gateway that hangs for this long is started again.
+const GATEWAY_SILENCE_MAX: Duration = Duration::from_secs(5);
 /// Time that the gateway gets to let streams end, and the other roles to exit.
 const DRAIN_GRACE: Duration = Duration::from_secs(40);
 const EXIT_GRACE: Duration = Duration::from_secs(5);
@@ -392,7 +396,13 @@ impl Writer<'_> {
         let log = logs.join(format!("{name}.log"));
         // Each run starts a fresh log, so that the end of it is about this run.
         File::create(&log)?;
-        Ok(Role { name: name.to_owned(), command, config: path, log })
+        // Whoever holds no weights starts again at once, so that it may be killed on mere suspicion. But clients see a gateway go.
+        let silence_max = match command {
+            "scheduler" => Some(SCHEDULER_SILENCE_MAX),
+            "gateway" => Some(GATEWAY_SILENCE_MAX),
+            _ => None,
+        };
+        Ok(Role { name: name.to_owned(), command, config: path, log, silence_max })
     }
 }
 

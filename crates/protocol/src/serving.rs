@@ -1,6 +1,7 @@
 //! Between gateway and scheduler: submissions in, token events out, and a watched snapshot of the cluster.
 //!
-//! One TCP connection per gateway. When it ends, the scheduler cancels that gateway's requests.
+//! One TCP connection per gateway. When it ends, the scheduler cancels that gateway's requests, and the gateway submits them
+//! again to whichever scheduler it reaches next, with the tokens that it has delivered.
 
 use crate::admin::{
     AdapterView, AdminReply, AdminRequest, Comparison, FileRecord, JobError, JobRequest, PreparedJob,
@@ -11,6 +12,9 @@ use ashlar_vocabulary::{
     RequestId, SamplingParams, StageIndex, TensorRank, TokenId, TokenLogprobs,
 };
 use serde::{Deserialize, Serialize};
+
+/// Longest silence of a scheduler that lives, in milliseconds.
+pub const SCHEDULER_BEAT_MS: u64 = 200;
 
 /// Names one choice of one request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -91,6 +95,8 @@ pub struct Submit {
 pub enum FromScheduler {
     /// The cluster as it is now: first message, and again on each change (at most a few times per second).
     Cluster(Box<ClusterSnapshot>),
+    /// The scheduler lives. Sent at least every [`SCHEDULER_BEAT_MS`], whatever else there is to say.
+    Beat,
     /// The answer to a call.
     Admin {
         /// Which.
@@ -205,6 +211,8 @@ pub struct Receipt {
     pub decode_ms: u64,
     /// Times it was preempted.
     pub preemptions: u32,
+    /// Times it was taken up again after its replica was lost.
+    pub replays: u32,
 }
 
 /// Why a choice failed.
@@ -233,6 +241,10 @@ pub enum FailureKind {
     DeadlineExceeded,
     /// A fault of ours (500).
     Internal,
+    /// Whatever replica computed it was lost, time and again and also when it was computed alone: it is not tried again (500).
+    Suspect,
+    /// This scheduler ends. Not for the client: the gateway submits the choice to the next one.
+    Leaving,
 }
 
 /// What a gateway (and an operator) may know about the cluster.
@@ -313,6 +325,8 @@ pub struct SchedulerCounters {
     pub waiting: u64,
     /// Preemptions so far.
     pub preemptions: u64,
+    /// Sequences that were taken up again after their replica was lost.
+    pub replays: u64,
     /// Prompt tokens looked up in the prefix cache so far.
     pub prefix_cache_queries: u64,
     /// Prompt tokens found there so far.

@@ -2,7 +2,7 @@
 //!
 //! Layout: [`config`] (files to validated structs), [`telemetry`] (logs and traces, with [`trace_context`] for our own
 //! wire messages), [`drain`] (signals to an orderly end), [`health`] (is this process ready), [`clock`] (time for the
-//! shells around pure cores), [`memory`] (what the process uses and may use).
+//! shells around pure cores), [`memory`] (what the process uses and may use), [`watchdog`] (signs of life to a supervisor).
 //!
 //! **Invariants:** nothing here knows a role, a message or a model. Time-outs and leases never use the wall clock.
 #![forbid(unsafe_code)]
@@ -14,6 +14,7 @@ pub mod health;
 pub mod memory;
 pub mod telemetry;
 pub mod trace_context;
+pub mod watchdog;
 
 mod otlp_client;
 
@@ -24,3 +25,4 @@ pub use health::{Health, Readiness};
 pub use memory::{available_memory, resident_bytes};
 pub use telemetry::{TelemetryConfig, TelemetryError, TelemetryGuard};
 pub use trace_context::{current_traceparent, set_parent};
+pub use watchdog::Watchdog;

@@ -5,9 +5,7 @@ use crate::owner::{Owner, Want};
 use crate::process::{Action, Connection, Input, Message, Process, Purpose, Timer};
 use crate::random::Random;
 use ashlar_gateway::transcript::{Effect, End, TokenDecoder, Transcript, TranscriptEvent, TranscriptSpec};
-use ashlar_protocol::serving::{
-    ChoiceId, FailureKind, FinishReason, FromScheduler, RequestFailure, Submit, ToScheduler,
-};
+use ashlar_protocol::serving::{ChoiceId, FailureKind, FinishReason, FromScheduler, Submit, ToScheduler};
 use ashlar_vocabulary::{AdapterId, LeaseTerm, ModelDigest, RequestId, SamplingParams, TokenId};
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -54,6 +52,8 @@ pub(crate) enum Outcome {
 pub(crate) struct Gateway {
     number: usize,
     serving: Option<Connection>,
+    /// Whether the scheduler has shown over this connection that it leads.
+    greeted: bool,
     highest_term: LeaseTerm,
     transcripts: BTreeMap<ChoiceId, (usize, Transcript<Decoder>)>,
     pub(crate) requests: Vec<Request>,
@@ -98,6 +98,26 @@ impl Request {
         }
     }
 
+    /// As it is submitted at `now_us`, when `forced` has been received.
+    fn submit(&self, now_us: u64, id: ChoiceId, forced: Vec<TokenId>) -> Message {
+        let waited_ms = now_us.saturating_sub(self.arrival_us) / 1_000;
+        let submit = Submit {
+            adapter: self.promise.map(|(adapter, _)| adapter),
+            id,
+            model_digest: DIGEST,
+            prompt: self.prompt.clone(),
+            forced,
+            max_new_tokens: self.max_new_tokens,
+            stop_tokens: self.stop_at(self.stop_token_at).into_iter().collect(),
+            sampling: SamplingParams { seed: self.seed, ..SamplingParams::default() },
+            tenant_salt: self.tenant_salt,
+            priority: self.priority,
+            deadline_ms: self.deadline_ms.saturating_sub(waited_ms).max(1),
+            traceparent: None,
+        };
+        Message::ToScheduler(ToScheduler::Submit(Box::new(submit)))
+    }
+
     fn stop_at(&self, at: Option<usize>) -> Option<TokenId> {
         let tokens = self.continuation();
         at.and_then(|at| tokens.get(at).copied())
@@ -125,7 +145,7 @@ impl Request {
 impl Gateway {
     pub(crate) fn new(number: usize, requests: Vec<Request>, owner: Option<Owner>) -> Gateway {
         let (highest_term, transcripts) = (LeaseTerm(0), BTreeMap::new());
-        Gateway { number, serving: None, highest_term, transcripts, requests, owner }
+        Gateway { number, serving: None, greeted: false, highest_term, transcripts, requests, owner }
     }
 
     /// Whether owners have asked for everything, and were answered.
@@ -178,7 +198,7 @@ impl Gateway {
                 self.owner.iter().for_each(|owner| owner.prepared(job, self.serving, actions));
             }
             Input::Timer(_) => {}
-            Input::Opened { connection, .. } => self.serving = Some(connection),
+            Input::Opened { connection, .. } => (self.serving, self.greeted) = (Some(connection), false),
             Input::Refused(_) => self.try_again(random, actions),
             Input::Message(connection, Message::FromScheduler(message)) => {
                 if self.serving == Some(connection) {
@@ -189,7 +209,7 @@ impl Gateway {
                 return Err("a gateway received a foreign message".to_owned());
             }
             Input::Closed(connection) if self.serving == Some(connection) => {
-                self.disconnected(now_us, random, actions)?;
+                self.disconnected(random, actions);
             }
             Input::Closed(_) => {}
         }
@@ -223,10 +243,11 @@ impl Gateway {
     fn arrival(&mut self, now_us: u64, index: usize, actions: &mut Vec<Action>) -> Result<(), String> {
         let id = self.id(index);
         let Some(request) = self.requests.get_mut(index) else { return Ok(()) };
-        let Some(serving) = self.serving else {
+        if self.highest_term == LeaseTerm(0) {
+            // It knows of no model yet.
             request.outcome = Some(Outcome::Failed(FailureKind::Unavailable));
             return Ok(());
-        };
+        }
         // A name is turned into what it stands for once, when the request begins.
         if let (Some(want), Some(owner)) = (&request.want, &self.owner) {
             request.promise = owner.promise(want)?;
@@ -238,30 +259,18 @@ impl Gateway {
             prompt: Arc::from(request.prompt.as_slice()),
             stop_strings,
             include_stop: false,
-            stop_tokens: stop_tokens.clone(),
-            min_tokens: 0,
-        };
-        let submit = Submit {
-            adapter: request.promise.map(|(adapter, _)| adapter),
-            id,
-            model_digest: DIGEST,
-            prompt: request.prompt.clone(),
-            forced: Vec::new(),
-            max_new_tokens: request.max_new_tokens,
             stop_tokens,
-            sampling: SamplingParams { seed: request.seed, ..SamplingParams::default() },
-            tenant_salt: request.tenant_salt,
-            priority: request.priority,
-            deadline_ms: request.deadline_ms,
-            traceparent: None,
+            min_tokens: 0,
         };
         if let Some(departure) = request.departure_us {
             let after_us = departure.saturating_sub(now_us);
             actions.push(Action::Wake { after_us, timer: Timer::Departure(index) });
         }
         let transcript = Transcript::new(Duration::from_micros(now_us), spec, Decoder);
+        let submit = request.submit(now_us, id, Vec::new());
         self.transcripts.insert(id, (index, transcript));
-        actions.push(Action::Send(serving, Message::ToScheduler(ToScheduler::Submit(Box::new(submit)))));
+        // Without a scheduler it waits for one.
+        actions.extend(self.serving.map(|serving| Action::Send(serving, submit)));
         Ok(())
     }
 
@@ -273,59 +282,45 @@ impl Gateway {
         random: &mut Random,
         actions: &mut Vec<Action>,
     ) -> Result<(), String> {
-        let (id, event) = match message {
+        match message {
             FromScheduler::Cluster(snapshot) => {
                 if snapshot.term < self.highest_term {
                     let refusal = ToScheduler::Refused { term: self.highest_term };
                     actions.push(Action::Send(connection, Message::ToScheduler(refusal)));
                     // It hears this and ends every connection: closing here would outrun the message.
-                    return self.disconnected(now_us, random, actions);
+                    self.disconnected(random, actions);
+                    return Ok(());
                 }
                 self.highest_term = snapshot.term;
                 self.owner.iter_mut().for_each(|owner| owner.views.clone_from(&snapshot.adapters));
-                return Ok(());
+                if !std::mem::replace(&mut self.greeted, true) {
+                    let open: Vec<ChoiceId> = self.transcripts.keys().copied().collect();
+                    for id in open {
+                        self.feed(now_us, id, TranscriptEvent::SchedulerBack, actions)?;
+                    }
+                }
+                Ok(())
             }
             FromScheduler::Admin { call, reply } => {
                 let owner = self.owner.as_mut();
-                return owner.map_or(Ok(()), |owner| owner.replied(call, &reply, actions));
+                owner.map_or(Ok(()), |owner| owner.replied(call, &reply, actions))
             }
             FromScheduler::Prepare(job) => {
                 let id = job.request.id;
                 self.owner.iter().for_each(|owner| owner.prepare(id, random, actions));
-                return Ok(());
+                Ok(())
             }
-            FromScheduler::Compare(_) => return Ok(()),
-            FromScheduler::Token(token) => (token.id, TranscriptEvent::Token(token)),
-            FromScheduler::PromptLogprobs { id, position, logprobs } => {
-                (id, TranscriptEvent::PromptLogprobs { position, logprobs })
-            }
-            FromScheduler::Finished { id, reason, receipt } => {
-                (id, TranscriptEvent::Finished { reason, receipt })
-            }
-            FromScheduler::Failed { id, error } => (id, TranscriptEvent::Failed(error)),
-        };
-        self.feed(now_us, id, event, actions)
+            message => match TranscriptEvent::of(message) {
+                Some((id, event)) => self.feed(now_us, id, event, actions),
+                None => Ok(()),
+            },
+        }
     }
 
-    fn disconnected(
-        &mut self,
-        now_us: u64,
-        random: &mut Random,
-        actions: &mut Vec<Action>,
-    ) -> Result<(), String> {
+    fn disconnected(&mut self, random: &mut Random, actions: &mut Vec<Action>) {
         self.serving = None;
         self.try_again(random, actions);
         self.owner.iter_mut().for_each(|owner| owner.disconnected(actions));
-        let open: Vec<ChoiceId> = self.transcripts.keys().copied().collect();
-        for id in open {
-            let failure = RequestFailure {
-                kind: FailureKind::Unavailable,
-                message: "lost the scheduler".to_owned(),
-                retry_after_ms: None,
-            };
-            self.feed(now_us, id, TranscriptEvent::Failed(failure), actions)?;
-        }
-        Ok(())
     }
 
     /// Gives an event to a transcript and performs what it wants.
@@ -352,11 +347,21 @@ impl Gateway {
                     let cancel = Message::ToScheduler(ToScheduler::Cancel(id));
                     actions.extend(self.serving.map(|serving| Action::Send(serving, cancel)));
                 }
+                Effect::Resubmit { forced } => {
+                    let submit = request.submit(now_us, id, forced);
+                    actions.extend(self.serving.map(|serving| Action::Send(serving, submit)));
+                }
                 Effect::End(End::Finished { reason, .. }) => {
                     request.outcome = Some(Outcome::Finished(reason));
                 }
                 Effect::End(End::Failed(failure)) => {
-                    if failure.kind == FailureKind::Internal {
+                    // Nobody is refused because something died. An adapter may prove not to be loadable.
+                    let ours = match failure.kind {
+                        FailureKind::Unavailable => request.promise.is_none(),
+                        FailureKind::Internal | FailureKind::Suspect | FailureKind::Leaving => true,
+                        _ => false,
+                    };
+                    if ours {
                         return Err(format!("request {index} failed by our fault: {}", failure.message));
                     }
                     request.outcome = Some(Outcome::Failed(failure.kind));

@@ -239,6 +239,8 @@ impl Scenario {
             step_target_ms: self.step_target_ms,
             queue_max: self.queue_max,
             deadline_default_ms: 8_000,
+            // Longer than any deadline: nobody is refused because something is being repaired.
+            repair_patience_ms: 60_000,
         }
     }
 }

@@ -24,6 +24,12 @@ pub(super) fn render(snapshot: &ClusterSnapshot, model_name: &str) -> String {
         "Prompt tokens found in the prefix cache.",
         counters.prefix_cache_hits as f64,
     );
+    page.plain(
+        "ashlar_replays_total",
+        "counter",
+        "Sequences taken up again after their replica was lost.",
+        counters.replays as f64,
+    );
     page.plain("ashlar_lease_term", "gauge", "The scheduler's lease term.", snapshot.term.0 as f64);
     page.plain("ashlar_nodes", "gauge", "Joined nodes.", snapshot.nodes.len() as f64);
     page.plain(

@@ -143,6 +143,9 @@ impl From<RequestFailure> for ApiError {
                 ApiError::new(StatusCode::GATEWAY_TIMEOUT, "timeout_error", message)
             }
             FailureKind::Internal => ApiError::internal(message),
+            FailureKind::Suspect => ApiError { code: Some("request_suspect"), ..ApiError::internal(message) },
+            // The gateway submits such a choice again: no client is told.
+            FailureKind::Leaving => ApiError { retry_after_s, ..ApiError::unavailable(message) },
         }
     }
 }

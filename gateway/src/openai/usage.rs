@@ -14,7 +14,7 @@ pub(crate) fn usage_json(counts: TokenCounts) -> Value {
     })
 }
 
-/// Where the time of a request went: the slowest of its choices, their preemptions together.
+/// Where the time of a request went: the slowest of its choices, their preemptions and replays together.
 pub(crate) fn receipt_json(generation: &Generation) -> Value {
     let slowest = |field: fn(&Receipt) -> u64| generation.receipts().map(field).max().unwrap_or(0);
     json!({
@@ -23,5 +23,6 @@ pub(crate) fn receipt_json(generation: &Generation) -> Value {
         "decode_ms": slowest(|r| r.decode_ms),
         "cached_tokens": generation.counts().cached,
         "preemptions": generation.receipts().map(|r| u64::from(r.preemptions)).sum::<u64>(),
+        "replays": generation.receipts().map(|r| u64::from(r.replays)).sum::<u64>(),
     })
 }

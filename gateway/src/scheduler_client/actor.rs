@@ -1,17 +1,16 @@
-//! The actor: connect, relay, and when the connection ends fail what was in flight and connect again.
+//! The actor: connect, relay, and when the connection ends connect again. What is in flight stays in flight.
 
 use super::{CallAnswer, CallError, Command, EventSender, Link, SchedulerClientSettings};
 use crate::transcript::TranscriptEvent;
 use ashlar_protocol::admin::JobError;
 use ashlar_protocol::frame::{self, FrameError};
 use ashlar_protocol::serving::{
-    ChoiceId, ClusterSnapshot, CompareAdapters, FailureKind, FromScheduler, PrepareJob, RequestFailure,
-    ToScheduler,
+    ChoiceId, ClusterSnapshot, CompareAdapters, FromScheduler, PrepareJob, SCHEDULER_BEAT_MS, ToScheduler,
 };
 use ashlar_vocabulary::LeaseTerm;
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::net::TcpStream;
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{OwnedSemaphorePermit, mpsc, watch};
@@ -22,7 +21,9 @@ const LAST_WORD_TIMEOUT: Duration = Duration::from_secs(1);
 /// Messages that may wait for a scheduler that does not read.
 const OUTBOX_MESSAGES_MAX: usize = 8_192;
 const INBOX_MESSAGES_MAX: usize = 256;
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
+/// A scheduler that says nothing for this long is lost.
+const SILENCE_MAX: Duration = Duration::from_millis(5 * SCHEDULER_BEAT_MS);
 const RECONNECT_MIN: Duration = Duration::from_millis(20);
 
 pub(super) struct Actor {
@@ -33,6 +34,8 @@ pub(super) struct Actor {
     calls: HashMap<u64, CallAnswer>,
     last_call: u64,
     highest_term: LeaseTerm,
+    /// Since when there is no scheduler.
+    lost: Option<Instant>,
 }
 
 struct InFlight {
@@ -62,6 +65,8 @@ enum LinkError {
     Connect { address: String, reason: String },
     #[error("lost the scheduler: {0}")]
     Frame(#[from] FrameError),
+    #[error("the scheduler says nothing: it is hung, stopped, or cut off")]
+    Silent,
     #[error("the scheduler does not read: {OUTBOX_MESSAGES_MAX} messages are waiting for it")]
     OutboxFull,
     #[error("the scheduler's term {theirs} is over, term {seen} has been seen")]
@@ -82,6 +87,7 @@ impl Actor {
             calls: HashMap::new(),
             last_call: 0,
             highest_term: LeaseTerm(0),
+            lost: Some(Instant::now()),
         }
     }
 
@@ -107,27 +113,27 @@ impl Actor {
                 tracing::warn!(%problem, "no scheduler; trying again");
                 last_problem = problem;
             }
-            if !self.refuse_until(tokio::time::sleep(wait)).await {
+            if !self.keep_until(tokio::time::sleep(wait)).await {
                 return;
             }
             wait = (wait * 2).min(self.settings.reconnect_max.max(RECONNECT_MIN));
         }
     }
 
-    /// Connects and greets, refusing commands meanwhile; `None` when every handle is gone.
+    /// Connects and greets, keeping choices meanwhile; `None` when every handle is gone.
     async fn connect(&mut self) -> Result<Option<Connection>, LinkError> {
         let address = self.settings.address.clone();
         let (done, mut socket) = tokio::sync::oneshot::channel();
         let attempt = async move {
             let _ = done.send(tokio::time::timeout(CONNECT_TIMEOUT, open(&address)).await);
         };
-        if !self.refuse_until(attempt).await {
+        if !self.keep_until(attempt).await {
             return Ok(None);
         }
         match socket.try_recv() {
             Ok(Ok(Ok(socket))) => Ok(Some(Connection::start(socket))),
             Ok(Ok(Err(error))) => Err(self.connect_error(error.to_string())),
-            _ => Err(self.connect_error("no answer within 5 s".to_owned())),
+            _ => Err(self.connect_error(format!("no answer within {} s", CONNECT_TIMEOUT.as_secs()))),
         }
     }
 
@@ -135,18 +141,20 @@ impl Actor {
         LinkError::Connect { address: self.settings.address.clone(), reason }
     }
 
-    /// Drives `until`, failing submissions as they come; false when every handle is gone.
-    async fn refuse_until(&mut self, until: impl Future<Output = ()>) -> bool {
+    /// Drives `until`, keeping choices as they come and refusing calls; false when every handle is gone.
+    async fn keep_until(&mut self, until: impl Future<Output = ()>) -> bool {
         tokio::pin!(until);
         loop {
             tokio::select! {
                 () = &mut until => return true,
                 command = self.commands.recv() => match command {
                     None => return false,
-                    Some(Command::Cancel(_) | Command::Prepared { .. } | Command::Compared { .. }) => {}
-                    Some(Command::Submit { submit, events, .. }) => {
-                        let problem = self.publish.borrow().problem.clone();
-                        let _ = events.try_send((submit.id, TranscriptEvent::Failed(unavailable(problem))));
+                    Some(Command::Resubmit(_) | Command::Prepared { .. } | Command::Compared { .. }) => {}
+                    Some(Command::Submit { submit, events, permit }) => {
+                        self.in_flight.insert(submit.id, InFlight { events, _permit: permit });
+                    }
+                    Some(Command::Cancel(id)) => {
+                        self.in_flight.remove(&id);
                     }
                     Some(Command::Call { answer, .. }) => {
                         let problem = self.publish.borrow().problem.clone();
@@ -159,11 +167,18 @@ impl Actor {
 
     /// Relays both ways until the connection ends; `None` when every handle is gone.
     async fn relay(&mut self, mut connection: Connection) -> Option<LinkError> {
+        let mut silent_at = tokio::time::Instant::now() + SILENCE_MAX;
         loop {
             let has_mail = !connection.outbox.is_empty();
             let happened = tokio::select! {
                 command = self.commands.recv() => Happened::Command(command),
-                message = connection.inbound.recv() => Happened::Message(message),
+                message = tokio::time::timeout_at(silent_at, connection.inbound.recv()) => match message {
+                    Ok(message) => {
+                        silent_at = tokio::time::Instant::now() + SILENCE_MAX;
+                        Happened::Message(message)
+                    }
+                    Err(_) => return Some(LinkError::Silent),
+                },
                 sent = connection.outbound.reserve(), if has_mail => match sent {
                     Ok(permit) => {
                         if let Some(message) = connection.outbox.pop_front() {
@@ -196,6 +211,10 @@ impl Actor {
                 self.in_flight.insert(submit.id, InFlight { events, _permit: permit });
                 connection.post(ToScheduler::Submit(submit))
             }
+            Command::Resubmit(submit) if self.in_flight.contains_key(&submit.id) => {
+                connection.post(ToScheduler::Submit(submit))
+            }
+            Command::Resubmit(_) => Ok(()),
             Command::Cancel(id) => match self.in_flight.remove(&id) {
                 Some(_) => connection.post(ToScheduler::Cancel(id)),
                 None => Ok(()),
@@ -240,26 +259,30 @@ impl Actor {
     }
 
     fn message(&mut self, message: FromScheduler, connection: &mut Connection) -> Result<(), LinkError> {
-        let (id, event) = match message {
-            FromScheduler::Cluster(snapshot) => return self.cluster(*snapshot),
+        match message {
+            FromScheduler::Cluster(snapshot) => self.cluster(*snapshot),
             FromScheduler::Admin { call, reply } => {
                 if let Some(answer) = self.calls.remove(&call) {
                     let _ = answer.send(Ok(*reply));
                 }
-                return Ok(());
+                Ok(())
             }
-            FromScheduler::Prepare(job) => return self.prepare(job, connection),
-            FromScheduler::Compare(asked) => return self.compare(asked, connection),
-            FromScheduler::Token(token) => (token.id, TranscriptEvent::Token(token)),
-            FromScheduler::PromptLogprobs { id, position, logprobs } => {
-                (id, TranscriptEvent::PromptLogprobs { position, logprobs })
-            }
-            FromScheduler::Finished { id, reason, receipt } => {
-                (id, TranscriptEvent::Finished { reason, receipt })
-            }
-            FromScheduler::Failed { id, error } => (id, TranscriptEvent::Failed(error)),
-        };
-        let last = matches!(event, TranscriptEvent::Finished { .. } | TranscriptEvent::Failed(_));
+            FromScheduler::Prepare(job) => self.prepare(job, connection),
+            FromScheduler::Compare(asked) => self.compare(asked, connection),
+            message => match TranscriptEvent::of(message) {
+                Some((id, event)) => self.relay_to_choice(id, event, connection),
+                None => Ok(()),
+            },
+        }
+    }
+
+    fn relay_to_choice(
+        &mut self,
+        id: ChoiceId,
+        event: TranscriptEvent,
+        connection: &mut Connection,
+    ) -> Result<(), LinkError> {
+        let last = event.is_last();
         let Some(in_flight) = self.in_flight.get(&id) else { return Ok(()) };
         let delivered = in_flight.events.try_send((id, event)).is_ok();
         if delivered && !last {
@@ -278,23 +301,25 @@ impl Actor {
             return Err(LinkError::StaleTerm { theirs: snapshot.term, seen: self.highest_term });
         }
         self.highest_term = snapshot.term;
-        let cluster = Some(Arc::new(snapshot));
-        self.publish.send_replace(Link { connected: true, cluster, problem: String::new() });
+        // The first snapshot over a connection makes it one that is used.
+        let new = self.lost.take().is_some();
+        self.publish.send_modify(|link| {
+            (link.connected, link.given_up) = (true, false);
+            link.cluster = Some(Arc::new(snapshot));
+            link.problem.clear();
+            link.epoch += u64::from(new);
+        });
         Ok(())
     }
 
     fn disconnected(&mut self, problem: &str) {
+        let given_up = self.lost.get_or_insert_with(Instant::now).elapsed() >= self.settings.patience;
         self.publish.send_modify(|link| {
-            link.connected = false;
+            (link.connected, link.given_up) = (false, given_up);
             link.problem = problem.to_owned();
         });
         for (_, answer) in self.calls.drain() {
             let _ = answer.send(Err(CallError::Unavailable(problem.to_owned())));
-        }
-        for (id, in_flight) in self.in_flight.drain() {
-            let failure = TranscriptEvent::Failed(unavailable(problem.to_owned()));
-            // Full: the dropped sender tells the reader, once it has caught up.
-            let _ = in_flight.events.try_send((id, failure));
         }
     }
 }
@@ -355,8 +380,4 @@ async fn write_messages(mut socket: OwnedWriteHalf, mut messages: mpsc::Receiver
             return;
         }
     }
-}
-
-fn unavailable(message: String) -> RequestFailure {
-    RequestFailure { kind: FailureKind::Unavailable, message, retry_after_ms: Some(1_000) }
 }

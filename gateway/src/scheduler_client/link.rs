@@ -12,18 +12,37 @@ pub struct Link {
     pub cluster: Option<Arc<ClusterSnapshot>>,
     /// Why the connection does not stand.
     pub problem: String,
+    /// Counts the connections that have stood: with each new one, what was submitted before has to be submitted again.
+    pub epoch: u64,
+    /// Whether there has been no scheduler for so long that nobody who has not begun shall wait for one.
+    pub given_up: bool,
 }
 
 impl Link {
     /// Before the first connection to `address`.
     pub fn connecting(address: &str) -> Link {
-        Link { connected: false, cluster: None, problem: format!("connecting to the scheduler at {address}") }
+        Link {
+            connected: false,
+            cluster: None,
+            problem: format!("connecting to the scheduler at {address}"),
+            epoch: 0,
+            given_up: false,
+        }
     }
 
     /// The cluster, while the connection stands.
     pub fn live_cluster(&self) -> Result<&Arc<ClusterSnapshot>, String> {
         match &self.cluster {
             Some(cluster) if self.connected => Ok(cluster),
+            _ => Err(self.problem.clone()),
+        }
+    }
+
+    /// The cluster as last seen, which requests are made for: while the connection does not stand they wait, unless the scheduler has
+    /// been away for too long.
+    pub fn known_cluster(&self) -> Result<&Arc<ClusterSnapshot>, String> {
+        match &self.cluster {
+            Some(cluster) if !self.given_up => Ok(cluster),
             _ => Err(self.problem.clone()),
         }
     }

@@ -201,3 +201,37 @@ proptest! {
         prop_assert!(pieces.iter().take(given.len()).map(|piece| piece.len()).sum::<usize>() >= expected.len());
     }
 }
+
+#[test]
+fn a_scheduler_that_is_reached_again_gets_what_has_been_delivered() {
+    let mut transcript = transcript(&[b"a", b"b", b"c"], &[], &[]);
+    let effects = run(
+        &mut transcript,
+        [TranscriptEvent::SchedulerBack, token(0, 0), token(1, 1), TranscriptEvent::SchedulerBack],
+    );
+    let resubmitted = effects.iter().filter_map(|effect| match effect {
+        Effect::Resubmit { forced } => Some(forced.clone()),
+        _ => None,
+    });
+    assert_eq!(resubmitted.collect::<Vec<_>>(), [vec![], vec![0, 1]]);
+    // What the lost one had said of token 1 comes again with the next one, and counts once.
+    let rest = run(&mut transcript, [token(1, 1), token(2, 2), finished()]);
+    let [Effect::Deliver(delta), Effect::End(End::Finished { receipt, .. })] = rest.as_slice() else {
+        panic!("{rest:?}")
+    };
+    assert_eq!((delta.text.as_str(), receipt.replays), ("c", 2));
+    assert!(run(&mut transcript, [TranscriptEvent::SchedulerBack]).is_empty(), "it is over");
+}
+
+#[test]
+fn prompt_logprobs_that_come_again_in_other_pieces_count_once() {
+    let described = |logprob: f32| TokenLogprobs { logprob, top: Vec::new() };
+    let mut transcript = transcript(&[b"a"], &[], &[]);
+    let pieces = [(1, vec![-1.0]), (1, vec![-9.0, -2.0]), (2, vec![-9.0])];
+    let events = pieces.map(|(position, values)| TranscriptEvent::PromptLogprobs {
+        position,
+        logprobs: values.into_iter().map(described).collect(),
+    });
+    assert!(run(&mut transcript, events).is_empty());
+    assert_eq!(transcript.prompt_logprobs(), [None, Some(described(-1.0)), Some(described(-2.0))]);
+}

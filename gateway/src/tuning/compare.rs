@@ -5,7 +5,7 @@
 
 use super::blob_io::BlobFile;
 use super::questions::{Answer, Question, questions};
-use crate::scheduler_client::SchedulerClient;
+use crate::scheduler_client::{Heard, SchedulerClient};
 use crate::text::ModelText;
 use crate::transcript::TranscriptEvent;
 use ashlar_dataset::{DatasetError, DatasetReader, TokenSequence};
@@ -223,23 +223,30 @@ impl Comparer {
                     loop {
                         // Leaving this drops the events, which cancels what is not finished.
                         match tokio::time::timeout_at(until, events.next()).await {
-                            Ok(Some((_, TranscriptEvent::Finished { .. }))) => return Ok(None),
-                            Ok(Some((_, TranscriptEvent::Failed(failure)))) => break failure,
-                            Ok(Some((_, event))) => {
+                            Ok(Heard::Event(_, TranscriptEvent::Finished { .. })) => return Ok(None),
+                            Ok(Heard::Event(_, TranscriptEvent::Failed(failure))) => break failure,
+                            Ok(Heard::Event(_, event)) => {
                                 if let Some(known) = hear(&mut state, event) {
                                     return Ok(Some(known));
                                 }
                             }
-                            Ok(None) | Err(_) => break lost(),
+                            // It is asked again from its beginning: nobody has seen any of it.
+                            Ok(Heard::SchedulerBack | Heard::GivenUp(_) | Heard::Lagged) | Err(_) => break lost(),
                         }
                     }
                 }
             };
             match failure.kind {
-                FailureKind::Overloaded | FailureKind::Unavailable | FailureKind::DeadlineExceeded => {
+                FailureKind::Overloaded
+                | FailureKind::Unavailable
+                | FailureKind::Leaving
+                | FailureKind::DeadlineExceeded => {
                     tokio::time::sleep(PAUSE).await;
                 }
-                FailureKind::Invalid | FailureKind::UnknownModel | FailureKind::Internal => {
+                FailureKind::Invalid
+                | FailureKind::UnknownModel
+                | FailureKind::Internal
+                | FailureKind::Suspect => {
                     return Err(failure.message);
                 }
             }

@@ -3,9 +3,12 @@
 use crate::scheduler::{Action, say};
 use crate::world::{PLAIN_TEMPLATE, World, ask, write_model};
 use ashlar_gateway::{Gateway, GatewayConfig, GatewayError};
-use ashlar_protocol::serving::FinishReason;
+use ashlar_protocol::serving::{FailureKind, FinishReason, Submit};
 use ashlar_vocabulary::LeaseTerm;
 use serde_json::{Value, json};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 
@@ -64,24 +67,80 @@ async fn duplicates_are_dropped_and_gaps_are_errors() {
     world.scheduler.until(|seen| seen.cancels.len() == 1).await;
 }
 
-#[tokio::test]
-async fn a_lost_scheduler_fails_what_is_in_flight_and_is_found_again() {
-    let world = World::new(|submit| {
-        if submit.sampling.seed == 1 { vec![Action::Token(97), Action::Disconnect] } else { say("back") }
-    })
-    .await;
-    let events = world.chat(ask(json!({"seed": 1, "stream": true}))).await.events();
-    assert!(events.last().unwrap()["error"]["message"].as_str().unwrap().contains("scheduler"));
-    world.until_ready().await;
-    assert_eq!(world.chat(ask(json!({}))).await.json()["choices"][0]["message"]["content"], "back");
+/// Says the first half, then what `then` is; to whoever comes again, the other half.
+fn in_two_halves(then: Action) -> impl Fn(&Submit) -> Vec<Action> {
+    move |submit| match submit.forced.len() {
+        0 => vec![Action::Token(97), Action::Token(98), then.clone()],
+        _ => vec![Action::Token(99), Action::Token(100), Action::Finish(FinishReason::Length)],
+    }
 }
 
 #[tokio::test]
-async fn a_scheduler_whose_term_is_over_hears_of_the_higher_one() {
-    let world = World::new(|_| vec![Action::Lead(8), Action::Lead(7), Action::Gate]).await;
+async fn a_stream_goes_on_with_the_next_token_when_the_scheduler_was_lost() {
+    let world = World::new(in_two_halves(Action::Disconnect)).await;
+    let events = world.chat(ask(json!({"seed": 1, "stream": true, "logprobs": true}))).await.events();
+    let text = |event: &Value| event["choices"][0]["delta"]["content"].as_str().unwrap_or_default().to_owned();
+    assert_eq!(events.iter().map(text).collect::<String>(), "abcd");
+    let last = events.iter().rfind(|event| !event["choices"][0]["finish_reason"].is_null()).unwrap();
+    assert_eq!(last["choices"][0]["finish_reason"], "length");
+    let described = events.iter().filter_map(|event| event["choices"][0]["logprobs"]["content"].as_array());
+    assert_eq!(described.map(Vec::len).sum::<usize>(), 4);
+
+    let submits = world.scheduler.submits();
+    let [first, second] = submits.as_slice() else { panic!("{} submissions", submits.len()) };
+    assert_eq!(second.forced, [97, 98]);
+    assert!(second.deadline_ms <= first.deadline_ms && second.deadline_ms > 0);
+    let again = Submit { forced: Vec::new(), deadline_ms: first.deadline_ms, ..second.clone() };
+    assert_eq!(&again, first, "all else is as it was");
+    assert!(world.http.get("/metrics").await.text().contains("ashlar_choices_resubmitted_total 1"));
+}
+
+#[tokio::test]
+async fn every_choice_goes_on_and_the_receipt_counts_the_replays() {
+    let world = World::new(in_two_halves(Action::Disconnect)).await;
+    let answer = world.chat(ask(json!({"n": 3, "ashlar_receipt": true}))).await;
+    assert_eq!(answer.status, 200, "{}", answer.text());
+    let answer = answer.json();
+    for choice in answer["choices"].as_array().unwrap() {
+        assert_eq!(choice["message"]["content"], "abcd");
+    }
+    assert_eq!(answer["usage"]["completion_tokens"], 12);
+    assert_eq!(answer["ashlar"]["replays"], 3, "{answer}");
+}
+
+#[tokio::test]
+async fn a_scheduler_that_says_nothing_is_left_within_a_second() {
+    let world = World::new(in_two_halves(Action::Mute)).await;
+    let began = Instant::now();
+    let answer = world.chat(ask(json!({}))).await.json();
+    assert_eq!(answer["choices"][0]["message"]["content"], "abcd");
+    assert!(began.elapsed() < Duration::from_secs(2), "{:?}", began.elapsed());
+}
+
+#[tokio::test]
+async fn what_a_leaving_scheduler_does_not_take_the_next_one_gets() {
+    let refused = Arc::new(AtomicBool::new(false));
+    let world = World::new(move |_| match refused.swap(true, Ordering::Relaxed) {
+        false => vec![Action::Fail(FailureKind::Leaving, "leaving"), Action::Disconnect],
+        true => say("here"),
+    })
+    .await;
+    assert_eq!(world.chat(ask(json!({}))).await.json()["choices"][0]["message"]["content"], "here");
+}
+
+#[tokio::test]
+async fn a_scheduler_whose_term_is_over_hears_of_the_higher_one_and_patience_ends() {
+    let script = |_: &Submit| vec![Action::Lead(8), Action::Lead(7), Action::Gate];
+    let world =
+        World::with(PLAIN_TEMPLATE, |config| config.scheduler_patience_ms = 300, script).await;
     let answer = world.chat(ask(json!({}))).await;
     assert_eq!(answer.status, 503);
-    world.scheduler.until(|seen| seen.refusals == [LeaseTerm(8)]).await;
+    assert!(answer.text().contains("term"), "{}", answer.text());
+    world.scheduler.until(|seen| seen.refusals.first() == Some(&LeaseTerm(8))).await;
+    // From now on nobody waits: neither does the next one.
+    let began = Instant::now();
+    assert_eq!(world.chat(ask(json!({}))).await.status, 503);
+    assert!(began.elapsed() < Duration::from_millis(200), "{:?}", began.elapsed());
 }
 
 #[tokio::test]

@@ -6,7 +6,7 @@ use ashlar_protocol::admin::{AdminReply, AdminRequest};
 use ashlar_protocol::frame;
 use ashlar_protocol::serving::{
     ChoiceId, ClusterSnapshot, CompareAdapters, FailureKind, FinishReason, FromScheduler, NodeView, Receipt,
-    ReplicaView, RequestFailure, SchedulerCounters, Submit, ToScheduler, TokenEvent,
+    ReplicaView, RequestFailure, SCHEDULER_BEAT_MS, SchedulerCounters, Submit, ToScheduler, TokenEvent,
 };
 use ashlar_protocol::step::StepTiming;
 use ashlar_protocol::training::TrainingTiming;
@@ -15,7 +15,9 @@ use ashlar_vocabulary::{
     TensorRank, TokenId, TokenLogprob, TokenLogprobs,
 };
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Notify, mpsc, watch};
 
@@ -42,6 +44,8 @@ pub(crate) enum Action {
     Fail(FailureKind, &'static str),
     /// Cut the connection.
     Disconnect,
+    /// Say nothing more over this connection, and keep it.
+    Mute,
     /// Show the cluster as led in this term.
     Lead(u64),
 }
@@ -171,9 +175,14 @@ async fn serve(mut socket: TcpStream, state: Arc<State>) {
     }
     let (mut read, mut write) = socket.into_split();
     let (sender, mut outbox) = mpsc::channel::<Option<FromScheduler>>(64);
+    let mute = Arc::new(AtomicBool::new(false));
+    let muted = mute.clone();
     let writer = tokio::spawn(async move {
         // `None` cuts the connection.
         while let Some(Some(message)) = outbox.recv().await {
+            if muted.load(Ordering::Relaxed) {
+                continue;
+            }
             if frame::write(&mut write, &message).await.is_err() {
                 return;
             }
@@ -188,8 +197,13 @@ async fn serve(mut socket: TcpStream, state: Arc<State>) {
             if snapshots.send(Some(FromScheduler::Cluster(snapshot))).await.is_err() {
                 return;
             }
-            if cluster.changed().await.is_err() {
-                return;
+            let beat = Duration::from_millis(SCHEDULER_BEAT_MS / 2);
+            while !cluster.has_changed().unwrap_or(true) {
+                if tokio::time::timeout(beat, cluster.changed()).await.is_ok() {
+                    cluster.mark_changed();
+                } else if snapshots.send(Some(FromScheduler::Beat)).await.is_err() {
+                    return;
+                }
             }
         }
     });
@@ -201,7 +215,7 @@ async fn serve(mut socket: TcpStream, state: Arc<State>) {
                 ToScheduler::Submit(submit) => {
                     let script = (state.scripts)(&submit);
                     state.seen.lock().unwrap().submits.push((*submit).clone());
-                    let play = play(*submit, script, sender.clone(), state.gate.subscribe());
+                    let play = play(*submit, script, sender.clone(), mute.clone(), state.gate.subscribe());
                     let submit_id = state.seen.lock().unwrap().submits.last().unwrap().id;
                     running.push((submit_id, plays.spawn(play)));
                 }
@@ -242,10 +256,11 @@ async fn play(
     submit: Submit,
     script: Script,
     sender: mpsc::Sender<Option<FromScheduler>>,
+    mute: Arc<AtomicBool>,
     mut gate: watch::Receiver<bool>,
 ) {
     let id = submit.id;
-    let mut index = 0;
+    let mut index = submit.forced.len() as u32;
     let describe = |token: TokenId| {
         submit.sampling.top_logprobs.map(|top| TokenLogprobs {
             logprob: -0.5,
@@ -305,6 +320,7 @@ async fn play(
                     prefill_ms: 4,
                     decode_ms: 5,
                     preemptions: 0,
+                    replays: 0,
                 };
                 FromScheduler::Finished { id, reason, receipt }
             }
@@ -314,6 +330,10 @@ async fn play(
             }
             Action::Lead(term) => {
                 FromScheduler::Cluster(Box::new(ClusterSnapshot { term: LeaseTerm(term), ..cluster() }))
+            }
+            Action::Mute => {
+                mute.store(true, Ordering::Relaxed);
+                return;
             }
             Action::Disconnect => {
                 let _ = sender.send(None).await;

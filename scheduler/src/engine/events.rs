@@ -38,6 +38,9 @@ pub struct EngineConfig {
     pub queue_max: usize,
     /// Deadline of submissions that name none, in milliseconds.
     pub deadline_default_ms: u64,
+    /// How long requests that have not begun wait for a replica when none is up, in milliseconds; afterwards they are refused.
+    /// Those that have begun wait until their deadline.
+    pub repair_patience_ms: u64,
 }
 
 /// What the engine is told.
@@ -64,11 +67,11 @@ pub enum Event {
     },
     /// A replica is ready to execute steps, none of which has been sent.
     ReplicaUp(ReplicaUp),
-    /// A replica can execute nothing any more.
+    /// A replica can execute nothing any more. Its sequences wait for another one, or for its return.
     ReplicaDown {
         /// Which.
         replica: ReplicaId,
-        /// For the clients whose requests it ends.
+        /// For the clients of requests that it was lost with too often.
         reason: String,
     },
     /// The last stage answers a step.
@@ -120,11 +123,6 @@ pub enum Event {
     Problem(Option<String>),
     /// From now on no submission is accepted; what is accepted goes on.
     Drain,
-    /// Ends every request as unavailable.
-    Abort {
-        /// For the clients.
-        reason: String,
-    },
     /// Time passes; deadlines are due.
     Tick,
 }
@@ -168,7 +166,7 @@ pub enum Effect {
         /// Which.
         adapter: AdapterId,
     },
-    /// A replica broke the protocol and must be laid out anew. The engine has ended its requests.
+    /// A replica broke the protocol and must be laid out anew. Its sequences wait.
     ReplicaFault {
         /// Which.
         replica: ReplicaId,

@@ -6,7 +6,7 @@
 //!
 //! **Invariants:** no tokio, clock, randomness, I/O or randomly seeded map: equal events give equal effects. A sequence
 //! is sampled by at most one step in flight. Every submitted choice ends by exactly one `Finished` or `Failed`, unless it
-//! is cancelled. Ranks execute steps strictly in order; therefore a block that an ended or preempted sequence gave back
+//! is cancelled; the loss of a replica ends none. Ranks execute steps strictly in order; therefore a block that an ended or preempted sequence gave back
 //! may be written by the very next step, and a block may be hit by the steps after the one that fills it.
 
 pub mod block_pool;
@@ -32,7 +32,7 @@ use ashlar_vocabulary::{AdapterId, ReplicaId, SequenceId};
 use planner::Planner;
 use queue::{Enqueued, Order, Queue};
 use replica::Replica;
-use sequence::{Sequence, State};
+use sequence::{LOSSES_MAX, Sequence, State};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 /// How many ended choices are remembered, so that a repeated submission does not start them anew.
@@ -60,6 +60,8 @@ pub struct Engine {
     /// Adapters that may be asked for.
     adapters: BTreeSet<AdapterId>,
     problem: Option<String>,
+    /// Since when no replica is up.
+    down_since: Option<Millis>,
     draining: bool,
     counters: SchedulerCounters,
     /// Smoothed time between two ends, for `Retry-After`.
@@ -81,6 +83,7 @@ impl Engine {
             last_sequence: 0,
             adapters: BTreeSet::new(),
             problem: None,
+            down_since: None,
             draining: false,
             counters: SchedulerCounters::default(),
             end_interval_ms: 1_000.0,
@@ -104,6 +107,7 @@ impl Engine {
             Event::ReplicaUp(up) => {
                 self.replica_down(now, up.replica, "its replica was laid out anew", effects);
                 self.replicas.insert(up.replica, Replica::new(&up));
+                self.refuse_too_long(now, FailureKind::Invalid, effects);
             }
             Event::ReplicaDown { replica, reason } => self.replica_down(now, replica, &reason, effects),
             Event::StepResult { replica, result } => self.step_result(now, replica, result, effects),
@@ -127,13 +131,15 @@ impl Engine {
             }
             Event::Problem(problem) => self.problem = problem,
             Event::Drain => self.draining = true,
-            Event::Abort { reason } => {
-                let all: Vec<SequenceId> = self.sequences.keys().copied().collect();
-                for id in all {
-                    self.fail(now, id, FailureKind::Unavailable, reason.clone(), effects);
-                }
+            Event::Tick => {
+                self.give_up_stuck_replicas(now, effects);
+                self.lose_patience(now, effects);
             }
-            Event::Tick => self.give_up_stuck_replicas(now, effects),
+        }
+        if self.replicas.is_empty() {
+            self.down_since.get_or_insert(now);
+        } else {
+            self.down_since = None;
         }
         self.expire(now, effects);
     }
@@ -175,7 +181,7 @@ impl Engine {
             // The gateway came back on another connection before the old one was seen to end.
             self.remove(known);
         }
-        if let Err(error) = self.check_submit(&submit) {
+        if let Err(error) = self.check_submit(now, &submit) {
             effects.push(Effect::ToGateway { gateway, message: FromScheduler::Failed { id: choice, error } });
             return;
         }
@@ -214,8 +220,27 @@ impl Engine {
         }
     }
 
+    /// Whether no replica has been up for so long that those who have not begun are refused.
+    fn is_out_of_patience(&self, now: Millis) -> bool {
+        self.down_since.is_some_and(|since| now.since(since) >= self.config.repair_patience_ms)
+    }
+
+    /// Ends what has waited for its first step all too long while no replica is up.
+    fn lose_patience(&mut self, now: Millis, effects: &mut Vec<Effect>) {
+        if !self.is_out_of_patience(now) {
+            return;
+        }
+        let not_begun = |sequence: &&Sequence| sequence.generated.is_empty();
+        let waiting: Vec<SequenceId> =
+            self.sequences.values().filter(not_begun).map(|sequence| sequence.id).collect();
+        for id in waiting {
+            let message = self.unavailable().message;
+            self.fail(now, id, FailureKind::Unavailable, message, effects);
+        }
+    }
+
     /// Whether a submission can be served at all.
-    fn check_submit(&self, submit: &Submit) -> Result<(), RequestFailure> {
+    fn check_submit(&self, now: Millis, submit: &Submit) -> Result<(), RequestFailure> {
         if submit.model_digest != self.config.model_digest {
             let message = format!(
                 "this cluster serves model {}, not {}: submit again with the current digest",
@@ -229,8 +254,8 @@ impl Engine {
             return Err(self.failure(FailureKind::UnknownModel, message));
         }
         if self.draining {
-            let message = "the scheduler is shutting down: try again shortly".to_owned();
-            return Err(self.failure(FailureKind::Unavailable, message));
+            let message = "this scheduler is shutting down: try again shortly".to_owned();
+            return Err(self.failure(FailureKind::Leaving, message));
         }
         let prompt = submit.prompt.len();
         let context = self.config.max_context_tokens as usize;
@@ -254,19 +279,19 @@ impl Engine {
             );
             return Err(self.failure(FailureKind::Invalid, message));
         }
-        let capacity = self.replicas.values().map(Replica::capacity_tokens).max();
-        match capacity {
-            None => Err(self.unavailable()),
-            Some(capacity) if prompt + submit.forced.len() >= capacity => {
-                let message = format!(
-                    "the prompt has {} tokens, the KV cache room for {capacity} with the answer: shorten the prompt \
-                     or give the nodes more memory",
-                    prompt + submit.forced.len()
-                );
-                Err(self.failure(FailureKind::Invalid, message))
+        match self.capacity() {
+            None if submit.forced.is_empty() && self.is_out_of_patience(now) => Err(self.unavailable()),
+            Some(capacity) if submit.forced.is_empty() && prompt >= capacity => {
+                Err(self.failure(FailureKind::Invalid, too_long(prompt, capacity)))
             }
-            Some(_) => Ok(()),
+            // One that has begun fitted once: it waits for a replica with room.
+            None | Some(_) => Ok(()),
         }
+    }
+
+    /// Tokens that the largest cache of a replica holds; `None` while none is up.
+    fn capacity(&self) -> Option<usize> {
+        self.replicas.values().map(Replica::capacity_tokens).max()
     }
 
     fn unavailable(&self) -> RequestFailure {
@@ -286,11 +311,12 @@ impl Engine {
                 let ends = (self.queue.len() / 4 + 1) as f64;
                 Some(((ends * self.end_interval_ms) as u64).clamp(1_000, 60_000))
             }
-            FailureKind::Unavailable => Some(RETRY_UNAVAILABLE_MS),
+            FailureKind::Unavailable | FailureKind::Leaving => Some(RETRY_UNAVAILABLE_MS),
             FailureKind::Invalid
             | FailureKind::UnknownModel
             | FailureKind::DeadlineExceeded
-            | FailureKind::Internal => None,
+            | FailureKind::Internal
+            | FailureKind::Suspect => None,
         }
     }
 
@@ -314,34 +340,45 @@ impl Engine {
         self.ended.retain(|(owner, _)| *owner != gateway);
     }
 
+    /// What a replica had computed is gone. Its sequences wait for another one, or for its return, with all their tokens.
     fn replica_down(&mut self, now: Millis, id: ReplicaId, reason: &str, effects: &mut Vec<Effect>) {
-        if self.replicas.remove(&id).is_none() {
-            return;
+        let Some(replica) = self.replicas.remove(&id) else { return };
+        let oldest = replica.in_flight.front().map(|flight| flight.step);
+        let mut given_up = Vec::new();
+        for sequence in self.sequences.values_mut().filter(|sequence| sequence.replica() == Some(id)) {
+            let last_step = sequence.running().map(|running| running.last_step);
+            sequence.lose_replica(oldest.is_some() && last_step >= oldest);
+            self.queue.put_back(sequence.order, sequence.id);
+            self.counters.replays += 1;
+            if sequence.losses >= LOSSES_MAX {
+                given_up.push(sequence.id);
+            }
         }
-        let none_left = self.replicas.is_empty();
-        let lost = |sequence: &&Sequence| match sequence.replica() {
-            Some(replica) => replica == id,
-            None => none_left,
-        };
-        let lost: Vec<SequenceId> =
-            self.sequences.values().filter(lost).map(|sequence| sequence.id).collect();
-        for id in lost {
-            let message = format!("{reason}; the request was ended: try again shortly");
-            self.fail(now, id, FailureKind::Unavailable, message, effects);
+        for id in given_up {
+            let message = format!(
+                "whatever computed this request was lost, {LOSSES_MAX} times in a row ({reason}): it is not tried again"
+            );
+            self.fail(now, id, FailureKind::Suspect, message, effects);
         }
-        self.refuse_too_long(now, effects);
+        // The one with room may come back.
+        self.refuse_too_long(now, FailureKind::Unavailable, effects);
     }
 
-    /// Ends waiting sequences that fitted only into a replica that is gone.
-    fn refuse_too_long(&mut self, now: Millis, effects: &mut Vec<Effect>) {
-        let capacity = self.replicas.values().map(Replica::capacity_tokens).max().unwrap_or(0);
-        let too_long =
-            |sequence: &&Sequence| matches!(sequence.state, State::Waiting) && sequence.len() >= capacity;
-        let too_long: Vec<SequenceId> =
-            self.sequences.values().filter(too_long).map(|sequence| sequence.id).collect();
-        for id in too_long {
-            let message = "the replica with room for a prompt of this length was lost: try again shortly";
-            self.fail(now, id, FailureKind::Unavailable, message.to_owned(), effects);
+    /// Ends waiting sequences that have not begun and fit into no replica that is up.
+    fn refuse_too_long(&mut self, now: Millis, kind: FailureKind, effects: &mut Vec<Effect>) {
+        let Some(capacity) = self.capacity() else { return };
+        let is_too_long = |sequence: &&Sequence| {
+            let waits = matches!(sequence.state, State::Waiting) && sequence.generated.is_empty();
+            waits && sequence.len() >= capacity
+        };
+        let refused: Vec<(SequenceId, usize)> = self
+            .sequences
+            .values()
+            .filter(is_too_long)
+            .map(|sequence| (sequence.id, sequence.len()))
+            .collect();
+        for (id, len) in refused {
+            self.fail(now, id, kind, too_long(len, capacity), effects);
         }
     }
 
@@ -479,6 +516,13 @@ impl Engine {
         }
         Ok(())
     }
+}
+
+fn too_long(tokens: usize, capacity: usize) -> String {
+    format!(
+        "the prompt has {tokens} tokens, the KV cache room for {capacity} with the answer: shorten the prompt or give the \
+         nodes more memory"
+    )
 }
 
 impl Users for Engine {

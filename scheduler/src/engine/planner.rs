@@ -2,6 +2,9 @@
 //!
 //! There are no phases: a sequence is computed from where it stands to the end of its known tokens, in as many slices as
 //! the budget makes of it, and the slice that reaches the end samples.
+//!
+//! A [suspect](Sequence::is_suspect) gets steps of its own, with no other step in flight: should the replica be lost once more,
+//! it is known by what.
 
 use super::budget::Budget;
 use super::events::EngineConfig;
@@ -41,12 +44,23 @@ struct Draft {
     step: StepId,
     /// Whether slices may sample.
     may_sample: bool,
+    /// The suspect that it is for; without one, suspects are left out.
+    alone: Option<SequenceId>,
     budget: Budget,
     new_sequences: Vec<NewSequence>,
     slices: Vec<SequenceSlice>,
     members: BTreeSet<SequenceId>,
     /// Blocks that this step fills; hittable by later steps only.
     filling: BTreeSet<BlockHash>,
+}
+
+impl Draft {
+    fn takes(&self, sequence: &Sequence) -> bool {
+        match self.alone {
+            Some(id) => sequence.id == id,
+            None => !sequence.is_suspect(),
+        }
+    }
 }
 
 /// Whether a decode has the block that it writes to.
@@ -65,10 +79,39 @@ impl Planner<'_> {
         if wait || self.replica.in_flight.len() >= self.replica.in_flight_max() {
             return None;
         }
+        let suspect = self.first_suspect();
+        if suspect.is_some() && !self.replica.in_flight.is_empty() {
+            return None;
+        }
         let slots = self.replica.sampling_slots(self.decoding());
+        let may_sample = sampling_steps < slots;
+        let alone = suspect.map(|_| self.draft(suspect, may_sample, slots));
+        // It may lack blocks, or its adapter: then the others go on.
+        let draft = match alone.filter(|draft| !draft.slices.is_empty()) {
+            Some(draft) => draft,
+            None => self.draft(None, may_sample, slots),
+        };
+        // Ended sequences alone are announced once nothing is in flight; otherwise the next plan does it.
+        let announce = !self.replica.ended.is_empty() && self.replica.in_flight.is_empty();
+        (!draft.slices.is_empty() || announce).then(|| self.seal(draft))
+    }
+
+    /// The most urgent suspect that runs here, or could.
+    fn first_suspect(&self) -> Option<SequenceId> {
+        let running = self.running_sequences().find(|sequence| sequence.is_suspect());
+        let waiting = || {
+            let waiting = self.queue.iter().take(LOOKAHEAD).filter_map(|id| self.sequences.get(&id));
+            waiting.filter(|sequence| sequence.is_suspect()).find(|sequence| self.belongs(sequence))
+        };
+        running.or_else(waiting).map(|sequence| sequence.id)
+    }
+
+    /// A step for one suspect, or for all others.
+    fn draft(&mut self, alone: Option<SequenceId>, may_sample: bool, slots: usize) -> Draft {
         let mut draft = Draft {
             step: StepId(self.replica.last_step.0 + 1),
-            may_sample: sampling_steps < slots,
+            may_sample,
+            alone,
             budget: Budget::new(
                 self.replica.cost.clone(),
                 self.config.step_target_ms,
@@ -84,9 +127,7 @@ impl Planner<'_> {
         }
         self.add_chunks(&mut draft);
         self.admit(&mut draft);
-        // Ended sequences alone are announced once nothing is in flight; otherwise the next plan does it.
-        let announce = !self.replica.ended.is_empty() && self.replica.in_flight.is_empty();
-        (!draft.slices.is_empty() || announce).then(|| self.seal(draft))
+        draft
     }
 
     /// Sequences that are being continued token by token.
@@ -105,6 +146,7 @@ impl Planner<'_> {
         let share = self.decoding().div_ceil(slots);
         let mut ready: Vec<(StepId, Order, SequenceId)> = self
             .running_sequences()
+            .filter(|sequence| draft.takes(sequence))
             .filter(|sequence| sequence.sampling().is_none() && sequence.remaining() == 1)
             .filter_map(|sequence| Some((sequence.running()?.last_step, sequence.order, sequence.id)))
             .collect();
@@ -161,7 +203,7 @@ impl Planner<'_> {
             self.replica.pool.release(block);
         }
         self.replica.running.remove(&sequence.order);
-        self.queue.push_preempted(sequence.order, id);
+        self.queue.put_back(sequence.order, id);
         self.counters.preemptions += 1;
     }
 
@@ -169,6 +211,7 @@ impl Planner<'_> {
     fn add_chunks(&mut self, draft: &mut Draft) {
         let prefilling: Vec<SequenceId> = self
             .running_sequences()
+            .filter(|sequence| draft.takes(sequence))
             .filter(|sequence| sequence.remaining() > 1 && !draft.members.contains(&sequence.id))
             .map(|sequence| sequence.id)
             .collect();
@@ -204,15 +247,15 @@ impl Planner<'_> {
                 return;
             }
             let Some(sequence) = self.sequences.get(&id) else { continue };
-            let belongs = match &sequence.state {
-                State::Waiting => self.attracts(sequence),
-                State::Preempted(preempted) => {
-                    preempted.replica == self.replica.id && preempted.sampling.is_none()
-                }
-                State::Running(_) => false,
-            };
-            if !belongs || sequence.len() >= self.replica.capacity_tokens() {
+            if !self.belongs(sequence) {
                 continue;
+            }
+            if !draft.takes(sequence) {
+                match draft.alone {
+                    Some(_) => continue,
+                    // What it waits for is not given to those after it.
+                    None => return,
+                }
             }
             let hittable = self.hittable_blocks(sequence);
             let hit = sequence.chain.find(&self.replica.pool, hittable);
@@ -239,6 +282,18 @@ impl Planner<'_> {
             self.start(id, hit.blocks);
             self.push_slice(draft, id, count);
         }
+    }
+
+    /// Whether a waiting sequence is to be computed here.
+    fn belongs(&self, sequence: &Sequence) -> bool {
+        let here = match &sequence.state {
+            State::Waiting => self.attracts(sequence),
+            State::Preempted(preempted) => {
+                preempted.replica == self.replica.id && preempted.sampling.is_none()
+            }
+            State::Running(_) => false,
+        };
+        here && sequence.len() < self.replica.capacity_tokens()
     }
 
     fn hittable_blocks(&self, sequence: &Sequence) -> usize {
@@ -286,7 +341,7 @@ impl Planner<'_> {
             blocks.push(block);
         }
         let cached = hit * BLOCK_TOKENS;
-        if let State::Waiting = sequence.state {
+        if sequence.history.first_step.is_none() {
             let cached_prompt = cached.min(sequence.submit.prompt.len());
             sequence.history.cached_tokens = cached_prompt as u32;
             sequence.history.first_step = Some(self.now);

@@ -12,7 +12,7 @@ pub struct Order {
     pub arrival: u64,
 }
 
-/// The waiting sequences, new and preempted ones.
+/// The waiting sequences: new ones, preempted ones, and those whose replica was lost.
 #[derive(Debug, Clone)]
 pub struct Queue {
     by_order: BTreeMap<Order, Entry>,
@@ -38,8 +38,8 @@ pub enum Enqueued {
 }
 
 impl Queue {
-    /// An empty queue for at most `new_max` new sequences. Preempted ones, which have been admitted once, do not count:
-    /// there are never more of them than fit into the replicas.
+    /// An empty queue for at most `new_max` new sequences. Those that have been admitted once do not count: there are never
+    /// more of them than fitted into the replicas.
     pub fn new(new_max: usize) -> Queue {
         Queue { by_order: BTreeMap::new(), new_max, new_count: 0 }
     }
@@ -62,8 +62,8 @@ impl Queue {
         outcome
     }
 
-    /// Puts a preempted sequence back, at its old rank.
-    pub fn push_preempted(&mut self, order: Order, id: SequenceId) {
+    /// Puts a sequence back that has run before, at its old rank.
+    pub fn put_back(&mut self, order: Order, id: SequenceId) {
         self.by_order.insert(order, Entry { id, new: false });
     }
 

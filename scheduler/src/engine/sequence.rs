@@ -7,6 +7,11 @@ use crate::time::Millis;
 use ashlar_protocol::serving::{Receipt, Submit};
 use ashlar_vocabulary::{BlockId, ModelDigest, ReplicaId, SequenceId, StepId, TokenId};
 
+/// A sequence with which so many replicas were lost in a row, without a token in between, is computed alone.
+const LOSSES_SUSPECT: u32 = 2;
+/// With so many, it is not tried again.
+pub const LOSSES_MAX: u32 = 4;
+
 /// A sequence that has not ended. (One that has is dropped; ranks are told.)
 #[derive(Debug, Clone)]
 pub struct Sequence {
@@ -30,12 +35,14 @@ pub struct Sequence {
     pub history: History,
     /// First prompt position whose log-probabilities have not been delivered.
     pub prompt_logprobs_from: u32,
+    /// Replicas that were lost while they computed it, since its last token.
+    pub losses: u32,
 }
 
 /// Where a sequence stands.
 #[derive(Debug, Clone)]
 pub enum State {
-    /// New: no rank knows it.
+    /// No rank knows it: it is new, or its replica was lost.
     Waiting,
     /// It holds blocks of a replica and is computed.
     Running(Running),
@@ -90,6 +97,8 @@ pub struct History {
     pub cached_tokens: u32,
     /// Times it was preempted.
     pub preemptions: u32,
+    /// Times its replica was lost.
+    pub replays: u32,
 }
 
 impl Sequence {
@@ -112,6 +121,7 @@ impl Sequence {
             state: State::Waiting,
             history: History { arrival: now, ..History::default() },
             prompt_logprobs_from: 0,
+            losses: 0,
             submit,
         };
         sequence.extend_chain();
@@ -228,6 +238,19 @@ impl Sequence {
         blocks
     }
 
+    /// Running or preempted → waiting: its replica is lost, and with it what was computed. What is known of it stays.
+    /// `computing` says whether the replica was computing it.
+    pub fn lose_replica(&mut self, computing: bool) {
+        self.state = State::Waiting;
+        self.history.replays += 1;
+        self.losses += u32::from(computing);
+    }
+
+    /// Whether it may be what its replicas were lost by, so that nothing else shall be computed beside it.
+    pub fn is_suspect(&self) -> bool {
+        self.losses >= LOSSES_SUSPECT
+    }
+
     /// Ends the sampling of `step`; the answer says whether it was in flight. To be called once per sampled token, so
     /// that a token that comes twice counts once.
     pub fn end_sampling(&mut self, step: StepId) -> bool {
@@ -246,6 +269,7 @@ impl Sequence {
     /// Appends a sampled token.
     pub fn push(&mut self, token: TokenId, now: Millis) {
         self.generated.push(token);
+        self.losses = 0;
         self.history.first_token.get_or_insert(now);
         self.extend_chain();
     }
@@ -263,6 +287,7 @@ impl Sequence {
             prefill_ms: first_token.since(first_step),
             decode_ms: now.since(first_token),
             preemptions: history.preemptions,
+            replays: history.replays,
         }
     }
 

@@ -109,6 +109,10 @@ pub struct SchedulerConfig {
     /// How long a lost node is waited for before what is left is laid out anew, where stages or replicas are left open.
     #[serde(default = "default_replan_after_ms")]
     pub replan_after_ms: u64,
+    /// How long requests that have not begun wait when no replica is up, in milliseconds; then they are refused with 503. Those that
+    /// have begun wait until their deadline.
+    #[serde(default = "default_repair_patience_ms")]
+    pub repair_patience_ms: u64,
     /// How long running requests may take to finish when the scheduler is asked to end, in milliseconds.
     #[serde(default = "default_drain_grace_ms")]
     pub drain_grace_ms: u64,
@@ -163,6 +167,7 @@ impl SchedulerConfig {
             kv_memory_share: default_kv_memory_share(),
             silence_ms_max: default_silence_ms_max(),
             replan_after_ms: default_replan_after_ms(),
+            repair_patience_ms: default_repair_patience_ms(),
             drain_grace_ms: default_drain_grace_ms(),
             lease_ttl_ms: default_lease_ttl_ms(),
             links: Links::default(),
@@ -264,6 +269,10 @@ fn default_silence_ms_max() -> u64 {
 
 fn default_replan_after_ms() -> u64 {
     10_000
+}
+
+fn default_repair_patience_ms() -> u64 {
+    30_000
 }
 
 fn default_drain_grace_ms() -> u64 {

@@ -13,8 +13,8 @@ use crate::jobs::{self, JobsConfig};
 use crate::time::Millis;
 use ashlar_protocol::frame;
 use ashlar_protocol::membership::{FromNode, ToNode};
-use ashlar_protocol::serving::{ClusterSnapshot, FromScheduler, ToScheduler};
-use ashlar_service_kit::{Clock, SystemClock};
+use ashlar_protocol::serving::{ClusterSnapshot, FromScheduler, SCHEDULER_BEAT_MS, ToScheduler};
+use ashlar_service_kit::{Clock, SystemClock, Watchdog};
 use ashlar_vocabulary::LeaseTerm;
 use std::collections::BTreeMap;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -67,6 +67,7 @@ pub(super) struct Leader {
     last_snapshot: Option<ClusterSnapshot>,
     last_snapshot_at: Millis,
     snapshot_due: bool,
+    last_beat_at: Millis,
 }
 
 impl Leader {
@@ -90,6 +91,7 @@ impl Leader {
             last_snapshot: None,
             last_snapshot_at: Millis(0),
             snapshot_due: false,
+            last_beat_at: Millis(0),
         };
         // Before anything else: what happens before the first tick has a date, too.
         leader.tell_date();
@@ -101,6 +103,7 @@ impl Leader {
     pub(super) async fn lead(
         mut self,
         mut sources: Sources,
+        watchdog: &Watchdog,
         lease_lost: impl Future<Output = ()>,
         shutdown: impl Future<Output = ()>,
         drain_grace: Duration,
@@ -109,7 +112,12 @@ impl Leader {
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         tokio::pin!(lease_lost, shutdown);
         let mut drain_until: Option<Millis> = None;
+        let mut beat_due = self.now();
         loop {
+            if beat_due <= self.now() {
+                beat_due = self.now().plus(watchdog.interval().as_millis() as u64);
+                watchdog.beat();
+            }
             // In order of urgency; the tick first, so that a flood of messages cannot hold up deadlines.
             tokio::select! {
                 biased;
@@ -121,7 +129,7 @@ impl Leader {
                 () = &mut lease_lost => {
                     // A shutdown that has begun is not begun again under another term.
                     let ended = if drain_until.is_some() { Ended::Drained } else { Ended::LeaseLost };
-                    return self.end(ended).await;
+                    return self.end(ended, watchdog).await;
                 }
                 () = &mut shutdown, if drain_until.is_none() => {
                     drain_until = Some(self.now().plus(drain_grace.as_millis() as u64));
@@ -140,32 +148,33 @@ impl Leader {
             self.perform();
             if self.superseded {
                 let ended = if drain_until.is_some() { Ended::Drained } else { Ended::LeaseLost };
-                return self.end(ended).await;
+                return self.end(ended, watchdog).await;
             }
             if let Some(term) = self.fenced.filter(|_| drain_until.is_none()) {
-                return self.end(Ended::Fenced(term)).await;
+                return self.end(Ended::Fenced(term), watchdog).await;
             }
             if drain_until.is_some_and(|until| self.director.is_idle() || until <= self.now()) {
-                return self.end(Ended::Drained).await;
+                return self.end(Ended::Drained, watchdog).await;
             }
         }
     }
 
-    /// Ends what is in progress, says so, and closes every connection.
-    async fn end(mut self, ended: Ended) -> Ended {
-        let reason = match ended {
-            Ended::Drained => "the scheduler is shutting down",
-            Ended::LeaseLost | Ended::Fenced(_) => "another scheduler leads",
-        };
-        self.apply(Input::Abort(format!("{reason}: try again shortly")));
+    /// Ends what is in progress and closes every connection: gateways take their requests to the next leader.
+    async fn end(mut self, ended: Ended, watchdog: &Watchdog) -> Ended {
+        self.apply(Input::Abort);
         self.perform();
-        self.performers.archive.finish().await;
-        self.performers.keeper.finish().await;
-        let peers = self.nodes.into_values().chain(self.gateways.into_values());
-        for peer in peers {
-            peer.close().await;
+        let closing = async {
+            self.performers.archive.finish().await;
+            self.performers.keeper.finish().await;
+            let peers = self.nodes.into_values().chain(self.gateways.into_values());
+            for peer in peers {
+                peer.close().await;
+            }
+        };
+        tokio::select! {
+            () = closing => ended,
+            never = watchdog.keep_beating() => match never {},
         }
-        ended
     }
 
     fn now(&self) -> Millis {
@@ -196,6 +205,11 @@ impl Leader {
         self.apply(Input::Tick);
         if self.now().since(self.last_snapshot_at) >= SNAPSHOT_INTERVAL_MS {
             self.snapshot_due = true;
+        }
+        if self.now().since(self.last_beat_at) >= SCHEDULER_BEAT_MS / 2 {
+            self.last_beat_at = self.now();
+            let beat = encode(&FromScheduler::Beat);
+            self.tell_all_gateways(&beat);
         }
     }
 
@@ -376,6 +390,10 @@ impl Leader {
         }
         let frame = encode(&FromScheduler::Cluster(Box::new(snapshot.clone())));
         self.last_snapshot = Some(snapshot);
+        self.tell_all_gateways(&frame);
+    }
+
+    fn tell_all_gateways(&mut self, frame: &Frame) {
         let slow: Vec<GatewayId> = self
             .gateways
             .iter()

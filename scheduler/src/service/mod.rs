@@ -26,6 +26,7 @@ use crate::adapters::AdaptersConfig;
 use crate::cluster::{ClusterConfig, NodeConnection};
 use crate::engine::{EngineConfig, GatewayId};
 use crate::jobs::JobsConfig;
+use ashlar_service_kit::Watchdog;
 use ashlar_store::blobs::{self, BlobError, BlobOptions, Blobs};
 use ashlar_store::{Lease, Store, StoreError};
 use ashlar_vocabulary::{Bytes, LeaseTerm};
@@ -140,13 +141,15 @@ impl Scheduler {
         let holder = self.holder();
         let ttl = Duration::from_millis(self.config.lease_ttl_ms);
         let mut min_term = LeaseTerm(0);
+        let watchdog = Watchdog::from_environment();
         loop {
             let lease = tokio::select! {
                 lease = lease::acquire(&self.store, &holder, ttl, min_term) => lease?,
                 () = &mut shutdown => return Ok(()),
+                never = watchdog.keep_beating() => match never {},
             };
             tracing::info!(term = %lease.term, %holder, "leading");
-            match self.lead(&lease, &mut shutdown).await {
+            match self.lead(&lease, &watchdog, &mut shutdown).await {
                 Ended::Drained => {
                     // Best effort: a lease that is not given back runs out.
                     if let Err(error) = self.store.release(&lease).await {
@@ -164,9 +167,12 @@ impl Scheduler {
     }
 
     /// One term of leading. Connections do not outlive it: peers come back and meet the next term.
-    async fn lead(&self, lease: &Lease, shutdown: impl Future<Output = ()>) -> Ended {
+    async fn lead(&self, lease: &Lease, watchdog: &Watchdog, shutdown: impl Future<Output = ()>) -> Ended {
         // Before anybody is served: a request for an adapter is not to be refused as unknown.
-        let (records, stored, written) = Records::open(self.store.clone()).await;
+        let (records, stored, written) = tokio::select! {
+            opened = Records::open(self.store.clone()) => opened,
+            never = watchdog.keep_beating() => match never {},
+        };
         let (node_sender, nodes) = mpsc::channel(INBOX_MESSAGES_MAX);
         let (gateway_sender, gateways) = mpsc::channel(INBOX_MESSAGES_MAX);
         let numbers = Arc::new(Numbers::default());
@@ -190,7 +196,7 @@ impl Scheduler {
         let leader = Leader::new(config, performers, stored);
         let grace = Duration::from_millis(self.config.drain_grace_ms);
         let sources = Sources { nodes, gateways, answers, written };
-        let ended = leader.lead(sources, lease_lost, shutdown, grace).await;
+        let ended = leader.lead(sources, watchdog, lease_lost, shutdown, grace).await;
         stop_keeping.abort();
         ended
     }
@@ -256,6 +262,7 @@ impl Scheduler {
             step_target_ms: self.config.step_target_ms,
             queue_max: self.config.queue_max,
             deadline_default_ms: self.config.deadline_ms,
+            repair_patience_ms: self.config.repair_patience_ms,
         }
     }
 }

@@ -8,4 +8,5 @@ mod preemption;
 mod prefix;
 mod random;
 mod rank;
+mod replays;
 mod world;

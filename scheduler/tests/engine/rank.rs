@@ -62,6 +62,11 @@ impl Rank {
         self.sequences.len()
     }
 
+    /// Whether a sequence with this prompt is known.
+    pub(crate) fn computes(&self, prompt: &[TokenId]) -> bool {
+        self.sequences.values().any(|known| known.tokens.starts_with(prompt))
+    }
+
     pub(crate) fn execute(&mut self, plan: &StepPlan) -> StepResult {
         self.step += 1;
         assert_eq!(plan.step.0, self.step, "steps are consecutive");

@@ -64,6 +64,7 @@ pub(crate) fn config() -> EngineConfig {
         step_target_ms: 100,
         queue_max: 64,
         deadline_default_ms: 1_000_000,
+        repair_patience_ms: 30_000,
     }
 }
 
