@@ -404,9 +404,9 @@ impl Director {
                         self.engine_event(now, engine::Event::ReplicaDown { replica, reason });
                         self.adapter_event(now, adapters::Event::ReplicaDown { replica });
                     }
-                    cluster::Effect::Problem(problem) => {
+                    cluster::Effect::Problem { problem, lasting } => {
                         outputs.push(Output::Problem(problem.clone()));
-                        self.engine_event(now, engine::Event::Problem(problem));
+                        self.engine_event(now, engine::Event::Problem { problem, lasting });
                     }
                     cluster::Effect::Fenced { by } => outputs.push(Output::Fenced(by)),
                 }

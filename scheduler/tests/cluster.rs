@@ -179,7 +179,7 @@ fn it_serves_only_when_every_rank_is_ready_at_the_present_revision() {
     assert!(test.cluster.problem().is_some());
     let effects = test.ready(b, revision);
     assert!(came_up(&effects));
-    assert!(effects.contains(&Effect::Problem(None)));
+    assert!(effects.contains(&Effect::Problem { problem: None, lasting: false }));
     assert!(!came_up(&test.ready(b, revision)), "once");
 }
 

@@ -182,7 +182,12 @@ pub enum Effect {
         reason: String,
     },
     /// Why nothing can be served, has changed.
-    Problem(Option<String>),
+    Problem {
+        /// Why.
+        problem: Option<String>,
+        /// Whether it takes more than time until that changes.
+        lasting: bool,
+    },
     /// A node or a gateway has accepted a higher term than ours: acquire one above it, or stop leading.
     Fenced {
         /// The term that the node has accepted.

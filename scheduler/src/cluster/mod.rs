@@ -33,6 +33,8 @@ const STALLED_MS: u64 = 300;
 const IDLE_SILENCE_MS: u64 = 10_000;
 /// Longest silence of a node that fetches, verifies and loads weights; its death is seen as the end of its connection.
 const LOADING_SILENCE_MS: u64 = 600_000;
+/// A replica that failed this often since it last served is not waited for.
+const LASTING_FAILURES: u32 = 2;
 /// Revisions of one term: `term × REVISIONS_PER_TERM + n`, so that they rise over all terms.
 const REVISIONS_PER_TERM: u64 = 1_000_000;
 
@@ -50,7 +52,10 @@ pub struct Cluster {
     unplanned: bool,
     /// Why there is no layout.
     plan_problem: Option<String>,
+    /// Whether the nodes that are there cannot hold the model.
+    does_not_fit: bool,
     problem: Option<String>,
+    lasting_problem: bool,
     last_tick: Option<Millis>,
 }
 
@@ -66,7 +71,9 @@ impl Cluster {
             changed: Millis(0),
             unplanned: false,
             plan_problem: None,
+            does_not_fit: false,
             problem: None,
+            lasting_problem: false,
             last_tick: None,
         }
     }

@@ -62,7 +62,7 @@ impl Cluster {
         if !self.unplanned || !(fixed || config.expected_nodes.is_some() || settled) {
             return;
         }
-        self.unplanned = false;
+        (self.unplanned, self.does_not_fit) = (false, false);
         let devices: Vec<DeviceReport> = self.nodes.values().map(device_report).collect();
         let request = costs::plan_request(config);
         match plan(&config.shape, &devices, &config.links, &request) {
@@ -76,7 +76,7 @@ impl Cluster {
                     self.replicas.insert(id, Replica::new(id, replica, kv_blocks, now));
                 }
             }
-            Err(error) => self.plan_problem = Some(error.to_string()),
+            Err(error) => (self.plan_problem, self.does_not_fit) = (Some(error.to_string()), true),
         }
     }
 
@@ -192,10 +192,19 @@ impl Cluster {
     }
 
     fn update_problem(&mut self, effects: &mut Vec<Effect>) {
-        let problem = self.describe_problem();
-        if problem != self.problem {
-            self.problem.clone_from(&problem);
-            effects.push(Effect::Problem(problem));
+        let (problem, lasting) = (self.describe_problem(), self.is_lasting());
+        if (&problem, lasting) != (&self.problem, self.lasting_problem) {
+            (self.problem, self.lasting_problem) = (problem.clone(), lasting);
+            effects.push(Effect::Problem { problem, lasting });
+        }
+    }
+
+    /// Whether it takes more than time until something can be served: the model does not fit, or cannot be loaded.
+    fn is_lasting(&self) -> bool {
+        let fails = |replica: &Replica| replica.failures >= LASTING_FAILURES;
+        match self.replicas.is_empty() {
+            true => self.does_not_fit,
+            false => self.replicas.values().all(fails),
         }
     }
 

@@ -120,7 +120,12 @@ pub enum Event {
         reason: String,
     },
     /// Why nothing can be served, or `None` if that is over; shown to clients that are refused.
-    Problem(Option<String>),
+    Problem {
+        /// Why.
+        problem: Option<String>,
+        /// Whether it will not pass by itself, so that nobody shall wait.
+        lasting: bool,
+    },
     /// From now on no submission is accepted; what is accepted goes on.
     Drain,
     /// Time passes; deadlines are due.

@@ -60,6 +60,8 @@ pub struct Engine {
     /// Adapters that may be asked for.
     adapters: BTreeSet<AdapterId>,
     problem: Option<String>,
+    /// Whether that will not pass by itself.
+    lasting_problem: bool,
     /// Since when no replica is up.
     down_since: Option<Millis>,
     draining: bool,
@@ -83,6 +85,7 @@ impl Engine {
             last_sequence: 0,
             adapters: BTreeSet::new(),
             problem: None,
+            lasting_problem: false,
             down_since: None,
             draining: false,
             counters: SchedulerCounters::default(),
@@ -129,7 +132,7 @@ impl Engine {
             Event::AdapterFailed { replica, adapter, reason } => {
                 self.adapter_failed(now, replica, adapter, &reason, effects);
             }
-            Event::Problem(problem) => self.problem = problem,
+            Event::Problem { problem, lasting } => (self.problem, self.lasting_problem) = (problem, lasting),
             Event::Drain => self.draining = true,
             Event::Tick => {
                 self.give_up_stuck_replicas(now, effects);
@@ -220,9 +223,10 @@ impl Engine {
         }
     }
 
-    /// Whether no replica has been up for so long that those who have not begun are refused.
+    /// Whether no replica has been up for so long, or will be, that those who have not begun are refused.
     fn is_out_of_patience(&self, now: Millis) -> bool {
-        self.down_since.is_some_and(|since| now.since(since) >= self.config.repair_patience_ms)
+        let waited = |since| self.lasting_problem || now.since(since) >= self.config.repair_patience_ms;
+        self.down_since.is_some_and(waited)
     }
 
     /// Ends what has waited for its first step all too long while no replica is up.

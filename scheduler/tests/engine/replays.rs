@@ -95,7 +95,8 @@ fn those_who_have_not_begun_are_refused_with_the_reason_once_patience_ends() {
     advance(&mut world, 3);
     let new = world.submit(submit(2, prompt(400, 2), 5));
     world.down(0, "node b was lost");
-    world.send(Event::Problem(Some("node b was lost; waiting for it".into())));
+    let problem = Some("node b was lost; waiting for it".into());
+    world.send(Event::Problem { problem, lasting: false });
     world.wait(29_999);
     assert_eq!(world.heard(new).end, None);
     world.wait(1);
@@ -114,6 +115,17 @@ fn those_who_have_not_begun_are_refused_with_the_reason_once_patience_ends() {
     assert_eq!(world.heard(begun).tokens, oracle(&prompt(40, 1), 1, 50));
     assert_eq!(world.heard(elsewhere).tokens, oracle(&prompt(40, 4), 4, 50)[10..]);
     assert_eq!(world.heard(elsewhere).indices, (10..50).collect::<Vec<u32>>());
+}
+
+#[test]
+fn nobody_waits_for_what_time_alone_will_not_mend() {
+    let mut world = World::new(config());
+    let early = world.submit(submit(1, prompt(40, 1), 5));
+    world.send(Event::Problem { problem: Some("the model does not fit".into()), lasting: true });
+    world.wait(1);
+    assert_eq!(world.failure(early).message, "the model does not fit");
+    let late = world.submit(submit(2, prompt(40, 2), 5));
+    assert_eq!(world.failure(late).kind, FailureKind::Unavailable);
 }
 
 #[test]
