@@ -106,7 +106,13 @@ impl Generation {
                 let id = ChoiceId { request: spec.id, choice: submits.len() as u32 };
                 unread_max +=
                     described + app.config.unread_tokens_max.min(prompt.max_new_tokens as usize + 2);
-                submits.push(spec.submit(id, prompt, choice_index, cluster.model_digest, app.config.deadline()));
+                submits.push(spec.submit(
+                    id,
+                    prompt,
+                    choice_index,
+                    cluster.model_digest,
+                    app.config.deadline(),
+                ));
                 let decoder = app.text.decoder(spec.special, spec.start);
                 transcripts.push(Transcript::new(now, spec.transcript(id, prompt), decoder));
             }
@@ -145,10 +151,15 @@ impl Generation {
             match happened {
                 Happened::Heard(Heard::Event(id, event)) => self.handle(id.choice as usize, event),
                 Happened::Heard(Heard::SchedulerBack) => {
-                    (0..self.transcripts.len()).for_each(|choice| self.handle(choice, TranscriptEvent::SchedulerBack));
+                    (0..self.transcripts.len())
+                        .for_each(|choice| self.handle(choice, TranscriptEvent::SchedulerBack));
                 }
                 Happened::Heard(Heard::GivenUp(problem)) => {
-                    self.fail_where(|transcript| transcript.delivered().is_empty(), FailureKind::Unavailable, &problem);
+                    self.fail_where(
+                        |transcript| transcript.delivered().is_empty(),
+                        FailureKind::Unavailable,
+                        &problem,
+                    );
                 }
                 Happened::Heard(Heard::Lagged) => self.fail_all(
                     FailureKind::Unavailable,

@@ -230,7 +230,11 @@ fn a_stream_outlives_a_frozen_scheduler() {
     let expected = undisturbed(&cluster);
     let pid = cluster.pid("scheduler");
     let pause = disturb(&cluster, &expected, || assert!(processes::signal(pid, "STOP")));
-    assert!(pause < PAUSE_LIMIT + Duration::from_secs(1), "the stream stood still for {pause:?}\n{}", cluster.said());
+    assert!(
+        pause < PAUSE_LIMIT + Duration::from_secs(1),
+        "the stream stood still for {pause:?}\n{}",
+        cluster.said()
+    );
     println!("scheduler frozen: the stream stood still for {pause:?}");
     assert!(!processes::alive(pid));
     assert_no_panic(&cluster);
@@ -303,7 +307,9 @@ fn check_frozen(cluster: &Cluster) {
             assert!(processes::signal(pid, "CONT"));
         });
         assert!(pause < PAUSE_LIMIT, "{node}: the stream stood still for {pause:?} more\n{}", cluster.said());
-        println!("{node} frozen: noticed after {noticed:?}, once it goes on the stream stood still for {pause:?}");
+        println!(
+            "{node} frozen: noticed after {noticed:?}, once it goes on the stream stood still for {pause:?}"
+        );
     }
     assert_no_panic(cluster);
 }

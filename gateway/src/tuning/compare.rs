@@ -231,7 +231,9 @@ impl Comparer {
                                 }
                             }
                             // It is asked again from its beginning: nobody has seen any of it.
-                            Ok(Heard::SchedulerBack | Heard::GivenUp(_) | Heard::Lagged) | Err(_) => break lost(),
+                            Ok(Heard::SchedulerBack | Heard::GivenUp(_) | Heard::Lagged) | Err(_) => {
+                                break lost();
+                            }
                         }
                     }
                 }

@@ -198,8 +198,7 @@ async fn a_receipt_comes_only_when_asked_for() {
     let world = World::new(|_| say("x")).await;
     assert!(world.chat(ask(json!({}))).await.json().get("ashlar").is_none());
     let body = world.chat(ask(json!({"ashlar_receipt": true}))).await.json();
-    let expected =
-        json!({"queue_ms": 3, "prefill_ms": 4, "decode_ms": 5, "cached_tokens": 2, "preemptions": 0, "replays": 0});
+    let expected = json!({"queue_ms": 3, "prefill_ms": 4, "decode_ms": 5, "cached_tokens": 2, "preemptions": 0, "replays": 0});
     assert_eq!(body["ashlar"], expected);
 }
 

@@ -79,7 +79,8 @@ fn in_two_halves(then: Action) -> impl Fn(&Submit) -> Vec<Action> {
 async fn a_stream_goes_on_with_the_next_token_when_the_scheduler_was_lost() {
     let world = World::new(in_two_halves(Action::Disconnect)).await;
     let events = world.chat(ask(json!({"seed": 1, "stream": true, "logprobs": true}))).await.events();
-    let text = |event: &Value| event["choices"][0]["delta"]["content"].as_str().unwrap_or_default().to_owned();
+    let text =
+        |event: &Value| event["choices"][0]["delta"]["content"].as_str().unwrap_or_default().to_owned();
     assert_eq!(events.iter().map(text).collect::<String>(), "abcd");
     let last = events.iter().rfind(|event| !event["choices"][0]["finish_reason"].is_null()).unwrap();
     assert_eq!(last["choices"][0]["finish_reason"], "length");
@@ -131,8 +132,7 @@ async fn what_a_leaving_scheduler_does_not_take_the_next_one_gets() {
 #[tokio::test]
 async fn a_scheduler_whose_term_is_over_hears_of_the_higher_one_and_patience_ends() {
     let script = |_: &Submit| vec![Action::Lead(8), Action::Lead(7), Action::Gate];
-    let world =
-        World::with(PLAIN_TEMPLATE, |config| config.scheduler_patience_ms = 300, script).await;
+    let world = World::with(PLAIN_TEMPLATE, |config| config.scheduler_patience_ms = 300, script).await;
     let answer = world.chat(ask(json!({}))).await;
     assert_eq!(answer.status, 503);
     assert!(answer.text().contains("term"), "{}", answer.text());

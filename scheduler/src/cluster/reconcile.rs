@@ -1,7 +1,7 @@
 //! From intent to what is observed: plan, seat, assign, and declare up.
 
 use super::place::{Node, Observed, Phase, Replica};
-use super::{Cluster, Effect, REVISIONS_PER_TERM, costs, held};
+use super::{Cluster, Effect, LASTING_FAILURES, REVISIONS_PER_TERM, costs, held};
 use crate::engine::ReplicaUp;
 use crate::time::Millis;
 use ashlar_protocol::membership::Assignment;

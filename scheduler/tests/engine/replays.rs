@@ -101,7 +101,10 @@ fn those_who_have_not_begun_are_refused_with_the_reason_once_patience_ends() {
     assert_eq!(world.heard(new).end, None);
     world.wait(1);
     let failure = world.failure(new);
-    assert_eq!((failure.kind, failure.message.as_str()), (FailureKind::Unavailable, "node b was lost; waiting for it"));
+    assert_eq!(
+        (failure.kind, failure.message.as_str()),
+        (FailureKind::Unavailable, "node b was lost; waiting for it")
+    );
     assert!(failure.retry_after_ms.is_some());
     let late = world.submit(submit(3, prompt(40, 3), 5));
     assert_eq!(world.failure(late).kind, FailureKind::Unavailable, "at once");

@@ -78,7 +78,8 @@ fn sleeping_workers_wake_for_the_next_job() {
             both.notify_all();
             // One thread that takes both tasks would wait for itself.
             let wait = both.wait_timeout_while(count, Duration::from_secs(30), |count| *count < 2);
-            let (_, waited) = wait.unwrap_or_else(PoisonError::into_inner);
+            let (count, waited) = wait.unwrap_or_else(PoisonError::into_inner);
+            drop(count);
             assert!(!waited.timed_out(), "the other thread slept on");
         });
     }
