@@ -25,6 +25,7 @@ impl Spans {
             decode_ms = tracing::field::Empty,
             cached_tokens = tracing::field::Empty,
             preemptions = tracing::field::Empty,
+            replays = tracing::field::Empty,
             failure = tracing::field::Empty,
         );
         set_parent(&span, traceparent);
@@ -44,6 +45,7 @@ impl Spans {
                     span.record("decode_ms", receipt.decode_ms);
                     span.record("cached_tokens", receipt.cached_tokens);
                     span.record("preemptions", receipt.preemptions);
+                    span.record("replays", receipt.replays);
                 }
             }
             FromScheduler::Failed { id, error } => {
@@ -52,6 +54,7 @@ impl Spans {
                 }
             }
             FromScheduler::Cluster(_)
+            | FromScheduler::Beat
             | FromScheduler::Admin { .. }
             | FromScheduler::Prepare(_)
             | FromScheduler::Compare(_)
