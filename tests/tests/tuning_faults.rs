@@ -357,7 +357,6 @@ fn a_full_disk_pauses_the_job_with_its_reason_and_the_cluster_serves_on() {
 }
 
 #[test]
-#[ignore = "not yet seen to pass: run it with --run-ignored all"]
 fn a_cluster_whose_whole_state_lies_on_a_full_disk_serves_on_and_recovers() {
     let test = "a_cluster_whose_whole_state_lies_on_a_full_disk";
     let Some(cluster) = Cluster::start_on_small_disk(test, &["--stages", "2"], ".", SMALL_DISK_BYTES) else {

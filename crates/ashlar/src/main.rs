@@ -1,18 +1,20 @@
 //! The one binary: every role, and the commands that talk to them.
 //!
 //! Layout: [`up`] (a small real cluster as supervised children), [`roles`] (gateway, scheduler, node), client commands
-//! ([`chat`], [`tune`], [`bench`]), and what needs no cluster ([`plan`], [`quantize`], [`synth`]). [`demo`] holds the demo model,
-//! [`http`] a plain HTTP client, [`supervisor`] a child process kept alive.
+//! ([`chat`], [`tune`], [`bench`], [`drill`]), and what needs no cluster ([`plan`], [`quantize`], [`synth`]). [`demo`] holds the demo model,
+//! [`http`] a plain HTTP client, [`supervisor`] a child process kept alive, [`processes`] which ones there are.
 #![forbid(unsafe_code)]
 
 mod bench;
 mod cache;
 mod chat;
 mod demo;
+mod drill;
 mod http;
 mod plan;
 mod port;
 mod precision;
+mod processes;
 mod quantize;
 mod roles;
 mod supervisor;
@@ -59,6 +61,8 @@ enum Command {
     Plan(plan::PlanArgs),
     /// Measure: a model on this machine, layouts against each other, or a running service.
     Bench(bench::BenchArgs),
+    /// Kill and freeze processes of a running cluster under load, and say what clients noticed.
+    Drill(drill::DrillArgs),
     /// Write a model as one GGUF file, quantised: for this server and for llama.cpp.
     Quantize(quantize::QuantizeArgs),
     /// Write a random-weight model of a real shape.
@@ -76,6 +80,7 @@ fn main() -> ExitCode {
         Command::Tune(args) => tune::run(args),
         Command::Plan(args) => plan::run(args),
         Command::Bench(args) => bench::run(args),
+        Command::Drill(args) => drill::run(args),
         Command::Quantize(args) => quantize::run(args),
         Command::Synth(args) => synth::run(args),
     };

@@ -5,6 +5,7 @@ use crate::demo;
 use crate::http::Client;
 use crate::port::ReservedPort;
 use crate::precision::PrecisionArgs;
+use crate::processes::{self, Processes};
 use crate::roles;
 use crate::supervisor::{Notice, Role, Supervised};
 use anyhow::{Context, Result, bail};
@@ -158,6 +159,7 @@ struct Cluster {
     scheduler: Role,
     nodes: Vec<Role>,
     model_name: String,
+    state: PathBuf,
     /// Where the scheduler listens, for as long as the cluster lives.
     _ports: [ReservedPort; 2],
 }
@@ -259,6 +261,7 @@ impl Cluster {
             )?,
             nodes,
             model_name: served,
+            state: state.to_owned(),
             _ports: ports,
         })
     }
@@ -296,14 +299,21 @@ impl Cluster {
         );
         bar.set_message(format!("loading {}", self.model_name));
         let mut ready = false;
+        let mut running = Processes::new();
         let mut problem = String::new();
         let mut poll = tokio::time::interval(POLL);
         loop {
             tokio::select! {
                 notice = notices.recv() => match notice {
                     None => bail!("the supervisor stopped"),
-                    Some(Notice::Started { name, pid }) => bar.suspend(|| eprintln!("{name:<10} pid {pid}")),
+                    Some(Notice::Started { name, pid }) => {
+                        bar.suspend(|| eprintln!("{name:<10} pid {pid}"));
+                        running.insert(name, pid);
+                        self.tell_processes(&running);
+                    }
                     Some(Notice::Ended { name, how }) => {
+                        running.remove(&name);
+                        self.tell_processes(&running);
                         bar.suspend(|| eprintln!("{name} ended ({how}): starting it again"));
                         ready = false;
                     }
@@ -324,6 +334,13 @@ impl Cluster {
                     }
                 }
             }
+        }
+    }
+
+    /// For other commands. The cluster runs on whether they can know it or not.
+    fn tell_processes(&self, running: &Processes) {
+        if let Err(error) = processes::write(&self.state, running) {
+            eprintln!("warning: {error:#}");
         }
     }
 

@@ -14,10 +14,10 @@ mod machine;
 mod model;
 mod peer;
 mod quality;
-mod random;
+pub(crate) mod random;
 mod rows;
 mod serve;
-mod stats;
+pub(crate) mod stats;
 mod table;
 
 use anyhow::{Result, bail};
