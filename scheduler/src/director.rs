@@ -252,7 +252,9 @@ impl Director {
             FromNode::Ready { revision, reserved, resident } => {
                 Event::Ready { connection, revision, reserved, resident }
             }
-            FromNode::Failed { revision, message } => Event::Failed { connection, revision, message },
+            FromNode::Failed { revision, message, weights } => {
+                Event::Failed { connection, revision, message, weights }
+            }
             FromNode::AdapterLoaded { revision, adapter, load, outcome } => {
                 let answer = adapters::Event::Answer { connection, revision, adapter, load, outcome };
                 self.adapter_event(now, answer);

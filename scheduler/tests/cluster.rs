@@ -262,7 +262,7 @@ fn a_failed_assignment_is_tried_again_after_a_growing_pause() {
     let mut pauses = Vec::new();
     for _ in 0..3 {
         let message = "model.safetensors is truncated".to_owned();
-        test.send(Event::Failed { connection: b, revision, message });
+        test.send(Event::Failed { connection: b, revision, message, weights: false });
         assert!(test.cluster.problem().is_some_and(|p| p.contains("node b failed: model.safetensors")));
         let started = test.now;
         loop {
@@ -284,7 +284,7 @@ fn a_rank_that_loses_a_peer_while_serving_stops_the_replica() {
     let (mut test, a, _) = Test::up();
     let revision = assignments(&test.seen)[0].1.revision;
     let message = "lost the next stage: connection closed by the peer".to_owned();
-    let effects = test.send(Event::Failed { connection: a, revision, message });
+    let effects = test.send(Event::Failed { connection: a, revision, message, weights: false });
     assert!(down(&effects).is_some_and(|reason| reason.contains("node a failed: lost the next stage")));
 }
 
@@ -292,7 +292,8 @@ fn a_rank_that_loses_a_peer_while_serving_stops_the_replica() {
 fn what_is_reported_about_a_former_assignment_is_ignored() {
     let (mut test, a, _) = Test::up();
     let message = "late".to_owned();
-    let effects = test.send(Event::Failed { connection: a, revision: ReplicaRevision(1), message });
+    let effects =
+        test.send(Event::Failed { connection: a, revision: ReplicaRevision(1), message, weights: false });
     assert!(effects.is_empty());
 }
 

@@ -209,11 +209,15 @@ impl Executor {
     }
 
     fn fail(&mut self, revision: ReplicaRevision, message: String) {
+        self.fail_with(revision, message, false);
+    }
+
+    fn fail_with(&mut self, revision: ReplicaRevision, message: String, weights: bool) {
         warn!(%revision, "{message}");
         self.sessions.end_all("the layout failed");
         self.place = None;
         self.breaker.break_all();
-        self.send(FromNode::Failed { revision, message });
+        self.send(FromNode::Failed { revision, message, weights });
     }
 
     fn load_adapter(&mut self, revision: ReplicaRevision, adapter: AdapterId, load: u64) {
@@ -262,6 +266,9 @@ impl Executor {
             max_rows: assignment.max_num_batched_tokens,
         };
         self.sequencer.handle(event, &mut effects);
+        if let Err(message) = self.load(&assignment) {
+            return self.fail_with(revision, message, true);
+        }
         match self.take_place(assignment) {
             Ok(place) => self.place = Some(place),
             Err(message) => self.fail(revision, message),
@@ -269,7 +276,6 @@ impl Executor {
     }
 
     fn take_place(&mut self, assignment: Assignment) -> Result<Place, String> {
-        self.load(&assignment)?;
         let loaded = self.loaded.as_ref().ok_or("no weights")?;
         let ranks = assignment.tensor_parallel_size as usize;
         let settings = LinkSettings {

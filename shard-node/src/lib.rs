@@ -14,6 +14,7 @@
 //! * [`head`]: a head that is spread over all stages: rows out, slices of logits back.
 //! * [`training`]: fine-tuning beside serving, on threads of its own.
 //! * [`fence`]: the persisted highest lease term.
+//! * `speeds`: what the machine can do, measured or remembered.
 //! * [`threads`]: how many threads compute, and on which cores.
 //! * [`spans`]: what traced requests cost this rank.
 //! * [`service`]: the thin shell: control connection, data listener, reconnects.
@@ -36,6 +37,7 @@ pub mod sampling;
 pub mod sequencer;
 pub mod service;
 pub mod spans;
+mod speeds;
 pub mod threads;
 pub mod training;
 

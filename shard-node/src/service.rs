@@ -1,13 +1,13 @@
-//! The thin shell: measures the machine, listens for other ranks, keeps the connection to the scheduler.
+//! The thin shell: listens for other ranks, keeps the connection to the scheduler.
 
 use crate::config::NodeConfig;
 use crate::executor::{Command, Executor, Shared};
 use crate::fence::Fence;
 use crate::links::LinkSettings;
 use crate::links::{self, LinkBreaker};
+use crate::speeds;
 use crate::threads::{self, ThreadsError};
 use crate::training::{Resources, Sessions};
-use ashlar_kernels::measure::{self, QuantizedProduct, Reader};
 use ashlar_kernels::{Kernels, YieldFlag};
 use ashlar_protocol::data::LinkPurpose;
 use ashlar_protocol::frame::{self, FrameError};
@@ -152,7 +152,8 @@ fn join_message(
         .unwrap_or_else(|| memory::available_memory().map_or(1 << 30, |bytes| bytes.0 / 10 * 9));
     // More than the caches hold, and little beside what is offered.
     let working_set_bytes = (memory / 16).clamp(64 << 20, 256 << 20);
-    let speeds = measure_machine(kernels, working_set_bytes as usize);
+    let remembered = config.state.join(format!("{}.speeds.toml", config.name));
+    let speeds = speeds::of_machine(kernels, working_set_bytes as usize, &remembered);
     Join {
         node: config.name.clone(),
         data_address: format!("{host}:{}", bound.port()),
@@ -166,36 +167,6 @@ fn join_message(
         holds: None,
         term,
     }
-}
-
-/// What a machine can do.
-#[derive(Default)]
-struct Speeds {
-    bytes_per_s: f64,
-    flops_per_s: f64,
-    quantized_flops_per_s: f64,
-}
-
-/// Read bandwidth, and the rates of multiply-adds and of products with quantised weights, each the best of many looks that
-/// are shorter than a time slice: other processes that start at the same moment (a scheduler that hashes the weights) spoil
-/// some of them, and nothing makes one too fast.
-fn measure_machine(kernels: &Kernels, working_set_bytes: usize) -> Speeds {
-    const LOOKS: usize = 50;
-    let _on_core = kernels.pool().pin_caller();
-    let reader = Reader::new(kernels, working_set_bytes);
-    let mut product = QuantizedProduct::new(kernels, QuantizedProduct::TYPICAL);
-    let mut best = Speeds::default();
-    for _ in 0..LOOKS {
-        let bytes_per_s = reader.bytes_per_s(kernels, Duration::from_millis(3));
-        let flops_per_s = measure::fma_flops_per_s(kernels, Duration::from_millis(2));
-        let quantized_flops_per_s = product.flops_per_s(kernels, Duration::from_millis(1));
-        best = Speeds {
-            bytes_per_s: best.bytes_per_s.max(bytes_per_s),
-            flops_per_s: best.flops_per_s.max(flops_per_s),
-            quantized_flops_per_s: best.quantized_flops_per_s.max(quantized_flops_per_s),
-        };
-    }
-    best
 }
 
 /// Accepts data connections for the life of the process; a bad greeting concerns only its connection.

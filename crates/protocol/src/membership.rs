@@ -47,6 +47,8 @@ pub enum FromNode {
         revision: ReplicaRevision,
         /// What to tell the operator.
         message: String,
+        /// Whether it was the weights: they are not there, or not what they should be.
+        weights: bool,
     },
     /// From rank 0 of the last stage only.
     StepResult(StepResult),

@@ -386,7 +386,7 @@ impl Node {
     fn fail(&mut self, message: String, actions: &mut Vec<Action>) {
         if let Some(revision) = self.place.as_ref().map(|place| place.assignment.revision) {
             self.leave_place(actions);
-            self.tell(FromNode::Failed { revision, message }, actions);
+            self.tell(FromNode::Failed { revision, message, weights: false }, actions);
         }
     }
 

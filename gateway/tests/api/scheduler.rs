@@ -15,7 +15,6 @@ use ashlar_vocabulary::{
     TensorRank, TokenId, TokenLogprob, TokenLogprobs,
 };
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::net::{TcpListener, TcpStream};
@@ -64,6 +63,21 @@ pub(crate) fn say_until_length(text: &str) -> Script {
     script
 }
 
+/// To one gateway.
+#[derive(Debug)]
+enum Out {
+    Say(Box<FromScheduler>),
+    /// Nothing more, and the connection stays.
+    Mute,
+    Cut,
+}
+
+impl Out {
+    fn say(message: FromScheduler) -> Out {
+        Out::Say(Box::new(message))
+    }
+}
+
 #[derive(Debug, Default)]
 pub(crate) struct Seen {
     pub(crate) submits: Vec<Submit>,
@@ -84,7 +98,7 @@ struct State {
     seen: Mutex<Seen>,
     admin: Mutex<Admin>,
     /// To every gateway.
-    gateways: Mutex<Vec<mpsc::Sender<Option<FromScheduler>>>>,
+    gateways: Mutex<Vec<mpsc::Sender<Out>>>,
     changed: Notify,
     gate: watch::Sender<bool>,
     cluster: watch::Sender<ClusterSnapshot>,
@@ -145,7 +159,7 @@ impl FakeScheduler {
         let prepare = Box::new(self.admin(|admin| admin.prepare(job)));
         let gateways = self.state.gateways.lock().unwrap().clone();
         for gateway in gateways {
-            let _ = gateway.send(Some(FromScheduler::Prepare(prepare.clone()))).await;
+            let _ = gateway.send(Out::say(FromScheduler::Prepare(prepare.clone()))).await;
         }
     }
 
@@ -153,7 +167,7 @@ impl FakeScheduler {
     pub(crate) async fn compare(&self, asked: &CompareAdapters) {
         let gateways = self.state.gateways.lock().unwrap().clone();
         for gateway in gateways {
-            let _ = gateway.send(Some(FromScheduler::Compare(Box::new(asked.clone())))).await;
+            let _ = gateway.send(Out::say(FromScheduler::Compare(Box::new(asked.clone())))).await;
         }
     }
 
@@ -174,17 +188,19 @@ async fn serve(mut socket: TcpStream, state: Arc<State>) {
         return;
     }
     let (mut read, mut write) = socket.into_split();
-    let (sender, mut outbox) = mpsc::channel::<Option<FromScheduler>>(64);
-    let mute = Arc::new(AtomicBool::new(false));
-    let muted = mute.clone();
+    let (sender, mut outbox) = mpsc::channel(64);
     let writer = tokio::spawn(async move {
-        // `None` cuts the connection.
-        while let Some(Some(message)) = outbox.recv().await {
-            if muted.load(Ordering::Relaxed) {
-                continue;
-            }
-            if frame::write(&mut write, &message).await.is_err() {
-                return;
+        let mut mute = false;
+        while let Some(out) = outbox.recv().await {
+            match out {
+                Out::Cut => return,
+                Out::Mute => mute = true,
+                Out::Say(_) if mute => {}
+                Out::Say(message) => {
+                    if frame::write(&mut write, &*message).await.is_err() {
+                        return;
+                    }
+                }
             }
         }
     });
@@ -194,14 +210,14 @@ async fn serve(mut socket: TcpStream, state: Arc<State>) {
     let watcher = tokio::spawn(async move {
         loop {
             let snapshot = Box::new(cluster.borrow_and_update().clone());
-            if snapshots.send(Some(FromScheduler::Cluster(snapshot))).await.is_err() {
+            if snapshots.send(Out::say(FromScheduler::Cluster(snapshot))).await.is_err() {
                 return;
             }
             let beat = Duration::from_millis(SCHEDULER_BEAT_MS / 2);
             while !cluster.has_changed().unwrap_or(true) {
                 if tokio::time::timeout(beat, cluster.changed()).await.is_ok() {
                     cluster.mark_changed();
-                } else if snapshots.send(Some(FromScheduler::Beat)).await.is_err() {
+                } else if snapshots.send(Out::say(FromScheduler::Beat)).await.is_err() {
                     return;
                 }
             }
@@ -215,7 +231,7 @@ async fn serve(mut socket: TcpStream, state: Arc<State>) {
                 ToScheduler::Submit(submit) => {
                     let script = (state.scripts)(&submit);
                     state.seen.lock().unwrap().submits.push((*submit).clone());
-                    let play = play(*submit, script, sender.clone(), mute.clone(), state.gate.subscribe());
+                    let play = play(*submit, script, sender.clone(), state.gate.subscribe());
                     let submit_id = state.seen.lock().unwrap().submits.last().unwrap().id;
                     running.push((submit_id, plays.spawn(play)));
                 }
@@ -226,10 +242,10 @@ async fn serve(mut socket: TcpStream, state: Arc<State>) {
                     };
                     let reply = Box::new(state.admin.lock().unwrap().call(*request));
                     let prepare = created.filter(|_| matches!(*reply, AdminReply::Job(_)));
-                    let _ = sender.send(Some(FromScheduler::Admin { call, reply })).await;
+                    let _ = sender.send(Out::say(FromScheduler::Admin { call, reply })).await;
                     if let Some(job) = prepare {
                         let prepare = Box::new(state.admin.lock().unwrap().prepare(job));
-                        let _ = sender.send(Some(FromScheduler::Prepare(prepare))).await;
+                        let _ = sender.send(Out::say(FromScheduler::Prepare(prepare))).await;
                     }
                 }
                 ToScheduler::Prepared { job, outcome } => state.admin.lock().unwrap().prepared(job, *outcome),
@@ -252,13 +268,7 @@ async fn serve(mut socket: TcpStream, state: Arc<State>) {
     watcher.abort();
 }
 
-async fn play(
-    submit: Submit,
-    script: Script,
-    sender: mpsc::Sender<Option<FromScheduler>>,
-    mute: Arc<AtomicBool>,
-    mut gate: watch::Receiver<bool>,
-) {
+async fn play(submit: Submit, script: Script, sender: mpsc::Sender<Out>, mut gate: watch::Receiver<bool>) {
     let id = submit.id;
     let mut index = submit.forced.len() as u32;
     let describe = |token: TokenId| {
@@ -306,7 +316,7 @@ async fn play(
             }
             Action::Flood(token) => loop {
                 let event = TokenEvent { id, index, token, logprobs: None, cached_tokens: 2, queue_ms: 3 };
-                if sender.send(Some(FromScheduler::Token(event))).await.is_err() {
+                if sender.send(Out::say(FromScheduler::Token(event))).await.is_err() {
                     return;
                 }
                 index += 1;
@@ -332,15 +342,15 @@ async fn play(
                 FromScheduler::Cluster(Box::new(ClusterSnapshot { term: LeaseTerm(term), ..cluster() }))
             }
             Action::Mute => {
-                mute.store(true, Ordering::Relaxed);
+                let _ = sender.send(Out::Mute).await;
                 return;
             }
             Action::Disconnect => {
-                let _ = sender.send(None).await;
+                let _ = sender.send(Out::Cut).await;
                 return;
             }
         };
-        if sender.send(Some(message)).await.is_err() {
+        if sender.send(Out::say(message)).await.is_err() {
             return;
         }
     }

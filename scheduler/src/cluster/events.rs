@@ -112,6 +112,8 @@ pub enum Event {
         revision: ReplicaRevision,
         /// Why.
         message: String,
+        /// Whether it was the weights.
+        weights: bool,
     },
     /// A node refuses an assignment because it has accepted a higher term.
     Refused {

@@ -33,7 +33,7 @@ const STALLED_MS: u64 = 300;
 const IDLE_SILENCE_MS: u64 = 10_000;
 /// Longest silence of a node that fetches, verifies and loads weights; its death is seen as the end of its connection.
 const LOADING_SILENCE_MS: u64 = 600_000;
-/// A replica that failed this often since it last served is not waited for.
+/// A replica whose weights could not be loaded this often since it last served is not waited for.
 const LASTING_FAILURES: u32 = 2;
 /// Revisions of one term: `term × REVISIONS_PER_TERM + n`, so that they rise over all terms.
 const REVISIONS_PER_TERM: u64 = 1_000_000;
@@ -100,8 +100,8 @@ impl Cluster {
                 });
                 self.holds_its_slice(connection, replica);
             }
-            Event::Failed { connection, revision, message } => {
-                self.failed(now, connection, revision, message, effects);
+            Event::Failed { connection, revision, message, weights } => {
+                self.failed(now, connection, revision, (message, weights), effects);
             }
             Event::Refused { connection, term } => self.refused(now, connection, term, effects),
             Event::GatewayRefused { term } => self.gateway_refused(term, effects),
@@ -260,12 +260,15 @@ impl Cluster {
         now: Millis,
         connection: NodeConnection,
         revision: ReplicaRevision,
-        message: String,
+        (message, weights): (String, bool),
         effects: &mut Vec<Effect>,
     ) {
         let observed = Observed::Failed { message: message.clone() };
         let replica = self.observe(now, connection, revision, |node| node.observed = observed);
         if let (Some(replica), Some(name)) = (replica, self.connections.get(&connection).cloned()) {
+            if let Some(replica) = self.replicas.get_mut(&replica) {
+                replica.unloadable += u32::from(weights);
+            }
             self.retry(now, replica, format!("node {name} failed: {message}"), effects);
         }
     }

@@ -60,6 +60,8 @@ pub(super) struct Replica {
     pub(super) phase: Phase,
     /// Failures since it last served.
     pub(super) failures: u32,
+    /// How many of them were of its weights.
+    pub(super) unloadable: u32,
     /// Why it does not serve, for clients and operators.
     pub(super) trouble: Option<String>,
 }
@@ -114,6 +116,7 @@ impl Replica {
             seats: seats.collect(),
             phase: Phase::Vacant { since: now },
             failures: 0,
+            unloadable: 0,
             trouble: None,
         }
     }

@@ -186,7 +186,7 @@ impl Cluster {
         }));
         if let Some(replica) = self.replicas.get_mut(&id) {
             replica.phase = Phase::Up;
-            replica.failures = 0;
+            (replica.failures, replica.unloadable) = (0, 0);
             replica.trouble = None;
         }
     }
@@ -201,7 +201,7 @@ impl Cluster {
 
     /// Whether it takes more than time until something can be served: the model does not fit, or cannot be loaded.
     fn is_lasting(&self) -> bool {
-        let fails = |replica: &Replica| replica.failures >= LASTING_FAILURES;
+        let fails = |replica: &Replica| replica.unloadable >= LASTING_FAILURES;
         match self.replicas.is_empty() {
             true => self.does_not_fit,
             false => self.replicas.values().all(fails),

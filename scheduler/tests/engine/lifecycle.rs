@@ -294,6 +294,13 @@ fn prompt_logprobs_are_delivered_once_and_in_order() {
     };
     let mut first = result(1, vec![token(1, 4, 9)]);
     first.prompt_logprobs = vec![logprobs(1, 2), logprobs(1, 3)];
+    answer(&mut world, first.clone());
+    assert_eq!(world.heard(id).prompt_logprobs, [1, 2, 3]);
+    // The prompt is computed again where its replica was lost.
+    world.down(0, "node b was lost");
+    world.up(0, 1, 256);
+    first.sampled = vec![token(1, 5, 9)];
     answer(&mut world, first);
     assert_eq!(world.heard(id).prompt_logprobs, [1, 2, 3]);
+    assert_eq!(world.heard(id).tokens, [9, 9]);
 }

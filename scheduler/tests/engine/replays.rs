@@ -4,7 +4,6 @@ use crate::rank::oracle;
 use crate::world::{End, GATEWAY, World, config, prompt, submit};
 use ashlar_protocol::serving::FailureKind;
 use ashlar_scheduler::engine::{EngineConfig, Event};
-use ashlar_vocabulary::SamplingParams;
 
 fn advance(world: &mut World, times: usize) {
     (0..times).for_each(|_| {
@@ -60,21 +59,6 @@ fn preempted_sequences_of_a_lost_replica_are_computed_again_too() {
     for (number, id) in (1..).zip(ids) {
         assert_eq!(world.heard(id).tokens, oracle(&prompt(17, number as u32), number, 100));
     }
-}
-
-#[test]
-fn prompt_logprobs_are_delivered_once_although_the_prompt_is_computed_twice() {
-    let mut world = World::with(EngineConfig { max_num_batched_tokens: 16, ..config() }, 1, 256);
-    let mut asked = submit(1, prompt(70, 1), 4);
-    asked.sampling = SamplingParams { prompt_logprobs: true, ..asked.sampling };
-    let id = world.submit(asked);
-    advance(&mut world, 2);
-    assert!(!world.heard(id).prompt_logprobs.is_empty());
-    world.down(0, "node b was lost");
-    world.up(0, 1, 256);
-    world.run();
-    assert_eq!(world.heard(id).prompt_logprobs, (1..70).collect::<Vec<u32>>());
-    assert_eq!(world.heard(id).tokens, oracle(&prompt(70, 1), 1, 4));
 }
 
 #[test]
