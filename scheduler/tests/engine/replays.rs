@@ -3,7 +3,7 @@
 use crate::rank::oracle;
 use crate::world::{End, GATEWAY, World, config, prompt, submit};
 use ashlar_protocol::serving::FailureKind;
-use ashlar_scheduler::engine::{EngineConfig, Event};
+use ashlar_scheduler::engine::Event;
 
 fn advance(world: &mut World, times: usize) {
     (0..times).for_each(|_| {
