@@ -252,6 +252,13 @@ impl Director {
             FromNode::Ready { revision, reserved, resident } => {
                 Event::Ready { connection, revision, reserved, resident }
             }
+            FromNode::Crashed => {
+                let reason = "a rank has crashed".to_owned();
+                if let Some((replica, _)) = self.cluster.place_of(connection) {
+                    self.engine_event(now, engine::Event::ReplicaCrashed { replica, reason: reason.clone() });
+                }
+                Event::Lost { connection, reason: "it has crashed".to_owned() }
+            }
             FromNode::Failed { revision, message, weights } => {
                 Event::Failed { connection, revision, message, weights }
             }

@@ -17,6 +17,7 @@ use ashlar_store::blobs::{self, BlobError, BlobOptions};
 use ashlar_vocabulary::Bytes;
 use std::future::Future;
 use std::net::{SocketAddr, TcpListener};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::mpsc::SyncSender;
 use std::time::Duration;
@@ -60,6 +61,9 @@ pub enum NodeError {
     /// The compute threads.
     #[error(transparent)]
     Threads(#[from] ThreadsError),
+    /// The thread that computes has panicked: its log says why.
+    #[error("the compute thread has panicked: the node ends, to be started again")]
+    Crashed,
     /// The scheduler refused this node.
     #[error("the scheduler refused this node: {0}")]
     Rejected(String),
@@ -100,6 +104,7 @@ pub async fn serve(config: NodeConfig, shutdown: impl Future<Output = ()>) -> Re
     accept_links(listener, commands.clone(), sessions.clone());
     let term = fence.term();
     let join = join_message(&config, &kernels, bound, term);
+    let last_word = out.clone();
     let executor = Executor::new(
         config.clone(),
         kernels,
@@ -112,7 +117,12 @@ pub async fn serve(config: NodeConfig, shutdown: impl Future<Output = ()>) -> Re
     );
     let compute = std::thread::Builder::new()
         .name("compute".into())
-        .spawn(move || executor.run(&inbox))
+        .spawn(move || {
+            // Whoever computed beside it learns the reason before the process ends.
+            if catch_unwind(AssertUnwindSafe(|| executor.run(&inbox))).is_err() {
+                let _ = last_word.blocking_send(FromNode::Crashed);
+            }
+        })
         .map_err(|source| NodeError::State { path: config.state.clone(), source })?;
     let session = Session {
         config: &config,
@@ -209,7 +219,7 @@ impl Session<'_> {
         let mut pause = RECONNECT_MIN;
         loop {
             match self.connect_and_serve(outbound, &mut pause).await {
-                Ok(rejected) => return NodeError::Rejected(rejected),
+                Ok(last) => return last,
                 Err(error) => warn!("scheduler {}: {error}; reconnecting", self.config.scheduler),
             }
             self.breaker.break_all();
@@ -221,7 +231,9 @@ impl Session<'_> {
             loop {
                 tokio::select! {
                     () = &mut deadline => break,
-                    _ = outbound.recv() => {}
+                    message = outbound.recv() => if let Some(FromNode::Crashed) = message {
+                        return NodeError::Crashed;
+                    },
                 }
             }
             pause = (pause * 2).min(RECONNECT_MAX);
@@ -232,7 +244,7 @@ impl Session<'_> {
         &self,
         outbound: &mut mpsc::Receiver<FromNode>,
         pause: &mut Duration,
-    ) -> Result<String, FrameError> {
+    ) -> Result<NodeError, FrameError> {
         // A scheduler that stands by accepts the connection but does not greet: try again rather than wait for ever.
         let speaker = format!("node {}", self.config.name);
         let greeting = async {
@@ -263,7 +275,7 @@ impl Session<'_> {
             tokio::select! {
                 message = arrived.recv() => match message.unwrap_or(Err(FrameError::Closed)) {
                     Err(error) => break Err(error),
-                    Ok(ToNode::Rejected(reason)) => break Ok(reason),
+                    Ok(ToNode::Rejected(reason)) => break Ok(NodeError::Rejected(reason)),
                     Ok(message) => if !self.dispatch(message) {
                         break Err(FrameError::Io(std::io::ErrorKind::ResourceBusy.into()));
                     },
@@ -271,6 +283,9 @@ impl Session<'_> {
                 Some(message) = outbound.recv() => {
                     if let Err(error) = frame::write(&mut writer, &message).await {
                         break Err(error);
+                    }
+                    if message == FromNode::Crashed {
+                        break Ok(NodeError::Crashed);
                     }
                 }
             }

@@ -7,7 +7,7 @@ use ashlar_model::{ModelConfig, digest, hub};
 use ashlar_scheduler::{ModelCard, SchedulerConfig, SchedulerError};
 use ashlar_service_kit::telemetry::{self, TelemetryConfig, TelemetryGuard};
 use ashlar_service_kit::{Shutdown, config};
-use ashlar_shard_node::NodeConfig;
+use ashlar_shard_node::{NodeConfig, NodeError};
 use ashlar_vocabulary::Precision;
 use clap::Args;
 use std::path::PathBuf;
@@ -107,7 +107,11 @@ pub(crate) fn node(args: &RoleArgs) -> Result<()> {
         let asked = async move {
             shutdown.requested().await;
         };
-        permanent(ashlar_shard_node::serve(config, asked).await.map_err(anyhow::Error::from))
+        match ashlar_shard_node::serve(config, asked).await {
+            // Started again, it computes the next request.
+            Err(error @ NodeError::Crashed) => Err(error.into()),
+            result => permanent(result.map_err(anyhow::Error::from)),
+        }
     })
 }
 

@@ -50,6 +50,8 @@ pub enum FromNode {
         /// Whether it was the weights: they are not there, or not what they should be.
         weights: bool,
     },
+    /// The thread that computes has panicked: the process ends.
+    Crashed,
     /// From rank 0 of the last stage only.
     StepResult(StepResult),
     /// From every other rank after each step, so that the scheduler sees all stages at work.

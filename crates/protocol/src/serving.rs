@@ -241,7 +241,7 @@ pub enum FailureKind {
     DeadlineExceeded,
     /// A fault of ours (500).
     Internal,
-    /// Whatever replica computed it was lost, time and again and also when it was computed alone: it is not tried again (500).
+    /// Whatever replica computed it has crashed, at last when it was computed alone: it is not tried again (500).
     Suspect,
     /// This scheduler ends. Not for the client: the gateway submits the choice to the next one.
     Leaving,

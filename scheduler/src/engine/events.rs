@@ -71,7 +71,15 @@ pub enum Event {
     ReplicaDown {
         /// Which.
         replica: ReplicaId,
-        /// For the clients of requests that it was lost with too often.
+        /// For the log.
+        reason: String,
+    },
+    /// A rank of a replica has crashed: one of the sequences that it computed may have been why. Its replica is down, perhaps
+    /// since a moment ago.
+    ReplicaCrashed {
+        /// Which.
+        replica: ReplicaId,
+        /// For the clients of requests that it crashed with too often.
         reason: String,
     },
     /// The last stage answers a step.

@@ -32,7 +32,7 @@ use ashlar_vocabulary::{AdapterId, ReplicaId, SequenceId};
 use planner::Planner;
 use queue::{Enqueued, Order, Queue};
 use replica::Replica;
-use sequence::{LOSSES_MAX, Sequence, State};
+use sequence::{CRASHES_MAX, Sequence, State};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 /// How many ended choices are remembered, so that a repeated submission does not start them anew.
@@ -108,11 +108,15 @@ impl Engine {
             Event::Cancel { gateway, id } => self.cancel(gateway, id),
             Event::GatewayGone { gateway } => self.gateway_gone(gateway),
             Event::ReplicaUp(up) => {
-                self.replica_down(now, up.replica, "its replica was laid out anew", effects);
+                self.replica_down(now, up.replica, effects);
                 self.replicas.insert(up.replica, Replica::new(&up));
                 self.refuse_too_long(now, FailureKind::Invalid, effects);
             }
-            Event::ReplicaDown { replica, reason } => self.replica_down(now, replica, &reason, effects),
+            Event::ReplicaDown { replica, reason: _ } => self.replica_down(now, replica, effects),
+            Event::ReplicaCrashed { replica, reason } => {
+                self.replica_down(now, replica, effects);
+                self.suspect(now, replica, &reason, effects);
+            }
             Event::StepResult { replica, result } => self.step_result(now, replica, result, effects),
             Event::StepDone { replica, revision, stage, step, timing } => {
                 self.step_done(replica, revision, stage, step, &timing);
@@ -345,27 +349,36 @@ impl Engine {
     }
 
     /// What a replica had computed is gone. Its sequences wait for another one, or for its return, with all their tokens.
-    fn replica_down(&mut self, now: Millis, id: ReplicaId, reason: &str, effects: &mut Vec<Effect>) {
+    fn replica_down(&mut self, now: Millis, id: ReplicaId, effects: &mut Vec<Effect>) {
         let Some(replica) = self.replicas.remove(&id) else { return };
         let oldest = replica.in_flight.front().map(|flight| flight.step);
-        let mut given_up = Vec::new();
         for sequence in self.sequences.values_mut().filter(|sequence| sequence.replica() == Some(id)) {
             let last_step = sequence.running().map(|running| running.last_step);
             sequence.lose_replica(oldest.is_some() && last_step >= oldest);
             self.queue.put_back(sequence.order, sequence.id);
             self.counters.replays += 1;
-            if sequence.losses >= LOSSES_MAX {
+        }
+        // The one with room may come back.
+        self.refuse_too_long(now, FailureKind::Unavailable, effects);
+    }
+
+    /// A replica was lost by a crash: whatever it computed may be why. A mere loss (a host that is gone, a process that was killed)
+    /// accuses nobody.
+    fn suspect(&mut self, now: Millis, id: ReplicaId, reason: &str, effects: &mut Vec<Effect>) {
+        let mut given_up = Vec::new();
+        for sequence in self.sequences.values_mut().filter(|sequence| sequence.lost_with == Some(id)) {
+            sequence.lost_with = None;
+            sequence.crashes += 1;
+            if sequence.crashes >= CRASHES_MAX {
                 given_up.push(sequence.id);
             }
         }
         for id in given_up {
             let message = format!(
-                "whatever computed this request was lost, {LOSSES_MAX} times in a row ({reason}): it is not tried again"
+                "whatever computed this request has crashed, {CRASHES_MAX} times in a row ({reason}): it is not tried again"
             );
             self.fail(now, id, FailureKind::Suspect, message, effects);
         }
-        // The one with room may come back.
-        self.refuse_too_long(now, FailureKind::Unavailable, effects);
     }
 
     /// Ends waiting sequences that have not begun and fit into no replica that is up.
@@ -435,7 +448,7 @@ impl Engine {
             self.replicas.values().filter(stuck).map(|replica| (replica.id, replica.revision)).collect();
         for (replica, revision) in stuck {
             let reason = "a step was never answered".to_owned();
-            self.replica_down(now, replica, &reason, effects);
+            self.replica_down(now, replica, effects);
             effects.push(Effect::ReplicaFault { replica, revision, reason });
         }
     }

@@ -27,7 +27,7 @@ impl Engine {
         if result.step > oldest {
             let reason = format!("step {} was answered before step {oldest}", result.step);
             let revision = replica.revision;
-            self.replica_down(now, id, &reason, effects);
+            self.replica_down(now, id, effects);
             effects.push(Effect::ReplicaFault { replica: id, revision, reason });
             return;
         }

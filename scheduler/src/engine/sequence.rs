@@ -7,10 +7,10 @@ use crate::time::Millis;
 use ashlar_protocol::serving::{Receipt, Submit};
 use ashlar_vocabulary::{BlockId, ModelDigest, ReplicaId, SequenceId, StepId, TokenId};
 
-/// A sequence with which so many replicas were lost in a row, without a token in between, is computed alone.
-const LOSSES_SUSPECT: u32 = 2;
+/// A sequence with which so many replicas crashed in a row, without a token in between, is computed alone.
+const CRASHES_SUSPECT: u32 = 1;
 /// With so many, it is not tried again.
-pub const LOSSES_MAX: u32 = 4;
+pub const CRASHES_MAX: u32 = 2;
 
 /// A sequence that has not ended. (One that has is dropped; ranks are told.)
 #[derive(Debug, Clone)]
@@ -35,8 +35,10 @@ pub struct Sequence {
     pub history: History,
     /// First prompt position whose log-probabilities have not been delivered.
     pub prompt_logprobs_from: u32,
-    /// Replicas that were lost while they computed it, since its last token.
-    pub losses: u32,
+    /// The replica that was lost while it computed this, since its last token: should it turn out to have crashed.
+    pub lost_with: Option<ReplicaId>,
+    /// Replicas that crashed while they computed it, since its last token.
+    pub crashes: u32,
 }
 
 /// Where a sequence stands.
@@ -121,7 +123,8 @@ impl Sequence {
             state: State::Waiting,
             history: History { arrival: now, ..History::default() },
             prompt_logprobs_from: 0,
-            losses: 0,
+            lost_with: None,
+            crashes: 0,
             submit,
         };
         sequence.extend_chain();
@@ -241,14 +244,14 @@ impl Sequence {
     /// Running or preempted → waiting: its replica is lost, and with it what was computed. What is known of it stays.
     /// `computing` says whether the replica was computing it.
     pub fn lose_replica(&mut self, computing: bool) {
+        self.lost_with = self.replica().filter(|_| computing);
         self.state = State::Waiting;
         self.history.replays += 1;
-        self.losses += u32::from(computing);
     }
 
-    /// Whether it may be what its replicas were lost by, so that nothing else shall be computed beside it.
+    /// Whether it may be why its replicas crashed, so that nothing else shall be computed beside it.
     pub fn is_suspect(&self) -> bool {
-        self.losses >= LOSSES_SUSPECT
+        self.crashes >= CRASHES_SUSPECT
     }
 
     /// Ends the sampling of `step`; the answer says whether it was in flight. To be called once per sampled token, so
@@ -269,7 +272,7 @@ impl Sequence {
     /// Appends a sampled token.
     pub fn push(&mut self, token: TokenId, now: Millis) {
         self.generated.push(token);
-        self.losses = 0;
+        (self.lost_with, self.crashes) = (None, 0);
         self.history.first_token.get_or_insert(now);
         self.extend_chain();
     }

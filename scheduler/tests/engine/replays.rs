@@ -158,9 +158,9 @@ fn too_long_for_what_has_come_up_is_refused_and_for_what_is_left_only_if_it_has_
     assert_eq!(world.heard(begun).tokens, oracle(&prompt(200, 1), 1, 50));
 }
 
-/// Whoever computes request 9 is lost.
+/// Whoever computes request 9 crashes.
 #[test]
-fn what_kills_every_replica_that_computes_it_ends_alone() {
+fn what_crashes_every_replica_that_computes_it_ends_alone() {
     let mut world = World::with(config(), 1, 256);
     let good: Vec<_> = (1..=3).map(|n| world.submit(submit(n, prompt(20, n as u32), 30))).collect();
     advance(&mut world, 4);
@@ -172,14 +172,14 @@ fn what_kills_every_replica_that_computes_it_ends_alone() {
         };
         if computing(&world) {
             lost += 1;
-            world.down(0, "node b was lost");
+            world.crash(0, "a rank has crashed");
             world.up(0, 1, 256);
         } else {
             world.advance();
         }
     }
     world.run();
-    assert_eq!(lost, 4);
+    assert_eq!(lost, 2, "once among others, once alone");
     let failure = world.failure(bad);
     assert_eq!(failure.kind, FailureKind::Suspect, "{}", failure.message);
     assert!(failure.retry_after_ms.is_none(), "it would do it again");
@@ -187,4 +187,30 @@ fn what_kills_every_replica_that_computes_it_ends_alone() {
         assert_eq!(world.heard(id).tokens, oracle(&prompt(20, number as u32), number, 30));
         assert!(matches!(world.heard(id).end, Some(End::Finished(..))));
     }
+}
+
+#[test]
+fn replicas_that_are_merely_lost_accuse_nobody() {
+    let mut world = World::with(config(), 1, 256);
+    let id = world.submit(submit(1, prompt(20, 1), 30));
+    for _ in 0..20 {
+        world.down(0, "node b was lost");
+        world.up(0, 1, 256);
+    }
+    world.run();
+    assert_eq!(world.heard(id).tokens, oracle(&prompt(20, 1), 1, 30));
+}
+
+#[test]
+fn a_crash_that_is_told_after_the_loss_accuses_what_was_computed_then() {
+    let mut world = World::with(config(), 1, 256);
+    let id = world.submit(submit(1, prompt(20, 1), 30));
+    for _ in 0..2 {
+        // Another rank noticed first that its neighbour is gone.
+        world.down(0, "node a failed: lost another rank");
+        assert_eq!(world.heard(id).end, None);
+        world.crash(0, "a rank has crashed");
+        world.up(0, 1, 256);
+    }
+    assert_eq!(world.failure(id).kind, FailureKind::Suspect);
 }

@@ -138,6 +138,11 @@ impl World {
         self.send(Event::ReplicaDown { replica: ReplicaId(replica), reason: reason.to_owned() });
     }
 
+    pub(crate) fn crash(&mut self, replica: u32, reason: &str) {
+        self.replicas.remove(&replica);
+        self.send(Event::ReplicaCrashed { replica: ReplicaId(replica), reason: reason.to_owned() });
+    }
+
     pub(crate) fn submit(&mut self, submit: Submit) -> ChoiceId {
         let id = submit.id;
         self.send(Event::Submit { gateway: GATEWAY, submit: Box::new(submit) });
