@@ -413,6 +413,9 @@ impl Director {
                         self.engine_event(now, engine::Event::ReplicaDown { replica, reason });
                         self.adapter_event(now, adapters::Event::ReplicaDown { replica });
                     }
+                    cluster::Effect::ReplicaCrashed { replica, reason } => {
+                        self.engine_event(now, engine::Event::ReplicaCrashed { replica, reason });
+                    }
                     cluster::Effect::Problem { problem, lasting } => {
                         outputs.push(Output::Problem(problem.clone()));
                         self.engine_event(now, engine::Event::Problem { problem, lasting });

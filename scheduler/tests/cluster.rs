@@ -78,9 +78,11 @@ impl Test {
         speed: f64,
         holds: Option<HeldSlice>,
     ) -> (NodeConnection, Vec<Effect>) {
-        self.next_connection += 1;
-        let connection = NodeConnection(self.next_connection);
-        let join = Join {
+        self.join_by(Test::join_of(name, memory, speed, holds))
+    }
+
+    fn join_of(name: &str, memory: u64, speed: f64, holds: Option<HeldSlice>) -> Join {
+        Join {
             node: NodeId(name.into()),
             data_address: format!("{name}:1"),
             memory: Bytes(memory),
@@ -92,7 +94,13 @@ impl Test {
             layers: None,
             holds,
             term: LeaseTerm(0),
-        };
+            crashed: None,
+        }
+    }
+
+    fn join_by(&mut self, join: Join) -> (NodeConnection, Vec<Effect>) {
+        self.next_connection += 1;
+        let connection = NodeConnection(self.next_connection);
         let effects = self.send(Event::Join { connection, join: Box::new(join) });
         (connection, effects)
     }
@@ -336,6 +344,7 @@ fn a_node_that_obeys_a_higher_term_fences_this_scheduler() {
         layers: None,
         holds: None,
         term: LeaseTerm(9),
+        crashed: None,
     };
     let effects = test.send(Event::Join { connection, join: Box::new(join) });
     assert!(effects.contains(&Effect::Fenced { by: LeaseTerm(9) }));
@@ -495,4 +504,21 @@ fn a_new_scheduler_keeps_the_cut_that_nodes_hold_unless_another_is_much_faster()
     let mut foreign = skewed.clone();
     foreign.iter_mut().for_each(|slice| slice.model_digest = ModelDigest([9; 32]));
     assert_eq!(cut([1.0, 1.0], holding(&foreign)), even);
+}
+
+#[test]
+fn a_node_that_comes_back_after_a_crash_tells_the_engine_of_it() {
+    let (mut test, _, b) = Test::up();
+    test.lose(b);
+    let crashed = |name| Join { crashed: Some(11), ..Test::join_of(name, 1 << 30, 1.0, None) };
+    let (_, effects) = test.join_by(crashed("b"));
+    let accused = effects.iter().any(
+        |effect| matches!(effect, Effect::ReplicaCrashed { reason, .. } if reason.contains("signal 11")),
+    );
+    assert!(accused, "{effects:?}");
+    let (_, effects) = test.join_by(crashed("stranger"));
+    assert!(
+        !effects.iter().any(|effect| matches!(effect, Effect::ReplicaCrashed { .. })),
+        "it computed nothing here"
+    );
 }

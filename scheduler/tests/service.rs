@@ -163,6 +163,7 @@ async fn join(name: &str, address: SocketAddr, term: u64) -> Result<TcpStream, f
         layers: None,
         holds: None,
         term: LeaseTerm(term),
+        crashed: None,
     };
     frame::write(&mut socket, &FromNode::Join(Box::new(join))).await?;
     Ok(socket)

@@ -113,6 +113,7 @@ fn node(address: SocketAddr) -> AbortOnDrop {
             layers: None,
             holds: None,
             term: LeaseTerm(0),
+            crashed: None,
         };
         frame::write(&mut socket, &FromNode::Join(Box::new(join))).await.unwrap();
         let (mut read, mut write) = socket.into_split();

@@ -12,6 +12,7 @@ use ashlar_kernels::{Kernels, YieldFlag};
 use ashlar_protocol::data::LinkPurpose;
 use ashlar_protocol::frame::{self, FrameError};
 use ashlar_protocol::membership::{FromNode, Join, ToNode};
+use ashlar_service_kit::drain::CRASHED_VARIABLE;
 use ashlar_service_kit::memory;
 use ashlar_store::blobs::{self, BlobError, BlobOptions};
 use ashlar_vocabulary::Bytes;
@@ -19,6 +20,7 @@ use std::future::Future;
 use std::net::{SocketAddr, TcpListener};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::SyncSender;
 use std::time::Duration;
 use tokio::net::TcpStream;
@@ -131,6 +133,7 @@ pub async fn serve(config: NodeConfig, shutdown: impl Future<Output = ()>) -> Re
         breaker: &breaker,
         shared: &shared,
         sessions: &sessions,
+        crash_told: AtomicBool::new(false),
     };
     tokio::pin!(shutdown);
     let result = tokio::select! {
@@ -176,6 +179,7 @@ fn join_message(
         layers: config.layers,
         holds: None,
         term,
+        crashed: std::env::var(CRASHED_VARIABLE).ok().and_then(|signal| signal.parse().ok()),
     }
 }
 
@@ -211,6 +215,8 @@ struct Session<'a> {
     breaker: &'a LinkBreaker,
     shared: &'a Shared,
     sessions: &'a Sessions,
+    /// Whether a scheduler has been told that the process before this one crashed.
+    crash_told: AtomicBool,
 }
 
 impl Session<'_> {
@@ -255,8 +261,12 @@ impl Session<'_> {
         };
         let greeted = tokio::time::timeout(GREETING_TIMEOUT, greeting).await;
         let mut socket = greeted.map_err(|_| FrameError::Io(std::io::ErrorKind::TimedOut.into()))??;
-        let join = Join { holds: self.shared.held(), ..self.join.clone() };
+        let mut join = Join { holds: self.shared.held(), ..self.join.clone() };
+        if self.crash_told.load(Ordering::Relaxed) {
+            join.crashed = None;
+        }
         frame::write(&mut socket, &FromNode::Join(Box::new(join))).await?;
+        self.crash_told.store(true, Ordering::Relaxed);
         info!(scheduler = %self.config.scheduler, "joined");
         *pause = RECONNECT_MIN;
         let (mut reader, mut writer) = socket.into_split();

@@ -175,6 +175,19 @@ fn check_killed(cluster: &Cluster) {
     assert_no_panic(cluster);
 }
 
+/// Whatever it was computing is suspected, and goes on alone.
+#[test]
+fn a_stream_outlives_a_crashed_node() {
+    let _alone = alone();
+    let cluster = Cluster::demo();
+    let expected = undisturbed(&cluster);
+    let pid = cluster.pid("node-1");
+    let pause = disturb(&cluster, &expected, || assert!(processes::signal(pid, "SEGV")));
+    println!("node-1 crashed: the stream stood still for {pause:?}");
+    assert!(cluster.said().contains("SIGSEGV"), "{}", cluster.said());
+    assert_no_panic(&cluster);
+}
+
 #[test]
 fn a_stream_outlives_a_killed_node_in_the_place_of_which_another_one_steps() {
     let _alone = alone();

@@ -3,7 +3,7 @@
 
 use crate::roles::EXIT_PERMANENT;
 use anyhow::{Context, Result};
-use ashlar_service_kit::drain::SUPERVISED_VARIABLE;
+use ashlar_service_kit::drain::{CRASHED_VARIABLE, SUPERVISED_VARIABLE};
 use ashlar_service_kit::watchdog;
 use std::fs::{self, OpenOptions};
 use std::path::{Path, PathBuf};
@@ -72,10 +72,11 @@ impl Supervised {
 
 async fn supervise(role: Role, notices: mpsc::Sender<Notice>, mut stop: watch::Receiver<bool>) {
     let mut pause = PAUSE_MIN;
+    let mut crashed = None;
     loop {
         let started = Instant::now();
         let mut ear = role.silence_max.and_then(Ear::open);
-        let how = match spawn(&role, ear.as_ref()) {
+        let how = match spawn(&role, ear.as_ref(), crashed.take()) {
             Err(error) => format!("{error:#}"),
             Ok(mut child) => {
                 let pid = child.id().unwrap_or_default();
@@ -97,6 +98,7 @@ async fn supervise(role: Role, notices: mpsc::Sender<Notice>, mut stop: watch::R
                     let _ = child.wait().await;
                     return;
                 };
+                crashed = status.as_ref().ok().and_then(crash);
                 match (hung, status) {
                     (Some(limit), _) => format!("killed, as it said nothing for {} ms", limit.as_millis()),
                     (None, Ok(status)) if status.code() == Some(i32::from(EXIT_PERMANENT)) => {
@@ -118,7 +120,15 @@ async fn supervise(role: Role, notices: mpsc::Sender<Notice>, mut stop: watch::R
     }
 }
 
-fn spawn(role: &Role, ear: Option<&Ear>) -> Result<Child> {
+/// The signal by which a process crashed by itself; being killed is none.
+fn crash(status: &std::process::ExitStatus) -> Option<i32> {
+    use rustix::process::Signal;
+    use std::os::unix::process::ExitStatusExt;
+    let crashes = [Signal::SEGV, Signal::BUS, Signal::ABORT, Signal::ILL, Signal::FPE];
+    status.signal().filter(|signal| crashes.iter().any(|crash| crash.as_raw() == *signal))
+}
+
+fn spawn(role: &Role, ear: Option<&Ear>, crashed: Option<i32>) -> Result<Child> {
     let binary = std::env::current_exe().context("cannot find this program's own file")?;
     let log = OpenOptions::new()
         .create(true)
@@ -130,6 +140,9 @@ fn spawn(role: &Role, ear: Option<&Ear>) -> Result<Child> {
         command
             .env(watchdog::SOCKET_VARIABLE, format!("@{}", ear.name))
             .env(watchdog::LIMIT_VARIABLE, ear.silence_max.as_micros().to_string());
+    }
+    if let Some(signal) = crashed {
+        command.env(CRASHED_VARIABLE, signal.to_string());
     }
     command
         .arg(role.command)

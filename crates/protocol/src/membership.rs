@@ -122,6 +122,8 @@ pub struct Join {
     pub holds: Option<HeldSlice>,
     /// The highest lease term it has accepted.
     pub term: LeaseTerm,
+    /// The signal by which the process before this one crashed, if it did, as its supervisor tells; in the first join only.
+    pub crashed: Option<i32>,
 }
 
 /// A slice of a model that a node has in memory.

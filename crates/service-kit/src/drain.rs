@@ -9,6 +9,9 @@ use tokio::sync::watch;
 /// Set to `1` by a supervisor that holds the child's standard input open for as long as it lives.
 pub const SUPERVISED_VARIABLE: &str = "ASHLAR_SUPERVISED";
 
+/// Set by a supervisor where the process before this one crashed: the number of the signal.
+pub const CRASHED_VARIABLE: &str = "ASHLAR_CRASHED_BY_SIGNAL";
+
 /// Why the process should end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ShutdownReason {

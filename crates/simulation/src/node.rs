@@ -296,6 +296,7 @@ impl Node {
             layers: None,
             holds: None,
             term: self.fence.0,
+            crashed: None,
         }
     }
 

@@ -183,6 +183,13 @@ pub enum Effect {
         /// For the clients whose requests it ends.
         reason: String,
     },
+    /// For the engine: the replica that was lost lately was lost by a crash.
+    ReplicaCrashed {
+        /// Which.
+        replica: ReplicaId,
+        /// How, for clients.
+        reason: String,
+    },
     /// Why nothing can be served, has changed.
     Problem {
         /// Why.

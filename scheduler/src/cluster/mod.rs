@@ -183,6 +183,14 @@ impl Cluster {
             let reason = format!("node {name} connected anew");
             effects.push(Effect::Disconnect { connection: former, reason });
         }
+        if let Some(signal) = join.crashed {
+            // Who was with it when it crashed waits to be computed again.
+            let seat = |replica: &&Replica| replica.seats.iter().any(|seat| seat.node == name);
+            if let Some(replica) = self.replicas.values().find(seat).map(|replica| replica.id) {
+                let reason = format!("node {name} had crashed by signal {signal}");
+                effects.push(Effect::ReplicaCrashed { replica, reason });
+            }
+        }
         self.connections.insert(connection, name.clone());
         let node = Node {
             connection,
