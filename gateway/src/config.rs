@@ -1,5 +1,6 @@
 //! Configuration of the gateway. Every value has a default except those that name something of the deployment.
 
+use ashlar_service_kit::Addresses;
 use serde::{Deserialize, Serialize};
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -15,8 +16,8 @@ pub struct GatewayConfig {
     pub otlp_endpoint: Option<String>,
     /// Where to listen for HTTP. Default `127.0.0.1:8080`.
     pub listen: SocketAddr,
-    /// The scheduler's gateway port (`host:port`). Default `127.0.0.1:7402`.
-    pub scheduler: String,
+    /// The gateway port (`host:port`) of the scheduler, or of each of several, of which one leads. Default `127.0.0.1:7402`.
+    pub scheduler: Addresses,
     /// Names under which the model is offered; the first is the one that answers carry. Default: the name of the
     /// model's directory.
     pub served_model_name: Vec<String>,
@@ -78,7 +79,7 @@ impl Default for GatewayConfig {
             model: String::new(),
             otlp_endpoint: None,
             listen: SocketAddr::from(([127, 0, 0, 1], 8080)),
-            scheduler: "127.0.0.1:7402".to_owned(),
+            scheduler: "127.0.0.1:7402".into(),
             served_model_name: Vec::new(),
             blobs: None,
             file_bytes_max: 512 << 20,

@@ -18,6 +18,7 @@ pub use link::Link;
 use crate::transcript::TranscriptEvent;
 use ashlar_protocol::admin::{AdminFailure, AdminReply, AdminRequest, Comparison, JobError, PreparedJob};
 use ashlar_protocol::serving::{ChoiceId, CompareAdapters, FailureKind, PrepareJob, RequestFailure, Submit};
+use ashlar_service_kit::Addresses;
 use ashlar_vocabulary::JobId;
 use std::sync::Arc;
 use std::time::Duration;
@@ -73,8 +74,8 @@ type EventSender = mpsc::Sender<(ChoiceId, TranscriptEvent)>;
 /// How the actor behaves.
 #[derive(Debug, Clone)]
 pub struct SchedulerClientSettings {
-    /// `host:port` of the scheduler.
-    pub address: String,
+    /// Where schedulers are, of which one leads.
+    pub addresses: Addresses,
     /// Most choices in flight.
     pub choices_in_flight_max: usize,
     /// Longest wait between two attempts to connect.
@@ -117,7 +118,7 @@ impl SchedulerClient {
     /// Starts the actor on the current runtime; it ends when the last handle is gone.
     pub fn start(settings: SchedulerClientSettings) -> SchedulerClient {
         let (commands, inbox) = mpsc::unbounded_channel();
-        let (publish, link) = watch::channel(Link::connecting(&settings.address));
+        let (publish, link) = watch::channel(Link::connecting(&settings.addresses));
         let permits = Arc::new(Semaphore::new(settings.choices_in_flight_max));
         tokio::spawn(actor::Actor::new(settings, inbox, publish).run());
         SchedulerClient { commands, link, permits, calls: Arc::new(Semaphore::new(CALLS_MAX)) }

@@ -76,7 +76,7 @@ impl Gateway {
         let names = served_names(&config, model_dir);
         let metrics = Metrics::new(names.first().map_or("", String::as_str))?;
         let scheduler = SchedulerClient::start(SchedulerClientSettings {
-            address: config.scheduler.clone(),
+            addresses: config.scheduler.clone(),
             choices_in_flight_max: config.choices_in_flight_max,
             reconnect_max: Duration::from_millis(config.reconnect_ms_max),
             patience: Duration::from_millis(config.scheduler_patience_ms),

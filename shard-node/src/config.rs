@@ -2,6 +2,7 @@
 
 use ashlar_model::CachePlace;
 use ashlar_protocol::data::LinkFaults;
+use ashlar_service_kit::Addresses;
 use ashlar_vocabulary::{LayerRange, NodeId};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
@@ -13,8 +14,8 @@ use std::time::Duration;
 pub struct NodeConfig {
     /// This node's name, unique in the cluster and stable over restarts.
     pub name: NodeId,
-    /// Where the scheduler listens for nodes, `host:port`.
-    pub scheduler: String,
+    /// Where the scheduler listens for nodes, `host:port`, or each of several, of which one leads.
+    pub scheduler: Addresses,
     /// Where to listen for other ranks, `host:port`; port 0 picks a free one.
     #[serde(default = "default_listen")]
     pub listen: String,

@@ -32,9 +32,9 @@ const COMMAND_QUEUE: usize = 256;
 /// Messages waiting for the control connection.
 const OUTBOUND_QUEUE: usize = 256;
 /// How long connecting to the scheduler may take.
-const GREETING_TIMEOUT: Duration = Duration::from_secs(5);
+const GREETING_TIMEOUT: Duration = Duration::from_secs(2);
 const RECONNECT_MIN: Duration = Duration::from_millis(50);
-const RECONNECT_MAX: Duration = Duration::from_secs(2);
+const RECONNECT_MAX: Duration = Duration::from_millis(500);
 
 /// Why a node cannot run.
 #[derive(Debug, thiserror::Error)]
@@ -223,10 +223,11 @@ impl Session<'_> {
     /// Keeps a connection to the scheduler; returns only when it refuses this node for good.
     async fn keep(&self, outbound: &mut mpsc::Receiver<FromNode>) -> NodeError {
         let mut pause = RECONNECT_MIN;
-        loop {
-            match self.connect_and_serve(outbound, &mut pause).await {
+        for attempt in 0_usize.. {
+            let address = self.config.scheduler.of_attempt(attempt);
+            match self.connect_and_serve(address, outbound, &mut pause).await {
                 Ok(last) => return last,
-                Err(error) => warn!("scheduler {}: {error}; reconnecting", self.config.scheduler),
+                Err(error) => warn!("scheduler {address}: {error}; reconnecting"),
             }
             self.breaker.break_all();
             self.sessions.end_all("the scheduler was lost");
@@ -242,19 +243,24 @@ impl Session<'_> {
                     },
                 }
             }
-            pause = (pause * 2).min(RECONNECT_MAX);
+            // Only when none of them leads is there a reason to wait longer.
+            if (attempt + 1).is_multiple_of(self.config.scheduler.count()) {
+                pause = (pause * 2).min(RECONNECT_MAX);
+            }
         }
+        unreachable!("attempts do not end")
     }
 
     async fn connect_and_serve(
         &self,
+        address: &str,
         outbound: &mut mpsc::Receiver<FromNode>,
         pause: &mut Duration,
     ) -> Result<NodeError, FrameError> {
         // A scheduler that stands by accepts the connection but does not greet: try again rather than wait for ever.
         let speaker = format!("node {}", self.config.name);
         let greeting = async {
-            let mut socket = TcpStream::connect(&self.config.scheduler).await?;
+            let mut socket = TcpStream::connect(address).await?;
             frame::tune(&socket)?;
             frame::greet(&mut socket, &speaker).await?;
             Ok::<_, FrameError>(socket)
@@ -267,7 +273,7 @@ impl Session<'_> {
         }
         frame::write(&mut socket, &FromNode::Join(Box::new(join))).await?;
         self.crash_told.store(true, Ordering::Relaxed);
-        info!(scheduler = %self.config.scheduler, "joined");
+        info!(scheduler = %address, "joined");
         *pause = RECONNECT_MIN;
         let (mut reader, mut writer) = socket.into_split();
         // Reading is not cancellation-safe, so it has a task of its own.

@@ -1,6 +1,11 @@
 //! Processes that die, freeze or are told to stop while streams run: no stream notices more than a pause.
 
+#[allow(dead_code, reason = "shared with the store's tests")]
+#[path = "../../crates/store/tests/conformance/redis_server.rs"]
+mod redis_server;
+
 use ashlar_tests::{Cluster, Event, EventStream, eventually, processes, until};
+use redis_server::RedisServer;
 use serde_json::{Value, json};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -251,6 +256,46 @@ fn a_stream_outlives_a_frozen_scheduler() {
     );
     println!("scheduler frozen: the stream stood still for {pause:?}");
     assert!(!processes::alive(pid));
+    assert_no_panic(&cluster);
+}
+
+#[test]
+fn a_stream_goes_on_with_the_scheduler_that_stood_by() {
+    let _alone = alone();
+    let Some(redis) = RedisServer::start() else { return };
+    let cluster = Cluster::start(&["--stages", "2", "--schedulers", "2", "--store", &redis.url()]);
+    let expected = undisturbed(&cluster);
+    let term = cluster.metric("ashlar_lease_term");
+    // Whichever leads: two of three kills are the leader's.
+    for role in ["scheduler-0", "scheduler-1", "scheduler-0"] {
+        let pid = cluster.pid(role);
+        let pause = disturb(&cluster, &expected, || assert!(processes::signal(pid, "KILL")));
+        assert!(pause < PAUSE_LIMIT, "{role}: the stream stood still for {pause:?}\n{}", cluster.said());
+        println!("{role} killed: the stream stood still for {pause:?}");
+    }
+    eventually("two other leaders", RECOVERY_LIMIT, || cluster.metric("ashlar_lease_term") >= term + 2.0);
+    assert_no_panic(&cluster);
+}
+
+/// Nothing of a stream is in the store.
+#[test]
+fn streams_go_on_without_redis_and_outlive_a_node_meanwhile_and_a_store_that_has_forgotten_all() {
+    let _alone = alone();
+    let Some(mut redis) = RedisServer::start() else { return };
+    let cluster = Cluster::start(&["--stages", "2", "--store", &redis.url()]);
+    let expected = undisturbed(&cluster);
+    let pause = disturb(&cluster, &expected, || redis.kill());
+    assert!(pause < PAUSE_LIMIT, "Redis: the stream stood still for {pause:?}\n{}", cluster.said());
+    let pid = cluster.pid("node-1");
+    let pause = disturb(&cluster, &expected, || assert!(processes::signal(pid, "KILL")));
+    assert!(pause < PAUSE_LIMIT, "a node without Redis: {pause:?}\n{}", cluster.said());
+    redis.start_again();
+    // Its term is gone, too: the next leader has to go above what the ranks have accepted.
+    let term = cluster.metric("ashlar_lease_term");
+    let pid = cluster.pid("scheduler");
+    let pause = disturb(&cluster, &expected, || assert!(processes::signal(pid, "KILL")));
+    assert!(pause < PAUSE_LIMIT, "a scheduler whose store forgot: {pause:?}\n{}", cluster.said());
+    assert!(cluster.metric("ashlar_lease_term") > term);
     assert_no_panic(&cluster);
 }
 

@@ -106,7 +106,7 @@ impl Role {
     fn of(name: &str) -> Role {
         match name {
             "gateway" => Role::Gateway,
-            "scheduler" => Role::Scheduler,
+            name if name.starts_with("scheduler") => Role::Scheduler,
             _ => Role::Node,
         }
     }

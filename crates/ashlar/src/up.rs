@@ -12,7 +12,7 @@ use anyhow::{Context, Result, bail};
 use ashlar_gateway::GatewayConfig;
 use ashlar_model::hub;
 use ashlar_scheduler::SchedulerConfig;
-use ashlar_service_kit::{Shutdown, memory};
+use ashlar_service_kit::{Addresses, Shutdown, memory};
 use ashlar_shard_node::config::CacheConfig;
 use ashlar_shard_node::{NodeConfig, Pin};
 use ashlar_vocabulary::{Bytes, NodeId};
@@ -55,6 +55,9 @@ pub(crate) struct UpArgs {
     model: Option<String>,
     #[command(flatten)]
     precision: PrecisionArgs,
+    /// Scheduler processes, of which one leads; more than one need a Redis: --store redis://HOST:PORT.
+    #[arg(long, default_value_t = 1, value_parser = count())]
+    schedulers: usize,
     /// Node processes; default: stages × tp × replicas. More are standbys.
     #[arg(long, value_parser = count())]
     nodes: Option<usize>,
@@ -156,12 +159,12 @@ fn lock(state: &Path) -> Result<File> {
 #[derive(Debug)]
 struct Cluster {
     gateway: Role,
-    scheduler: Role,
+    schedulers: Vec<Role>,
     nodes: Vec<Role>,
     model_name: String,
     state: PathBuf,
-    /// Where the scheduler listens, for as long as the cluster lives.
-    _ports: [ReservedPort; 2],
+    /// Where schedulers listen, for as long as the cluster lives.
+    _ports: Vec<[ReservedPort; 2]>,
 }
 
 impl Cluster {
@@ -182,11 +185,19 @@ impl Cluster {
         if stages.is_some_and(|stages| stages > card.shape.num_layers) {
             bail!("the model has {} layers: --stages cannot be more", card.shape.num_layers);
         }
-        let ports = [ReservedPort::any()?, ReservedPort::any()?];
+        let schedulers = args.schedulers;
+        if schedulers > 1 && !args.store.as_deref().is_some_and(|store| store.starts_with("redis")) {
+            bail!("--schedulers {schedulers} need a store that they share: --store redis://HOST:PORT");
+        }
+        let ports: Vec<[ReservedPort; 2]> = (0..schedulers)
+            .map(|_| Ok([ReservedPort::any()?, ReservedPort::any()?]))
+            .collect::<Result<_>>()?;
+        let addresses = |of: usize| {
+            let all = ports.iter().map(|pair| pair[of].address().to_string()).collect();
+            Addresses::new(all).context("at least one scheduler")
+        };
         let context = args.max_context.unwrap_or(DEFAULT_CONTEXT_MAX).min(card.max_context_tokens);
         let mut scheduler = SchedulerConfig::new(directory.to_string_lossy());
-        scheduler.listen_nodes = ports[0].address().to_string();
-        scheduler.listen_gateways = ports[1].address().to_string();
         scheduler.store =
             args.store.clone().unwrap_or_else(|| format!("redb:{}", state.join("cluster.redb").display()));
         scheduler.max_context_tokens = Some(context);
@@ -208,7 +219,7 @@ impl Cluster {
             adapters: Some(fs::canonicalize(&adapters)?),
             model: directory.to_string_lossy().into_owned(),
             listen: args.listen,
-            scheduler: scheduler.listen_gateways.clone(),
+            scheduler: addresses(1)?,
             served_model_name: vec![served.clone()],
             otlp_endpoint: args.otlp_endpoint.clone(),
             ..GatewayConfig::default()
@@ -228,7 +239,7 @@ impl Cluster {
                 let name = format!("node-{index}");
                 let config = NodeConfig {
                     name: NodeId(name.clone()),
-                    scheduler: scheduler.listen_nodes.clone(),
+                    scheduler: addresses(0)?,
                     listen: "127.0.0.1:0".into(),
                     advertise_host: None,
                     state: state.to_owned(),
@@ -250,15 +261,24 @@ impl Cluster {
             .collect::<Result<Vec<_>>>()?;
         Ok(Cluster {
             gateway: roles.write("gateway", "gateway", &gateway)?,
-            scheduler: roles.write(
-                "scheduler",
-                "scheduler",
-                &with_settings(
-                    toml::Table::try_from(&scheduler).context("the scheduler's configuration")?,
-                    &args.scheduler_settings,
-                    "--set",
-                )?,
-            )?,
+            schedulers: ports
+                .iter()
+                .enumerate()
+                .map(|(number, [nodes, gateways])| {
+                    scheduler.listen_nodes = nodes.address().to_string();
+                    scheduler.listen_gateways = gateways.address().to_string();
+                    let config = toml::Table::try_from(&scheduler).context("a scheduler's configuration")?;
+                    let name = match schedulers {
+                        1 => "scheduler".to_owned(),
+                        _ => format!("scheduler-{number}"),
+                    };
+                    roles.write(
+                        &name,
+                        "scheduler",
+                        &with_settings(config, &args.scheduler_settings, "--set")?,
+                    )
+                })
+                .collect::<Result<_>>()?,
             nodes,
             model_name: served,
             state: state.to_owned(),
@@ -269,10 +289,10 @@ impl Cluster {
     async fn run(self, listen: SocketAddr) -> Result<()> {
         let shutdown = Shutdown::listen().context("cannot listen to signals")?;
         let (tell, mut notices) = mpsc::channel(64);
-        let scheduler = Supervised::start(self.scheduler.clone(), tell.clone());
-        let nodes: Vec<_> =
-            self.nodes.iter().map(|node| Supervised::start(node.clone(), tell.clone())).collect();
-        let gateway = Supervised::start(self.gateway.clone(), tell);
+        let start = |role: &Role| Supervised::start(role.clone(), tell.clone());
+        let schedulers: Vec<_> = self.schedulers.iter().map(start).collect();
+        let nodes: Vec<_> = self.nodes.iter().map(start).collect();
+        let gateway = start(&self.gateway);
         let base = format!("http://{listen}");
         let client = Client::new(&base, None)?;
         let watching = self.watch(&client, &base, &mut notices);
@@ -285,9 +305,8 @@ impl Cluster {
         };
         // From the edge inwards: streams may still end while the cluster behind them is whole.
         gateway.end(if result.is_ok() { DRAIN_GRACE } else { EXIT_GRACE }).await;
-        scheduler.end(EXIT_GRACE).await;
-        for node in nodes {
-            node.end(EXIT_GRACE).await;
+        for role in schedulers.into_iter().chain(nodes) {
+            role.end(EXIT_GRACE).await;
         }
         result
     }

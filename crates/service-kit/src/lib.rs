@@ -1,12 +1,13 @@
 //! What the process shell of every role shares.
 //!
-//! Layout: [`config`] (files to validated structs), [`telemetry`] (logs and traces, with [`trace_context`] for our own
+//! Layout: [`config`] (files to validated structs), [`addresses`] (one or several in a configuration), [`telemetry`] (logs and traces, with [`trace_context`] for our own
 //! wire messages), [`drain`] (signals to an orderly end), [`health`] (is this process ready), [`clock`] (time for the
 //! shells around pure cores), [`memory`] (what the process uses and may use), [`watchdog`] (signs of life to a supervisor).
 //!
 //! **Invariants:** nothing here knows a role, a message or a model. Time-outs and leases never use the wall clock.
 #![forbid(unsafe_code)]
 
+pub mod addresses;
 pub mod clock;
 pub mod config;
 pub mod drain;
@@ -18,6 +19,7 @@ pub mod watchdog;
 
 mod otlp_client;
 
+pub use addresses::Addresses;
 pub use clock::{Clock, Millis, SystemClock};
 pub use config::ConfigError;
 pub use drain::{Shutdown, ShutdownReason};

@@ -36,6 +36,8 @@ pub(super) struct Actor {
     highest_term: LeaseTerm,
     /// Since when there is no scheduler.
     lost: Option<Instant>,
+    /// Attempts to connect so far; each is to the next address.
+    attempts: usize,
 }
 
 struct InFlight {
@@ -88,6 +90,7 @@ impl Actor {
             last_call: 0,
             highest_term: LeaseTerm(0),
             lost: Some(Instant::now()),
+            attempts: 0,
         }
     }
 
@@ -109,6 +112,9 @@ impl Actor {
                 Err(error) => error.to_string(),
             };
             self.disconnected(&problem);
+            self.attempts += 1;
+            // Only when none of them leads is there a reason to wait longer.
+            let all_tried = self.attempts.is_multiple_of(self.settings.addresses.count());
             if problem != last_problem {
                 tracing::warn!(%problem, "no scheduler; trying again");
                 last_problem = problem;
@@ -116,13 +122,15 @@ impl Actor {
             if !self.keep_until(tokio::time::sleep(wait)).await {
                 return;
             }
-            wait = (wait * 2).min(self.settings.reconnect_max.max(RECONNECT_MIN));
+            if all_tried {
+                wait = (wait * 2).min(self.settings.reconnect_max.max(RECONNECT_MIN));
+            }
         }
     }
 
     /// Connects and greets, keeping choices meanwhile; `None` when every handle is gone.
     async fn connect(&mut self) -> Result<Option<Connection>, LinkError> {
-        let address = self.settings.address.clone();
+        let address = self.address().to_owned();
         let (done, mut socket) = tokio::sync::oneshot::channel();
         let attempt = async move {
             let _ = done.send(tokio::time::timeout(CONNECT_TIMEOUT, open(&address)).await);
@@ -138,7 +146,11 @@ impl Actor {
     }
 
     fn connect_error(&self, reason: String) -> LinkError {
-        LinkError::Connect { address: self.settings.address.clone(), reason }
+        LinkError::Connect { address: self.address().to_owned(), reason }
+    }
+
+    fn address(&self) -> &str {
+        self.settings.addresses.of_attempt(self.attempts)
     }
 
     /// Drives `until`, keeping choices as they come and refusing calls; false when every handle is gone.

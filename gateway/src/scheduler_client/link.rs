@@ -1,6 +1,7 @@
 //! What the gateway knows of the scheduler and the cluster behind it.
 
 use ashlar_protocol::serving::ClusterSnapshot;
+use ashlar_service_kit::Addresses;
 use std::sync::Arc;
 
 /// The connection, and the cluster as last reported over it.
@@ -19,12 +20,12 @@ pub struct Link {
 }
 
 impl Link {
-    /// Before the first connection to `address`.
-    pub fn connecting(address: &str) -> Link {
+    /// Before the first connection to any of `addresses`.
+    pub fn connecting(addresses: &Addresses) -> Link {
         Link {
             connected: false,
             cluster: None,
-            problem: format!("connecting to the scheduler at {address}"),
+            problem: format!("connecting to the scheduler at {addresses}"),
             epoch: 0,
             given_up: false,
         }

@@ -280,5 +280,5 @@ fn default_drain_grace_ms() -> u64 {
 }
 
 fn default_lease_ttl_ms() -> u64 {
-    5_000
+    1_500
 }

@@ -122,6 +122,15 @@ pub(super) async fn accept<Id, Message>(
     }
 }
 
+/// Closes every connection at once, for as long as it is polled.
+pub(super) async fn turn_away(listener: &TcpListener) -> std::convert::Infallible {
+    loop {
+        if listener.accept().await.is_err() {
+            tokio::time::sleep(ACCEPT_PAUSE).await;
+        }
+    }
+}
+
 async fn greet(mut socket: TcpStream) -> Result<TcpStream, frame::FrameError> {
     frame::tune(&socket)?;
     let greeting = tokio::time::timeout(GREETING_TIMEOUT, frame::greet(&mut socket, "scheduler")).await;

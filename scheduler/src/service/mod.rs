@@ -30,7 +30,7 @@ use ashlar_service_kit::Watchdog;
 use ashlar_store::blobs::{self, BlobError, BlobOptions, Blobs};
 use ashlar_store::{Lease, Store, StoreError};
 use ashlar_vocabulary::{Bytes, LeaseTerm};
-use connection::{INBOX_MESSAGES_MAX, Numbers, accept};
+use connection::{INBOX_MESSAGES_MAX, Numbers, accept, turn_away};
 use leader::{Ended, Leader, Performers, Sources};
 use records::Records;
 use std::net::SocketAddr;
@@ -147,6 +147,9 @@ impl Scheduler {
                 lease = lease::acquire(&self.store, &holder, ttl, min_term) => lease?,
                 () = &mut shutdown => return Ok(()),
                 never = watchdog.keep_beating() => match never {},
+                // Whoever has several addresses goes on to the next one.
+                never = turn_away(&self.nodes) => match never {},
+                never = turn_away(&self.gateways) => match never {},
             };
             tracing::info!(term = %lease.term, %holder, "leading");
             match self.lead(&lease, &watchdog, &mut shutdown).await {
