@@ -55,7 +55,7 @@ impl World {
         let scheduler = FakeScheduler::start(script).await;
         let mut config = GatewayConfig {
             listen: "127.0.0.1:0".parse().unwrap(),
-            scheduler: scheduler.address.to_string(),
+            scheduler: scheduler.address.to_string().into(),
             served_model_name: vec!["tiny".into(), "alias".into()],
             drain_grace_ms: 200,
             reconnect_ms_max: 50,
