@@ -155,15 +155,18 @@ async fn conduct(args: DrillArgs) -> Result<()> {
             .await
             .with_context(|| format!("after {} {}", fault.kind.describe(), fault.name))?;
         let recovered = began.elapsed();
-        // Each stream has had the chance to go on.
-        load.all_have_heard_since(number).await;
+        // What was running has been compared.
+        load.all_have_ended_since(number).await;
         let record = FaultRecord::new(&fault.name, fault.kind, recovered, load.end_fault(number));
         bar.suspend(|| eprintln!("{}", record.line(number)));
         bar.inc(1);
         append(args.log.as_deref(), &record)?;
         records.push(record);
     }
-    load.stop().await;
+    let rest = load.stop(records.len()).await;
+    if let Some(last) = records.last_mut() {
+        last.add(rest);
+    }
     bar.finish_and_clear();
     let report = Report::of(&records);
     match args.json {

@@ -69,19 +69,21 @@ pub(super) struct Noticed {
 /// What the streams and the one who disturbs them share.
 #[derive(Debug, Default)]
 struct Board {
-    /// The fault of the moment, from the moment that it begins until the next one does.
+    /// The fault of the moment, or, between two, the next one.
     fault: usize,
     /// Whether it concerns the gateway.
     of_gateway: bool,
     noticed: BTreeMap<usize, Noticed>,
-    /// The longest silence of each stream since the fault began, and whether it has said something since.
+    /// Each stream since the fault began.
     streams: Vec<Since>,
 }
 
 #[derive(Debug, Default, Clone, Copy)]
 struct Since {
+    /// Its longest silence.
     longest: Duration,
-    heard: bool,
+    /// Whether one that ran when the fault began has been compared. One that was cut off has to be the same when it is asked for again.
+    compared: bool,
 }
 
 /// The streams.
@@ -122,11 +124,13 @@ impl Load {
         board.streams.fill(Since::default());
     }
 
-    /// Waits until every stream has said something since the fault began.
-    pub(super) async fn all_have_heard_since(&self, number: usize) {
+    /// Waits until what ran when the fault began has ended, and been compared.
+    pub(super) async fn all_have_ended_since(&self, number: usize) {
         let began = Instant::now();
-        let heard = |board: &Board| board.fault != number || board.streams.iter().all(|stream| stream.heard);
-        while !heard(&lock(&self.board)) && began.elapsed() < SILENCE_MAX {
+        let ended =
+            |board: &Board| board.fault != number || board.streams.iter().all(|stream| stream.compared);
+        // Each of them either goes on or is found to hang.
+        while !ended(&lock(&self.board)) && began.elapsed() < 4 * SILENCE_MAX {
             tokio::time::sleep(PAUSE).await;
         }
     }
@@ -134,14 +138,16 @@ impl Load {
     /// What was noticed of it so far.
     pub(super) fn end_fault(&self, number: usize) -> Noticed {
         let mut board = lock(&self.board);
+        board.fault = number + 1;
         let stalls_s = board.streams.iter().map(|stream| stream.longest.as_secs_f64()).collect();
         Noticed { stalls_s, ..board.noticed.remove(&number).unwrap_or_default() }
     }
 
-    /// Ends the streams as they are.
-    pub(super) async fn stop(mut self) {
+    /// Ends the streams as they are; what was noticed after `faults` faults.
+    pub(super) async fn stop(mut self, faults: usize) -> Noticed {
         self.stop.send_replace(true);
         while self.tasks.join_next().await.is_some() {}
+        Noticed { stalls_s: Vec::new(), ..self.end_fault(faults) }
     }
 }
 
@@ -168,6 +174,7 @@ impl Worker {
                         true => noticed.completed += 1,
                         false => noticed.changed += 1,
                     });
+                    self.compared();
                 }
                 Err(error) => {
                     self.failed(&error);
@@ -181,7 +188,12 @@ impl Worker {
         let mut board = lock(&self.board);
         if let Some(since) = board.streams.get_mut(self.index) {
             since.longest = since.longest.max(silence);
-            since.heard = true;
+        }
+    }
+
+    fn compared(&self) {
+        if let Some(since) = lock(&self.board).streams.get_mut(self.index) {
+            since.compared = true;
         }
     }
 

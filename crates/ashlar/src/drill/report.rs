@@ -26,6 +26,15 @@ impl FaultRecord {
         FaultRecord { process: process.to_owned(), kind, recovered_s: recovered.as_secs_f64(), noticed }
     }
 
+    /// What was noticed afterwards.
+    pub(super) fn add(&mut self, rest: Noticed) {
+        self.noticed.completed += rest.completed;
+        self.noticed.cut += rest.cut;
+        self.noticed.changed += rest.changed;
+        self.noticed.hung += rest.hung;
+        self.noticed.errors.extend(rest.errors);
+    }
+
     fn longest_stall_s(&self) -> f64 {
         self.noticed.stalls_s.iter().copied().fold(0.0, f64::max)
     }
