@@ -5,11 +5,18 @@ use crate::owner::{Owner, Want};
 use crate::process::{Action, Connection, Input, Message, Process, Purpose, Timer};
 use crate::random::Random;
 use ashlar_gateway::transcript::{Effect, End, TokenDecoder, Transcript, TranscriptEvent, TranscriptSpec};
-use ashlar_protocol::serving::{ChoiceId, FailureKind, FinishReason, FromScheduler, Submit, ToScheduler};
+use ashlar_protocol::serving::{
+    ChoiceId, FailureKind, FinishReason, FromScheduler, SCHEDULER_BEAT_MS, Submit, ToScheduler,
+};
 use ashlar_vocabulary::{AdapterId, LeaseTerm, ModelDigest, RequestId, SamplingParams, TokenId};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
+
+/// A scheduler that says nothing for this long is lost, in microseconds.
+const SILENCE_US_MAX: u64 = 5 * SCHEDULER_BEAT_MS * 1_000;
+/// How often a gateway looks whether it is.
+const LISTEN_US: u64 = 250_000;
 
 /// The model that everybody serves.
 pub(crate) const DIGEST: ModelDigest = ModelDigest([9; 32]);
@@ -52,6 +59,8 @@ pub(crate) enum Outcome {
 pub(crate) struct Gateway {
     number: usize,
     serving: Option<Connection>,
+    /// When it last heard of the scheduler.
+    heard_us: u64,
     /// Whether the scheduler has shown over this connection that it leads.
     greeted: bool,
     highest_term: LeaseTerm,
@@ -145,7 +154,16 @@ impl Request {
 impl Gateway {
     pub(crate) fn new(number: usize, requests: Vec<Request>, owner: Option<Owner>) -> Gateway {
         let (highest_term, transcripts) = (LeaseTerm(0), BTreeMap::new());
-        Gateway { number, serving: None, greeted: false, highest_term, transcripts, requests, owner }
+        Gateway {
+            number,
+            serving: None,
+            heard_us: 0,
+            greeted: false,
+            highest_term,
+            transcripts,
+            requests,
+            owner,
+        }
     }
 
     /// Whether owners have asked for everything, and were answered.
@@ -174,6 +192,7 @@ impl Gateway {
         match input {
             Input::Timer(Timer::Start) => {
                 self.reach_scheduler(actions);
+                actions.push(Action::Wake { after_us: LISTEN_US, timer: Timer::Listen });
                 self.owner.iter().for_each(|owner| owner.start(now_us, actions));
                 for (index, request) in self.requests.iter().enumerate() {
                     if let Some(after_us) = request.arrival_us.checked_sub(now_us) {
@@ -197,11 +216,21 @@ impl Gateway {
             Input::Timer(Timer::Prepared(job)) => {
                 self.owner.iter().for_each(|owner| owner.prepared(job, self.serving, actions));
             }
+            Input::Timer(Timer::Listen) => {
+                actions.push(Action::Wake { after_us: LISTEN_US, timer: Timer::Listen });
+                if let Some(serving) = self.serving.filter(|_| now_us > self.heard_us + SILENCE_US_MAX) {
+                    actions.push(Action::Close(serving));
+                    self.disconnected(random, actions);
+                }
+            }
             Input::Timer(_) => {}
-            Input::Opened { connection, .. } => (self.serving, self.greeted) = (Some(connection), false),
+            Input::Opened { connection, .. } => {
+                (self.serving, self.greeted, self.heard_us) = (Some(connection), false, now_us);
+            }
             Input::Refused(_) => self.try_again(random, actions),
             Input::Message(connection, Message::FromScheduler(message)) => {
                 if self.serving == Some(connection) {
+                    self.heard_us = now_us;
                     self.hear(now_us, connection, message, random, actions)?;
                 }
             }

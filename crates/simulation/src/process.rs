@@ -94,6 +94,8 @@ pub(crate) enum Timer {
     Beat,
     /// Try to reach the scheduler again.
     Reconnect,
+    /// A gateway finds out whether the scheduler still says something.
+    Listen,
     /// A node's weights are in place.
     Loaded(ReplicaRevision),
     /// A node has computed a step.

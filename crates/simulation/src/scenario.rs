@@ -302,7 +302,7 @@ fn fault(random: &mut Random, nodes: usize, gateways: usize) -> (u64, Fault) {
     let at = random.between(200_000, FAULTS_END_US);
     let node = Process::Node(random.between(0, nodes as u64) as usize);
     let for_us = random.between(20_000, 2_500_000);
-    let fault = match random.between(0, 10) {
+    let fault = match random.between(0, 11) {
         0..4 => Fault::Kill { process: node, for_us },
         4 => Fault::Kill { process: Process::Scheduler, for_us: for_us / 4 },
         5 => {
@@ -312,6 +312,7 @@ fn fault(random: &mut Random, nodes: usize, gateways: usize) -> (u64, Fault) {
         6 => Fault::Pause { process: node, for_us },
         7 => Fault::Break,
         8 => Fault::Blackhole { for_us },
+        9 => Fault::Pause { process: Process::Scheduler, for_us },
         _ => Fault::ForgetTerm,
     };
     (at, fault)

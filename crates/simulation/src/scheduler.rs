@@ -4,7 +4,7 @@
 use crate::archive::{Archive, Keeper, Names, Superseded};
 use crate::durable::{Answer, Refusal, Wish};
 use crate::process::{Action, Connection, Errand, Input, Message, Purpose, Timer};
-use ashlar_protocol::serving::FromScheduler;
+use ashlar_protocol::serving::{FromScheduler, SCHEDULER_BEAT_MS};
 use ashlar_scheduler::adapters::AdaptersConfig;
 use ashlar_scheduler::cluster::{ClusterConfig, NodeConnection, TICK_MS};
 use ashlar_scheduler::director::{Director, Input as DirectorInput, Output};
@@ -25,6 +25,7 @@ pub(crate) struct Jobs {
 pub(crate) struct Scheduler {
     pub(crate) director: Director,
     purposes: BTreeMap<Connection, Purpose>,
+    beat_due_us: u64,
     /// A node has accepted this term.
     pub(crate) fenced_by: Option<LeaseTerm>,
     /// Times that a replica came up or went down in this life.
@@ -64,7 +65,8 @@ impl Scheduler {
             unix_s: 0,
         });
         let director = Director::new(cluster, engine, adapters, config);
-        Scheduler { director, purposes: BTreeMap::new(), fenced_by: None, ups: 0, downs: 0, shell }
+        let purposes = BTreeMap::new();
+        Scheduler { director, purposes, beat_due_us: 0, fenced_by: None, ups: 0, downs: 0, shell }
     }
 
     pub(crate) fn handle(
@@ -106,6 +108,7 @@ impl Scheduler {
         let input = match input {
             Input::Timer(Timer::Start | Timer::Tick) => {
                 actions.push(Action::Wake { after_us: TICK_MS * 1000, timer: Timer::Tick });
+                self.beat(now_us, actions);
                 self.tell_date(now_us, actions)?;
                 DirectorInput::Tick
             }
@@ -189,6 +192,21 @@ impl Scheduler {
         inputs.try_for_each(|input| self.direct(now_us, input, actions))
     }
 
+    /// Tells gateways that it lives.
+    fn beat(&mut self, now_us: u64, actions: &mut Vec<Action>) {
+        if now_us < self.beat_due_us {
+            return;
+        }
+        self.beat_due_us = now_us + SCHEDULER_BEAT_MS * 1_000;
+        let beat = |gateway| Action::Send(gateway, Message::FromScheduler(FromScheduler::Beat));
+        actions.extend(self.gateways().map(beat));
+    }
+
+    fn gateways(&self) -> impl Iterator<Item = Connection> {
+        let serving = self.purposes.iter().filter(|(_, purpose)| **purpose == Purpose::Serving);
+        serving.map(|(connection, _)| *connection)
+    }
+
     fn send_snapshot(&self, gateway: Connection, actions: &mut Vec<Action>) {
         let snapshot = FromScheduler::Cluster(Box::new(self.director.snapshot()));
         actions.push(Action::Send(gateway, Message::FromScheduler(snapshot)));
@@ -213,9 +231,7 @@ impl Scheduler {
             Output::Down(..) => self.downs += 1,
             Output::Problem(_) => {}
             Output::Snapshot => {
-                let gateways = self.purposes.iter().filter(|(_, purpose)| **purpose == Purpose::Serving);
-                let gateways: Vec<Connection> = gateways.map(|(connection, _)| *connection).collect();
-                gateways.into_iter().for_each(|gateway| self.send_snapshot(gateway, actions));
+                self.gateways().for_each(|gateway| self.send_snapshot(gateway, actions));
             }
             Output::Jobs(effect) => self.perform_for_jobs(*effect, actions),
             Output::PersistAdapter(name, record) => {
