@@ -29,8 +29,8 @@ fn shared(path: &str) -> Option<PathBuf> {
 fn qwen_2_5() -> Option<Tokenizer> {
     let (tokenizer, config) =
         (shared("tokenizers/qwen3/tokenizer.json")?, shared("tokenizers/qwen2.5/tokenizer_config.json")?);
-    let dir = std::env::temp_dir().join(format!("ashlar-dataset-qwen-{}", std::process::id()));
-    let dir = dir.join(format!("{:?}", std::thread::current().id()));
+    let unique = (std::process::id(), std::thread::current().id());
+    let dir = std::env::temp_dir().join(format!("ashlar-dataset-qwen-{unique:?}"));
     std::fs::create_dir_all(&dir).unwrap();
     std::fs::copy(tokenizer, dir.join("tokenizer.json")).unwrap();
     std::fs::copy(config, dir.join("tokenizer_config.json")).unwrap();
