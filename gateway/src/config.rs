@@ -64,7 +64,7 @@ pub struct GatewayConfig {
     pub keep_alive_ms: u64,
     /// Milliseconds that running requests get when the gateway shuts down. Default 30000.
     pub drain_grace_ms: u64,
-    /// Longest wait in milliseconds between two attempts to reach the scheduler. Default 500.
+    /// Longest wait in milliseconds between two attempts to reach the scheduler. Default 200.
     pub reconnect_ms_max: u64,
     /// Milliseconds that a request which has not begun waits for a scheduler that is away; one that has begun waits until its
     /// deadline. Default 30000.
@@ -102,7 +102,7 @@ impl Default for GatewayConfig {
             write_timeout_ms: 60_000,
             keep_alive_ms: 10_000,
             drain_grace_ms: 30_000,
-            reconnect_ms_max: 500,
+            reconnect_ms_max: 200,
             scheduler_patience_ms: 30_000,
             accept_priority: true,
         }

@@ -149,8 +149,16 @@ impl Drop for AbortOnDrop {
 }
 
 async fn join(name: &str, address: SocketAddr, term: u64) -> Result<TcpStream, frame::FrameError> {
-    let mut socket = TcpStream::connect(address).await?;
-    frame::greet(&mut socket, &format!("node {name}")).await?;
+    // A scheduler that does not lead yet closes the connection.
+    let deadline = Instant::now() + Duration::from_secs(10);
+    let mut socket = loop {
+        let mut socket = TcpStream::connect(address).await?;
+        match frame::greet(&mut socket, &format!("node {name}")).await {
+            Ok(_) => break socket,
+            Err(error) if Instant::now() >= deadline => return Err(error),
+            Err(_) => tokio::time::sleep(Duration::from_millis(20)).await,
+        }
+    };
     let join = Join {
         node: NodeId(name.to_owned()),
         data_address: format!("{name}:1"),

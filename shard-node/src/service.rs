@@ -34,7 +34,7 @@ const OUTBOUND_QUEUE: usize = 256;
 /// How long connecting to the scheduler may take.
 const GREETING_TIMEOUT: Duration = Duration::from_secs(2);
 const RECONNECT_MIN: Duration = Duration::from_millis(50);
-const RECONNECT_MAX: Duration = Duration::from_millis(500);
+const RECONNECT_MAX: Duration = Duration::from_millis(200);
 
 /// Why a node cannot run.
 #[derive(Debug, thiserror::Error)]

@@ -259,6 +259,19 @@ fn a_stream_outlives_a_frozen_scheduler() {
     assert_no_panic(&cluster);
 }
 
+/// The scheduler that leads: the last that has said so.
+fn leader(cluster: &Cluster) -> &'static str {
+    let last_term = |role: &str| {
+        let log =
+            std::fs::read_to_string(cluster.state().join(format!("logs/{role}.log"))).unwrap_or_default();
+        let terms = log
+            .lines()
+            .filter_map(|line| line.split_once("leading term=")?.1.split(' ').next()?.parse().ok());
+        terms.max().unwrap_or(0_u64)
+    };
+    ["scheduler-0", "scheduler-1"].into_iter().max_by_key(|role| last_term(role)).expect("one of them")
+}
+
 #[test]
 fn a_stream_goes_on_with_the_scheduler_that_stood_by() {
     let _alone = alone();
@@ -266,14 +279,15 @@ fn a_stream_goes_on_with_the_scheduler_that_stood_by() {
     let cluster = Cluster::start(&["--stages", "2", "--schedulers", "2", "--store", &redis.url()]);
     let expected = undisturbed(&cluster);
     let term = cluster.metric("ashlar_lease_term");
-    // Whichever leads: two of three kills are the leader's.
-    for role in ["scheduler-0", "scheduler-1", "scheduler-0"] {
+    for _ in 0..3 {
+        let role = leader(&cluster);
         let pid = cluster.pid(role);
         let pause = disturb(&cluster, &expected, || assert!(processes::signal(pid, "KILL")));
         assert!(pause < PAUSE_LIMIT, "{role}: the stream stood still for {pause:?}\n{}", cluster.said());
         println!("{role} killed: the stream stood still for {pause:?}");
     }
-    eventually("two other leaders", RECOVERY_LIMIT, || cluster.metric("ashlar_lease_term") >= term + 2.0);
+    // One that was killed may lead again, if it is back when the lease runs out.
+    assert!(cluster.metric("ashlar_lease_term") >= term + 3.0);
     assert_no_panic(&cluster);
 }
 
