@@ -136,6 +136,13 @@ impl App {
         self.scheduler.link().known_cluster().cloned().map_err(ApiError::unavailable)
     }
 
+    /// Until the cluster has been seen once: a gateway that has just started waits for the scheduler as for one that is away. Before it,
+    /// no model's name means anything.
+    pub(crate) async fn first_contact(&self) {
+        let mut link = self.scheduler.watch();
+        let _ = link.wait_for(|link| link.cluster.is_some() || link.given_up).await;
+    }
+
     /// Runs work that takes more than microseconds (parsing, templates, tokenizing) where it disturbs no stream; as many
     /// at once as there are cores.
     pub(crate) async fn work<T: Send + 'static>(

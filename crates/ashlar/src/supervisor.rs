@@ -75,6 +75,7 @@ async fn supervise(role: Role, notices: mpsc::Sender<Notice>, mut stop: watch::R
     let mut crashed = None;
     loop {
         let started = Instant::now();
+        let mut killed = false;
         let mut ear = role.silence_max.and_then(Ear::open);
         let how = match spawn(&role, ear.as_ref(), crashed.take()) {
             Err(error) => format!("{error:#}"),
@@ -99,6 +100,7 @@ async fn supervise(role: Role, notices: mpsc::Sender<Notice>, mut stop: watch::R
                     return;
                 };
                 crashed = status.as_ref().ok().and_then(crash);
+                killed = hung.is_some() || status.as_ref().is_ok_and(is_killed);
                 match (hung, status) {
                     (Some(limit), _) => format!("killed, as it said nothing for {} ms", limit.as_millis()),
                     (None, Ok(status)) if status.code() == Some(i32::from(EXIT_PERMANENT)) => {
@@ -112,7 +114,9 @@ async fn supervise(role: Role, notices: mpsc::Sender<Notice>, mut stop: watch::R
             }
         };
         let _ = notices.send(Notice::Ended { name: role.name.clone(), how }).await;
-        pause = if started.elapsed() > STEADY { PAUSE_MIN } else { (pause * 2).min(PAUSE_MAX) };
+        // Whoever kills it does not mean that it cannot run.
+        let steady = killed || started.elapsed() > STEADY;
+        pause = if steady { PAUSE_MIN } else { (pause * 2).min(PAUSE_MAX) };
         tokio::select! {
             () = tokio::time::sleep(pause) => {}
             _ = stop.changed() => return,
@@ -126,6 +130,11 @@ fn crash(status: &std::process::ExitStatus) -> Option<i32> {
     use std::os::unix::process::ExitStatusExt;
     let crashes = [Signal::SEGV, Signal::BUS, Signal::ABORT, Signal::ILL, Signal::FPE];
     status.signal().filter(|signal| crashes.iter().any(|crash| crash.as_raw() == *signal))
+}
+
+fn is_killed(status: &std::process::ExitStatus) -> bool {
+    use std::os::unix::process::ExitStatusExt;
+    status.signal() == Some(rustix::process::Signal::KILL.as_raw())
 }
 
 fn spawn(role: &Role, ear: Option<&Ear>, crashed: Option<i32>) -> Result<Child> {

@@ -69,6 +69,7 @@ pub(crate) async fn chat_completions(
 ) -> Result<Response, ApiError> {
     let (parts, body) = request.into_parts();
     let body = read_body(&app, &parts.headers, body).await?;
+    app.first_contact().await;
     let worker = app.clone();
     let Prepared { request, served, prompt, constraint, reading } =
         app.work(move || Prepared::new(&body, &worker)).await?;

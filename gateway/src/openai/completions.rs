@@ -42,6 +42,7 @@ pub(crate) async fn completions(
 ) -> Result<Response, ApiError> {
     let (parts, body) = request.into_parts();
     let body = read_body(&app, &parts.headers, body).await?;
+    app.first_contact().await;
     let worker = app.clone();
     let (request, served) = app
         .work(move || {

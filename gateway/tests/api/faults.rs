@@ -147,12 +147,13 @@ async fn a_scheduler_whose_term_is_over_hears_of_the_higher_one_and_patience_end
 }
 
 #[tokio::test]
-async fn without_a_scheduler_requests_are_503_at_once() {
+async fn without_a_scheduler_requests_are_503_once_patience_ends() {
     let model = tempfile::tempdir().unwrap();
     write_model(model.path(), PLAIN_TEMPLATE);
     let config = GatewayConfig {
         listen: "127.0.0.1:0".parse().unwrap(),
         scheduler: "127.0.0.1:1".into(),
+        scheduler_patience_ms: 300,
         ..GatewayConfig::default()
     };
     let gateway = Gateway::bind(config, model.path()).await.unwrap();

@@ -84,6 +84,8 @@ struct Since {
     longest: Duration,
     /// Whether one that ran when the fault began has been compared. One that was cut off has to be the same when it is asked for again.
     compared: bool,
+    /// Whether it was cut off with its gateway; however often it was then asked for in vain.
+    cut: bool,
 }
 
 /// The streams.
@@ -197,6 +199,12 @@ impl Worker {
         }
     }
 
+    /// Whether it has been cut off already by this fault; from now on it has.
+    fn cut_before(&self) -> bool {
+        let mut board = lock(&self.board);
+        board.streams.get_mut(self.index).is_some_and(|since| std::mem::replace(&mut since.cut, true))
+    }
+
     fn note(&self, write: impl FnOnce(&mut Noticed)) {
         let mut board = lock(&self.board);
         let fault = board.fault;
@@ -205,11 +213,13 @@ impl Worker {
 
     fn failed(&self, error: &anyhow::Error) {
         let refused = error.downcast_ref::<StatusError>().is_some();
-        let cut = !refused && error.downcast_ref::<Hung>().is_none() && lock(&self.board).of_gateway;
-        self.note(|noticed| match error.downcast_ref::<Hung>() {
-            Some(Hung) => noticed.hung += 1,
-            None if cut => noticed.cut += 1,
-            None => noticed.errors.push(format!("{error:#}")),
+        let hung = error.downcast_ref::<Hung>().is_some();
+        let cut = !refused && !hung && lock(&self.board).of_gateway;
+        let again = cut && self.cut_before();
+        self.note(|noticed| match hung {
+            true => noticed.hung += 1,
+            false if cut => noticed.cut += u64::from(!again),
+            false => noticed.errors.push(format!("{error:#}")),
         });
     }
 }
