@@ -370,8 +370,14 @@ impl Durable {
             matches!(what, JobEventKind::Succeeded | JobEventKind::Cancelled | JobEventKind::Failed(_))
         };
         let last = events.last().is_some_and(ends);
-        // One that is cancelled after it fell back to its last durable state has told of steps that it has no longer.
-        let fell_back = repeats && told > record.steps && record.status != JobStatus::Succeeded;
+        // One that is cancelled after it fell back to its last durable state has told of steps that it has no longer, and of
+        // none that could not have been lost with it.
+        let full = record.settings.as_ref().and_then(|settings| settings.full);
+        let fell_back = record.status == JobStatus::Cancelled
+            && told > record.steps
+            && full.is_some_and(|full| {
+                record.steps >= told.saturating_sub(1) / full.durable_every * full.durable_every
+            });
         if told != record.steps && !fell_back
             || !last
             || events.iter().filter(|event| ends(event)).count() != 1
