@@ -3,6 +3,7 @@
 use crate::config::GatewayConfig;
 use crate::metrics::Metrics;
 use crate::openai::error::ApiError;
+use crate::openai::responses::Responses;
 use crate::scheduler_client::SchedulerClient;
 use crate::text::ModelText;
 use crate::tuning::Tuning;
@@ -50,6 +51,8 @@ pub(crate) struct App {
     pub(crate) phase: watch::Receiver<Phase>,
     /// `None` where no place for files is configured.
     pub(crate) tuning: Option<Tuning>,
+    /// Responses in progress, and where they are stored.
+    pub(crate) responses: Responses,
     /// Unix seconds of the start.
     pub(crate) created: u64,
     origin: Instant,
@@ -66,6 +69,8 @@ impl App {
         phase: watch::Receiver<Phase>,
         tuning: Option<Tuning>,
     ) -> App {
+        let blobs = tuning.as_ref().map(|tuning| tuning.blobs.clone());
+        let responses = Responses::new(blobs, config.choices_in_flight_max);
         let workers = std::thread::available_parallelism().map_or(1, usize::from);
         App {
             config,
@@ -75,6 +80,7 @@ impl App {
             metrics,
             phase,
             tuning,
+            responses,
             created: unix_seconds(),
             origin: Instant::now(),
             workers: Arc::new(Semaphore::new(workers)),

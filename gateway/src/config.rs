@@ -69,6 +69,8 @@ pub struct GatewayConfig {
     /// Milliseconds that a request which has not begun waits for a scheduler that is away; one that has begun waits until its
     /// deadline. Default 30000.
     pub scheduler_patience_ms: u64,
+    /// Milliseconds for which a stored response goes on whose client has gone, unless it is in the background. Default 30000.
+    pub resume_grace_ms: u64,
     /// Whether a client may set `priority`. Default true.
     pub accept_priority: bool,
 }
@@ -104,6 +106,7 @@ impl Default for GatewayConfig {
             drain_grace_ms: 30_000,
             reconnect_ms_max: 200,
             scheduler_patience_ms: 30_000,
+            resume_grace_ms: 30_000,
             accept_priority: true,
         }
     }

@@ -94,6 +94,7 @@ pub(crate) fn panic_response(panic: Box<dyn Any + Send + 'static>) -> Response {
 fn operation(path: &str) -> (&'static str, bool) {
     match path {
         "/v1/chat/completions" => ("chat", true),
+        "/v1/responses" => ("chat", true),
         "/v1/completions" => ("text_completion", true),
         _ => ("http", false),
     }

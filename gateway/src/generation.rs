@@ -35,6 +35,8 @@ pub(crate) struct GenerationSpec {
     pub(crate) special: SpecialTokens,
     pub(crate) start: TextStart,
     pub(crate) priority: i32,
+    /// Whether it belongs to a stored response: dropping it only stops following it.
+    pub(crate) kept: bool,
     pub(crate) traceparent: Option<String>,
 }
 
@@ -104,8 +106,10 @@ impl Generation {
             let described = if spec.sampling.prompt_logprobs { prompt.tokens.len() } else { 0 };
             for choice_index in 0..spec.n {
                 let id = ChoiceId { request: spec.id, choice: submits.len() as u32 };
+                let most = prompt.max_new_tokens as usize + 2;
+                // What is kept may have been said already, and then arrives at once.
                 unread_max +=
-                    described + app.config.unread_tokens_max.min(prompt.max_new_tokens as usize + 2);
+                    described + if spec.kept { most } else { app.config.unread_tokens_max.min(most) };
                 submits.push(spec.submit(
                     id,
                     prompt,
@@ -270,8 +274,10 @@ impl Generation {
         let left = self.deadline.saturating_duration_since(Instant::now()).saturating_sub(DEADLINE_SLACK);
         let left = left.max(Duration::from_millis(1));
         let submit = self.spec.submit(id, prompt, choice_index as u32, self.model_digest, left);
+        let transcript = self.transcripts.get(id.choice as usize);
+        let forced_logprobs = transcript.map_or(Vec::new(), |known| known.delivered_logprobs().to_vec());
         self.app.metrics.resubmitted();
-        self.events.resubmit(Submit { forced, ..submit });
+        self.events.resubmit(Submit { forced, forced_logprobs, ..submit });
     }
 }
 
@@ -299,6 +305,8 @@ impl GenerationSpec {
             model_digest,
             prompt: prompt.tokens.to_vec(),
             forced: Vec::new(),
+            forced_logprobs: Vec::new(),
+            kept: self.kept,
             max_new_tokens: prompt.max_new_tokens,
             stop_tokens: self.stop_tokens.clone(),
             sampling: SamplingParams { choice_index, ..self.sampling.clone() },
@@ -317,6 +325,7 @@ impl GenerationSpec {
             include_stop: self.include_stop,
             stop_tokens: self.stop_tokens.clone(),
             min_tokens: self.sampling.min_tokens,
+            keep_logprobs: self.kept,
         }
     }
 }

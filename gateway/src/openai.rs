@@ -1,7 +1,7 @@
 //! OpenAI's HTTP schema: the only place that knows it.
 //!
 //! Layout: [`error`] (the envelope), `fields` (typed reading of a JSON object), `sampling` and `output` (fields that
-//! chat and completions share), `chat*` and `completions*` (requests, answers, streams), `models`,
+//! chat and completions share), `chat*` and `completions*` (requests, answers, streams), `responses`, `models`,
 //! `adapters`, `tokenize`, `tuning` (files and fine-tuning jobs).
 
 pub(crate) mod adapters;
@@ -20,6 +20,7 @@ pub(crate) mod fields;
 pub(crate) mod logprobs;
 pub(crate) mod models;
 pub(crate) mod respond;
+pub(crate) mod responses;
 pub(crate) mod sampling;
 pub(crate) mod sse;
 pub(crate) mod stream;

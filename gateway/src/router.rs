@@ -6,6 +6,7 @@ use crate::openai::adapters::{delete_model, load_adapter, roll_back_adapter, unl
 use crate::openai::chat::chat_completions;
 use crate::openai::completions::completions;
 use crate::openai::models::{list_models, show_model};
+use crate::openai::responses;
 use crate::openai::tokenize::{detokenize, tokenize};
 use crate::openai::tuning::{files, jobs};
 use crate::system;
@@ -27,6 +28,11 @@ pub(crate) fn router(app: Arc<App>) -> Router {
     Router::new()
         .route("/v1/chat/completions", post(chat_completions))
         .route("/v1/completions", post(completions))
+        .route("/v1/responses", post(responses::create))
+        .route("/v1/responses/{id}", get(responses::show).delete(responses::delete))
+        .route("/v1/responses/{id}/cancel", post(responses::cancel))
+        .route("/v1/responses/{id}/input_items", get(responses::input_items))
+        .route("/v1/responses/{id}/replay", post(responses::replay::replay))
         .route("/v1/models", get(list_models))
         .route("/v1/files", get(files::list_files).post(files::upload))
         .route("/v1/files/{id}", get(files::show_file).delete(files::delete_file))

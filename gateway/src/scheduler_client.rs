@@ -17,6 +17,7 @@ pub use link::Link;
 
 use crate::transcript::TranscriptEvent;
 use ashlar_protocol::admin::{AdminFailure, AdminReply, AdminRequest, Comparison, JobError, PreparedJob};
+use ashlar_protocol::responses::ResponseRecord;
 use ashlar_protocol::serving::{ChoiceId, CompareAdapters, FailureKind, PrepareJob, RequestFailure, Submit};
 use ashlar_service_kit::Addresses;
 use ashlar_vocabulary::JobId;
@@ -86,6 +87,8 @@ pub struct SchedulerClientSettings {
     pub jobs: Option<mpsc::Sender<Box<PrepareJob>>>,
     /// Where adapters go that are to be compared with what is served; without it they are not.
     pub comparisons: Option<mpsc::Sender<Box<CompareAdapters>>>,
+    /// Where responses go that nobody follows; without it, or while it is full, they go to another gateway.
+    pub adoptions: Option<mpsc::Sender<Box<ResponseRecord>>>,
 }
 
 /// The events of one request's choices, in order per choice.

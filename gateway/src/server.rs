@@ -7,6 +7,7 @@ use crate::app::{App, Phase};
 use crate::config::GatewayConfig;
 use crate::error::GatewayError;
 use crate::metrics::Metrics;
+use crate::openai::responses::{ADOPTIONS_WAITING_MAX, take_up};
 use crate::router::router;
 use crate::scheduler_client::{SchedulerClient, SchedulerClientSettings};
 use crate::text::ModelText;
@@ -72,6 +73,7 @@ impl Gateway {
             None => None,
         };
         let (jobs, waiting) = mpsc::channel(JOBS_WAITING_MAX);
+        let (adoptions, offered) = mpsc::channel(ADOPTIONS_WAITING_MAX);
         let (comparisons, compared_next) = mpsc::channel(COMPARISONS_WAITING_MAX);
         let names = served_names(&config, model_dir);
         let metrics = Metrics::new(names.first().map_or("", String::as_str))?;
@@ -82,6 +84,7 @@ impl Gateway {
             patience: Duration::from_millis(config.scheduler_patience_ms),
             jobs: tuning.is_some().then_some(jobs),
             comparisons: tuning.is_some().then_some(comparisons),
+            adoptions: tuning.is_some().then_some(adoptions),
         });
         let mut background = JoinSet::new();
         if let Some(Tuning { blobs, .. }) = &tuning {
@@ -98,6 +101,7 @@ impl Gateway {
         let (phase, seen) = watch::channel(Phase::Serving);
         let app = Arc::new(App::new(config, names, text, scheduler, metrics, seen, tuning));
         background.spawn(count_steps(app.clone()));
+        background.spawn(take_up(app.clone(), offered));
         background.spawn(async {
             Watchdog::from_environment().keep_beating().await;
         });

@@ -44,6 +44,8 @@ pub struct TranscriptSpec {
     pub stop_tokens: Vec<TokenId>,
     /// Stop strings are not looked for in this many first tokens.
     pub min_tokens: u32,
+    /// Whether log-probabilities that have been delivered are needed again, for whoever takes the choice up.
+    pub keep_logprobs: bool,
 }
 
 /// What can happen to a choice.
@@ -74,7 +76,7 @@ pub enum TranscriptEvent {
 }
 
 impl TranscriptEvent {
-    /// What a message of the scheduler says to which choice; `None` where it says nothing to any. A choice that a leaving scheduler
+    /// What a message of the scheduler says to which choice; `None` where it says nothing to any, or several things. A choice that a leaving scheduler
     /// does not take is not told: it is submitted to the next one.
     pub fn of(message: FromScheduler) -> Option<(ChoiceId, TranscriptEvent)> {
         match message {
@@ -91,7 +93,9 @@ impl TranscriptEvent {
             | FromScheduler::Beat
             | FromScheduler::Admin { .. }
             | FromScheduler::Prepare(_)
-            | FromScheduler::Compare(_) => None,
+            | FromScheduler::Compare(_)
+            | FromScheduler::Adopt(_)
+            | FromScheduler::Tokens(_) => None,
         }
     }
 
@@ -158,6 +162,7 @@ pub struct Transcript<D> {
     decoder: D,
     matcher: StopMatcher,
     delivered: Vec<TokenId>,
+    delivered_logprobs: Vec<Option<TokenLogprobs>>,
     cached_tokens: u32,
     queue_ms: u64,
     prompt_logprobs: Vec<Option<TokenLogprobs>>,
@@ -195,6 +200,7 @@ impl<D: TokenDecoder> Transcript<D> {
             spec,
             decoder,
             delivered: Vec::new(),
+            delivered_logprobs: Vec::new(),
             cached_tokens: 0,
             queue_ms: 0,
             prompt_logprobs: Vec::new(),
@@ -249,6 +255,11 @@ impl<D: TokenDecoder> Transcript<D> {
         &self.delivered
     }
 
+    /// What was said of these tokens, where that is kept; else nothing.
+    pub fn delivered_logprobs(&self) -> &[Option<TokenLogprobs>] {
+        &self.delivered_logprobs
+    }
+
     /// Prompt tokens that came from the prefix cache, as far as known: from the first token on.
     pub fn cached_tokens(&self) -> u32 {
         self.cached_tokens
@@ -286,6 +297,9 @@ impl<D: TokenDecoder> Transcript<D> {
         self.first_token_at.get_or_insert(now);
         self.last_token_at = Some(now);
         self.delivered.push(event.token);
+        if self.spec.keep_logprobs {
+            self.delivered_logprobs.push(event.logprobs.clone());
+        }
         (self.cached_tokens, self.queue_ms) = (event.cached_tokens, event.queue_ms);
         if self.spec.stop_tokens.contains(&event.token) {
             self.stop_token_seen = true;

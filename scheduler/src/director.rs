@@ -5,12 +5,14 @@ use crate::adapters::{self, AdapterRecord, Adapters, AdaptersConfig, Caller};
 use crate::cluster::{self, Cluster, ClusterConfig, NodeConnection};
 use crate::engine::{self, Engine, EngineConfig, GatewayId, ReplicaUp};
 use crate::jobs::{self, Jobs, JobsConfig};
+use crate::responses::{self, Responses, ResponsesConfig};
 use crate::time::Millis;
 use ashlar_protocol::admin::{AdminFailure, AdminFailureKind, AdminReply, AdminRequest};
 use ashlar_protocol::membership::{FromNode, ToNode};
+use ashlar_protocol::responses::ResponseRecord;
 use ashlar_protocol::serving::{ClusterSnapshot, FromScheduler, ToScheduler};
 use ashlar_protocol::training::TrainingReport;
-use ashlar_vocabulary::{AdapterId, Bytes, JobId, LeaseTerm, ReplicaId};
+use ashlar_vocabulary::{AdapterId, Bytes, JobId, LeaseTerm, ReplicaId, RequestId};
 use std::collections::BTreeMap;
 
 /// What reaches the scheduler.
@@ -34,6 +36,10 @@ pub enum Input {
     StoredAdapters(Vec<(String, AdapterRecord)>),
     /// An [`Output::PersistAdapter`] has been done, or could not be.
     AdapterPersisted(String, Result<(), String>),
+    /// The responses that were known when the last term ended.
+    StoredResponses(Vec<ResponseRecord>),
+    /// An [`Output::PersistResponse`] has been done, or could not be.
+    ResponsePersisted(RequestId, Result<(), String>),
     /// From now on no submission is accepted; what is accepted goes on.
     Drain,
     /// The connections are about to end: jobs let go of what they hold. Gateways take their requests elsewhere.
@@ -61,6 +67,8 @@ pub enum Output {
     Problem(Option<String>),
     /// Store what has been served under a name, or forget it; answered by [`Input::AdapterPersisted`].
     PersistAdapter(String, Option<AdapterRecord>),
+    /// Store a response's record, or forget it; answered by [`Input::ResponsePersisted`].
+    PersistResponse(RequestId, Option<ResponseRecord>),
     /// Gateways are to have a new snapshot now: what is said to them next rests on it.
     Snapshot,
     /// A node has accepted a higher term: acquire one above it, or stop leading.
@@ -85,6 +93,8 @@ pub struct Director {
     engine: Engine,
     jobs: Jobs,
     adapters: Adapters,
+    responses: Responses,
+    response_effects: Vec<responses::Effect>,
     adapter_effects: Vec<adapters::Effect>,
     /// What jobs want of adapters, by number.
     wishes: BTreeMap<u64, Wish>,
@@ -117,12 +127,15 @@ impl Director {
         engine: EngineConfig,
         adapters: AdaptersConfig,
         jobs: JobsConfig,
+        responses: ResponsesConfig,
     ) -> Director {
         Director {
             cluster: Cluster::new(cluster),
             engine: Engine::new(engine),
             jobs: Jobs::new(jobs),
             adapters: Adapters::new(adapters),
+            responses: Responses::new(responses),
+            response_effects: Vec::new(),
             adapter_effects: Vec::new(),
             wishes: BTreeMap::new(),
             wishes_made: 0,
@@ -146,6 +159,12 @@ impl Director {
             Input::NodeClosed(connection, reason) => {
                 self.cluster_event(now, cluster::Event::Lost { connection, reason });
             }
+            Input::Gateway(gateway, ToScheduler::Submit(submit)) if submit.kept => {
+                self.response_event(now, responses::Event::Submit { gateway, submit });
+            }
+            Input::Gateway(gateway, ToScheduler::Cancel(id)) if self.responses.keeps(id) => {
+                self.response_event(now, responses::Event::Unfollow { gateway, id });
+            }
             Input::Gateway(gateway, ToScheduler::Submit(submit)) => {
                 self.engine_event(now, engine::Event::Submit { gateway, submit });
             }
@@ -155,7 +174,10 @@ impl Director {
             Input::Gateway(_, ToScheduler::Refused { term }) => {
                 self.cluster_event(now, cluster::Event::GatewayRefused { term });
             }
-            Input::GatewayOpened(gateway) => self.job_event(now, jobs::Event::GatewayUp(gateway)),
+            Input::GatewayOpened(gateway) => {
+                self.job_event(now, jobs::Event::GatewayUp(gateway));
+                self.response_event(now, responses::Event::GatewayUp(gateway));
+            }
             Input::Gateway(gateway, ToScheduler::Admin { call, request }) => {
                 self.admin(now, gateway, call, request);
             }
@@ -169,13 +191,23 @@ impl Director {
             Input::AdapterPersisted(name, outcome) => {
                 self.adapter_event(now, adapters::Event::Persisted { name, outcome });
             }
+            Input::StoredResponses(records) => {
+                self.response_event(now, responses::Event::Stored(records));
+            }
+            Input::ResponsePersisted(id, outcome) => {
+                self.response_event(now, responses::Event::Persisted { id, outcome });
+            }
             Input::GatewayClosed(gateway) => {
+                self.response_event(now, responses::Event::GatewayGone(gateway));
                 self.job_event(now, jobs::Event::GatewayGone(gateway));
                 self.engine_event(now, engine::Event::GatewayGone { gateway });
             }
             Input::Drain => self.engine_event(now, engine::Event::Drain),
             Input::Jobs(event) => self.job_event(now, *event),
-            Input::WallClock(unix_s) => self.job_event(now, jobs::Event::WallClock(unix_s)),
+            Input::WallClock(unix_s) => {
+                self.job_event(now, jobs::Event::WallClock(unix_s));
+                self.response_event(now, responses::Event::WallClock(unix_s));
+            }
             Input::Abort => self.job_event(now, jobs::Event::Abort),
             Input::Tick => {
                 self.job_event(now, jobs::Event::Tick);
@@ -183,6 +215,7 @@ impl Director {
                 let slowest_step_ms = self.engine.slowest_step_ms();
                 self.cluster_event(now, cluster::Event::Tick { slowest_step_ms });
                 self.adapter_event(now, adapters::Event::Tick);
+                self.response_event(now, responses::Event::Tick);
             }
         }
         self.settle(now, outputs);
@@ -220,12 +253,27 @@ impl Director {
         &self.engine
     }
 
+    /// Responses that are kept.
+    pub fn responses(&self) -> &Responses {
+        &self.responses
+    }
+
     /// Files and jobs.
     pub fn jobs(&self) -> &Jobs {
         &self.jobs
     }
 
     fn admin(&mut self, now: Millis, gateway: GatewayId, call: u64, request: Box<AdminRequest>) {
+        match *request {
+            AdminRequest::Response(wish) => {
+                self.response_event(now, responses::Event::Call { gateway, call, wish });
+            }
+            _ => self.admin_of_training(now, gateway, call, request),
+        }
+    }
+
+    /// Files, jobs and adapters.
+    fn admin_of_training(&mut self, now: Millis, gateway: GatewayId, call: u64, request: Box<AdminRequest>) {
         use adapters::Event;
         let caller = Caller::Gateway { gateway, call };
         let event = match *request {
@@ -312,6 +360,30 @@ impl Director {
         self.jobs.handle(now, event, &mut self.job_effects);
     }
 
+    fn response_event(&mut self, now: Millis, event: responses::Event) {
+        self.responses.handle(now, event, &mut self.response_effects);
+    }
+
+    fn response_effect(&mut self, now: Millis, effect: responses::Effect, outputs: &mut Vec<Output>) {
+        use responses::Effect;
+        match effect {
+            Effect::Submit(submit) => {
+                self.engine_event(now, engine::Event::Submit { gateway: GatewayId::KEPT, submit });
+            }
+            Effect::Cancel(id) => {
+                self.engine_event(now, engine::Event::Cancel { gateway: GatewayId::KEPT, id });
+            }
+            Effect::ToGateway(gateway, message) => {
+                outputs.push(Output::ToGateway(gateway, Box::new(message)));
+            }
+            Effect::Reply { gateway, call, reply } => {
+                let reply = Box::new(reply.unwrap_or_else(AdminReply::Refused));
+                outputs.push(Output::ToGateway(gateway, Box::new(FromScheduler::Admin { call, reply })));
+            }
+            Effect::Persist { id, record } => outputs.push(Output::PersistResponse(id, record)),
+        }
+    }
+
     fn cluster_event(&mut self, now: Millis, event: cluster::Event) {
         self.cluster.handle(now, event, &mut self.cluster_effects);
     }
@@ -359,8 +431,12 @@ impl Director {
         while !(self.engine_effects.is_empty()
             && self.cluster_effects.is_empty()
             && self.adapter_effects.is_empty()
+            && self.response_effects.is_empty()
             && self.job_effects.is_empty())
         {
+            for effect in std::mem::take(&mut self.response_effects) {
+                self.response_effect(now, effect, outputs);
+            }
             for effect in std::mem::take(&mut self.job_effects) {
                 self.job_effect(now, effect, outputs);
             }
@@ -372,6 +448,9 @@ impl Director {
                     engine::Effect::SendStep { replica, plan } => {
                         let connections = self.cluster.connections_of(replica);
                         outputs.push(Output::ToNodes(connections, Box::new(ToNode::Step(plan))));
+                    }
+                    engine::Effect::ToGateway { gateway: GatewayId::KEPT, message } => {
+                        self.response_event(now, responses::Event::Said(message));
                     }
                     engine::Effect::ToGateway { gateway, message } => {
                         outputs.push(Output::ToGateway(gateway, Box::new(message)));
@@ -470,6 +549,7 @@ impl Director {
             }
             jobs::Effect::Sweep(mut references) => {
                 references.adapters.extend(self.adapters.referenced());
+                references.blobs.extend(self.responses.referenced());
                 outputs.push(Output::Jobs(Box::new(jobs::Effect::Sweep(references))));
             }
             other => outputs.push(Output::Jobs(Box::new(other))),

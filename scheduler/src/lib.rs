@@ -1,10 +1,11 @@
 //! The deciding service: admission, continuous batching, KV blocks, membership and placement. It never touches a tensor.
 //!
 //! Layout: [`engine`] (which sequence computes what in which step), [`cluster`] (which node holds what), [`adapters`] (what
-//! is served beside the model, and where it is loaded), [`director`] (all wired together), [`service`](mod@service) (the shell:
+//! is served beside the model, and where it is loaded), [`jobs`] (files and fine-tuning), [`responses`] (answers that outlive the
+//! connection over which they were asked for), [`director`] (all wired together), [`service`](mod@service) (the shell:
 //! sockets, lease, clock), [`time`].
 //!
-//! **Invariants:** [`engine`], [`cluster`], [`adapters`] and [`director`] are pure cores of the form `handle(now, event, &mut effects)`: no tokio,
+//! **Invariants:** [`engine`], [`cluster`], [`adapters`], [`jobs`], [`responses`] and [`director`] are pure cores of the form `handle(now, event, &mut effects)`: no tokio,
 //! clock, randomness, I/O or randomly seeded map. The shell selects, lets them handle, and performs; it decides nothing.
 #![forbid(unsafe_code)]
 
@@ -13,7 +14,9 @@ pub mod cluster;
 pub mod director;
 pub mod engine;
 pub mod jobs;
+pub mod responses;
 pub mod service;
+mod shelf;
 pub mod time;
 
 pub use service::{ModelCard, Scheduler, SchedulerConfig, SchedulerError, serve};

@@ -236,6 +236,8 @@ impl Gateway {
             tenant_salt: 0,
             priority: 0,
             deadline_ms: 0,
+            forced_logprobs: Vec::new(),
+            kept: false,
             traceparent: None,
         };
         frame::write(&mut self.socket, &ToScheduler::Submit(Box::new(submit))).await.unwrap();

@@ -175,3 +175,21 @@ fn unsafe_code_lives_in_the_kernels_and_the_shared_memory_alone() {
         assert!(mapping || !line.contains("unsafe "), "{}: {line}", file.display());
     }
 }
+
+#[test]
+fn every_fault_has_tests_by_name() {
+    let table = fs::read_to_string(root().join("docs/FAULTS.md")).unwrap();
+    let mut files = Vec::new();
+    for place in ["tests", "crates", "gateway", "scheduler", "shard-node"] {
+        rust_files(&root().join(place), &mut files);
+    }
+    let sources: String = files.iter().map(|file| fs::read_to_string(file).unwrap()).collect();
+    let is_name = |word: &str| word.matches('_').count() >= 2 && !word.contains(['.', ' ']);
+    let names: Vec<&str> = table.split('`').skip(1).step_by(2).filter(|word| is_name(word)).collect();
+    assert!(names.len() > 50, "the table names {} tests", names.len());
+    for name in names {
+        assert!(sources.contains(&format!("fn {name}(")), "docs/FAULTS.md names {name}, which is no test");
+    }
+    let rows = table.lines().filter(|line| line.starts_with("| ") && !line.starts_with("| Fault"));
+    assert_eq!(rows.count(), 19, "one row per fault");
+}

@@ -2,6 +2,7 @@
 
 mod load;
 mod report;
+mod stream;
 
 use crate::bench::random::Random;
 use crate::http::Client;
@@ -10,13 +11,14 @@ use crate::roles;
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
-use load::{Load, Shape};
+use load::Load;
 use report::{FaultRecord, Report};
 use serde::{Deserialize, Serialize};
 use std::fs::{self, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
+use stream::Shape;
 
 /// Longest wait for the cluster to be whole again after a fault.
 const RECOVERY_MAX: Duration = Duration::from_secs(60);
@@ -36,7 +38,8 @@ pub(crate) struct Noticed;
 they run again and again, one process at a time is killed or frozen, and each stream is compared with what it was
 undisturbed, token by token and log-probability by log-probability.
 
-A stream whose gateway is killed is cut off with it; it counts as an error only if asking again does not bring the same.
+Half of the streams are responses (/v1/responses), whose clients go on with the next event when their gateway is killed. Another
+stream is cut off with it; it counts as an error only if asking again does not bring the same.
 
 Examples:
   ashlar drill                                        20 faults over all roles

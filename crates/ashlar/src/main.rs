@@ -1,7 +1,7 @@
 //! The one binary: every role, and the commands that talk to them.
 //!
 //! Layout: [`up`] (a small real cluster as supervised children), [`roles`] (gateway, scheduler, node), client commands
-//! ([`chat`], [`tune`], [`bench`], [`drill`]), and what needs no cluster ([`plan`], [`quantize`], [`synth`]). [`demo`] holds the demo model,
+//! ([`chat`], [`tune`], [`bench`], [`drill`], [`replay`]), and what needs no cluster ([`plan`], [`quantize`], [`synth`]). [`demo`] holds the demo model,
 //! [`http`] a plain HTTP client, [`supervisor`] a child process kept alive, [`processes`] which ones there are.
 #![forbid(unsafe_code)]
 
@@ -16,6 +16,7 @@ mod port;
 mod precision;
 mod processes;
 mod quantize;
+mod replay;
 mod roles;
 mod supervisor;
 mod synth;
@@ -63,6 +64,8 @@ enum Command {
     Bench(bench::BenchArgs),
     /// Kill and freeze processes of a running cluster under load, and say what clients noticed.
     Drill(drill::DrillArgs),
+    /// Compute stored responses once more, on whatever layout there is, and compare them byte by byte.
+    Replay(replay::ReplayArgs),
     /// Write a model as one GGUF file, quantised: for this server and for llama.cpp.
     Quantize(quantize::QuantizeArgs),
     /// Write a random-weight model of a real shape.
@@ -81,6 +84,7 @@ fn main() -> ExitCode {
         Command::Plan(args) => plan::run(args),
         Command::Bench(args) => bench::run(args),
         Command::Drill(args) => drill::run(args),
+        Command::Replay(args) => replay::run(args),
         Command::Quantize(args) => quantize::run(args),
         Command::Synth(args) => synth::run(args),
     };

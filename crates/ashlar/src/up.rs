@@ -113,6 +113,9 @@ pub(crate) struct UpArgs {
     /// More keys of every node's configuration, `key=value` in TOML, for example links.shared_memory=false.
     #[arg(long = "set-node", value_name = "KEY=VALUE")]
     node_settings: Vec<String>,
+    /// More keys of the gateway's configuration, `key=value` in TOML, for example deadline_ms=60000.
+    #[arg(long = "set-gateway", value_name = "KEY=VALUE")]
+    gateway_settings: Vec<String>,
 }
 
 /// How many of something: at least one, and no more than one machine could ever start.
@@ -260,7 +263,11 @@ impl Cluster {
             })
             .collect::<Result<Vec<_>>>()?;
         Ok(Cluster {
-            gateway: roles.write("gateway", "gateway", &gateway)?,
+            gateway: {
+                let config = toml::Table::try_from(&gateway).context("the gateway's configuration")?;
+                let settings = with_settings(config, &args.gateway_settings, "--set-gateway")?;
+                roles.write("gateway", "gateway", &settings)?
+            },
             schedulers: ports
                 .iter()
                 .enumerate()

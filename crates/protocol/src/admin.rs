@@ -3,6 +3,7 @@
 //!
 //! Times are seconds since 1970. Lists are newest first. Ids are made by the gateway, so that a call may be sent twice.
 
+use crate::responses::{ResponseCall, ResponseRecord};
 use crate::training::{ExportedFile, StepMetrics, TrainingSettings};
 use ashlar_vocabulary::{AdapterId, BlobId, FileId, JobId, ModelDigest};
 use serde::{Deserialize, Serialize};
@@ -31,6 +32,8 @@ pub enum AdminRequest {
     ListEvents(JobId, Page<u64>),
     /// A job's checkpoints.
     ListCheckpoints(JobId, Page<u64>),
+    /// Something about a stored response.
+    Response(ResponseCall),
     /// Serve an adapter under a name: as its first generation, or as a new one.
     LoadAdapter(LoadAdapter),
     /// Serve it no longer. Requests in flight keep it.
@@ -79,6 +82,8 @@ pub enum AdminReply {
     Checkpoints(Vec<Checkpoint>, bool),
     /// The adapter as it is served now.
     Adapter(AdapterView),
+    /// A response.
+    Response(ResponseRecord),
     /// Refused.
     Refused(AdminFailure),
 }

@@ -1,6 +1,7 @@
 //! Every message between roles, both planes, and how it is framed.
 //!
 //! * [`admin`]: gateway ↔ scheduler (files, fine-tuning jobs, adapters).
+//! * [`responses`]: gateway ↔ scheduler (responses that outlive their connection).
 //! * [`training`]: scheduler ↔ ranks (fine-tuning: sessions, steps, votes).
 //! * [`serving`]: gateway ↔ scheduler (submissions, token events, a watched snapshot of the cluster).
 //! * [`membership`]: node ↔ scheduler, control plane (join, assignment, readiness).
@@ -19,9 +20,10 @@ pub mod data;
 pub mod frame;
 pub mod group;
 pub mod membership;
+pub mod responses;
 pub mod serving;
 pub mod step;
 pub mod training;
 
 /// Version of all messages here. Two processes that differ refuse each other, naming both versions.
-pub const WIRE_VERSION: u32 = 8;
+pub const WIRE_VERSION: u32 = 9;

@@ -7,6 +7,7 @@ use crate::admin::{
     AdapterView, AdminReply, AdminRequest, Comparison, FileRecord, JobError, JobRequest, PreparedJob,
     PromotionMetric,
 };
+use crate::responses::ResponseRecord;
 use ashlar_vocabulary::{
     AdapterId, BlobId, Bytes, JobId, LayerRange, LeaseTerm, ModelDigest, NodeId, ReplicaId, ReplicaRevision,
     RequestId, SamplingParams, StageIndex, TensorRank, TokenId, TokenLogprobs,
@@ -28,9 +29,11 @@ pub struct ChoiceId {
 /// From a gateway to the scheduler.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum ToScheduler {
-    /// Start (or, with `forced` tokens, resume) one choice. Idempotent: a known [`ChoiceId`] is ignored.
+    /// Start (or, with `forced` tokens, resume) one choice. Idempotent: a known [`ChoiceId`] is ignored, but for one that is
+    /// [kept](Submit::kept), whose tokens are told from the first that is not forced.
     Submit(Box<Submit>),
-    /// Stop: the client has gone, or a stop string has matched. Unknown ids are ignored. No event follows.
+    /// Stop: the client has gone, or a stop string has matched. Unknown ids are ignored. No event follows. A choice that is
+    /// [kept](Submit::kept) is only followed no longer.
     Cancel(ChoiceId),
     /// Administration.
     Admin {
@@ -74,6 +77,11 @@ pub struct Submit {
     pub prompt: Vec<TokenId>,
     /// Tokens already delivered to the client: forced, never re-sampled.
     pub forced: Vec<TokenId>,
+    /// Of a choice that is kept, what is known of the forced tokens: one each, or none at all.
+    pub forced_logprobs: Vec<Option<TokenLogprobs>>,
+    /// Whether the choice belongs to a stored response: its tokens are remembered, any gateway that submits it too follows it, and it
+    /// goes on for a while when none does.
+    pub kept: bool,
     /// Most tokens to generate in all, `forced` included.
     pub max_new_tokens: u32,
     /// Tokens that end the answer (end of sequence unless ignored, `stop_token_ids`).
@@ -109,8 +117,12 @@ pub enum FromScheduler {
     /// Compare a job's adapter with what is served and answer [`ToScheduler::Compared`]. Repeated to another gateway where this
     /// one goes away.
     Compare(Box<CompareAdapters>),
+    /// Nobody follows this response, which is in progress: take it up. Repeated, also to another gateway, until somebody does.
+    Adopt(Box<ResponseRecord>),
     /// The next token of a choice.
     Token(TokenEvent),
+    /// Tokens of a choice that is kept, which were there before this gateway came.
+    Tokens(TokenHistory),
     /// Log-probabilities of prompt tokens, in ascending position order, before the first token.
     PromptLogprobs {
         /// Which choice.
@@ -185,6 +197,32 @@ pub struct TokenEvent {
     pub queue_ms: u64,
 }
 
+/// Consecutive tokens of a choice.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct TokenHistory {
+    /// Which choice.
+    pub id: ChoiceId,
+    /// Index of the first among generated tokens.
+    pub index: u32,
+    /// The tokens, with log-probabilities where asked for.
+    pub tokens: Vec<(TokenId, Option<TokenLogprobs>)>,
+    /// Prompt tokens of this choice that came from the prefix cache.
+    pub cached_tokens: u32,
+    /// Milliseconds that this choice waited before its first step.
+    pub queue_ms: u64,
+}
+
+impl TokenHistory {
+    /// The same, token by token.
+    pub fn into_events(self) -> impl Iterator<Item = TokenEvent> {
+        let TokenHistory { id, index, tokens, cached_tokens, queue_ms } = self;
+        tokens.into_iter().enumerate().map(move |(offset, (token, logprobs))| {
+            let index = index + offset as u32;
+            TokenEvent { id, index, token, logprobs, cached_tokens, queue_ms }
+        })
+    }
+}
+
 /// Why a choice ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum FinishReason {
@@ -245,6 +283,8 @@ pub enum FailureKind {
     Suspect,
     /// This scheduler ends. Not for the client: the gateway submits the choice to the next one.
     Leaving,
+    /// The response that it belongs to was cancelled or deleted by its owner.
+    Cancelled,
 }
 
 /// What a gateway (and an operator) may know about the cluster.

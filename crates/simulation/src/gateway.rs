@@ -37,6 +37,8 @@ pub(crate) struct Request {
     pub(crate) tenant_salt: u64,
     pub(crate) priority: i32,
     pub(crate) deadline_ms: u64,
+    /// Whether its client comes back for it when the gateway is lost.
+    pub(crate) kept: bool,
     /// What it is to be served with, if not with the model alone.
     pub(crate) want: Option<Want>,
     /// The adapter that it was promised when it arrived, and what that comes to.
@@ -44,6 +46,8 @@ pub(crate) struct Request {
     /// Tokens that the client has received.
     pub(crate) received: Vec<TokenId>,
     pub(crate) outcome: Option<Outcome>,
+    /// Whether a gateway has taken it that was to keep it.
+    pub(crate) begun: bool,
 }
 
 /// How a request ended for its client.
@@ -66,6 +70,8 @@ pub(crate) struct Gateway {
     highest_term: LeaseTerm,
     transcripts: BTreeMap<ChoiceId, (usize, Transcript<Decoder>)>,
     pub(crate) requests: Vec<Request>,
+    /// Requests whose clients have come back before the gateway knew of any model.
+    resuming: Vec<usize>,
     /// Who wants something trained.
     owner: Option<Owner>,
 }
@@ -122,6 +128,8 @@ impl Request {
             tenant_salt: self.tenant_salt,
             priority: self.priority,
             deadline_ms: self.deadline_ms.saturating_sub(waited_ms).max(1),
+            forced_logprobs: Vec::new(),
+            kept: self.kept,
             traceparent: None,
         };
         Message::ToScheduler(ToScheduler::Submit(Box::new(submit)))
@@ -162,6 +170,7 @@ impl Gateway {
             highest_term,
             transcripts,
             requests,
+            resuming: Vec::new(),
             owner,
         }
     }
@@ -175,7 +184,8 @@ impl Gateway {
     pub(crate) fn killed(&self) -> Gateway {
         let mut requests = self.requests.clone();
         for (index, transcript) in self.transcripts.values() {
-            if let (Some(request), false) = (requests.get_mut(*index), transcript.ended()) {
+            let lost = requests.get_mut(*index).filter(|request| !request.kept);
+            if let (Some(request), false) = (lost, transcript.ended()) {
                 request.outcome.get_or_insert(Outcome::GatewayDied);
             }
         }
@@ -272,15 +282,22 @@ impl Gateway {
     fn arrival(&mut self, now_us: u64, index: usize, actions: &mut Vec<Action>) -> Result<(), String> {
         let id = self.id(index);
         let Some(request) = self.requests.get_mut(index) else { return Ok(()) };
+        if self.highest_term == LeaseTerm(0) && request.begun {
+            self.resuming.push(index);
+            return Ok(());
+        }
         if self.highest_term == LeaseTerm(0) {
             // It knows of no model yet.
             request.outcome = Some(Outcome::Failed(FailureKind::Unavailable));
             return Ok(());
         }
         // A name is turned into what it stands for once, when the request begins.
-        if let (Some(want), Some(owner)) = (&request.want, &self.owner) {
+        if let (Some(want), Some(owner), false) = (&request.want, &self.owner, request.begun) {
             request.promise = owner.promise(want)?;
         }
+        request.begun = request.kept;
+        // Whoever comes back hears everything again.
+        request.received.clear();
         let stop_tokens: Vec<TokenId> = request.stop_at(request.stop_token_at).into_iter().collect();
         let stop_strings = request.stop_at(request.stop_string_at).map(text_of).into_iter().collect();
         let spec = TranscriptSpec {
@@ -290,6 +307,7 @@ impl Gateway {
             include_stop: false,
             stop_tokens,
             min_tokens: 0,
+            keep_logprobs: request.kept,
         };
         if let Some(departure) = request.departure_us {
             let after_us = departure.saturating_sub(now_us);
@@ -322,6 +340,9 @@ impl Gateway {
                 }
                 self.highest_term = snapshot.term;
                 self.owner.iter_mut().for_each(|owner| owner.views.clone_from(&snapshot.adapters));
+                for index in std::mem::take(&mut self.resuming) {
+                    self.arrival(now_us, index, actions)?;
+                }
                 if !std::mem::replace(&mut self.greeted, true) {
                     let open: Vec<ChoiceId> = self.transcripts.keys().copied().collect();
                     for id in open {
@@ -338,6 +359,11 @@ impl Gateway {
                 let id = job.request.id;
                 self.owner.iter().for_each(|owner| owner.prepare(id, random, actions));
                 Ok(())
+            }
+            FromScheduler::Tokens(history) => {
+                let id = history.id;
+                let mut events = history.into_events().map(TranscriptEvent::Token);
+                events.try_for_each(|event| self.feed(now_us, id, event, actions))
             }
             message => match TranscriptEvent::of(message) {
                 Some((id, event)) => self.feed(now_us, id, event, actions),

@@ -277,10 +277,12 @@ fn request(random: &mut Random, context: u32) -> Request {
         tenant_salt: random.between(0, 2),
         priority: random.between(0, 3) as i32 - 1,
         deadline_ms: random.between(200, 8_000),
+        kept: random.chance(300_000),
         want: None,
         promise: None,
         received: Vec::new(),
         outcome: None,
+        begun: false,
     }
 }
 

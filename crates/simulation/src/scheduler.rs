@@ -10,6 +10,7 @@ use ashlar_scheduler::cluster::{ClusterConfig, NodeConnection, TICK_MS};
 use ashlar_scheduler::director::{Director, Input as DirectorInput, Output};
 use ashlar_scheduler::engine::{EngineConfig, GatewayId};
 use ashlar_scheduler::jobs::{Effect, Event, JobsConfig};
+use ashlar_scheduler::responses::ResponsesConfig;
 use ashlar_scheduler::time::Millis;
 use ashlar_vocabulary::{Bytes, LeaseTerm};
 use std::collections::BTreeMap;
@@ -64,7 +65,8 @@ impl Scheduler {
             waiting: Some(Vec::new()),
             unix_s: 0,
         });
-        let director = Director::new(cluster, engine, adapters, config);
+        let responses = ResponsesConfig { resume_grace_ms: 2_000, kept_s: 3600, max: 1_000 };
+        let director = Director::new(cluster, engine, adapters, config, responses);
         let purposes = BTreeMap::new();
         Scheduler { director, purposes, beat_due_us: 0, fenced_by: None, ups: 0, downs: 0, shell }
     }
@@ -155,6 +157,8 @@ impl Scheduler {
         self.director.handle(Millis(now_us / 1000), input, &mut outputs);
         self.director.engine().check().map_err(|why| format!("the engine is inconsistent: {why}"))?;
         self.director.jobs().check().map_err(|why| format!("the jobs are inconsistent: {why}"))?;
+        let responses = self.director.responses();
+        responses.check().map_err(|why| format!("the responses are inconsistent: {why}"))?;
         outputs.into_iter().for_each(|output| self.perform(output, actions));
         Ok(())
     }
@@ -229,7 +233,8 @@ impl Scheduler {
             }
             Output::Up(_) => self.ups += 1,
             Output::Down(..) => self.downs += 1,
-            Output::Problem(_) => {}
+            // Clients here keep no records.
+            Output::Problem(_) | Output::PersistResponse(..) => {}
             Output::Snapshot => {
                 self.gateways().for_each(|gateway| self.send_snapshot(gateway, actions));
             }

@@ -18,6 +18,8 @@ pub enum Purpose {
     InitialModel = 4,
     /// Which inputs of an adapter are zero in a step.
     Dropout = 5,
+    /// Names of parts of an answer.
+    Names = 6,
 }
 
 /// Ten rounds of Philox over a counter, with a key of 64 bits (low word first).

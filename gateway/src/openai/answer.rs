@@ -2,7 +2,8 @@
 
 use ashlar_grammar::{ReasoningEvent, ReasoningParser, ToolCallParser, ToolEvent};
 use ashlar_tokenizer::{ReasoningMarkers, ToolFormat};
-use uuid::Uuid;
+use ashlar_vocabulary::RequestId;
+use ashlar_vocabulary::random::{Purpose, random_bits};
 
 /// A piece of an assistant's message, in order.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -32,14 +33,18 @@ pub(crate) struct AnswerParser {
     reasoning: Option<ReasoningParser>,
     tools: Option<ToolCallParser>,
     format: Option<ToolFormat>,
+    /// Whose answer it is: request and choice.
+    owner: (RequestId, usize),
 }
 
 impl AnswerParser {
-    pub(crate) fn new(grammar: &AnswerGrammar) -> AnswerParser {
+    /// A parser for one choice of a request. Calls are named after these, so that the same answer names them the same.
+    pub(crate) fn new(grammar: &AnswerGrammar, request: RequestId, choice: usize) -> AnswerParser {
         let reasoning =
             grammar.reasoning.clone().map(|(markers, opened)| ReasoningParser::new(markers, opened));
         let tools = grammar.tools.clone().map(|(format, names)| ToolCallParser::new(format, names));
-        AnswerParser { reasoning, tools, format: grammar.tools.as_ref().map(|(format, _)| *format) }
+        let format = grammar.tools.as_ref().map(|(format, _)| *format);
+        AnswerParser { reasoning, tools, format, owner: (request, choice) }
     }
 
     /// Takes more text.
@@ -108,18 +113,20 @@ impl AnswerParser {
                 }
                 (ToolEvent::Arguments { index, text }, _) => pieces.push(Piece::Arguments { index, text }),
                 (ToolEvent::Call { index, name }, _) => {
-                    pieces.push(Piece::ToolCall { index, id: self.call_id(), name });
+                    pieces.push(Piece::ToolCall { index, id: self.call_id(index), name });
                 }
             }
         }
     }
 
-    fn call_id(&self) -> String {
-        let random = Uuid::new_v4().simple().to_string();
+    fn call_id(&self, index: usize) -> String {
+        let (RequestId(request), choice) = self.owner;
+        let bits = |seed| random_bits(seed, Purpose::Names, [choice as u32, index as u32]);
+        let digits = format!("{:016x}{:016x}", bits(request as u64), bits((request >> 64) as u64));
         match self.format {
             // Mistral's templates refuse ids that are not nine letters and digits.
-            Some(ToolFormat::Mistral) => random[..9].to_owned(),
-            _ => format!("call_{}", &random[..24]),
+            Some(ToolFormat::Mistral) => digits[..9].to_owned(),
+            _ => format!("call_{}", &digits[..24]),
         }
     }
 }

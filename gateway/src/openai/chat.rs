@@ -17,7 +17,7 @@ use crate::text::ModelText;
 use crate::transcript::{End, OutputToken};
 use ashlar_protocol::serving::FinishReason;
 use ashlar_tokenizer::{RenderInput, SpecialTokens, TemplateError, TemplateTime, TextStart};
-use ashlar_vocabulary::{GrammarSpec, TokenId};
+use ashlar_vocabulary::{GrammarSpec, RequestId, TokenId};
 use axum::Extension;
 use axum::Json;
 use axum::extract::{Request, State};
@@ -32,13 +32,14 @@ pub(crate) struct ChatForm {
     /// Alternatives per token, where log-probabilities are asked for.
     pub(crate) top_logprobs: Option<u32>,
     pub(crate) choices: usize,
+    request: RequestId,
     reading: AnswerGrammar,
 }
 
 impl ChatForm {
     /// A parser for one choice's text.
-    pub(crate) fn parser(&self) -> AnswerParser {
-        AnswerParser::new(&self.reading)
+    pub(crate) fn parser(&self, choice: usize) -> AnswerParser {
+        AnswerParser::new(&self.reading, self.request, choice)
     }
 }
 
@@ -55,7 +56,7 @@ impl Prepared {
     fn new(body: &[u8], app: &App) -> Result<Prepared, ApiError> {
         let request = ChatRequest::parse(body, &app.text, &app.config)?;
         let served = app.served(request.model.as_deref())?;
-        let rendered = render_chat(&app.text, &request.chat, request.tools.offered.as_ref())?;
+        let rendered = render_chat(&app.text, &request.chat, request.tools.offered.as_ref(), unix_seconds())?;
         let prompt = encode_chat(&app.text, &rendered)?;
         let (constraint, reading) = answer_grammar(&request, &rendered, &app.text)?;
         Ok(Prepared { request, served, prompt, constraint, reading })
@@ -81,16 +82,13 @@ pub(crate) async fn chat_completions(
     check_min_tokens(request.sampling.params.min_tokens, max_new_tokens)?;
     let seed = request.sampling.params.seed;
     context.record(&served.name, &request.sampling.params, max_new_tokens);
-    let special = match (&request.tools.choice, request.sampling.skip_special_tokens) {
-        (_, false) => SpecialTokens::Show,
-        (ToolChoice::None, true) if app.text.tokenizer.reasoning().is_none() => SpecialTokens::Hide,
-        _ => SpecialTokens::ShowMarkers,
-    };
+    let special = shown_tokens(&request, &app.text);
     let object = if request.delivery.stream { "chat.completion.chunk" } else { "chat.completion" };
     let form = ChatForm {
         head: AnswerHead::new(&served, &cluster, "chatcmpl-", context.id, object),
         top_logprobs: request.sampling.params.top_logprobs,
         choices: request.sampling.n as usize,
+        request: context.id,
         reading,
     };
     let mut sampling = request.sampling;
@@ -107,6 +105,7 @@ pub(crate) async fn chat_completions(
         special,
         start: TextStart::Beginning,
         priority: sampling.priority,
+        kept: false,
         traceparent: context.traceparent.clone(),
     };
     let generation = Generation::start(&app, &cluster, spec)?;
@@ -120,11 +119,21 @@ pub(crate) async fn chat_completions(
     Ok(response)
 }
 
-/// A conversation, as the model's template writes it.
+/// Which special tokens are text to whoever reads the answer.
+pub(crate) fn shown_tokens(request: &ChatRequest, text: &ModelText) -> SpecialTokens {
+    match (&request.tools.choice, request.sampling.skip_special_tokens) {
+        (_, false) => SpecialTokens::Show,
+        (ToolChoice::None, true) if text.tokenizer.reasoning().is_none() => SpecialTokens::Hide,
+        _ => SpecialTokens::ShowMarkers,
+    }
+}
+
+/// A conversation, as the model's template writes it at a time in seconds since 1970.
 pub(crate) fn render_chat(
     text: &ModelText,
     chat: &ChatInput,
     tools: Option<&Value>,
+    unix_s: u64,
 ) -> Result<String, ApiError> {
     let template = text.tokenizer.chat_template().ok_or_else(|| {
         ApiError::invalid("this model has no chat template: use /v1/completions, or serve a chat model")
@@ -135,7 +144,7 @@ pub(crate) fn render_chat(
             tools,
             add_generation_prompt: chat.add_generation_prompt,
             kwargs: &chat.template_kwargs,
-            now: TemplateTime::from_unix_seconds(unix_seconds()),
+            now: TemplateTime::from_unix_seconds(unix_s),
         })
         .map_err(|error| match &error {
             TemplateError::ReservedArgument(_) => ApiError::field("chat_template_kwargs", error.to_string()),
@@ -178,7 +187,8 @@ async fn collect(
     form: ChatForm,
     wants_receipt: bool,
 ) -> Result<Json<Value>, ApiError> {
-    let mut messages: Vec<Message> = (0..form.choices).map(|_| Message::new(form.parser())).collect();
+    let mut messages: Vec<Message> =
+        (0..form.choices).map(|choice| Message::new(form.parser(choice))).collect();
     while let Some(output) = generation.next().await {
         match output {
             Output::Delta { choice, delta } => {

@@ -27,8 +27,9 @@ struct ChoiceStream {
 
 impl ChatStream {
     pub(crate) fn new(app: Arc<App>, form: ChatForm, delivery: Delivery) -> ChatStream {
-        let choices =
-            (0..form.choices).map(|_| ChoiceStream { parser: form.parser(), role_sent: false }).collect();
+        let choices = (0..form.choices)
+            .map(|choice| ChoiceStream { parser: form.parser(choice), role_sent: false })
+            .collect();
         ChatStream { app, form, delivery, choices }
     }
 

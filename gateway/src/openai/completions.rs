@@ -94,6 +94,7 @@ pub(crate) async fn completions(
         special: if sampling.skip_special_tokens { SpecialTokens::Hide } else { SpecialTokens::Show },
         start: TextStart::Continuation,
         priority: sampling.priority,
+        kept: false,
         traceparent: context.traceparent.clone(),
     };
     let generation = Generation::start(&app, &cluster, spec)?;

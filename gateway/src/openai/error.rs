@@ -144,6 +144,7 @@ impl From<RequestFailure> for ApiError {
             }
             FailureKind::Internal => ApiError::internal(message),
             FailureKind::Suspect => ApiError { code: Some("request_suspect"), ..ApiError::internal(message) },
+            FailureKind::Cancelled => ApiError { code: Some("cancelled"), ..ApiError::conflict(message) },
             // The gateway submits such a choice again: no client is told.
             FailureKind::Leaving => ApiError { retry_after_s, ..ApiError::unavailable(message) },
         }

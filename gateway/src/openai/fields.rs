@@ -34,6 +34,11 @@ impl Fields {
         }
     }
 
+    /// The fields of a body that has been read.
+    pub(crate) fn of_map(map: Map<String, Value>) -> Fields {
+        Fields::at(String::new(), map)
+    }
+
     /// The object under `name`, if any.
     pub(crate) fn object(&mut self, name: &str) -> Result<Option<Fields>, ApiError> {
         match self.take(name) {

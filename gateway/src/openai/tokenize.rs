@@ -7,7 +7,7 @@ use super::error::ApiError;
 use super::fields::Fields;
 use super::respond::{add_warning, read_body};
 use super::sampling::token_id;
-use crate::app::App;
+use crate::app::{App, unix_seconds};
 use ashlar_vocabulary::TokenId;
 use axum::Json;
 use axum::extract::{Request, State};
@@ -63,7 +63,7 @@ fn tokens_of(app: &App, fields: &mut Fields) -> Result<Vec<TokenId>, ApiError> {
     };
     let tools = take_tools(fields, &app.config)?;
     fields.bool("add_special_tokens")?;
-    encode_chat(&app.text, &render_chat(&app.text, &chat, tools.offered.as_ref())?)
+    encode_chat(&app.text, &render_chat(&app.text, &chat, tools.offered.as_ref(), unix_seconds())?)
 }
 
 /// Reads the body, checks the model, and does the work off the threads that serve streams.

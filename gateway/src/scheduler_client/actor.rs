@@ -281,6 +281,16 @@ impl Actor {
             }
             FromScheduler::Prepare(job) => self.prepare(job, connection),
             FromScheduler::Compare(asked) => self.compare(asked, connection),
+            FromScheduler::Adopt(response) => {
+                // One that is not taken up is offered again.
+                let _ = self.settings.adoptions.as_ref().map(|adoptions| adoptions.try_send(response));
+                Ok(())
+            }
+            FromScheduler::Tokens(history) => {
+                let id = history.id;
+                let mut events = history.into_events().map(TranscriptEvent::Token);
+                events.try_for_each(|event| self.relay_to_choice(id, event, connection))
+            }
             message => match TranscriptEvent::of(message) {
                 Some((id, event)) => self.relay_to_choice(id, event, connection),
                 None => Ok(()),

@@ -36,6 +36,7 @@ fn transcript(pieces: &[&[u8]], stops: &[&str], stop_tokens: &[TokenId]) -> Tran
         stop_strings: stops.iter().map(|stop| (*stop).to_owned()).collect(),
         include_stop: false,
         stop_tokens: stop_tokens.to_vec(),
+        keep_logprobs: false,
         min_tokens: 0,
     };
     let pieces = pieces.iter().map(|piece| piece.to_vec()).collect();

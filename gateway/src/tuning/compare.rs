@@ -242,6 +242,7 @@ impl Comparer {
                 FailureKind::Overloaded
                 | FailureKind::Unavailable
                 | FailureKind::Leaving
+                | FailureKind::Cancelled
                 | FailureKind::DeadlineExceeded => {
                     tokio::time::sleep(PAUSE).await;
                 }
@@ -268,6 +269,8 @@ impl Comparer {
             tenant_salt: 0,
             priority: PRIORITY,
             deadline_ms: self.deadline_ms,
+            forced_logprobs: Vec::new(),
+            kept: false,
             traceparent: None,
         }
     }

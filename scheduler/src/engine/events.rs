@@ -11,6 +11,11 @@ use std::fmt;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct GatewayId(pub u64);
 
+impl GatewayId {
+    /// No connection: who submits choices that are kept, on behalf of gateways that come and go.
+    pub const KEPT: GatewayId = GatewayId(u64::MAX);
+}
+
 impl fmt::Display for GatewayId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.0.fmt(f)

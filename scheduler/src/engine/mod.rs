@@ -178,7 +178,8 @@ impl Engine {
 
     fn submit(&mut self, now: Millis, gateway: GatewayId, submit: Box<Submit>, effects: &mut Vec<Effect>) {
         let choice = submit.id;
-        if self.ended.contains(&(gateway, choice)) {
+        // Whoever keeps choices knows which have ended, and has one computed again only where it wants that.
+        if gateway != GatewayId::KEPT && self.ended.contains(&(gateway, choice)) {
             return;
         }
         if let Some(&known) = self.by_choice.get(&choice) {
@@ -324,7 +325,8 @@ impl Engine {
             | FailureKind::UnknownModel
             | FailureKind::DeadlineExceeded
             | FailureKind::Internal
-            | FailureKind::Suspect => None,
+            | FailureKind::Suspect
+            | FailureKind::Cancelled => None,
         }
     }
 

@@ -57,7 +57,9 @@ impl Jobs {
             R::GetFile(_) | R::ListFiles(_) | R::GetJob(_) | R::ListJobs(_) => false,
             R::ListEvents(..) | R::ListCheckpoints(..) => false,
             // Not for this core.
-            R::LoadAdapter(_) | R::UnloadAdapter { .. } | R::RollBackAdapter { .. } => return,
+            R::LoadAdapter(_) | R::UnloadAdapter { .. } | R::RollBackAdapter { .. } | R::Response(_) => {
+                return;
+            }
         };
         if let (true, Some(reason)) = (changes, &self.store_down) {
             let text = format!("the store does not answer ({reason}): try again when it is back");
@@ -97,7 +99,7 @@ impl Jobs {
             R::ControlJob(id, action) => self.control(call, id, action),
             R::ListEvents(id, page) => self.list_events(call, id, &page),
             R::ListCheckpoints(id, page) => self.list_checkpoints(call, id, &page),
-            R::LoadAdapter(_) | R::UnloadAdapter { .. } | R::RollBackAdapter { .. } => {}
+            R::LoadAdapter(_) | R::UnloadAdapter { .. } | R::RollBackAdapter { .. } | R::Response(_) => {}
         }
     }
 

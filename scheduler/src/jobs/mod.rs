@@ -3,7 +3,7 @@
 //! Layout: [`events`] (what goes in and out), `admin` (calls of gateways), `lifecycle` (from validation to the end), `training`
 //! (sessions, steps, votes), `publishing` (adapters under names), `promoting` (those that have to be better than what is served), `handing_out` (the files of a whole model), `saving` (what is
 //! durable); of one job: `job` (its record and what comes next), `session` (its ranks and their votes), `event_log`; `replicas` (who
-//! trains), `room` (whether there is memory for it), `shelf` (records and their lists), `names`, [`results`]
+//! trains), `room` (whether there is memory for it), `names`, [`results`]
 //! (the table of steps).
 //!
 //! **Invariants:** no tokio, clock, randomness or I/O: the store is an effect, its answers are events. A step is committed only
@@ -25,7 +25,6 @@ pub mod results;
 mod room;
 mod saving;
 mod session;
-mod shelf;
 mod training;
 
 pub use events::{CHUNK_EVENTS, Effect, Event, JobsConfig, Loaded, Progress, References, SaveId, StoredJob};
@@ -33,13 +32,13 @@ pub use names::{checkpoint_file, results_file};
 pub use replicas::{RankRoom, TrainingRank, TrainingReplica};
 
 use crate::engine::GatewayId;
+use crate::shelf::Shelf;
 use crate::time::Millis;
 use admin::Read;
 use ashlar_protocol::admin::{FileRecord, JobRecord, JobStatus};
 use ashlar_vocabulary::{AdapterId, Bytes, FileId, JobId, ReplicaId, SessionId};
 use job::{Job, Phase};
 use saving::FileSaves;
-use shelf::Shelf;
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Most jobs that have not ended.

@@ -113,6 +113,16 @@ pub struct SchedulerConfig {
     /// have begun wait until their deadline.
     #[serde(default = "default_repair_patience_ms")]
     pub repair_patience_ms: u64,
+    /// Milliseconds for which a stored response goes on when no gateway follows it: its gateway was lost, or its client. One in the
+    /// background is computed anew once a gateway can take it up; another one is then cancelled.
+    #[serde(default = "default_resume_grace_ms")]
+    pub resume_grace_ms: u64,
+    /// Seconds after which a stored response that has ended is forgotten.
+    #[serde(default = "default_responses_kept_s")]
+    pub responses_kept_s: u64,
+    /// Most stored responses; of those that have ended the oldest are forgotten first.
+    #[serde(default = "default_responses_max")]
+    pub responses_max: usize,
     /// How long running requests may take to finish when the scheduler is asked to end, in milliseconds.
     #[serde(default = "default_drain_grace_ms")]
     pub drain_grace_ms: u64,
@@ -168,6 +178,9 @@ impl SchedulerConfig {
             silence_ms_max: default_silence_ms_max(),
             replan_after_ms: default_replan_after_ms(),
             repair_patience_ms: default_repair_patience_ms(),
+            resume_grace_ms: default_resume_grace_ms(),
+            responses_kept_s: default_responses_kept_s(),
+            responses_max: default_responses_max(),
             drain_grace_ms: default_drain_grace_ms(),
             lease_ttl_ms: default_lease_ttl_ms(),
             links: Links::default(),
@@ -187,6 +200,7 @@ impl SchedulerConfig {
             (self.queue_max >= 1, "queue_max must be at least 1"),
             (self.max_jobs_running >= 1, "max_jobs_running must be at least 1"),
             (self.max_adapters >= 1, "max_adapters must be at least 1"),
+            (self.responses_max >= 1, "responses_max must be at least 1"),
             (self.deadline_ms >= 1, "deadline_ms must be at least 1"),
             (
                 self.kv_memory_share > 0.0 && self.kv_memory_share <= 1.0,
@@ -273,6 +287,18 @@ fn default_replan_after_ms() -> u64 {
 
 fn default_repair_patience_ms() -> u64 {
     30_000
+}
+
+fn default_resume_grace_ms() -> u64 {
+    30_000
+}
+
+fn default_responses_kept_s() -> u64 {
+    30 * 24 * 3600
+}
+
+fn default_responses_max() -> usize {
+    10_000
 }
 
 fn default_drain_grace_ms() -> u64 {

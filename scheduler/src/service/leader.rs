@@ -10,12 +10,14 @@ use crate::cluster::{ClusterConfig, NodeConnection, TICK_MS};
 use crate::director::{Director, Input, Output};
 use crate::engine::{EngineConfig, GatewayId};
 use crate::jobs::{self, JobsConfig};
+use crate::responses::ResponsesConfig;
 use crate::time::Millis;
 use ashlar_protocol::frame;
 use ashlar_protocol::membership::{FromNode, ToNode};
+use ashlar_protocol::responses::ResponseRecord;
 use ashlar_protocol::serving::{ClusterSnapshot, FromScheduler, SCHEDULER_BEAT_MS, ToScheduler};
 use ashlar_service_kit::{Clock, SystemClock, Watchdog};
-use ashlar_vocabulary::LeaseTerm;
+use ashlar_vocabulary::{LeaseTerm, RequestId};
 use std::collections::BTreeMap;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::sync::mpsc;
@@ -36,19 +38,30 @@ pub(super) enum Ended {
     Fenced(LeaseTerm),
 }
 
+/// What each core is told.
+pub(super) struct CoresConfig {
+    pub(super) cluster: ClusterConfig,
+    pub(super) engine: EngineConfig,
+    pub(super) adapters: AdaptersConfig,
+    pub(super) jobs: JobsConfig,
+    pub(super) responses: ResponsesConfig,
+}
+
 /// Where messages come from.
 pub(super) struct Sources {
     pub(super) nodes: mpsc::Receiver<NodeArrival>,
     pub(super) gateways: mpsc::Receiver<GatewayArrival>,
     pub(super) answers: mpsc::Receiver<Answer>,
-    pub(super) written: mpsc::Receiver<Written>,
+    pub(super) adapters_written: mpsc::Receiver<Written>,
+    pub(super) responses_written: mpsc::Receiver<Written>,
 }
 
 /// Who does what takes time.
 pub(super) struct Performers {
     pub(super) archive: Archive,
     pub(super) keeper: Keeper,
-    pub(super) records: Records,
+    pub(super) adapters: Records<AdapterRecord>,
+    pub(super) responses: Records<ResponseRecord>,
 }
 
 /// The director and its connections.
@@ -71,15 +84,17 @@ pub(super) struct Leader {
 }
 
 impl Leader {
-    /// A leader whom nobody has joined; `stored` is what the store knew of adapters.
+    /// A leader whom nobody has joined; what the store knew of adapters and responses is given.
     pub(super) fn new(
-        (cluster, engine, adapters, jobs): (ClusterConfig, EngineConfig, AdaptersConfig, JobsConfig),
+        config: CoresConfig,
         performers: Performers,
-        stored: Vec<(String, AdapterRecord)>,
+        stored_adapters: Vec<(String, AdapterRecord)>,
+        stored_responses: Vec<ResponseRecord>,
     ) -> Leader {
+        let CoresConfig { cluster, engine, adapters, jobs, responses } = config;
         let mut leader = Leader {
             clock: SystemClock::new(),
-            director: Director::new(cluster, engine, adapters, jobs),
+            director: Director::new(cluster, engine, adapters, jobs, responses),
             nodes: BTreeMap::new(),
             gateways: BTreeMap::new(),
             outputs: Vec::new(),
@@ -95,7 +110,8 @@ impl Leader {
         };
         // Before anything else: what happens before the first tick has a date, too.
         leader.tell_date();
-        leader.apply(Input::StoredAdapters(stored));
+        leader.apply(Input::StoredAdapters(stored_adapters));
+        leader.apply(Input::StoredResponses(stored_responses));
         leader
     }
 
@@ -125,7 +141,8 @@ impl Leader {
                 Some(arrival) = sources.nodes.recv() => self.node(arrival),
                 Some(arrival) = sources.gateways.recv() => self.gateway(arrival),
                 Some(answer) = sources.answers.recv() => self.answer(answer),
-                Some(written) = sources.written.recv() => self.written(written),
+                Some(written) = sources.adapters_written.recv() => self.adapter_written(written),
+                Some(written) = sources.responses_written.recv() => self.response_written(&written),
                 () = &mut lease_lost => {
                     // A shutdown that has begun is not begun again under another term.
                     let ended = if drain_until.is_some() { Ended::Drained } else { Ended::LeaseLost };
@@ -258,9 +275,16 @@ impl Leader {
         }
     }
 
-    fn written(&mut self, written: Written) {
-        self.performers.records.note(&written);
+    fn adapter_written(&mut self, written: Written) {
+        self.performers.adapters.note(&written);
         self.apply(Input::AdapterPersisted(written.name, written.outcome));
+    }
+
+    fn response_written(&mut self, written: &Written) {
+        self.performers.responses.note(written);
+        if let Ok(id) = u128::from_str_radix(&written.name, 16) {
+            self.apply(Input::ResponsePersisted(RequestId(id), written.outcome.clone()));
+        }
     }
 
     fn drop_gateway(&mut self, gateway: GatewayId) {
@@ -319,8 +343,9 @@ impl Leader {
                     }
                     None => tracing::info!(%name, "unloading an adapter"),
                 }
-                self.performers.records.write(name, record);
+                self.performers.adapters.write(name, record);
             }
+            Output::PersistResponse(id, record) => self.performers.responses.write(id.to_string(), record),
             Output::Snapshot => self.send_snapshot(),
             Output::Fenced(by) => self.fenced = Some(by),
         }

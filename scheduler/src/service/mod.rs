@@ -2,7 +2,7 @@
 //!
 //! Layout: [`config`](SchedulerConfig) (what it is told), `leader` (the one task that owns both cores: select, handle,
 //! perform), `connection` (a reader and a writer task per socket), `lease` (under which term it leads), `archive` (jobs' records in the
-//! store, in order) with `keeper` (blobs), `records` (what is served, in the store), `spans` (traces).
+//! store, in order) with `keeper` (blobs), `records` (adapters and responses, in the store), `spans` (traces).
 //!
 //! Nodes and gateways connect to addresses of their own ([`SchedulerConfig::listen_nodes`],
 //! [`SchedulerConfig::listen_gateways`]): what may speak to which is then a matter of the network, too. A gateway's first
@@ -22,17 +22,19 @@ mod spans;
 
 pub use config::{ModelCard, SchedulerConfig};
 
-use crate::adapters::AdaptersConfig;
+use crate::adapters::{AdapterRecord, AdaptersConfig};
 use crate::cluster::{ClusterConfig, NodeConnection};
 use crate::engine::{EngineConfig, GatewayId};
 use crate::jobs::JobsConfig;
+use crate::responses::ResponsesConfig;
+use ashlar_protocol::responses::ResponseRecord;
 use ashlar_service_kit::Watchdog;
 use ashlar_store::blobs::{self, BlobError, BlobOptions, Blobs};
 use ashlar_store::{Lease, Store, StoreError};
 use ashlar_vocabulary::{Bytes, LeaseTerm};
 use connection::{INBOX_MESSAGES_MAX, Numbers, accept, turn_away};
-use leader::{Ended, Leader, Performers, Sources};
-use records::Records;
+use leader::{CoresConfig, Ended, Leader, Performers, Sources};
+use records::{Opened, Records};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -172,8 +174,10 @@ impl Scheduler {
     /// One term of leading. Connections do not outlive it: peers come back and meet the next term.
     async fn lead(&self, lease: &Lease, watchdog: &Watchdog, shutdown: impl Future<Output = ()>) -> Ended {
         // Before anybody is served: a request for an adapter is not to be refused as unknown.
-        let (records, stored, written) = tokio::select! {
-            opened = Records::open(self.store.clone()) => opened,
+        let opening =
+            async { (Records::open(self.store.clone()).await, Records::open(self.store.clone()).await) };
+        let (adapters, responses): (Opened<AdapterRecord>, Opened<ResponseRecord>) = tokio::select! {
+            opened = opening => opened,
             never = watchdog.keep_beating() => match never {},
         };
         let (node_sender, nodes) = mpsc::channel(INBOX_MESSAGES_MAX);
@@ -189,16 +193,20 @@ impl Scheduler {
         let (answer, answers) = mpsc::channel(archive::ANSWERS_MAX);
         let archive = archive::Archive::start(self.store.clone(), lease.term, answer.clone());
         let keeper = keeper::Keeper::start(self.store.clone(), self.blobs.clone(), answer);
-        let performers = Performers { archive, keeper, records };
-        let config = (
-            self.cluster_config(lease),
-            self.engine_config(),
-            self.adapters_config(),
-            self.jobs_config(lease),
-        );
-        let leader = Leader::new(config, performers, stored);
+        let performers =
+            Performers { archive, keeper, adapters: adapters.records, responses: responses.records };
+        let config = CoresConfig {
+            cluster: self.cluster_config(lease),
+            engine: self.engine_config(),
+            adapters: self.adapters_config(),
+            jobs: self.jobs_config(lease),
+            responses: self.responses_config(),
+        };
+        let stored_responses = responses.stored.into_iter().map(|(_, record)| record).collect();
+        let leader = Leader::new(config, performers, adapters.stored, stored_responses);
         let grace = Duration::from_millis(self.config.drain_grace_ms);
-        let sources = Sources { nodes, gateways, answers, written };
+        let (adapters_written, responses_written) = (adapters.written, responses.written);
+        let sources = Sources { nodes, gateways, answers, adapters_written, responses_written };
         let ended = leader.lead(sources, watchdog, lease_lost, shutdown, grace).await;
         stop_keeping.abort();
         ended
@@ -251,6 +259,14 @@ impl Scheduler {
         AdaptersConfig {
             max_adapters: self.config.max_adapters,
             memory: Bytes(self.config.adapter_memory_bytes),
+        }
+    }
+
+    fn responses_config(&self) -> ResponsesConfig {
+        ResponsesConfig {
+            resume_grace_ms: self.config.resume_grace_ms,
+            kept_s: self.config.responses_kept_s,
+            max: self.config.responses_max,
         }
     }
 

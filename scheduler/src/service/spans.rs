@@ -58,7 +58,9 @@ impl Spans {
             | FromScheduler::Admin { .. }
             | FromScheduler::Prepare(_)
             | FromScheduler::Compare(_)
+            | FromScheduler::Adopt(_)
             | FromScheduler::Token(_)
+            | FromScheduler::Tokens(_)
             | FromScheduler::PromptLogprobs { .. } => {}
         }
     }

@@ -89,6 +89,8 @@ pub(crate) fn submit(number: u128, prompt: Vec<TokenId>, max_new_tokens: u32) ->
         tenant_salt: 0,
         priority: 0,
         deadline_ms: 0,
+        forced_logprobs: Vec::new(),
+        kept: false,
         traceparent: None,
     }
 }

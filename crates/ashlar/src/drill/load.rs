@@ -1,53 +1,13 @@
 //! Streams that run again and again, each compared with what it was undisturbed.
 
+use super::stream::{Hear, Hung, OutOfOrder, PAUSE, SILENCE_MAX, Shape};
 use crate::http::{Client, StatusError};
-use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
-
-/// A stream that says nothing for this long hangs.
-const SILENCE_MAX: Duration = Duration::from_secs(30);
-/// Before a gateway that is gone is asked again.
-const PAUSE: Duration = Duration::from_millis(50);
-
-/// What a stream asks for, and what it came to undisturbed.
-#[derive(Debug, Clone)]
-pub(super) struct Shape {
-    request: Value,
-    expected: Vec<Choice>,
-}
-
-/// A choice as its client has it.
-#[derive(Debug, Default, Clone, PartialEq)]
-struct Choice {
-    text: String,
-    tokens: Vec<Value>,
-    logprobs: Vec<Value>,
-    finish_reason: Value,
-}
-
-impl Shape {
-    /// Asks for `count` different ones, one after the other.
-    pub(super) async fn ask_all(client: &Client, count: u32, tokens: u32) -> Result<Vec<Shape>> {
-        let mut shapes = Vec::new();
-        for number in 0..count {
-            let request = json!({
-                "prompt": format!("Story number {number}, told slowly:"), "max_tokens": tokens, "n": 1 + number % 2,
-                "temperature": if number % 4 == 3 { 0 } else { 1 }, "seed": number, "logprobs": 2, "ignore_eos": true,
-                "presence_penalty": 0.5, "stream": true,
-            });
-            let mut nobody = |_: Instant| {};
-            let expected = stream(client, &request, &mut nobody).await.context("an undisturbed stream")?;
-            shapes.push(Shape { request, expected });
-        }
-        Ok(shapes)
-    }
-}
 
 /// What clients noticed of one fault.
 #[derive(Debug, Default, Clone, PartialEq, Serialize, Deserialize)]
@@ -58,6 +18,9 @@ pub(super) struct Noticed {
     pub(super) completed: u64,
     /// Streams that were cut off with their gateway, and asked for again.
     pub(super) cut: u64,
+    /// Connections that broke, and whose clients came back for the rest.
+    #[serde(default)]
+    pub(super) resumed: u64,
     /// Streams that were something else than undisturbed.
     pub(super) changed: u64,
     /// Streams that hung.
@@ -160,18 +123,30 @@ struct Worker {
     board: Arc<Mutex<Board>>,
 }
 
+/// What a worker's stream tells.
+struct Ear<'a> {
+    worker: &'a Worker,
+    last: Instant,
+}
+
+impl Hear for Ear<'_> {
+    fn event(&mut self, at: Instant) {
+        self.worker.hear(at.saturating_duration_since(self.last));
+        self.last = at;
+    }
+
+    fn resumed(&mut self) {
+        self.worker.note(|noticed| noticed.resumed += 1);
+    }
+}
+
 impl Worker {
     async fn run(self) {
         // From the last word of one stream to the first of the next counts, too: that is how long a client waits.
-        let mut last = Instant::now();
+        let mut ear = Ear { worker: &self, last: Instant::now() };
         loop {
-            let mut hear = |at: Instant| {
-                self.hear(at.saturating_duration_since(last));
-                last = at;
-            };
-            match stream(&self.client, &self.shape.request, &mut hear).await {
-                Ok(choices) => {
-                    let right = choices == self.shape.expected;
+            match self.shape.run(&self.client, &mut ear).await {
+                Ok(right) => {
                     self.note(|noticed| match right {
                         true => noticed.completed += 1,
                         false => noticed.changed += 1,
@@ -214,6 +189,9 @@ impl Worker {
     fn failed(&self, error: &anyhow::Error) {
         let refused = error.downcast_ref::<StatusError>().is_some();
         let hung = error.downcast_ref::<Hung>().is_some();
+        if error.is::<OutOfOrder>() {
+            return self.note(|noticed| noticed.changed += 1);
+        }
         let cut = !refused && !hung && lock(&self.board).of_gateway;
         let again = cut && self.cut_before();
         self.note(|noticed| match hung {
@@ -221,41 +199,5 @@ impl Worker {
             false if cut => noticed.cut += u64::from(!again),
             false => noticed.errors.push(format!("{error:#}")),
         });
-    }
-}
-
-/// It says nothing any more.
-#[derive(Debug, thiserror::Error)]
-#[error("nothing came for {} s", SILENCE_MAX.as_secs())]
-struct Hung;
-
-/// Asks once, and reads to the end; `hear` is told of each event.
-async fn stream(client: &Client, request: &Value, hear: &mut impl FnMut(Instant)) -> Result<Vec<Choice>> {
-    let asked = tokio::time::timeout(SILENCE_MAX, client.stream("/v1/completions", request));
-    let mut events = asked.await.map_err(|_| Hung)??;
-    let count = request["n"].as_u64().unwrap_or(1) as usize;
-    let mut choices = vec![Choice::default(); count];
-    loop {
-        let next = tokio::time::timeout(SILENCE_MAX, events.next());
-        let Some(event) = next.await.map_err(|_| Hung)?? else { break };
-        hear(events.received());
-        for part in event["choices"].as_array().into_iter().flatten() {
-            let index = part["index"].as_u64().unwrap_or(u64::MAX) as usize;
-            choices.get_mut(index).context("a choice that was not asked for")?.extend(part);
-        }
-    }
-    let whole = choices.iter().all(|choice| !choice.finish_reason.is_null());
-    if whole { Ok(choices) } else { Err(anyhow::anyhow!("the stream ended before its end")) }
-}
-
-impl Choice {
-    fn extend(&mut self, part: &Value) {
-        self.text.push_str(part["text"].as_str().unwrap_or_default());
-        let list = |field: &str| part["logprobs"][field].as_array().cloned().unwrap_or_default();
-        self.tokens.extend(list("tokens"));
-        self.logprobs.extend(list("token_logprobs"));
-        if !part["finish_reason"].is_null() {
-            self.finish_reason = part["finish_reason"].clone();
-        }
     }
 }

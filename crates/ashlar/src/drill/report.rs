@@ -30,6 +30,7 @@ impl FaultRecord {
     pub(super) fn add(&mut self, rest: Noticed) {
         self.noticed.completed += rest.completed;
         self.noticed.cut += rest.cut;
+        self.noticed.resumed += rest.resumed;
         self.noticed.changed += rest.changed;
         self.noticed.hung += rest.hung;
         self.noticed.errors.extend(rest.errors);
@@ -52,6 +53,9 @@ impl FaultRecord {
         );
         if noticed.cut > 0 {
             line += &format!(", {} cut off and asked again", noticed.cut);
+        }
+        if noticed.resumed > 0 {
+            line += &format!(", {} resumed", noticed.resumed);
         }
         if noticed.changed + noticed.hung > 0 || !noticed.errors.is_empty() {
             line +=
@@ -89,6 +93,7 @@ pub(super) struct Report {
     faults: usize,
     completed: u64,
     cut_off_with_their_gateway: u64,
+    resumed: u64,
     changed: u64,
     hung: u64,
     errors: usize,
@@ -123,6 +128,7 @@ impl Report {
             faults: records.len(),
             completed: sum(|noticed| noticed.completed),
             cut_off_with_their_gateway: sum(|noticed| noticed.cut),
+            resumed: sum(|noticed| noticed.resumed),
             changed: sum(|noticed| noticed.changed),
             hung: sum(|noticed| noticed.hung),
             errors: records.iter().map(|record| record.noticed.errors.len()).sum(),
@@ -177,8 +183,13 @@ impl fmt::Display for Report {
         }
         writeln!(
             f,
-            "{} streams completed, {} cut off with their gateway and asked again; {} changed, {} hung, {} errors",
-            self.completed, self.cut_off_with_their_gateway, self.changed, self.hung, self.errors
+            "{} streams completed, {} cut off with their gateway and asked again, {} times resumed; {} changed, {} hung, {} errors",
+            self.completed,
+            self.cut_off_with_their_gateway,
+            self.resumed,
+            self.changed,
+            self.hung,
+            self.errors
         )
     }
 }

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 /// Records of one kind.
 #[derive(Debug, Clone)]
-pub(super) struct Shelf<Id, T> {
+pub(crate) struct Shelf<Id, T> {
     records: BTreeMap<Id, T>,
     /// When each came, with its name: the order of lists.
     order: BTreeSet<(u64, Id)>,
@@ -13,50 +13,50 @@ pub(super) struct Shelf<Id, T> {
 
 impl<Id: Ord + Copy, T> Shelf<Id, T> {
     /// An empty shelf; `came` tells when a record came, which must never change.
-    pub(super) fn new(came: fn(&T) -> u64) -> Shelf<Id, T> {
+    pub(crate) fn new(came: fn(&T) -> u64) -> Shelf<Id, T> {
         Shelf { records: BTreeMap::new(), order: BTreeSet::new(), came }
     }
 
-    pub(super) fn insert(&mut self, id: Id, record: T) {
+    pub(crate) fn insert(&mut self, id: Id, record: T) {
         self.order.insert(((self.came)(&record), id));
         self.records.insert(id, record);
     }
 
-    pub(super) fn remove(&mut self, id: Id) -> Option<T> {
+    pub(crate) fn remove(&mut self, id: Id) -> Option<T> {
         let record = self.records.remove(&id)?;
         self.order.remove(&((self.came)(&record), id));
         Some(record)
     }
 
-    pub(super) fn get(&self, id: Id) -> Option<&T> {
+    pub(crate) fn get(&self, id: Id) -> Option<&T> {
         self.records.get(&id)
     }
 
-    pub(super) fn get_mut(&mut self, id: Id) -> Option<&mut T> {
+    pub(crate) fn get_mut(&mut self, id: Id) -> Option<&mut T> {
         self.records.get_mut(&id)
     }
 
-    pub(super) fn contains(&self, id: Id) -> bool {
+    pub(crate) fn contains(&self, id: Id) -> bool {
         self.records.contains_key(&id)
     }
 
-    pub(super) fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         self.records.len()
     }
 
     /// In the order of names.
-    pub(super) fn values(&self) -> impl Iterator<Item = &T> {
+    pub(crate) fn values(&self) -> impl Iterator<Item = &T> {
         self.records.values()
     }
 
     /// Oldest first.
-    pub(super) fn oldest_first(&self) -> impl Iterator<Item = (Id, &T)> {
+    pub(crate) fn oldest_first(&self) -> impl Iterator<Item = (Id, &T)> {
         self.order.iter().filter_map(|(_, id)| Some((*id, self.records.get(id)?)))
     }
 
     /// At most `limit` records that follow `after`, newest first, and whether there are more; `None` where there is no such
     /// record to follow.
-    pub(super) fn page(&self, after: Option<Id>, limit: usize) -> Option<(Vec<&T>, bool)> {
+    pub(crate) fn page(&self, after: Option<Id>, limit: usize) -> Option<(Vec<&T>, bool)> {
         let rest: Box<dyn Iterator<Item = &(u64, Id)>> = match after {
             Some(id) => Box::new(self.order.range(..((self.came)(self.get(id)?), id)).rev()),
             None => Box::new(self.order.iter().rev()),
