@@ -147,10 +147,10 @@ pub(crate) async fn create(
     let in_progress = prepared.object.in_progress();
     let request = announce(&app, &prepared).await?;
     let (traceparent, role) = (context.traceparent.clone(), Role::Owner);
-    let live = Drive { app: app.clone(), prepared, role, request, computed_as: id, traceparent }.start()?;
+    let drive = Drive { app: app.clone(), prepared, role, request, computed_as: id, traceparent };
+    let mut listener = drive.start(0)?;
     let mut response = match (stream, background) {
         (true, background) => {
-            let mut listener = live.listen(0);
             if !background {
                 // A failure before the first output still has its HTTP status.
                 let begun = timeout(app.config.keep_alive(), listener.begun()).await;
@@ -159,7 +159,7 @@ pub(crate) async fn create(
             stream_of(&app, listener)
         }
         (false, true) => Json(in_progress).into_response(),
-        (false, false) => match live.listen(0).ended().await {
+        (false, false) => match listener.ended().await {
             Some(Ended::With(object)) => Json(&*object).into_response(),
             Some(Ended::Failed(error, _)) => return Err(error),
             Some(Ended::HandedOver) | None => {
@@ -301,7 +301,7 @@ async fn follow(app: &Arc<App>, id: RequestId, next: usize) -> Result<Response, 
     let prepared = stored::prepared(app, &record).await?;
     let (request, role) = (Some(record.request), Role::Follower);
     let drive = Drive { app: app.clone(), prepared, role, request, computed_as: id, traceparent: None };
-    Ok(stream_of(app, drive.start()?.listen(next)))
+    Ok(stream_of(app, drive.start(next)?))
 }
 
 fn stream_of(app: &App, listener: Listener) -> Response {

@@ -168,7 +168,7 @@ async fn a_call_is_an_item_and_its_result_goes_back_to_the_model() {
     ]);
     world.http.post(PATH, ask(json!({"input": items}))).await;
     let prompt = prompt(&world);
-    assert!(prompt.contains("weather(") && prompt.contains("<|tool|>rain"), "{prompt}");
+    assert!(prompt.contains("weather({\"city\": \"Oslo\"})") && prompt.contains("rain"), "{prompt}");
 }
 
 #[tokio::test]

@@ -4,7 +4,7 @@
 //! same response: they follow the same tokens, make the same events, and store the same answer.
 
 use super::events::ResponseEvents;
-use super::live::{Ended, Live};
+use super::live::{Ended, Listener, Live};
 use super::request::{Prepared, StoredRequest};
 use super::stored;
 use crate::app::{App, Phase, reached};
@@ -56,16 +56,17 @@ enum Driven {
 }
 
 impl Drive {
-    /// Begins to drive, unless this gateway does already. A stored response is announced to the scheduler beside that.
-    pub(super) fn start(self) -> Result<Arc<Live>, ApiError> {
+    /// Begins to drive, unless this gateway does already, for a listener who has heard the events before `next`. Without one it might end at
+    /// once.
+    pub(super) fn start(self, next: usize) -> Result<Listener, ApiError> {
         let id = self.computed_as;
         let in_progress = self.prepared.object.in_progress();
         let (live, is_new) = self.app.responses.enter(id, || Live::new(id, in_progress))?;
+        let listener = live.listen(next);
         if is_new {
-            let driven = live.clone();
-            tokio::spawn(self.run(driven).instrument(tracing::Span::current()));
+            tokio::spawn(self.run(live).instrument(tracing::Span::current()));
         }
-        Ok(live)
+        Ok(listener)
     }
 
     /// The record of this response.
@@ -260,7 +261,7 @@ pub(super) async fn adopt(app: &Arc<App>, record: ResponseRecord) {
             let request = Some(record.request);
             let (computed_as, role, traceparent) = (record.id, Role::Owner, None);
             let drive = Drive { app: app.clone(), prepared, role, request, computed_as, traceparent };
-            drive.start().map(|_| ())
+            drive.start(0).map(drop)
         }
         Err(error) => Err(error),
     };

@@ -111,6 +111,11 @@ impl Listener {
         Some(frame)
     }
 
+    /// All events so far.
+    pub(super) fn all_frames(&self) -> Vec<Bytes> {
+        self.live.all_frames()
+    }
+
     /// Waits until the model has said something, or it is over; whether that was an error.
     pub(super) async fn begun(&mut self) -> Result<(), ApiError> {
         let begun = self.state.wait_for(|state| state.has_output || state.end.is_some()).await;

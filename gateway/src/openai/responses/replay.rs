@@ -34,13 +34,14 @@ pub(crate) async fn replay(
     }
     let prepared = stored::prepared(&app, &record).await?;
     let (request, computed_as, role) = (None, new_id(), Role::Owner);
-    let live = Drive { app: app.clone(), prepared, role, request, computed_as, traceparent: None }.start()?;
-    match live.listen(0).ended().await {
+    let drive = Drive { app: app.clone(), prepared, role, request, computed_as, traceparent: None };
+    let mut listener = drive.start(0)?;
+    match listener.ended().await {
         Some(Ended::With(_)) => {}
         Some(Ended::Failed(error, _)) => return Err(error),
         Some(Ended::HandedOver) | None => return Err(ApiError::unavailable("this server is shutting down")),
     }
-    let difference = first_difference(&answer.frames, &live.all_frames());
+    let difference = first_difference(&answer.frames, &listener.all_frames());
     Ok(Json(json!({
         "object": "response.replay",
         "id": name,
