@@ -58,9 +58,9 @@ fn a_state_that_is_deleted_before_the_next_record_is_durable_is_missed() {
 }
 
 #[test]
-fn without_a_claim_a_former_leader_writes_over_its_successor() {
+fn without_a_claim_a_former_leader_deletes_what_its_successor_goes_on_from() {
     let found = found_without(Rules { claims: false, ..Rules::ALL });
-    assert_eq!(found.what, "a former leader has written over what its successor wrote");
+    assert_eq!(found.what, "a session is to go on from a state that is not there");
 }
 
 #[test]
