@@ -12,8 +12,10 @@
 
 mod actor;
 mod link;
+mod terms;
 
 pub use link::Link;
+pub use terms::Terms;
 
 use crate::transcript::TranscriptEvent;
 use ashlar_protocol::admin::{AdminFailure, AdminReply, AdminRequest, Comparison, JobError, PreparedJob};

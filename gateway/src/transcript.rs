@@ -156,7 +156,7 @@ pub enum End {
 }
 
 /// The state of one choice.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Transcript<D> {
     spec: TranscriptSpec,
     decoder: D,
@@ -179,7 +179,7 @@ pub struct Transcript<D> {
 }
 
 /// Tokens that together make whole characters.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Clone)]
 struct Group {
     tokens: Vec<OutputToken>,
     start_bytes: usize,

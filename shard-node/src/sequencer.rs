@@ -8,7 +8,7 @@ use ashlar_vocabulary::{AdapterId, BlockId, LeaseTerm, ReplicaRevision, Sequence
 use std::collections::BTreeMap;
 
 /// What a rank keeps of a sequence: its tokens and where their keys and values are.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
 pub struct RankSequence {
     /// Prompt and continuation as far as known.
     pub tokens: Vec<TokenId>,
@@ -79,7 +79,7 @@ pub struct Row {
 pub const BLOCK_TOKENS: usize = ashlar_kernels::BLOCK_TOKENS;
 
 /// A rank's view of its replica.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
 pub struct Sequencer {
     term: LeaseTerm,
     revision: ReplicaRevision,

@@ -4,11 +4,12 @@ use crate::oracle;
 use crate::owner::{Owner, Want};
 use crate::process::{Action, Connection, Input, Message, Process, Purpose, Timer};
 use crate::random::Random;
+use ashlar_gateway::scheduler_client::Terms;
 use ashlar_gateway::transcript::{Effect, End, TokenDecoder, Transcript, TranscriptEvent, TranscriptSpec};
 use ashlar_protocol::serving::{
     ChoiceId, FailureKind, FinishReason, FromScheduler, SCHEDULER_BEAT_MS, Submit, ToScheduler,
 };
-use ashlar_vocabulary::{AdapterId, LeaseTerm, ModelDigest, RequestId, SamplingParams, TokenId};
+use ashlar_vocabulary::{AdapterId, ModelDigest, RequestId, SamplingParams, TokenId};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
@@ -67,7 +68,7 @@ pub(crate) struct Gateway {
     heard_us: u64,
     /// Whether the scheduler has shown over this connection that it leads.
     greeted: bool,
-    highest_term: LeaseTerm,
+    terms: Terms,
     transcripts: BTreeMap<ChoiceId, (usize, Transcript<Decoder>)>,
     pub(crate) requests: Vec<Request>,
     /// Requests whose clients have come back before the gateway knew of any model.
@@ -161,14 +162,13 @@ impl Request {
 
 impl Gateway {
     pub(crate) fn new(number: usize, requests: Vec<Request>, owner: Option<Owner>) -> Gateway {
-        let (highest_term, transcripts) = (LeaseTerm(0), BTreeMap::new());
         Gateway {
             number,
             serving: None,
             heard_us: 0,
             greeted: false,
-            highest_term,
-            transcripts,
+            terms: Terms::default(),
+            transcripts: BTreeMap::new(),
             requests,
             resuming: Vec::new(),
             owner,
@@ -282,11 +282,11 @@ impl Gateway {
     fn arrival(&mut self, now_us: u64, index: usize, actions: &mut Vec<Action>) -> Result<(), String> {
         let id = self.id(index);
         let Some(request) = self.requests.get_mut(index) else { return Ok(()) };
-        if self.highest_term == LeaseTerm(0) && request.begun {
+        if self.terms == Terms::default() && request.begun {
             self.resuming.push(index);
             return Ok(());
         }
-        if self.highest_term == LeaseTerm(0) {
+        if self.terms == Terms::default() {
             // It knows of no model yet.
             request.outcome = Some(Outcome::Failed(FailureKind::Unavailable));
             return Ok(());
@@ -331,14 +331,13 @@ impl Gateway {
     ) -> Result<(), String> {
         match message {
             FromScheduler::Cluster(snapshot) => {
-                if snapshot.term < self.highest_term {
-                    let refusal = ToScheduler::Refused { term: self.highest_term };
+                if let Err(term) = self.terms.hear(snapshot.term) {
+                    let refusal = ToScheduler::Refused { term };
                     actions.push(Action::Send(connection, Message::ToScheduler(refusal)));
                     // It hears this and ends every connection: closing here would outrun the message.
                     self.disconnected(random, actions);
                     return Ok(());
                 }
-                self.highest_term = snapshot.term;
                 self.owner.iter_mut().for_each(|owner| owner.views.clone_from(&snapshot.adapters));
                 for index in std::mem::take(&mut self.resuming) {
                     self.arrival(now_us, index, actions)?;

@@ -2,7 +2,8 @@
 //! transcripts, under virtual time.
 //!
 //! Layout: [`run`] (one seed), `scenario` (what a seed stands for), `world` (time, network, faults), `scheduler`, `node`,
-//! `gateway` (the processes around the cores), `process` (what they have in common), `oracle` (the model), `random`.
+//! `gateway` (the processes around the cores), `process` (what they have in common), `oracle` (the model), `observed` (what is
+//! told of a run, [`observe`]), `random`.
 //!
 //! Worlds with fine-tuning jobs ([`run_with_jobs`]) have beside that: `tuning` (the jobs, and what has to come of them), `owner`
 //! (who asks for them), `weights` (the arithmetic), `session` and `shelf` (a rank's part in training, and its adapters),
@@ -37,6 +38,7 @@ mod archive;
 mod durable;
 mod gateway;
 mod node;
+mod observed;
 mod oracle;
 mod owner;
 mod process;
@@ -49,6 +51,8 @@ mod tuning;
 mod watch;
 mod weights;
 mod world;
+
+pub use observed::Observed;
 
 use std::fmt;
 
@@ -185,4 +189,12 @@ pub fn run_with_jobs(seed: u64) -> Result<Report, Violation> {
 /// The first [`Violation`].
 pub fn replay_with_jobs(seed: u64) -> Result<Report, Violation> {
     world::World::new(seed, true, true).run()
+}
+
+/// Runs one seed, with fine-tuning jobs or without, and tells what was seen, in order.
+///
+/// # Errors
+/// The first [`Violation`], without a trace.
+pub fn observe(seed: u64, with_jobs: bool) -> Result<Vec<Observed>, Violation> {
+    world::World::new(seed, with_jobs, false).observe()
 }

@@ -9,6 +9,7 @@ use crate::shelf::Shelf;
 use ashlar_protocol::data::{LinkHello, LinkPurpose};
 use ashlar_protocol::membership::{Assignment, BEAT_INTERVAL_MS, FromNode, Join, ToNode};
 use ashlar_protocol::step::StepPlan;
+use ashlar_shard_node::fence::{self, Verdict};
 use ashlar_shard_node::sequencer::{Event, Sequencer, StepWork};
 use ashlar_vocabulary::{AdapterId, Bytes, LeaseTerm, NodeId, ReplicaRevision, SequenceId};
 use std::collections::{BTreeMap, VecDeque};
@@ -133,6 +134,11 @@ impl Node {
     /// The layout in which it has a place, and its adapters there.
     pub(crate) fn shelf(&self) -> Option<(ReplicaRevision, &Shelf)> {
         self.place.as_ref().map(|place| (place.assignment.revision, &place.adapters))
+    }
+
+    /// Its connection to the scheduler.
+    pub(crate) fn control(&self) -> Option<Connection> {
+        self.control
     }
 
     /// Sequences that this rank still tracks in its present layout.
@@ -335,8 +341,7 @@ impl Node {
     fn assign(&mut self, assignment: Assignment, random: &mut Random, actions: &mut Vec<Action>) {
         self.leave_place(actions);
         let asked = (assignment.term, assignment.holder.clone());
-        let stale = asked.0 < self.fence.0 || (asked.0 == self.fence.0 && asked.1 != self.fence.1);
-        if stale && self.fence.0 > LeaseTerm(0) {
+        if fence::verdict((self.fence.0, &self.fence.1), (asked.0, &asked.1)) == Verdict::Refuse {
             let refusal = FromNode::Refused { revision: assignment.revision, term: self.fence.0 };
             return self.tell(refusal, actions);
         }

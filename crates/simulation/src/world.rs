@@ -5,6 +5,7 @@ mod jobs;
 use crate::durable::{Durable, Outage, Wish};
 use crate::gateway::{Gateway, Outcome};
 use crate::node::Node;
+use crate::observed::{self, Observed, Observer};
 use crate::owner::Owner;
 use crate::process::{Action, Connection, Errand, Input, Message, Process, Purpose, Timer};
 use crate::random::Random;
@@ -15,7 +16,7 @@ use crate::watch::Watch;
 use crate::{Report, Violation};
 use ashlar_protocol::membership::{FromNode, ToNode};
 use ashlar_protocol::serving::FromScheduler;
-use ashlar_vocabulary::{LeaseTerm, ReplicaId};
+use ashlar_vocabulary::{JobId, LeaseTerm, ReplicaId};
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
@@ -49,6 +50,7 @@ pub(crate) struct World {
     probed: bool,
     report: Report,
     trace: Option<VecDeque<String>>,
+    observer: Option<Observer>,
 }
 
 enum Happening {
@@ -128,6 +130,7 @@ impl World {
             probed: false,
             report: Report::default(),
             trace: traced.then(VecDeque::new),
+            observer: None,
         };
         world.scheduler = Scheduler::new(cluster, world.scenario.engine(), world.jobs_config());
         world
@@ -143,6 +146,15 @@ impl World {
                 what,
                 trace: self.trace.map(Vec::from).unwrap_or_default(),
             }),
+        }
+    }
+
+    /// As [`run`](Self::run); what was seen instead of a report.
+    pub(crate) fn observe(mut self) -> Result<Vec<Observed>, Violation> {
+        self.observer = Some(Observer::default());
+        match self.run_to_the_end() {
+            Ok(()) => Ok(self.observer.map(Observer::into_seen).unwrap_or_default()),
+            Err(what) => Err(Violation { seed: self.seed, at_us: self.now_us, what, trace: Vec::new() }),
         }
     }
 
@@ -303,16 +315,25 @@ impl World {
                 self.watch_heard(&input);
                 self.scheduler.handle(self.now_us, input, &mut actions)?;
                 self.watch_acted(&actions)?;
+                if let Some(observer) = &mut self.observer {
+                    let jobs = self.tuning.iter().flat_map(|tuning| tuning.jobs.iter().map(|job| job.id()));
+                    let jobs: Vec<JobId> = jobs.collect();
+                    observer.scheduler_acts(&actions, &self.scheduler.director, &jobs);
+                }
             }
             Process::Node(number) => {
-                if let Some(node) = self.nodes.get_mut(number) {
-                    node.handle(input, &mut self.random, &mut actions)?;
-                }
+                let Some(node) = self.nodes.get_mut(number) else { return Ok(()) };
+                let observer = self.observer.iter_mut();
+                observer.for_each(|observer| observer.node_hears(number, node.control(), &input));
+                node.handle(input, &mut self.random, &mut actions)?;
+                self.observer.iter_mut().for_each(|observer| observer.node_acts(number, &actions));
             }
             Process::Gateway(number) => {
-                if let Some(gateway) = self.gateways.get_mut(number) {
-                    gateway.handle(self.now_us, input, &mut self.random, &mut actions)?;
-                }
+                let Some(gateway) = self.gateways.get_mut(number) else { return Ok(()) };
+                let term = observed::term_of(&input);
+                gateway.handle(self.now_us, input, &mut self.random, &mut actions)?;
+                let observer = self.observer.iter_mut();
+                observer.for_each(|observer| observer.gateway_acts(number, term, &actions));
             }
         }
         for action in actions {
@@ -439,6 +460,13 @@ impl World {
         let theirs: Vec<Connection> = self.connections.iter().filter_map(theirs).collect();
         for connection in theirs {
             self.break_wire(connection);
+        }
+        if let Some(observer) = &mut self.observer {
+            observer.note(match process {
+                Process::Scheduler => Observed::SchedulerDied,
+                Process::Node(node) => Observed::NodeDied { node },
+                Process::Gateway(gateway) => Observed::GatewayDied { gateway },
+            });
         }
         match process {
             Process::Scheduler => {

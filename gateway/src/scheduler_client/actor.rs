@@ -1,6 +1,6 @@
 //! The actor: connect, relay, and when the connection ends connect again. What is in flight stays in flight.
 
-use super::{CallAnswer, CallError, Command, EventSender, Link, SchedulerClientSettings};
+use super::{CallAnswer, CallError, Command, EventSender, Link, SchedulerClientSettings, Terms};
 use crate::transcript::TranscriptEvent;
 use ashlar_protocol::admin::JobError;
 use ashlar_protocol::frame::{self, FrameError};
@@ -33,7 +33,7 @@ pub(super) struct Actor {
     in_flight: HashMap<ChoiceId, InFlight>,
     calls: HashMap<u64, CallAnswer>,
     last_call: u64,
-    highest_term: LeaseTerm,
+    terms: Terms,
     /// Since when there is no scheduler.
     lost: Option<Instant>,
     /// Attempts to connect so far; each is to the next address.
@@ -88,7 +88,7 @@ impl Actor {
             in_flight: HashMap::new(),
             calls: HashMap::new(),
             last_call: 0,
-            highest_term: LeaseTerm(0),
+            terms: Terms::default(),
             lost: Some(Instant::now()),
             attempts: 0,
         }
@@ -319,10 +319,8 @@ impl Actor {
     }
 
     fn cluster(&mut self, snapshot: ClusterSnapshot) -> Result<(), LinkError> {
-        if snapshot.term < self.highest_term {
-            return Err(LinkError::StaleTerm { theirs: snapshot.term, seen: self.highest_term });
-        }
-        self.highest_term = snapshot.term;
+        let stale = |seen| LinkError::StaleTerm { theirs: snapshot.term, seen };
+        self.terms.hear(snapshot.term).map_err(stale)?;
         // The first snapshot over a connection makes it one that is used.
         let new = self.lost.take().is_some();
         self.publish.send_modify(|link| {

@@ -154,6 +154,9 @@ impl Scheduler {
                 never = turn_away(&self.gateways) => match never {},
             };
             tracing::info!(term = %lease.term, %holder, "leading");
+            // Not under this term again, should the store have forgotten that it was granted: revisions and sessions count within a
+            // term, and ranks would take this leader's new ones for its former ones.
+            min_term = min_term.max(LeaseTerm(lease.term.0 + 1));
             match self.lead(&lease, &watchdog, &mut shutdown).await {
                 Ended::Drained => {
                     // Best effort: a lease that is not given back runs out.
@@ -165,7 +168,7 @@ impl Scheduler {
                 Ended::LeaseLost => {}
                 Ended::Fenced(by) => {
                     tracing::warn!(%by, "a node has accepted a higher term: acquiring one above it");
-                    min_term = LeaseTerm(by.0 + 1);
+                    min_term = min_term.max(LeaseTerm(by.0 + 1));
                 }
             }
         }
