@@ -35,6 +35,46 @@ fn next(stream: &mut EventStream) -> Value {
     }
 }
 
+/// A client that comes back for the next event whenever its connection breaks.
+struct Follower<'a> {
+    cluster: &'a Cluster,
+    stream: EventStream,
+    events: Vec<Value>,
+}
+
+impl<'a> Follower<'a> {
+    /// Asks, and hears the first events.
+    fn begin(cluster: &'a Cluster, body: &Value) -> Follower<'a> {
+        let mut stream = cluster.stream(RESPONSES, body);
+        let events = vec![next(&mut stream), next(&mut stream)];
+        Follower { cluster, stream, events }
+    }
+
+    fn id(&self) -> &str {
+        self.events[0]["response"]["id"].as_str().expect("an id")
+    }
+
+    /// Comes back for what it has not heard.
+    fn reconnect(&mut self) {
+        self.stream = follow(self.cluster, self.id(), self.events.len() as u64 - 1);
+    }
+
+    fn is_over(&self) -> bool {
+        let last = self.events.last().and_then(|event| event["type"].as_str()).unwrap_or_default();
+        ["response.completed", "response.incomplete", "response.failed"].contains(&last)
+    }
+
+    /// Hears more events until there are as many, or all.
+    fn hear(&mut self, count: usize) {
+        while self.events.len() < count && !self.is_over() {
+            match self.stream.next_event() {
+                Event::Data(data) => self.events.push(serde_json::from_str(&data).expect("JSON")),
+                Event::Done | Event::Closed(_) => self.reconnect(),
+            }
+        }
+    }
+}
+
 /// All events that are left.
 fn rest(stream: EventStream) -> Vec<Value> {
     let parse = |event| match event {
@@ -101,26 +141,25 @@ fn undisturbed(cluster: &Cluster) -> Vec<String> {
 
 #[test]
 fn a_response_goes_on_at_the_next_event_after_gateway_and_scheduler_have_died() {
-    let cluster = Cluster::demo();
+    // Slow enough to be in the middle of it whenever something dies.
+    let cluster = Cluster::start(&["--set-node", "link_faults.delay_us=2000"]);
     let expected = undisturbed(&cluster);
 
-    let mut stream = cluster.stream(RESPONSES, &long());
-    let mut events: Vec<Value> = (0..40).map(|_| next(&mut stream)).collect();
-    let id = events[0]["response"]["id"].as_str().expect("an id").to_owned();
-    // The gateway alone; then gateway and scheduler at once, so that only the stored request is left.
-    for victims in [&["gateway"][..], &["gateway", "scheduler"]] {
-        for victim in victims {
+    let mut client = Follower::begin(&cluster, &long());
+    // The gateway alone; the scheduler alone; both at once, so that only the stored request is left.
+    for (number, victims) in [&["gateway"][..], &["scheduler"], &["gateway", "scheduler"]].iter().enumerate()
+    {
+        client.hear(40 * (number + 1));
+        assert!(!client.is_over());
+        for victim in *victims {
             processes::signal(cluster.pid(victim), "KILL");
         }
-        drop(stream);
-        let seen = events.last().and_then(|event| event["sequence_number"].as_u64()).expect("a number");
-        stream = follow(&cluster, &id, seen);
-        events.extend((0..40).map(|_| next(&mut stream)));
     }
-    // A client that merely reconnects.
-    let seen = events.last().and_then(|event| event["sequence_number"].as_u64()).expect("a number");
-    drop(stream);
-    events.extend(rest(follow(&cluster, &id, seen)));
+    // A client that merely comes back.
+    client.hear(160);
+    client.reconnect();
+    client.hear(usize::MAX);
+    let (id, events) = (client.id().to_owned(), client.events);
     check_whole(&events);
     assert_eq!(comparable(&events), expected);
 
@@ -135,7 +174,7 @@ fn a_response_goes_on_at_the_next_event_after_gateway_and_scheduler_have_died() 
 
 #[test]
 fn a_response_in_the_background_is_finished_by_whoever_is_there() {
-    let cluster = Cluster::demo();
+    let cluster = Cluster::start(&["--set-node", "link_faults.delay_us=2000"]);
     let expected = undisturbed(&cluster);
     let begun = cluster.post(RESPONSES, &with(long(), json!({"background": true, "stream": false}))).ok();
     assert_eq!((&begun["status"], &begun["background"]), (&json!("in_progress"), &json!(true)));
@@ -226,7 +265,8 @@ fn a_stored_response_comes_again_to_the_byte_on_other_layouts() {
 #[test]
 fn what_nobody_listens_to_ends() {
     let grace = "resume_grace_ms=1000";
-    let cluster = Cluster::start(&["--set", grace, "--set-gateway", grace]);
+    let slow = "link_faults.delay_us=5000";
+    let cluster = Cluster::start(&["--set", grace, "--set-gateway", grace, "--set-node", slow]);
     for (store, gateway_dies) in [(false, false), (true, false), (true, true)] {
         let mut stream = cluster.stream(RESPONSES, &with(long(), json!({"store": store})));
         let id = next(&mut stream)["response"]["id"].as_str().expect("an id").to_owned();
@@ -235,6 +275,8 @@ fn what_nobody_listens_to_ends() {
             processes::signal(cluster.pid("gateway"), "KILL");
         }
         drop(stream);
+        let is_running = || cluster_metric(&cluster, "vllm:num_requests_running") == Some(1.0);
+        eventually("it is seen to be computed", LIMIT, is_running);
         let running = || until(LIMIT, || cluster_metric(&cluster, "vllm:num_requests_running"));
         eventually("it is not computed any more", LIMIT, || running() == Some(0.0));
         if store {

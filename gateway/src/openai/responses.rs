@@ -77,8 +77,9 @@ impl Responses {
         self.live.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// A stored response that is driven here.
     fn live(&self, id: RequestId) -> Option<Arc<Live>> {
-        self.all().get(&id).cloned()
+        self.all().get(&id).filter(|live| live.is_stored).cloned()
     }
 
     /// The response, which is new to this gateway or not.

@@ -18,6 +18,7 @@ use ashlar_protocol::responses::{ResponseCall, ResponseOutcome, ResponseRecord, 
 use ashlar_protocol::serving::{FailureKind, RequestFailure};
 use ashlar_tokenizer::TextStart;
 use ashlar_vocabulary::{BlobId, RequestId};
+use bytes::Bytes;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::watch;
@@ -26,6 +27,8 @@ use tracing::Instrument;
 /// Attempts to store an answer, and the pause between two.
 const ATTEMPTS_MAX: u32 = 60;
 const RETRY: Duration = Duration::from_secs(1);
+/// How long the end of a response waits until it is stored.
+const STORED_WITHIN: Duration = Duration::from_millis(500);
 
 /// Why this gateway drives a response.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -48,9 +51,9 @@ pub(super) struct Drive {
     pub(super) traceparent: Option<String>,
 }
 
-/// How the driving ended.
+/// How the driving ended; its last events are not sent yet.
 enum Driven {
-    Ended(ResponseStatus, Ended),
+    Ended(ResponseStatus, Ended, Vec<Bytes>),
     /// Others go on, or nobody shall.
     LetGo,
 }
@@ -61,7 +64,8 @@ impl Drive {
     pub(super) fn start(self, next: usize) -> Result<Listener, ApiError> {
         let id = self.computed_as;
         let in_progress = self.prepared.object.in_progress();
-        let (live, is_new) = self.app.responses.enter(id, || Live::new(id, in_progress))?;
+        let is_stored = self.request.is_some();
+        let (live, is_new) = self.app.responses.enter(id, || Live::new(id, in_progress, is_stored))?;
         let listener = live.listen(next);
         if is_new {
             tokio::spawn(self.run(live).instrument(tracing::Span::current()));
@@ -81,9 +85,17 @@ impl Drive {
         let app = self.app.clone();
         match self.drive(&live).await {
             Driven::LetGo => live.end(Ended::HandedOver),
-            Driven::Ended(status, ended) => {
+            Driven::Ended(status, ended, last) => {
+                let mut frames = live.all_frames();
+                frames.extend(last.iter().cloned());
+                let mut storing = Box::pin(self.store_answer(id, status, &ended, &frames));
+                // Whoever has heard the end may go on from it at once. A store that is away does not keep it back for long.
+                let stored = tokio::time::timeout(STORED_WITHIN, &mut storing).await.is_ok();
+                live.push(last, true);
                 live.end(ended.clone());
-                self.store_answer(&live, status, &ended).await;
+                if !stored {
+                    storing.await;
+                }
             }
         }
         app.responses.leave(id);
@@ -101,8 +113,7 @@ impl Drive {
             Err(error) => {
                 let failure = failure_of(&error);
                 let (status, object) = events.fail(&failure, TokenCounts::default());
-                live.push(events.take(), false);
-                return Driven::Ended(status, Ended::Failed(error, Arc::new(object)));
+                return Driven::Ended(status, Ended::Failed(error, Arc::new(object)), events.take());
             }
         };
         let mut phase = self.app.phase.clone();
@@ -124,8 +135,7 @@ impl Drive {
                         retry_after_ms: None,
                     };
                     let (status, object) = events.fail(&failure, generation.counts());
-                    live.push(events.take(), has_output);
-                    return Driven::Ended(status, Ended::With(Arc::new(object)));
+                    return Driven::Ended(status, Ended::With(Arc::new(object)), events.take());
                 }
                 // A scheduler that has just begun may not have heard of it.
                 Ok(new) = changed(&mut link, epoch) => {
@@ -143,18 +153,16 @@ impl Drive {
                 }
                 Some(Output::End { end: End::Finished { reason, .. }, .. }) => {
                     let (status, object) = events.end(reason, generation.counts());
-                    live.push(events.take(), true);
-                    return Driven::Ended(status, Ended::With(Arc::new(object)));
+                    return Driven::Ended(status, Ended::With(Arc::new(object)), events.take());
                 }
                 Some(Output::End { end: End::Failed(failure), .. }) => {
                     let (status, object) = events.fail(&failure, generation.counts());
                     let object = Arc::new(object);
-                    live.push(events.take(), has_output);
                     let ended = match has_output || failure.kind == FailureKind::Cancelled {
                         true => Ended::With(object),
                         false => Ended::Failed(failure.into(), object),
                     };
-                    return Driven::Ended(status, ended);
+                    return Driven::Ended(status, ended, events.take());
                 }
                 None => return Driven::LetGo,
             }
@@ -207,10 +215,10 @@ impl Drive {
     }
 
     /// Stores what there is. Should this gateway be lost before, another one comes to the same.
-    async fn store_answer(&self, live: &Live, status: ResponseStatus, ended: &Ended) {
+    async fn store_answer(&self, id: RequestId, status: ResponseStatus, ended: &Ended, frames: &[Bytes]) {
         let (Some(blobs), Some(_)) = (self.app.responses.blobs(), self.request) else { return };
         let (Ended::With(object) | Ended::Failed(_, object)) = ended else { return };
-        let bytes = stored::answer_bytes(object, &live.all_frames());
+        let bytes = stored::answer_bytes(object, frames);
         for attempt in 1..=ATTEMPTS_MAX {
             let stored = match blobs.put(&bytes).await {
                 Ok(info) => {
@@ -225,7 +233,7 @@ impl Drive {
             match stored {
                 Ok(()) => return,
                 Err(reason) if attempt == ATTEMPTS_MAX => {
-                    tracing::error!(%reason, response = %live.id, "an answer could not be stored");
+                    tracing::error!(%reason, response = %id, "an answer could not be stored");
                 }
                 Err(_) => tokio::time::sleep(RETRY).await,
             }

@@ -14,6 +14,8 @@ pub(super) struct Live {
     pub(super) id: RequestId,
     /// The object while it is in progress.
     pub(super) in_progress: Value,
+    /// Whether others than the one who asked for it may know of it.
+    pub(super) is_stored: bool,
     frames: Mutex<Vec<Bytes>>,
     state: watch::Sender<State>,
     listeners: watch::Sender<usize>,
@@ -40,10 +42,10 @@ pub(super) enum Ended {
 }
 
 impl Live {
-    pub(super) fn new(id: RequestId, in_progress: Value) -> Arc<Live> {
+    pub(super) fn new(id: RequestId, in_progress: Value, is_stored: bool) -> Arc<Live> {
         let state = watch::Sender::new(State::default());
         let (frames, listeners) = (Mutex::new(Vec::new()), watch::Sender::new(0));
-        Arc::new(Live { id, in_progress, frames, state, listeners })
+        Arc::new(Live { id, in_progress, is_stored, frames, state, listeners })
     }
 
     /// Adds events; `has_output` from the first that the model is the cause of.
