@@ -142,7 +142,7 @@ fn undisturbed(cluster: &Cluster) -> Vec<String> {
 #[test]
 fn a_response_goes_on_at_the_next_event_after_gateway_and_scheduler_have_died() {
     // Slow enough to be in the middle of it whenever something dies.
-    let cluster = Cluster::start(&["--set-node", "link_faults.delay_us=2000"]);
+    let cluster = Cluster::start(&["--set-node", "link_faults.delay_us=8000"]);
     let expected = undisturbed(&cluster);
 
     let mut client = Follower::begin(&cluster, &long());
@@ -271,12 +271,12 @@ fn what_nobody_listens_to_ends() {
         let mut stream = cluster.stream(RESPONSES, &with(long(), json!({"store": store})));
         let id = next(&mut stream)["response"]["id"].as_str().expect("an id").to_owned();
         (0..10).for_each(|_| drop(next(&mut stream)));
+        let is_running = || cluster_metric(&cluster, "vllm:num_requests_running") == Some(1.0);
+        eventually("it is seen to be computed", LIMIT, is_running);
         if gateway_dies {
             processes::signal(cluster.pid("gateway"), "KILL");
         }
         drop(stream);
-        let is_running = || cluster_metric(&cluster, "vllm:num_requests_running") == Some(1.0);
-        eventually("it is seen to be computed", LIMIT, is_running);
         let running = || until(LIMIT, || cluster_metric(&cluster, "vllm:num_requests_running"));
         eventually("it is not computed any more", LIMIT, || running() == Some(0.0));
         if store {
