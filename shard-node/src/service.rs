@@ -14,6 +14,7 @@ use ashlar_protocol::data::LinkPurpose;
 use ashlar_protocol::frame::{self, FrameError};
 use ashlar_protocol::membership::{FromNode, Join, ToNode};
 use ashlar_service_kit::drain::CRASHED_VARIABLE;
+use ashlar_service_kit::lock::{HeldFile, LockError};
 use ashlar_service_kit::memory;
 use ashlar_store::blobs::{self, BlobError, BlobOptions};
 use ashlar_vocabulary::Bytes;
@@ -60,6 +61,16 @@ pub enum NodeError {
         /// Why.
         source: std::io::Error,
     },
+    /// Another process is this node.
+    #[error(
+        "the state of node {node} is in use: {source}; stop that process, or give this one another `state` or `name`"
+    )]
+    InUse {
+        /// The node.
+        node: ashlar_vocabulary::NodeId,
+        /// By whom.
+        source: LockError,
+    },
     /// Its identity cannot be used.
     #[error(transparent)]
     Identity(#[from] TlsError),
@@ -94,6 +105,7 @@ pub enum NodeError {
 
 /// Runs a node until `shutdown` completes.
 pub async fn serve(config: NodeConfig, shutdown: impl Future<Output = ()>) -> Result<(), NodeError> {
+    let _held = hold_state(&config)?;
     let transport = transport(&config)?;
     let kernels = Arc::new(threads::kernels(&config)?);
     let fence = Fence::open(config.state.join(format!("{}.fence.toml", config.name)))
@@ -176,6 +188,14 @@ pub async fn serve(config: NodeConfig, shutdown: impl Future<Output = ()>) -> Re
     });
     let _ = ended.await;
     result
+}
+
+/// Two processes with one fence would each undo what the other one has promised.
+fn hold_state(config: &NodeConfig) -> Result<HeldFile, NodeError> {
+    std::fs::create_dir_all(&config.state)
+        .map_err(|source| NodeError::State { path: config.state.clone(), source })?;
+    HeldFile::hold(&config.state.join(format!("{}.lock", config.name)))
+        .map_err(|source| NodeError::InUse { node: config.name.clone(), source })
 }
 
 /// How this node's connections are made, as itself.

@@ -183,18 +183,33 @@ fn a_node_enrols_with_a_token_and_serves() {
     );
 }
 
-/// A group of ranks exchanges twice per layer: over encrypted sockets, with the same bits.
+/// A group of ranks exchanges twice per layer: over encrypted sockets, or, where they are on one machine after all, through memory.
 #[test]
 fn a_tensor_parallel_group_spans_machines() {
-    let alone = Cluster::start(&["--stages", "1", "--tp", "2"]);
+    let group = ["--stages", "1", "--tp", "2"];
+    let alone = Cluster::start(&group);
     let expected = answer(&alone);
     drop(alone);
-    let sockets = ["--stages", "1", "--tp", "2", "--nodes", "1", "--set-node", "links.shared_memory=false"];
-    let (cluster, port) = open_cluster(&sockets);
-    let _machine = Machine::join(port, &first_token(&cluster, port), "far");
-    cluster.await_ready(START_LIMIT);
-    assert_eq!(answer(&cluster), expected);
-    assert!(cluster.said().contains("exchange over sockets"), "{}", cluster.said());
+    for (shared, way) in [("false", "exchange over sockets"), ("true", "exchange through shared memory")] {
+        let shared = format!("links.shared_memory={shared}");
+        let args = [&group[..], &["--nodes", "1", "--set-node", &shared]].concat();
+        let (cluster, port) = open_cluster(&args);
+        let _machine = Machine::join(port, &first_token(&cluster, port), "far");
+        cluster.await_ready(START_LIMIT);
+        assert_eq!(answer(&cluster), expected, "{way}");
+        assert!(cluster.said().contains(way), "{}", cluster.said());
+    }
+}
+
+#[test]
+fn a_node_whose_state_another_process_uses_does_not_start() {
+    let cluster = Cluster::demo();
+    let config = cluster.state().join("config/node-0.toml");
+    let Ended { status, said } =
+        run_to_end(&["node", "--config", config.to_str().unwrap()], &[], REFUSED_LIMIT);
+    assert_eq!(status.and_then(|status| status.code()), Some(2), "{said}");
+    let pid = cluster.pid("node-0");
+    assert!(said.contains(&format!("process {pid}")) && said.contains("node-0.lock"), "{said}");
 }
 
 #[test]
@@ -227,7 +242,9 @@ fn a_token_holds_once_for_its_cluster_and_in_its_time() {
     assert!(said.contains(&format!("process {}", machine.node.id())) && said.contains("--state"), "{said}");
 
     // `up` may be started anew, or the endpoint killed: what was used stays used.
-    assert!(processes::signal(cluster.pid("enrolment"), "KILL"));
+    let endpoint = cluster.pid("enrolment");
+    assert!(processes::signal(endpoint, "KILL"));
+    eventually("the endpoint is started again", START_LIMIT, || cluster.pid("enrolment") != endpoint);
     eventually("the endpoint is back", START_LIMIT, || std::net::TcpStream::connect(&address).is_ok());
     let said = join(&token, "other");
     assert!(said.contains("used already"), "{said}");
@@ -238,6 +255,32 @@ fn a_token_holds_once_for_its_cluster_and_in_its_time() {
         .unwrap();
     let said = join(&short, "late");
     assert!(said.contains("expired"), "{said}");
+}
+
+#[test]
+fn a_lost_machines_name_goes_to_another_one_with_a_token_for_it() {
+    let (cluster, port) = open_cluster(&["--stages", "1", "--nodes", "1"]);
+    let lost = Machine::join(port, &first_token(&cluster, port), "far");
+    lost.says("joined the cluster");
+    let disk = lost.killed();
+    let token = another_token(&cluster, port, &["--name", "far"]);
+    Machine::join(port, &token, "far").says("joined the cluster");
+    // Found again after all, its key is of no use any more.
+    let said = refused_in(disk.path(), &[]);
+    assert!(said.contains("another one has taken the name"), "{said}");
+}
+
+#[test]
+fn a_node_that_cannot_ask_where_its_cluster_is_goes_by_what_it_remembers() {
+    let (cluster, port) = open_cluster(&["--stages", "1", "--nodes", "1"]);
+    let machine = Machine::join(port, &first_token(&cluster, port), "far");
+    machine.says("joined the cluster");
+    let disk = machine.killed();
+    // Nobody listens there.
+    let nowhere = format!("127.0.0.1:{}", free_port());
+    let machine = Machine::start(disk, &["--join", &nowhere]);
+    machine.says("going on with what this node remembers");
+    machine.says("joined scheduler=");
 }
 
 #[test]

@@ -18,7 +18,7 @@ const CERTIFICATE_FILE: &str = "ca.der";
 const KEY_FILE: &str = "ca-key.der";
 /// Clocks of machines may differ by as much.
 const BACKDATED: Duration = Duration::DAY;
-/// How long certificates are valid. There is no renewal yet, so it is as long as a cluster may live.
+/// How long certificates are valid. They are renewed at each start of a node only, which may run for years.
 const VALID: Duration = Duration::days(3650);
 
 /// Why the authority cannot be used.

@@ -50,6 +50,12 @@ pub enum LedgerError {
          take its place with a token from `ashlar token create --name {0}`"
     )]
     NameTaken(String),
+    /// It has not enrolled, or not with this key.
+    #[error(
+        "no machine has enrolled as `{0}` with this key: another one has taken the name, or the cluster was made anew; join with a token \
+         and an empty --state directory"
+    )]
+    NotEnrolled(String),
     /// There are too many.
     #[error("there are {TOKENS_MAX} tokens: wait until some have expired")]
     Full,
@@ -167,6 +173,18 @@ impl Ledger {
             }
             self.replace(&name_path, &holder)
         })
+    }
+
+    /// Whether a machine has enrolled under this name with this key, and no other has taken its place.
+    ///
+    /// # Errors
+    /// [`LedgerError::NotEnrolled`], or [`LedgerError::Files`].
+    pub fn confirm(&self, identity: &Identity, key: &PublicKey) -> Result<(), LedgerError> {
+        let wanted = Holder { key: sha256(key.bytes()) };
+        match self.read::<Holder>(&self.names().join(identity.name()))? {
+            Some(holder) if holder == wanted => Ok(()),
+            _ => Err(LedgerError::NotEnrolled(identity.name().to_owned())),
+        }
     }
 
     /// Takes a name for a process of the cluster's own machine, whoever had it.
@@ -367,7 +385,12 @@ mod tests {
         world.claim(&token, &node("b"), &second).unwrap();
         let replacing = world.token(Some(&node("a")));
         assert!(matches!(world.claim(&replacing, &node("c"), &second), Err(LedgerError::OtherName(_))));
+        let confirm = |key: &KeyPair| world.ledger().confirm(&node("a"), &key.public());
+        confirm(&first).unwrap();
         world.claim(&replacing, &node("a"), &second).unwrap();
+        confirm(&second).unwrap();
+        assert!(matches!(confirm(&first), Err(LedgerError::NotEnrolled(_))));
+        assert!(world.ledger().confirm(&node("nobody"), &first.public()).is_err());
     }
 
     #[test]

@@ -13,8 +13,8 @@ pub const ENROLMENT_BYTES_MAX: usize = 16 << 10;
 /// What a machine shows and wants.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct EnrolmentRequest {
-    /// The secret of its token.
-    pub secret: [u8; SECRET_BYTES],
+    /// The secret of its token; `None` for a node that has enrolled, whose key says enough: it wants to know where the cluster is now.
+    pub secret: Option<[u8; SECRET_BYTES]>,
     /// What its certificate shall say.
     pub request: CertificateRequest,
 }
@@ -91,7 +91,7 @@ mod tests {
     fn a_secret_stays_out_of_messages() {
         let key = ashlar_identity::KeyPair::generate().unwrap();
         let request = CertificateRequest::sign("a", &key, ashlar_identity::Fingerprint([0; 32])).unwrap();
-        let text = format!("{:?}", EnrolmentRequest { secret: [77; SECRET_BYTES], request });
+        let text = format!("{:?}", EnrolmentRequest { secret: Some([77; SECRET_BYTES]), request });
         assert!(!text.contains("77, 77"), "{text}");
     }
 }

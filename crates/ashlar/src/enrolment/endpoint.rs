@@ -136,10 +136,7 @@ impl Endpoint {
 
     fn decide(&self, asked: &EnrolmentRequest, address: SocketAddr) -> EnrolmentAnswer {
         match self.enrol(asked) {
-            Ok(welcome) => {
-                tracing::info!(%address, "a machine has joined");
-                EnrolmentAnswer::Welcome(Box::new(welcome))
-            }
+            Ok(welcome) => EnrolmentAnswer::Welcome(Box::new(welcome)),
             Err(error) => {
                 tracing::warn!(%address, "a machine may not join: {error:#}");
                 let internal = !matches!(error.downcast_ref::<LedgerError>(), Some(known) if !is_internal(known))
@@ -159,9 +156,16 @@ impl Endpoint {
         let (identity, key) = asked.request.check(self.authority.fingerprint())?;
         // First, so that a token is not lost for a certificate that cannot be made; handed out only once the use is durable.
         let certificate = self.authority.issue(&identity, &key)?;
-        let claim = Claim { secret: &asked.secret, identity: &identity, key: &key };
-        self.ledger.claim(claim, SystemTime::now())?;
-        tracing::info!("made a certificate for {identity}");
+        match &asked.secret {
+            Some(secret) => {
+                self.ledger.claim(Claim { secret, identity: &identity, key: &key }, SystemTime::now())?;
+                tracing::info!("{identity} has joined");
+            }
+            None => {
+                self.ledger.confirm(&identity, &key)?;
+                tracing::info!("{identity} is back");
+            }
+        }
         Ok(Welcome {
             authority: self.authority.certificate().to_vec(),
             certificate: certificate.to_vec(),

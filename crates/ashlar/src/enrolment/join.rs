@@ -1,7 +1,7 @@
 //! `ashlar node --join`: a machine becomes a node of a cluster, once, and runs as that node from then on.
 //!
 //! The state directory keeps the identity (`identity/`: key, certificate, the authority's certificate) and where the cluster is
-//! (`cluster.json`). The key is durable before it is sent, so that an enrolment whose answer was lost can be repeated. Nothing is sent
+//! (`cluster.json`), which it asks the endpoint for anew at each start, as far as that answers. The key is durable before it is sent, so that an enrolment whose answer was lost can be repeated. Nothing is sent
 //! before the endpoint has shown that it belongs to the cluster that the token is for.
 
 use super::{as_host, own_address_towards};
@@ -9,8 +9,9 @@ use crate::demo;
 use crate::plan::parse_bytes;
 use crate::roles::{permanent, resolve};
 use anyhow::{Context, Result, anyhow, bail};
+use ashlar_identity::token::SECRET_BYTES;
 use ashlar_identity::{
-    CertificateRequest, Credentials, Identity, KeyPair, Role, TlsError, Token, name, transport,
+    CertificateRequest, Credentials, Fingerprint, Identity, KeyPair, Role, TlsError, Token, name, transport,
 };
 use ashlar_model::digest;
 use ashlar_protocol::enrolment::{
@@ -23,6 +24,7 @@ use ashlar_shard_node::NodeConfig;
 use ashlar_shard_node::config::Pin;
 use ashlar_vocabulary::{Bytes, NodeId};
 use clap::Args;
+use serde::{Deserialize, Serialize};
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -31,6 +33,8 @@ use tokio::net::TcpStream;
 
 /// From a connection to the answer.
 const LIMIT: Duration = Duration::from_secs(15);
+/// The same, for a node that knows the cluster already.
+const LIMIT_OF_NEWS: Duration = Duration::from_secs(3);
 const CLUSTER_FILE: &str = "cluster.json";
 const IDENTITY: &str = "identity";
 const LOCK: &str = "node.lock";
@@ -104,7 +108,7 @@ async fn prepare_once(args: &JoinArgs) -> Result<Enrolled> {
                 token.cluster()
             );
         }
-        (credentials, known(&state)?)
+        refresh(args, &state, credentials).await?
     } else {
         enrol(args, &state, token).await?
     };
@@ -120,12 +124,67 @@ async fn prepare_once(args: &JoinArgs) -> Result<Enrolled> {
     Ok(Enrolled { config: configuration(args, &state, &identity, &facts)?, _held: held })
 }
 
-/// What was learnt when this machine enrolled.
-fn known(state: &Path) -> Result<ClusterFacts> {
+/// What a node remembers of its cluster.
+#[derive(Debug, Serialize, Deserialize)]
+struct Known {
+    /// Where it has joined.
+    join: String,
+    cluster: ClusterFacts,
+}
+
+fn known(state: &Path) -> Result<Known> {
     let path = state.join(CLUSTER_FILE);
     let text = fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
     serde_json::from_str(&text)
         .with_context(|| format!("{} is damaged: remove {} and join anew", path.display(), state.display()))
+}
+
+/// A node that has enrolled asks where the cluster is now. What it remembers has to do where nobody answers.
+async fn refresh(
+    args: &JoinArgs,
+    state: &Path,
+    credentials: Credentials,
+) -> Result<(Credentials, ClusterFacts)> {
+    let known = known(state)?;
+    let address = args.join.clone().unwrap_or(known.join);
+    let cluster = credentials.fingerprint();
+    let identity = credentials.identity().context("the certificate names nobody")?;
+    let key = KeyPair::keep_in(&state.join(IDENTITY))?;
+    let request = CertificateRequest::sign(identity.name(), &key, cluster)?;
+    let news = tokio::time::timeout(LIMIT_OF_NEWS, ask(&address, cluster, None, request)).await;
+    let reason = match news {
+        Ok(Ok(EnrolmentAnswer::Welcome(welcome))) => {
+            return keep(state, address, &identity, cluster, &key, *welcome);
+        }
+        Ok(Ok(EnrolmentAnswer::Refused(reason))) => {
+            bail!("{address} does not know this node any more: {reason}")
+        }
+        Ok(Err(error)) => error.to_string(),
+        Err(_) => format!("no answer within {} s", LIMIT_OF_NEWS.as_secs()),
+    };
+    eprintln!("no news of the cluster from {address} ({reason}): going on with what this node remembers");
+    Ok((credentials, known.cluster))
+}
+
+/// Keeps what the endpoint has sent, if it is for this machine.
+fn keep(
+    state: &Path,
+    join: String,
+    identity: &Identity,
+    expected: Fingerprint,
+    key: &KeyPair,
+    welcome: Welcome,
+) -> Result<(Credentials, ClusterFacts)> {
+    let Welcome { authority, certificate, cluster } = welcome;
+    let credentials = Credentials::new(authority, certificate, key.pkcs8());
+    if credentials.fingerprint() != expected || credentials.identity().as_ref() != Some(identity) {
+        bail!("{join} has made a certificate for somebody else");
+    }
+    let known = Known { join, cluster };
+    // With the certificate, which is written last, this machine has enrolled.
+    write_durably(&state.join(CLUSTER_FILE), &serde_json::to_vec_pretty(&known)?)?;
+    credentials.save(&state.join(IDENTITY))?;
+    Ok((credentials, known.cluster))
 }
 
 async fn enrol(args: &JoinArgs, state: &Path, token: Option<Token>) -> Result<(Credentials, ClusterFacts)> {
@@ -141,28 +200,20 @@ async fn enrol(args: &JoinArgs, state: &Path, token: Option<Token>) -> Result<(C
         .clone()
         .or_else(name::of_machine)
         .context("this machine has no name: choose one with --name")?;
-    Identity::new(Role::Node, &name)?;
-    let directory = state.join(IDENTITY);
-    let key = KeyPair::keep_in(&directory)?;
+    let identity = Identity::new(Role::Node, &name)?;
+    let key = KeyPair::keep_in(&state.join(IDENTITY))?;
     let request = CertificateRequest::sign(&name, &key, token.cluster())?;
-    let asking = ask(address, &token, request);
+    let asking = ask(address, token.cluster(), Some(*token.secret()), request);
     let answer = tokio::time::timeout(LIMIT, asking)
         .await
         .map_err(|_| anyhow!("no answer within {} s", LIMIT.as_secs()))
         .and_then(|answer| answer.map_err(|error| explain(error, &token)))
         .with_context(|| format!("cannot join at {address}"))?;
-    let Welcome { authority, certificate, cluster } = match answer {
+    let welcome = match answer {
         EnrolmentAnswer::Welcome(welcome) => *welcome,
         EnrolmentAnswer::Refused(reason) => bail!("{address} does not let this machine join: {reason}"),
     };
-    let credentials = Credentials::new(authority, certificate, key.pkcs8());
-    let expected = Identity::new(Role::Node, &name)?;
-    if credentials.fingerprint() != token.cluster() || credentials.identity() != Some(expected) {
-        bail!("{address} has made a certificate for somebody else");
-    }
-    // With the certificate, which is written last, this machine has enrolled.
-    write_durably(&state.join(CLUSTER_FILE), &serde_json::to_vec_pretty(&cluster)?)?;
-    credentials.save(&directory)?;
+    let (credentials, cluster) = keep(state, address.clone(), &identity, token.cluster(), &key, welcome)?;
     eprintln!("joined the cluster at {address} as {name}");
     check_model(args, state, &cluster)?;
     Ok((credentials, cluster))
@@ -170,14 +221,15 @@ async fn enrol(args: &JoinArgs, state: &Path, token: Option<Token>) -> Result<(C
 
 async fn ask(
     address: &str,
-    token: &Token,
+    cluster: Fingerprint,
+    secret: Option<[u8; SECRET_BYTES]>,
     request: CertificateRequest,
 ) -> Result<EnrolmentAnswer, FrameError> {
     let socket = TcpStream::connect(address).await?;
     frame::tune(&socket)?;
-    let mut stream = transport::connect_to_enrol(socket, token.cluster()).await?;
+    let mut stream = transport::connect_to_enrol(socket, cluster).await?;
     frame::greet(&mut stream, "node that joins").await?;
-    frame::write(&mut stream, &EnrolmentRequest { secret: *token.secret(), request }).await?;
+    frame::write(&mut stream, &EnrolmentRequest { secret, request }).await?;
     frame::read_within(&mut stream, ENROLMENT_BYTES_MAX).await
 }
 
