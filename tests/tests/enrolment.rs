@@ -201,6 +201,31 @@ fn a_tensor_parallel_group_spans_machines() {
     }
 }
 
+/// What is known of failures holds for encrypted connections, too: their end is seen at once, and nothing is lost.
+#[test]
+fn requests_outlive_killed_processes_of_an_encrypted_cluster() {
+    let (cluster, _) = open_cluster(&["--stages", "2", "--tp", "2"]);
+    cluster.await_ready(START_LIMIT);
+    let long = json!({
+        "prompt": "Write", "temperature": 1, "seed": 7, "n": 4, "max_tokens": 480, "ignore_eos": true,
+    });
+    let ask = || cluster.post(COMPLETIONS, &long).ok()["choices"].take();
+    let expected = ask();
+    for role in ["node-0", "node-3", "scheduler"] {
+        let pid = cluster.pid(role);
+        let answered = std::thread::scope(|scope| {
+            let asking = scope.spawn(ask);
+            eventually("it runs", START_LIMIT, || cluster.metric("vllm:num_requests_running") > 0.0);
+            assert!(processes::signal(pid, "KILL"));
+            asking.join().unwrap()
+        });
+        assert_eq!(answered, expected, "{role}");
+        eventually("it is started again", START_LIMIT, || cluster.pid(role) != pid);
+        cluster.await_ready(START_LIMIT);
+    }
+    assert!(!cluster.said().contains("panicked"), "{}", cluster.said());
+}
+
 #[test]
 fn a_node_whose_state_another_process_uses_does_not_start() {
     let cluster = Cluster::demo();
