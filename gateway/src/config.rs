@@ -18,6 +18,9 @@ pub struct GatewayConfig {
     pub listen: SocketAddr,
     /// The gateway port (`host:port`) of the scheduler, or of each of several, of which one leads. Default `127.0.0.1:7402`.
     pub scheduler: Addresses,
+    /// The directory of this gateway's identity, which `ashlar identity` makes; with it the connection to the scheduler is encrypted
+    /// and mutual. Default: in the clear.
+    pub identity: Option<PathBuf>,
     /// Names under which the model is offered; the first is the one that answers carry. Default: the name of the
     /// model's directory.
     pub served_model_name: Vec<String>,
@@ -82,6 +85,7 @@ impl Default for GatewayConfig {
             otlp_endpoint: None,
             listen: SocketAddr::from(([127, 0, 0, 1], 8080)),
             scheduler: "127.0.0.1:7402".into(),
+            identity: None,
             served_model_name: Vec::new(),
             blobs: None,
             file_bytes_max: 512 << 20,

@@ -1,5 +1,6 @@
 //! Why a gateway does not start, or stops.
 
+use ashlar_identity::TlsError;
 use ashlar_store::blobs::BlobError;
 use std::io;
 use std::net::SocketAddr;
@@ -34,6 +35,9 @@ pub enum GatewayError {
         /// What is wrong and what to do.
         reason: String,
     },
+    /// Its identity cannot be used.
+    #[error("cannot use `identity`: {0}")]
+    Identity(#[from] TlsError),
     /// The place of files cannot be used.
     #[error("cannot open `blobs`: {0}")]
     Blobs(#[from] BlobError),

@@ -18,6 +18,7 @@ pub use link::Link;
 pub use terms::Terms;
 
 use crate::transcript::TranscriptEvent;
+use ashlar_identity::Transport;
 use ashlar_protocol::admin::{AdminFailure, AdminReply, AdminRequest, Comparison, JobError, PreparedJob};
 use ashlar_protocol::responses::ResponseRecord;
 use ashlar_protocol::serving::{ChoiceId, CompareAdapters, FailureKind, PrepareJob, RequestFailure, Submit};
@@ -79,6 +80,8 @@ type EventSender = mpsc::Sender<(ChoiceId, TranscriptEvent)>;
 pub struct SchedulerClientSettings {
     /// Where schedulers are, of which one leads.
     pub addresses: Addresses,
+    /// How connections to them are made.
+    pub transport: Transport,
     /// Most choices in flight.
     pub choices_in_flight_max: usize,
     /// Longest wait between two attempts to connect.

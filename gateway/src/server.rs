@@ -14,6 +14,7 @@ use crate::text::ModelText;
 use crate::tuning::Tuning;
 use crate::tuning::compare::{COMPARISONS_WAITING_MAX, Comparer};
 use crate::tuning::validate::{JOBS_WAITING_MAX, Validator};
+use ashlar_identity::Transport;
 use ashlar_protocol::serving::SchedulerCounters;
 use ashlar_service_kit::{Shutdown, Watchdog};
 use ashlar_store::blobs::{self, BlobOptions};
@@ -79,6 +80,7 @@ impl Gateway {
         let metrics = Metrics::new(names.first().map_or("", String::as_str))?;
         let scheduler = SchedulerClient::start(SchedulerClientSettings {
             addresses: config.scheduler.clone(),
+            transport: Transport::open(config.identity.as_deref())?,
             choices_in_flight_max: config.choices_in_flight_max,
             reconnect_max: Duration::from_millis(config.reconnect_ms_max),
             patience: Duration::from_millis(config.scheduler_patience_ms),

@@ -305,6 +305,25 @@ fn what_is_reported_about_a_former_assignment_is_ignored() {
     assert!(effects.is_empty());
 }
 
+/// Two machines with one identity: the one that came first goes on, undisturbed.
+#[test]
+fn another_process_of_a_living_node_is_refused_until_that_is_gone() {
+    let (mut test, a, _) = Test::up();
+    let elsewhere = || Join { data_address: "elsewhere:1".into(), ..Test::join_of("a", 1 << 30, 1.0, None) };
+    test.send(Event::Heard { connection: a, spent: Spent::Nothing });
+    let (second, effects) = test.join_by(elsewhere());
+    let [Effect::Disconnect { connection, reason }] = effects.as_slice() else { panic!("{effects:?}") };
+    assert_eq!(*connection, second);
+    assert!(
+        reason.contains("a:1") && reason.contains("elsewhere:1") && reason.contains("stop one"),
+        "{reason}"
+    );
+    // One whose end was not seen is not waited for.
+    test.now += 1_000;
+    let (_, effects) = test.join_by(elsewhere());
+    assert!(matches!(&effects[0], Effect::ReplicaDown { .. }), "{effects:?}");
+}
+
 #[test]
 fn a_node_that_connects_anew_replaces_its_former_connection() {
     let (mut test, _, b) = Test::up();

@@ -22,6 +22,13 @@ pub struct NodeConfig {
     /// The host other ranks should use to reach this node; default: the host of `listen`.
     #[serde(default)]
     pub advertise_host: Option<String>,
+    /// The directory of this node's identity, which `ashlar node --join` or `ashlar identity` makes; with it every connection is
+    /// encrypted and mutual. Default: in the clear, on this machine only.
+    #[serde(default)]
+    pub identity: Option<PathBuf>,
+    /// Whether to listen for other machines without an identity, on a network that only the cluster is on.
+    #[serde(default)]
+    pub allow_plaintext: bool,
     /// Where this node keeps its fencing term.
     #[serde(default = "default_state")]
     pub state: PathBuf,

@@ -12,6 +12,7 @@ use crate::sequencer::{Effect, Event, Row, Sequencer, StepWork};
 use crate::spans::Spans;
 use crate::training::{self, Sessions};
 use ashlar_grammar::GrammarCompiler;
+use ashlar_identity::Transport;
 use ashlar_kernels::{Kernels, RowContext};
 use ashlar_model::adapter::AdaptedRows;
 use ashlar_model::stage::LOGIT_ROWS_MAX;
@@ -120,6 +121,7 @@ pub struct Executor {
     /// Whether a [`Command::HeadRows`] is in that queue: one is enough, and leaves the room to step plans.
     head_rows_queued: Arc<AtomicBool>,
     breaker: LinkBreaker,
+    transport: Transport,
     shared: Shared,
     fence: Fence,
     waiting: Waiting,
@@ -140,7 +142,7 @@ impl Executor {
         kernels: Arc<Kernels>,
         commands: SyncSender<Command>,
         out: mpsc::Sender<FromNode>,
-        breaker: LinkBreaker,
+        (breaker, transport): (LinkBreaker, Transport),
         shared: Shared,
         fence: Fence,
         sessions: Sessions,
@@ -155,6 +157,7 @@ impl Executor {
             commands,
             head_rows_queued: Arc::default(),
             breaker,
+            transport,
             shared,
             fence,
             waiting: Waiting::default(),
@@ -284,7 +287,7 @@ impl Executor {
             spin: self.config.links.spin(ranks, self.kernels.threads()),
         };
         let model = &loaded.model;
-        let links = PendingLinks::connect(&assignment, &model.config().shape, settings)
+        let links = PendingLinks::connect(&assignment, &model.config().shape, settings, &self.transport)
             .map_err(|error| format!("cannot reach another rank: {error}"))?;
         let last = model.slice().last;
         let rows = assignment.max_num_batched_tokens as usize;

@@ -11,6 +11,7 @@
 
 use crate::beat::Beat;
 use crate::links::Sender;
+use ashlar_identity::Socket;
 use ashlar_model::stage::LOGIT_ROWS_MAX;
 use ashlar_model::{HeadError, HeadRanks, LogitColumns, StageModel};
 use ashlar_protocol::data::{DataLink, LinkFaults, PayloadHeader, PayloadKind};
@@ -18,7 +19,6 @@ use ashlar_protocol::frame::FrameError;
 use ashlar_shared_memory::{Mailbox, MailboxError, Memory};
 use ashlar_vocabulary::{Bytes, ReplicaRevision, StepId};
 use std::fmt;
-use std::net::{Shutdown, TcpStream};
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 use tracing::warn;
@@ -92,7 +92,7 @@ pub struct HeadService {
     values: SliceValues,
     slice: Vec<f32>,
     spent: Duration,
-    socket: TcpStream,
+    socket: Socket,
 }
 
 /// How slices go back.
@@ -108,7 +108,7 @@ impl HeadService {
     /// Reads rows on a thread of its own, until the link ends. How it ended is no matter here: the rank that samples sees it,
     /// too, and its failure is everybody's.
     pub(crate) fn start(
-        socket: TcpStream,
+        socket: Socket,
         memory: Option<Memory>,
         revision: ReplicaRevision,
         faults: LinkFaults,
@@ -176,7 +176,7 @@ impl Drop for HeadService {
     /// Ends the reading thread, which has a handle of its own.
     fn drop(&mut self) {
         // A link that is closed already is as broken as it can be.
-        let _ = self.socket.shutdown(Shutdown::Both);
+        let _ = self.socket.shutdown();
     }
 }
 

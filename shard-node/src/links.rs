@@ -7,6 +7,7 @@ use crate::beat::Beat;
 use crate::group::Group;
 use crate::group::agreement::{Agreed, Agreement, AgreementError};
 use crate::head::{HeadLink, HeadLinks, HeadService, SliceValues, Wake};
+use ashlar_identity::{Role, Socket, Transport};
 use ashlar_model::stage::LOGIT_ROWS_MAX;
 use ashlar_protocol::data::{DataLink, LinkFaults, LinkHello, LinkPurpose, PayloadHeader};
 use ashlar_protocol::frame::{self, FrameError};
@@ -41,8 +42,8 @@ impl LinkBreaker {
         }
     }
 
-    fn register(&self, socket: &TcpStream) -> std::io::Result<()> {
-        let socket = socket.try_clone()?;
+    fn register(&self, socket: &Socket) -> std::io::Result<()> {
+        let socket = socket.tcp().try_clone()?;
         self.0.lock().unwrap_or_else(PoisonError::into_inner).push(socket);
         Ok(())
     }
@@ -54,11 +55,12 @@ pub struct Inbound {
     /// What it said.
     pub hello: LinkHello,
     /// The socket.
-    pub socket: TcpStream,
+    pub socket: Socket,
 }
 
-/// Greets an accepted connection; errors concern only this connection.
-pub fn accept(mut socket: TcpStream) -> Result<Inbound, FrameError> {
+/// Greets an accepted connection; errors concern only this connection. Only nodes of the cluster are listened to.
+pub fn accept(socket: TcpStream, transport: &Transport) -> Result<Inbound, FrameError> {
+    let mut socket = transport.accept_blocking(socket, Role::Node, CONNECT_TIMEOUT)?;
     socket.set_read_timeout(Some(CONNECT_TIMEOUT))?;
     frame::greet_blocking(&mut socket, "node")?;
     let hello = frame::read_blocking(&mut socket)?;
@@ -66,12 +68,15 @@ pub fn accept(mut socket: TcpStream) -> Result<Inbound, FrameError> {
 }
 
 /// Connects to another rank and says what the connection is.
-pub(crate) fn connect(address: &str, hello: &LinkHello) -> Result<TcpStream, FrameError> {
+pub(crate) fn connect(address: &str, hello: &LinkHello, transport: &Transport) -> Result<Socket, FrameError> {
     let resolved = address.to_socket_addrs()?.next();
     let resolved = resolved.ok_or_else(|| {
         FrameError::Io(std::io::Error::new(std::io::ErrorKind::NotFound, format!("no address for {address}")))
     })?;
-    let mut socket = TcpStream::connect_timeout(&resolved, CONNECT_TIMEOUT)?;
+    let socket = TcpStream::connect_timeout(&resolved, CONNECT_TIMEOUT)?;
+    // A handshake is many small messages.
+    socket.set_nodelay(true)?;
+    let mut socket = transport.connect_blocking(socket, Role::Node, CONNECT_TIMEOUT)?;
     socket.set_read_timeout(Some(CONNECT_TIMEOUT))?;
     frame::greet_blocking(&mut socket, "node")?;
     frame::write_blocking(&mut socket, hello)?;
@@ -92,7 +97,7 @@ impl Waiting {
         self.0.push(inbound);
     }
 
-    fn take(&mut self, revision: ReplicaRevision, purpose: LinkPurpose) -> Option<TcpStream> {
+    fn take(&mut self, revision: ReplicaRevision, purpose: LinkPurpose) -> Option<Socket> {
         self.0.retain(|inbound| inbound.hello.revision >= revision);
         let found = self
             .0
@@ -163,8 +168,8 @@ pub struct PendingLinks {
     activations: FloatType,
     settings: LinkSettings,
     needs_previous: bool,
-    previous: Option<TcpStream>,
-    next: Option<TcpStream>,
+    previous: Option<Socket>,
+    next: Option<Socket>,
     rank: usize,
     size: usize,
     group: PendingGroup,
@@ -180,7 +185,7 @@ pub struct PendingLinks {
 /// How far a group has come.
 #[derive(Debug)]
 enum PendingGroup {
-    Connecting(BTreeMap<usize, TcpStream>),
+    Connecting(BTreeMap<usize, Socket>),
     Connected(Pending),
 }
 
@@ -215,14 +220,14 @@ const SAMPLER: usize = 0;
 const HEAD_RANK: usize = 1;
 
 /// Between the rank that samples and one with a slice of the head: how the slice travels.
-fn agree_on_slice(own: usize, socket: TcpStream, values: SliceValues, settings: LinkSettings) -> Pending {
+fn agree_on_slice(own: usize, socket: Socket, values: SliceValues, settings: LinkSettings) -> Pending {
     let other = SAMPLER + HEAD_RANK - own;
     let geometry = Mailbox::geometry(LOGIT_ROWS_MAX, values.slice);
     Pending::Agreeing(Agreement::start(own, BTreeMap::from([(other, socket)]), geometry, settings))
 }
 
 /// The connection of such an agreement, and what the two share or why nothing.
-fn agreed_on_slice(index: usize, pending: Pending) -> Result<(TcpStream, Result<Memory, String>), LinkError> {
+fn agreed_on_slice(index: usize, pending: Pending) -> Result<(Socket, Result<Memory, String>), LinkError> {
     let lost = |source| LinkError::HeadAgreement { index, source };
     let agreed = pending.outcome().map_err(|error| lost(error.source))?;
     let socket = agreed.peers.into_values().next().ok_or(lost(FrameError::Closed))?;
@@ -235,16 +240,17 @@ impl PendingLinks {
         assignment: &Assignment,
         shape: &ModelShape,
         settings: LinkSettings,
+        transport: &Transport,
     ) -> Result<PendingLinks, FrameError> {
         let hello = |purpose| LinkHello { term: assignment.term, revision: assignment.revision, purpose };
         let rank = assignment.tensor_rank.0 as usize;
         let mut peers = BTreeMap::new();
         for (peer, address) in assignment.group.iter().enumerate().take(rank) {
             let purpose = LinkPurpose::Group { rank: assignment.tensor_rank.0 };
-            peers.insert(peer, connect(address, &hello(purpose))?);
+            peers.insert(peer, connect(address, &hello(purpose), transport)?);
         }
         let next = match &assignment.next {
-            Some(address) => Some(connect(address, &hello(LinkPurpose::Activations))?),
+            Some(address) => Some(connect(address, &hello(LinkPurpose::Activations), transport)?),
             None => None,
         };
         let size = (assignment.tensor_parallel_size as usize).max(1);
@@ -256,7 +262,7 @@ impl PendingLinks {
             && let Some(&values) = head.get(slice.index)
         {
             let purpose = LinkPurpose::Head { index: slice.index as u32 };
-            let socket = connect(address, &hello(purpose))?;
+            let socket = connect(address, &hello(purpose), transport)?;
             sampler = Some((slice.index, agree_on_slice(HEAD_RANK, socket, values, settings)));
         }
         let samples = assignment.sampler.is_none() && rank == 0;
@@ -327,7 +333,7 @@ impl PendingLinks {
 
     /// The finished links.
     pub fn finish(self, breaker: &LinkBreaker, beat: &Beat, wake: Wake) -> Result<Links, LinkError> {
-        let open = |socket: TcpStream| -> Result<DataLink, FrameError> {
+        let open = |socket: Socket| -> Result<DataLink, FrameError> {
             breaker.register(&socket)?;
             Ok(DataLink::new(socket, self.settings.faults)?)
         };

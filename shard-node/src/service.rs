@@ -8,11 +8,13 @@ use crate::links::{self, LinkBreaker};
 use crate::speeds;
 use crate::threads::{self, ThreadsError};
 use crate::training::{Resources, Sessions};
+use ashlar_identity::{ListenError, Role, TlsError, Transport};
 use ashlar_kernels::{Kernels, YieldFlag};
 use ashlar_protocol::data::LinkPurpose;
 use ashlar_protocol::frame::{self, FrameError};
 use ashlar_protocol::membership::{FromNode, Join, ToNode};
 use ashlar_service_kit::drain::CRASHED_VARIABLE;
+use ashlar_service_kit::lock::{HeldFile, LockError};
 use ashlar_service_kit::memory;
 use ashlar_store::blobs::{self, BlobError, BlobOptions};
 use ashlar_vocabulary::Bytes;
@@ -20,7 +22,7 @@ use std::future::Future;
 use std::net::{SocketAddr, TcpListener};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::SyncSender;
 use std::time::Duration;
 use tokio::net::TcpStream;
@@ -33,6 +35,8 @@ const COMMAND_QUEUE: usize = 256;
 const OUTBOUND_QUEUE: usize = 256;
 /// How long connecting to the scheduler may take.
 const GREETING_TIMEOUT: Duration = Duration::from_secs(2);
+/// Data connections that have not said yet who they are, at a time; each has seconds to do so.
+const STRANGERS_MAX: usize = 64;
 const RECONNECT_MIN: Duration = Duration::from_millis(50);
 const RECONNECT_MAX: Duration = Duration::from_millis(200);
 
@@ -57,6 +61,34 @@ pub enum NodeError {
         /// Why.
         source: std::io::Error,
     },
+    /// Another process is this node.
+    #[error(
+        "the state of node {node} is in use: {source}; stop that process, or give this one another `state` or `name`"
+    )]
+    InUse {
+        /// The node.
+        node: ashlar_vocabulary::NodeId,
+        /// By whom.
+        source: LockError,
+    },
+    /// Its identity cannot be used.
+    #[error(transparent)]
+    Identity(#[from] TlsError),
+    /// It is somebody else's.
+    #[error(
+        "the identity in {directory} is that of {theirs}, this is node {node}: set `name`, or another `identity`"
+    )]
+    OtherIdentity {
+        /// Where.
+        directory: std::path::PathBuf,
+        /// Whose it is.
+        theirs: ashlar_identity::Identity,
+        /// The configured name.
+        node: ashlar_vocabulary::NodeId,
+    },
+    /// Anybody could take part.
+    #[error(transparent)]
+    Exposed(#[from] ListenError),
     /// The blob store.
     #[error("cannot use the blob store: {0}; `blobs` in the node's configuration says where it is")]
     Blobs(#[from] BlobError),
@@ -73,6 +105,8 @@ pub enum NodeError {
 
 /// Runs a node until `shutdown` completes.
 pub async fn serve(config: NodeConfig, shutdown: impl Future<Output = ()>) -> Result<(), NodeError> {
+    let _held = hold_state(&config)?;
+    let transport = transport(&config)?;
     let kernels = Arc::new(threads::kernels(&config)?);
     let fence = Fence::open(config.state.join(format!("{}.fence.toml", config.name)))
         .map_err(|source| NodeError::State { path: config.state.clone(), source })?;
@@ -81,6 +115,7 @@ pub async fn serve(config: NodeConfig, shutdown: impl Future<Output = ()>) -> Re
     let bound = listener
         .local_addr()
         .map_err(|source| NodeError::Listen { address: config.listen.clone(), source })?;
+    transport.check_listening(bound, config.allow_plaintext)?;
     let (commands, inbox) = std::sync::mpsc::sync_channel(COMMAND_QUEUE);
     let (out, mut outbound) = mpsc::channel(OUTBOUND_QUEUE);
     let (breaker, shared) = (LinkBreaker::default(), Shared::default());
@@ -100,10 +135,11 @@ pub async fn serve(config: NodeConfig, shutdown: impl Future<Output = ()>) -> Re
             // Spinning would take cores from serving.
             spin: Duration::ZERO,
         },
+        transport: transport.clone(),
         urgent: YieldFlag::default(),
     };
     let sessions = Sessions::new(resources, out.clone());
-    accept_links(listener, commands.clone(), sessions.clone());
+    accept_links(listener, transport.clone(), commands.clone(), sessions.clone());
     let term = fence.term();
     let join = join_message(&config, &kernels, bound, term);
     let last_word = out.clone();
@@ -112,7 +148,7 @@ pub async fn serve(config: NodeConfig, shutdown: impl Future<Output = ()>) -> Re
         kernels,
         commands.clone(),
         out,
-        breaker.clone(),
+        (breaker.clone(), transport.clone()),
         shared.clone(),
         fence,
         sessions.clone(),
@@ -128,6 +164,7 @@ pub async fn serve(config: NodeConfig, shutdown: impl Future<Output = ()>) -> Re
         .map_err(|source| NodeError::State { path: config.state.clone(), source })?;
     let session = Session {
         config: &config,
+        transport,
         join,
         commands: &commands,
         breaker: &breaker,
@@ -151,6 +188,29 @@ pub async fn serve(config: NodeConfig, shutdown: impl Future<Output = ()>) -> Re
     });
     let _ = ended.await;
     result
+}
+
+/// Two processes with one fence would each undo what the other one has promised.
+fn hold_state(config: &NodeConfig) -> Result<HeldFile, NodeError> {
+    std::fs::create_dir_all(&config.state)
+        .map_err(|source| NodeError::State { path: config.state.clone(), source })?;
+    HeldFile::hold(&config.state.join(format!("{}.lock", config.name)))
+        .map_err(|source| NodeError::InUse { node: config.name.clone(), source })
+}
+
+/// How this node's connections are made, as itself.
+fn transport(config: &NodeConfig) -> Result<Transport, NodeError> {
+    let transport = Transport::open(config.identity.as_deref())?;
+    match (transport.own(), &config.identity) {
+        (Some(own), Some(directory)) if own.role() != Role::Node || own.name() != config.name.0 => {
+            Err(NodeError::OtherIdentity {
+                directory: directory.clone(),
+                theirs: own.clone(),
+                node: config.name.clone(),
+            })
+        }
+        _ => Ok(transport),
+    }
 }
 
 fn join_message(
@@ -183,8 +243,30 @@ fn join_message(
     }
 }
 
+/// A connection that has not said yet who it is; so many at a time.
+struct Stranger(Arc<AtomicUsize>);
+
+impl Stranger {
+    fn admit(count: &Arc<AtomicUsize>) -> Option<Stranger> {
+        let stranger = Stranger(count.clone());
+        (count.fetch_add(1, Ordering::Relaxed) < STRANGERS_MAX).then_some(stranger)
+    }
+}
+
+impl Drop for Stranger {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
 /// Accepts data connections for the life of the process; a bad greeting concerns only its connection.
-fn accept_links(listener: TcpListener, commands: SyncSender<Command>, sessions: Sessions) {
+fn accept_links(
+    listener: TcpListener,
+    transport: Transport,
+    commands: SyncSender<Command>,
+    sessions: Sessions,
+) {
+    let strangers = Arc::new(AtomicUsize::new(0));
     std::thread::spawn(move || {
         for socket in listener.incoming() {
             let Ok(socket) = socket else {
@@ -192,8 +274,12 @@ fn accept_links(listener: TcpListener, commands: SyncSender<Command>, sessions: 
                 std::thread::sleep(RECONNECT_MIN);
                 continue;
             };
-            let (commands, sessions) = (commands.clone(), sessions.clone());
-            std::thread::spawn(move || match links::accept(socket) {
+            let Some(stranger) = Stranger::admit(&strangers) else {
+                warn!("refused a data connection: {STRANGERS_MAX} others have not said yet who they are");
+                continue;
+            };
+            let (commands, sessions, transport) = (commands.clone(), sessions.clone(), transport.clone());
+            std::thread::spawn(move || match accepted(socket, &transport, stranger) {
                 Ok(inbound) => match inbound.hello.purpose {
                     LinkPurpose::Training { session, link } => {
                         sessions.arrived(session, link, inbound.socket)
@@ -208,8 +294,17 @@ fn accept_links(listener: TcpListener, commands: SyncSender<Command>, sessions: 
     });
 }
 
+fn accepted(
+    socket: std::net::TcpStream,
+    transport: &Transport,
+    _stranger: Stranger,
+) -> Result<links::Inbound, FrameError> {
+    links::accept(socket, transport)
+}
+
 struct Session<'a> {
     config: &'a NodeConfig,
+    transport: Transport,
     join: Join,
     commands: &'a SyncSender<Command>,
     breaker: &'a LinkBreaker,
@@ -260,8 +355,9 @@ impl Session<'_> {
         // A scheduler that stands by accepts the connection but does not greet: try again rather than wait for ever.
         let speaker = format!("node {}", self.config.name);
         let greeting = async {
-            let mut socket = TcpStream::connect(address).await?;
+            let socket = TcpStream::connect(address).await?;
             frame::tune(&socket)?;
+            let mut socket = self.transport.connect(socket, Role::Scheduler).await?;
             frame::greet(&mut socket, &speaker).await?;
             Ok::<_, FrameError>(socket)
         };
@@ -291,6 +387,7 @@ impl Session<'_> {
             tokio::select! {
                 message = arrived.recv() => match message.unwrap_or(Err(FrameError::Closed)) {
                     Err(error) => break Err(error),
+                    Ok(ToNode::Closing(reason)) => break Err(FrameError::Refused(reason)),
                     Ok(ToNode::Rejected(reason)) => break Ok(NodeError::Rejected(reason)),
                     Ok(message) => if !self.dispatch(message) {
                         break Err(FrameError::Io(std::io::ErrorKind::ResourceBusy.into()));
@@ -336,7 +433,7 @@ impl Session<'_> {
                 Command::LoadAdapter { revision, adapter, load }
             }
             ToNode::UnloadAdapter { adapter } => Command::UnloadAdapter(adapter),
-            ToNode::Rejected(_) => return true,
+            ToNode::Closing(_) | ToNode::Rejected(_) => return true,
         };
         self.commands.try_send(command).is_ok()
     }

@@ -1,6 +1,7 @@
 //! Ranks of a group as threads, over the links that nodes make: what they agree on, and how an exchange ends.
 #![allow(clippy::unwrap_used, missing_docs)]
 
+use ashlar_identity::Transport;
 use ashlar_model::{Collective, CollectiveError};
 use ashlar_protocol::data::LinkFaults;
 use ashlar_protocol::membership::{Assignment, FromNode};
@@ -80,12 +81,12 @@ fn connect(
     let (arrivals, inbound) = mpsc::channel();
     std::thread::spawn(move || {
         for socket in listener.incoming() {
-            if arrivals.send(links::accept(socket.unwrap()).unwrap()).is_err() {
+            if arrivals.send(links::accept(socket.unwrap(), &Transport::Plain).unwrap()).is_err() {
                 return;
             }
         }
     });
-    let mut pending = PendingLinks::connect(assignment, &shape(), settings)?;
+    let mut pending = PendingLinks::connect(assignment, &shape(), settings, &Transport::Plain)?;
     let (mut waiting, started) = (Waiting::default(), Instant::now());
     while !pending.collect(&mut waiting) {
         assert!(started.elapsed() < Duration::from_secs(20), "no agreement");
@@ -294,7 +295,10 @@ fn a_rank_that_goes_before_the_agreement_fails_the_others() {
         std::thread::spawn(move || connect(listener, &assignment, settings(true)).map(|_| ()))
     };
     // Connects as a rank does, but goes before it has answered.
-    drop(PendingLinks::connect(&assignment(1, &addresses), &shape(), settings(true)).unwrap());
+    drop(
+        PendingLinks::connect(&assignment(1, &addresses), &shape(), settings(true), &Transport::Plain)
+            .unwrap(),
+    );
     let error = leading.join().unwrap().unwrap_err();
     assert!(matches!(error, LinkError::Agreement(_)), "{error}");
     assert!(error.to_string().contains("rank 1"), "{error}");

@@ -2,6 +2,7 @@
 //! noticed.
 #![allow(clippy::unwrap_used, missing_docs)]
 
+use ashlar_identity::Transport;
 use ashlar_kernels::{Isa, Kernels};
 use ashlar_model::stage::LOGIT_ROWS_MAX;
 use ashlar_model::synth::{SynthRequest, synthesize};
@@ -93,12 +94,12 @@ fn connect(
     let (arrivals, inbound) = mpsc::channel();
     std::thread::spawn(move || {
         for socket in listener.incoming() {
-            if arrivals.send(links::accept(socket.unwrap()).unwrap()).is_err() {
+            if arrivals.send(links::accept(socket.unwrap(), &Transport::Plain).unwrap()).is_err() {
                 return;
             }
         }
     });
-    let mut pending = PendingLinks::connect(assignment, shape, settings)?;
+    let mut pending = PendingLinks::connect(assignment, shape, settings, &Transport::Plain)?;
     let (mut waiting, started) = (Waiting::default(), Instant::now());
     while !pending.collect(&mut waiting) {
         assert!(started.elapsed() < LIMIT, "no agreement");

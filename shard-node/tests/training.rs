@@ -3,6 +3,7 @@
 
 use ashlar_dataset::plan::{JobPlan, PlanSettings};
 use ashlar_dataset::{DatasetReader, DatasetWriter, Method, Sample, TokenSequence};
+use ashlar_identity::Transport;
 use ashlar_kernels::{Isa, Kernels, RowContext, YieldFlag};
 use ashlar_model::adapter::{LoraSpec, Target};
 use ashlar_model::peft::{PeftAdapter, WEIGHTS_FILE};
@@ -232,6 +233,7 @@ impl Node {
             isa: Isa::best(),
             threads: 1,
             links: LinkSettings { faults, shared_memory: grid.shared_memory, spin: Duration::ZERO },
+            transport: Transport::Plain,
             urgent: urgent.clone(),
         };
         let sessions = Sessions::new(resources, out);
@@ -249,7 +251,7 @@ impl Node {
         let arrivals = sessions.clone();
         std::thread::spawn(move || {
             for socket in listener.incoming() {
-                let Ok(inbound) = links::accept(socket.unwrap()) else { continue };
+                let Ok(inbound) = links::accept(socket.unwrap(), &Transport::Plain) else { continue };
                 let LinkPurpose::Training { session, link } = inbound.hello.purpose else { continue };
                 arrivals.arrived(session, link, inbound.socket);
             }

@@ -40,7 +40,9 @@ fn the_vocabulary_imports_nothing_of_ours_and_pure_crates_only_it() {
     let all = dependencies();
     assert_eq!(ours(&all["ashlar-vocabulary"]), BTreeSet::new());
     assert_eq!(ours(&all["ashlar-shared-memory"]), BTreeSet::new());
-    for name in ["ashlar-shard-plan", "ashlar-kernels", "ashlar-protocol"] {
+    assert_eq!(ours(&all["ashlar-identity"]), BTreeSet::new());
+    assert_eq!(ours(&all["ashlar-protocol"]), BTreeSet::from(["ashlar-identity", "ashlar-vocabulary"]));
+    for name in ["ashlar-shard-plan", "ashlar-kernels"] {
         assert_eq!(ours(&all[name]), BTreeSet::from(["ashlar-vocabulary"]), "{name}");
     }
     assert_eq!(ours(&all["ashlar-dataset"]), BTreeSet::from(["ashlar-tokenizer", "ashlar-vocabulary"]));
@@ -73,6 +75,11 @@ fn each_heavy_library_is_known_to_few() {
     assert_eq!(known_by("redis"), BTreeSet::from(["ashlar-store"]));
     assert_eq!(known_by("redb"), BTreeSet::from(["ashlar-store"]));
     assert_eq!(known_by("hyper-rustls"), BTreeSet::from(["ashlar-store"]));
+    // Certificates are made, and connections encrypted, in one place.
+    for library in ["rcgen", "rustls-webpki", "tokio-rustls"] {
+        assert_eq!(known_by(library), BTreeSet::from(["ashlar-identity"]), "{library}");
+    }
+    assert_eq!(known_by("rustls"), BTreeSet::from(["ashlar-identity", "ashlar-store"]));
     assert_eq!(known_by("axum"), BTreeSet::from(["ashlar-gateway"]));
     assert_eq!(known_by("minijinja"), BTreeSet::from(["ashlar-tokenizer"]));
     assert_eq!(known_by("llguidance"), BTreeSet::from(["ashlar-grammar"]));

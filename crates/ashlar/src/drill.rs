@@ -115,6 +115,11 @@ impl Role {
     }
 }
 
+/// Nothing that serves needs the enrolment endpoint.
+fn is_drilled(name: &str) -> bool {
+    name != "enrolment"
+}
+
 pub(crate) fn run(args: DrillArgs) -> Result<()> {
     if args.roles.is_empty() || args.kinds.is_empty() {
         bail!("nothing to do: name at least one of --roles and one of --kinds");
@@ -202,7 +207,8 @@ fn choose(args: &DrillArgs, processes: &Processes, random: &mut Random) -> Optio
     let after = Duration::from_millis(random.between(50, 1_000));
     let pick = |number: u64, count: usize| usize::try_from(number % count.max(1) as u64).unwrap_or(0);
     let role = args.roles.get(pick(role, args.roles.len()))?;
-    let candidates: Vec<_> = processes.iter().filter(|(name, _)| Role::of(name) == *role).collect();
+    let candidates: Vec<_> =
+        processes.iter().filter(|(name, _)| is_drilled(name) && Role::of(name) == *role).collect();
     let (name, pid) = candidates.get(pick(process, candidates.len()))?;
     let kind = *args.kinds.get(pick(kind, args.kinds.len()))?;
     Some(Fault { name: (*name).clone(), pid: **pid, kind, after })
@@ -236,7 +242,10 @@ async fn inflict(state: &Path, fault: &Fault, freeze_ms: u64) -> Result<()> {
 async fn whole(client: &Client, state: &Path) -> Result<()> {
     let began = Instant::now();
     loop {
-        let expected = processes::read(state)?.keys().filter(|name| Role::of(name) == Role::Node).count();
+        let expected = processes::read(state)?
+            .keys()
+            .filter(|name| is_drilled(name) && Role::of(name) == Role::Node)
+            .count();
         // A gateway that is frozen does not answer at all.
         let asked = tokio::time::timeout(Duration::from_secs(1), client.get("/admin/cluster")).await;
         if let Ok(Ok((200, view))) = asked {

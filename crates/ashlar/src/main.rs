@@ -1,6 +1,7 @@
 //! The one binary: every role, and the commands that talk to them.
 //!
-//! Layout: [`up`] (a small real cluster as supervised children), [`roles`] (gateway, scheduler, node), client commands
+//! Layout: [`up`] (a small real cluster as supervised children), [`roles`] (gateway, scheduler, node),
+//! machines that join ([`enrolment`]), client commands
 //! ([`chat`], [`tune`], [`bench`], [`drill`], [`replay`]), and what needs no cluster ([`plan`], [`quantize`], [`synth`]). [`demo`] holds the demo model,
 //! [`http`] a plain HTTP client, [`supervisor`] a child process kept alive, [`processes`] which ones there are.
 #![forbid(unsafe_code)]
@@ -10,6 +11,7 @@ mod cache;
 mod chat;
 mod demo;
 mod drill;
+mod enrolment;
 mod http;
 mod plan;
 mod port;
@@ -36,6 +38,8 @@ use std::process::ExitCode;
   ashlar up                                   a gateway, a scheduler and two nodes with the demo model
   ashlar up --model ./llama-3.2-1b --tp 2     a model directory, cut over two tensor-parallel ranks
   ashlar chat                                 talk to it
+  ashlar up --join-listen                     other machines may join: it prints what to run there
+  ashlar node --join 10.0.0.1:7400 --token …  one of them
   ashlar tune train.jsonl                     teach it something
   ashlar plan --model ./llama-3.2-1b          what would go where, and how fast it would be"
 )]
@@ -52,8 +56,14 @@ enum Command {
     Gateway(roles::RoleArgs),
     /// Run the scheduler: admission, batching, placement.
     Scheduler(roles::RoleArgs),
-    /// Run a shard node: one rank.
-    Node(roles::RoleArgs),
+    /// Run a shard node: one rank. With --join, of a cluster that runs elsewhere.
+    Node(roles::NodeArgs),
+    /// Run the enrolment endpoint: certificates for machines that join.
+    Enrolment(roles::RoleArgs),
+    /// Let further machines join a running cluster.
+    Token(enrolment::commands::TokenArgs),
+    /// Make identities for the processes of a cluster that is started by hand.
+    Identity(enrolment::commands::IdentityArgs),
     /// Chat with a served model in the terminal.
     Chat(chat::ChatArgs),
     /// Fine-tune a served model: upload examples, create the job, watch it.
@@ -79,6 +89,9 @@ fn main() -> ExitCode {
         Command::Gateway(args) => roles::gateway(&args),
         Command::Scheduler(args) => roles::scheduler(&args),
         Command::Node(args) => roles::node(&args),
+        Command::Enrolment(args) => roles::enrolment(&args),
+        Command::Token(args) => enrolment::commands::token(args),
+        Command::Identity(args) => enrolment::commands::identity(args),
         Command::Chat(args) => chat::run(args),
         Command::Tune(args) => tune::run(args),
         Command::Plan(args) => plan::run(args),

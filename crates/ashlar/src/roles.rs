@@ -1,5 +1,7 @@
 //! One role per process: load its configuration, start telemetry, serve until asked to end.
 
+use crate::enrolment::endpoint::{self, EnrolmentConfig};
+use crate::enrolment::join::{self, JoinArgs};
 use crate::tune;
 use anyhow::{Context, Result};
 use ashlar_gateway::GatewayConfig;
@@ -28,6 +30,24 @@ pub(crate) struct RoleArgs {
     config: PathBuf,
 }
 
+/// Arguments of `ashlar node`.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  ashlar node --config node.toml
+                                           a node of a cluster whose processes are started by hand
+  ashlar node --join 10.0.0.1:7400 --token ashlar1…
+                                           this machine joins a cluster: the line that `ashlar up --join-listen` prints there
+  ashlar node --join 10.0.0.1:7400 --token ashlar1… --name rack-7 --memory 8GiB --model ./llama-3.2-1b
+                                           under a name of its own, with so much memory, and the model from here
+  ashlar node                              the same node again, from ./.ashlar-node: no token is needed any more")]
+pub(crate) struct NodeArgs {
+    /// The node's configuration file (TOML), instead of the options below.
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    #[command(flatten)]
+    join: JoinArgs,
+}
+
 /// An error that starting again cannot mend.
 #[derive(Debug, thiserror::Error)]
 #[error(transparent)]
@@ -41,7 +61,7 @@ pub(crate) fn exit_code(error: &anyhow::Error) -> u8 {
     if error.chain().any(|cause| cause.is::<Permanent>()) { EXIT_PERMANENT } else { 1 }
 }
 
-fn permanent<T>(result: Result<T>) -> Result<T> {
+pub(crate) fn permanent<T>(result: Result<T>) -> Result<T> {
     result.map_err(|error| anyhow::Error::new(Permanent(error)))
 }
 
@@ -63,7 +83,7 @@ pub(crate) fn runtime() -> Result<tokio::runtime::Runtime> {
         .context("cannot start the asynchronous runtime")
 }
 
-fn resolve(model: &str) -> Result<PathBuf> {
+pub(crate) fn resolve(model: &str) -> Result<PathBuf> {
     permanent(
         hub::resolve(model, &mut |file| tracing::info!("fetching {file} of {model}"))
             .map_err(anyhow::Error::from),
@@ -99,10 +119,19 @@ pub(crate) fn scheduler(args: &RoleArgs) -> Result<()> {
     })
 }
 
-pub(crate) fn node(args: &RoleArgs) -> Result<()> {
-    let config: NodeConfig = load(args)?;
+pub(crate) fn node(args: &NodeArgs) -> Result<()> {
+    let runtime = runtime()?;
+    // What is held is held until the process ends.
+    let (config, _held) = match &args.config {
+        Some(file) => (load(&RoleArgs { config: file.clone() })?, None),
+        None => {
+            let enrolled = runtime.block_on(join::prepare(&args.join))?;
+            (enrolled.config, Some(enrolled._held))
+        }
+    };
+    let config: NodeConfig = config;
     let _telemetry = start("node", config.otlp_endpoint.clone())?;
-    runtime()?.block_on(async {
+    runtime.block_on(async {
         let shutdown = Shutdown::listen().context("cannot listen to signals")?;
         let asked = async move {
             shutdown.requested().await;
@@ -112,6 +141,18 @@ pub(crate) fn node(args: &RoleArgs) -> Result<()> {
             Err(error @ NodeError::Crashed) => Err(error.into()),
             result => permanent(result.map_err(anyhow::Error::from)),
         }
+    })
+}
+
+pub(crate) fn enrolment(args: &RoleArgs) -> Result<()> {
+    let config: EnrolmentConfig = load(args)?;
+    let _telemetry = start("enrolment", None)?;
+    runtime()?.block_on(async {
+        let shutdown = Shutdown::listen().context("cannot listen to signals")?;
+        let asked = async move {
+            shutdown.requested().await;
+        };
+        endpoint::serve(config, asked).await
     })
 }
 

@@ -2,6 +2,11 @@
 
 use crate::cache::CacheArgs;
 use crate::demo;
+use crate::enrolment::endpoint::EnrolmentConfig;
+use crate::enrolment::{
+    self,
+    opening::{Opening, from_here},
+};
 use crate::http::Client;
 use crate::port::ReservedPort;
 use crate::precision::PrecisionArgs;
@@ -10,6 +15,7 @@ use crate::roles;
 use crate::supervisor::{Notice, Role, Supervised};
 use anyhow::{Context, Result, bail};
 use ashlar_gateway::GatewayConfig;
+use ashlar_identity::Role as IdentityRole;
 use ashlar_model::hub;
 use ashlar_scheduler::SchedulerConfig;
 use ashlar_service_kit::{Addresses, Shutdown, memory};
@@ -48,7 +54,8 @@ const DEFAULT_CONTEXT_MAX: u32 = 8192;
                                                    weights in 4 to 6 bits, packed while they are loaded
   ashlar up --model ./llama-3.2-1b --quantize q4_k_m --cache
                                                    packed once: later starts read what the first one packed
-  ashlar up --replicas 2 --nodes 5                 two replicas of two stages and one standby")]
+  ashlar up --replicas 2 --nodes 5                 two replicas of two stages and one standby
+  ashlar up --join-listen --stages 2 --nodes 1     half of the model here, half on a machine that joins")]
 pub(crate) struct UpArgs {
     /// Model directory or hub id (`org/name`, `org/name@revision`); default: the demo model.
     #[arg(long, value_name = "DIR|HUB_ID")]
@@ -79,6 +86,13 @@ pub(crate) struct UpArgs {
     /// Where the HTTP API listens.
     #[arg(long, default_value = "127.0.0.1:8080")]
     listen: SocketAddr,
+    /// Let other machines join: where they connect. Nodes and schedulers then listen beyond this machine, and all that they say
+    /// is encrypted and mutual. Schedulers take the ports above this one.
+    #[arg(long, value_name = "ADDR", num_args = 0..=1, default_missing_value = "0.0.0.0:7400")]
+    join_listen: Option<SocketAddr>,
+    /// The host name or address under which other machines reach this one; default: its address on the way out.
+    #[arg(long, value_name = "HOST", requires = "join_listen")]
+    advertise: Option<String>,
     /// Where state, logs and configurations are kept.
     #[arg(long, default_value = "./.ashlar", value_name = "DIR")]
     state: PathBuf,
@@ -161,6 +175,8 @@ fn lock(state: &Path) -> Result<File> {
 /// What will be started.
 #[derive(Debug)]
 struct Cluster {
+    /// Where machines join, and what to run there.
+    enrolment: Option<(Role, EnrolmentConfig)>,
     gateway: Role,
     schedulers: Vec<Role>,
     nodes: Vec<Role>,
@@ -168,6 +184,7 @@ struct Cluster {
     state: PathBuf,
     /// Where schedulers listen, for as long as the cluster lives.
     _ports: Vec<[ReservedPort; 2]>,
+    _join_port: Option<ReservedPort>,
 }
 
 impl Cluster {
@@ -182,8 +199,11 @@ impl Cluster {
         let (tp, replicas) = (args.tp.unwrap_or(1), args.replicas.unwrap_or(1));
         let needed = stages.unwrap_or(1) * tp * replicas;
         let nodes = args.nodes.unwrap_or(needed);
-        if nodes < needed {
-            bail!("--nodes {nodes} are too few for {needed} ranks (stages × tp × replicas)");
+        if nodes < needed && args.join_listen.is_none() {
+            bail!(
+                "--nodes {nodes} are too few for {needed} ranks (stages × tp × replicas); with --join-listen other machines \
+                 can be the rest"
+            );
         }
         if stages.is_some_and(|stages| stages > card.shape.num_layers) {
             bail!("the model has {} layers: --stages cannot be more", card.shape.num_layers);
@@ -192,13 +212,25 @@ impl Cluster {
         if schedulers > 1 && !args.store.as_deref().is_some_and(|store| store.starts_with("redis")) {
             bail!("--schedulers {schedulers} need a store that they share: --store redis://HOST:PORT");
         }
+        let opening = args
+            .join_listen
+            .map(|listen| Opening::new(listen, args.advertise.as_deref(), state))
+            .transpose()?;
         let ports: Vec<[ReservedPort; 2]> = (0..schedulers)
-            .map(|_| Ok([ReservedPort::any()?, ReservedPort::any()?]))
+            .map(|number| {
+                let nodes = match &opening {
+                    None => ReservedPort::any()?,
+                    Some(opening) => opening.scheduler_port(number)?,
+                };
+                Ok([nodes, ReservedPort::any()?])
+            })
             .collect::<Result<_>>()?;
         let addresses = |of: usize| {
-            let all = ports.iter().map(|pair| pair[of].address().to_string()).collect();
+            let all = ports.iter().map(|pair| from_here(pair[of].address()).to_string()).collect();
             Addresses::new(all).context("at least one scheduler")
         };
+        let identity =
+            |role, name: &str| opening.as_ref().map(|opening| opening.identity(role, name)).transpose();
         let context = args.max_context.unwrap_or(DEFAULT_CONTEXT_MAX).min(card.max_context_tokens);
         let mut scheduler = SchedulerConfig::new(directory.to_string_lossy());
         scheduler.store =
@@ -210,14 +242,24 @@ impl Cluster {
         scheduler.stages = stages;
         scheduler.tensor_parallel_size = args.tp;
         scheduler.replicas = args.replicas.or(args.nodes.is_none().then_some(1));
-        scheduler.expected_nodes = Some(nodes);
+        scheduler.expected_nodes = Some(nodes.max(needed));
         scheduler.otlp_endpoint = args.otlp_endpoint.clone();
         let blobs = args.blobs.clone().unwrap_or_else(|| state.join("blobs").to_string_lossy().into_owned());
         scheduler.blobs = Some(blobs.clone());
         let adapters = args.adapters.clone().unwrap_or_else(|| state.join("adapters"));
         fs::create_dir_all(&adapters)
             .with_context(|| format!("cannot create the directory of adapters {}", adapters.display()))?;
+        let enrolment = opening
+            .as_ref()
+            .map(|opening| {
+                let config = opening.enrolment(&ports, directory, args.model.as_deref(), &card)?;
+                let config =
+                    EnrolmentConfig { blobs: Some(blobs.clone()).filter(|at| at.contains("://")), ..config };
+                Ok::<_, anyhow::Error>((Writer { state }.write("enrolment", "enrolment", &config)?, config))
+            })
+            .transpose()?;
         let gateway = GatewayConfig {
+            identity: identity(IdentityRole::Gateway, "gateway")?,
             blobs: scheduler.blobs.clone(),
             adapters: Some(fs::canonicalize(&adapters)?),
             model: directory.to_string_lossy().into_owned(),
@@ -243,8 +285,10 @@ impl Cluster {
                 let config = NodeConfig {
                     name: NodeId(name.clone()),
                     scheduler: addresses(0)?,
-                    listen: "127.0.0.1:0".into(),
-                    advertise_host: None,
+                    listen: opening.as_ref().map_or("127.0.0.1:0".into(), Opening::any_port),
+                    advertise_host: opening.as_ref().map(|opening| opening.host.clone()),
+                    identity: identity(IdentityRole::Node, &name)?,
+                    allow_plaintext: false,
                     state: state.to_owned(),
                     model: None,
                     blobs: Some(blobs.clone()),
@@ -274,11 +318,12 @@ impl Cluster {
                 .map(|(number, [nodes, gateways])| {
                     scheduler.listen_nodes = nodes.address().to_string();
                     scheduler.listen_gateways = gateways.address().to_string();
-                    let config = toml::Table::try_from(&scheduler).context("a scheduler's configuration")?;
                     let name = match schedulers {
                         1 => "scheduler".to_owned(),
                         _ => format!("scheduler-{number}"),
                     };
+                    scheduler.identity = identity(IdentityRole::Scheduler, &name)?;
+                    let config = toml::Table::try_from(&scheduler).context("a scheduler's configuration")?;
                     roles.write(
                         &name,
                         "scheduler",
@@ -289,6 +334,8 @@ impl Cluster {
             nodes,
             model_name: served,
             state: state.to_owned(),
+            enrolment,
+            _join_port: opening.map(|opening| opening.port),
             _ports: ports,
         })
     }
@@ -299,7 +346,12 @@ impl Cluster {
         let start = |role: &Role| Supervised::start(role.clone(), tell.clone());
         let schedulers: Vec<_> = self.schedulers.iter().map(start).collect();
         let nodes: Vec<_> = self.nodes.iter().map(start).collect();
+        let enrolment = self.enrolment.as_ref().map(|(role, _)| start(role));
         let gateway = start(&self.gateway);
+        if let Some((_, config)) = &self.enrolment {
+            eprintln!("another machine may join, once, within an hour (`ashlar token create` lets more in):");
+            eprintln!("  {}", enrolment::commands::first_token(config)?);
+        }
         let base = format!("http://{listen}");
         let client = Client::new(&base, None)?;
         let watching = self.watch(&client, &base, &mut notices);
@@ -312,7 +364,7 @@ impl Cluster {
         };
         // From the edge inwards: streams may still end while the cluster behind them is whole.
         gateway.end(if result.is_ok() { DRAIN_GRACE } else { EXIT_GRACE }).await;
-        for role in schedulers.into_iter().chain(nodes) {
+        for role in schedulers.into_iter().chain(nodes).chain(enrolment) {
             role.end(EXIT_GRACE).await;
         }
         result

@@ -7,10 +7,10 @@
 
 use crate::frame::FrameError;
 use crate::membership::BEAT_INTERVAL_MS;
+use ashlar_identity::Socket;
 use ashlar_vocabulary::{FloatType, LeaseTerm, ReplicaRevision, SessionId, StepId};
 use serde::{Deserialize, Serialize};
 use std::io::{self, Read, Write};
-use std::net::TcpStream;
 use std::time::Duration;
 
 /// First message of a data connection (after the version greeting): which link this is.
@@ -129,22 +129,18 @@ pub struct LinkFaults {
 /// One data connection.
 #[derive(Debug)]
 pub struct DataLink {
-    socket: TcpStream,
+    socket: Socket,
     faults: LinkFaults,
     sent: u64,
 }
 
 impl DataLink {
     /// Wraps a greeted socket.
-    pub fn new(socket: TcpStream, faults: LinkFaults) -> io::Result<DataLink> {
-        crate::frame::tune(&socket)?;
+    pub fn new(socket: impl Into<Socket>, faults: LinkFaults) -> io::Result<DataLink> {
+        let socket = socket.into();
+        crate::frame::tune(socket.tcp())?;
         socket.set_read_timeout(Some(Duration::from_millis(BEAT_INTERVAL_MS)))?;
         Ok(DataLink { socket, faults, sent: 0 })
-    }
-
-    /// A second handle on the same socket, so that another thread may shut it down.
-    pub fn try_clone_socket(&self) -> io::Result<TcpStream> {
-        self.socket.try_clone()
     }
 
     /// How long a read waits before `idle` is called; [`BEAT_INTERVAL_MS`] unless told.
@@ -155,7 +151,7 @@ impl DataLink {
     /// Ends the connection, for both sides and for every handle on it.
     pub fn shutdown(&self) {
         // A link that is closed already is as broken as it can be.
-        let _ = self.socket.shutdown(std::net::Shutdown::Both);
+        let _ = self.socket.shutdown();
     }
 
     /// Sends `values`.
@@ -170,7 +166,7 @@ impl DataLink {
             std::thread::sleep(Duration::from_micros(self.faults.delay_us));
         }
         if self.faults.break_after > 0 && self.sent > self.faults.break_after {
-            let _ = self.socket.shutdown(std::net::Shutdown::Both);
+            let _ = self.socket.shutdown();
             return Err(FrameError::Io(io::ErrorKind::ConnectionAborted.into()));
         }
         let mut bytes = [0u8; HEADER_BYTES];
@@ -338,7 +334,7 @@ fn unexpected() -> FrameError {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
-    use std::net::TcpListener;
+    use std::net::{TcpListener, TcpStream};
 
     fn pair(faults: LinkFaults) -> (DataLink, DataLink) {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();

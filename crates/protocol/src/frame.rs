@@ -1,6 +1,7 @@
 //! Framing: `length u32 | crc32 u32 | payload`, little-endian, preceded once per connection by a [`Hello`].
 
 use crate::WIRE_VERSION;
+use ashlar_identity::TlsError;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use socket2::{SockRef, TcpKeepalive};
 use std::io::{self, Read, Write};
@@ -12,6 +13,8 @@ pub const FRAME_BYTES_MAX: usize = 64 << 20;
 /// A peer whose machine does not answer for this long is gone.
 pub const VANISHED_AFTER: Duration = Duration::from_secs(8);
 const HEADER_BYTES: usize = 8;
+/// Longest greeting: it comes from anybody.
+const GREETING_BYTES_MAX: usize = 512;
 
 /// What can go wrong between two roles on a socket.
 #[derive(Debug, thiserror::Error)]
@@ -23,7 +26,7 @@ pub enum FrameError {
     #[error("connection failed: {0}")]
     Io(#[from] io::Error),
     /// The announced length exceeds the cap.
-    #[error("refused a frame of {announced} bytes (at most {FRAME_BYTES_MAX})")]
+    #[error("refused a frame of {announced} bytes: that is too long")]
     TooLong {
         /// What the peer announced.
         announced: usize,
@@ -45,6 +48,17 @@ pub enum FrameError {
     /// The first frame was not a [`Hello`].
     #[error("peer is not an ashlar process (bad greeting)")]
     NotAshlar,
+    /// The connection is not encrypted as it should be, or the peer is not who belongs there.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+    /// The peer has said why it does not serve this process.
+    #[error("{0}")]
+    Refused(String),
+    /// The peer encrypts, this process does not.
+    #[error(
+        "the peer speaks TLS, this process has no identity: let this machine join with `ashlar node --join`, or set `identity`"
+    )]
+    PeerSpeaksTls,
 }
 
 /// First frame of every connection, in both directions.
@@ -92,10 +106,10 @@ pub fn decode<M: DeserializeOwned>(payload: &[u8]) -> Result<M, FrameError> {
     postcard::from_bytes(payload).map_err(FrameError::Decode)
 }
 
-fn parse_header(header: [u8; HEADER_BYTES]) -> Result<(usize, u32), FrameError> {
+fn parse_header(header: [u8; HEADER_BYTES], bytes_max: usize) -> Result<(usize, u32), FrameError> {
     let [a, b, c, d, e, f, g, h] = header;
     let announced = u32::from_le_bytes([a, b, c, d]) as usize;
-    if announced > FRAME_BYTES_MAX {
+    if announced > bytes_max {
         return Err(FrameError::TooLong { announced });
     }
     Ok((announced, u32::from_le_bytes([e, f, g, h])))
@@ -110,12 +124,20 @@ fn verified<M: DeserializeOwned>(payload: &[u8], checksum: u32) -> Result<M, Fra
 
 /// Reads one message from an asynchronous socket. Not cancellation-safe: own the socket in one task.
 pub async fn read<M: DeserializeOwned>(socket: &mut (impl AsyncRead + Unpin)) -> Result<M, FrameError> {
+    read_within(socket, FRAME_BYTES_MAX).await
+}
+
+/// [`read`], of a payload of at most `bytes_max`: for peers whom nobody knows yet.
+pub async fn read_within<M: DeserializeOwned>(
+    socket: &mut (impl AsyncRead + Unpin),
+    bytes_max: usize,
+) -> Result<M, FrameError> {
     let mut header = [0u8; HEADER_BYTES];
     if socket.read(&mut header[..1]).await? == 0 {
         return Err(FrameError::Closed);
     }
     socket.read_exact(&mut header[1..]).await?;
-    let (length, checksum) = parse_header(header)?;
+    let (length, checksum) = parse_header(header, bytes_max)?;
     // Grow with what really arrives, not with what was announced.
     let mut payload = Vec::with_capacity(length.min(64 << 10));
     let received = (&mut *socket).take(length as u64).read_to_end(&mut payload).await?;
@@ -150,23 +172,60 @@ pub async fn greet(
     speaker: &str,
 ) -> Result<Hello, FrameError> {
     write(socket, &Hello::new(speaker)).await?;
-    match read::<Hello>(socket).await {
+    let mut first = [0; HEADER_BYTES];
+    let mut count = 0;
+    while count < HEADER_BYTES {
+        match socket.read(&mut first[count..]).await? {
+            0 => return Err(cut_off(&first[..count])),
+            more => count += more,
+        }
+    }
+    let mut greeting = AsyncReadExt::chain(&first[..], socket);
+    hear(first, read_within(&mut greeting, GREETING_BYTES_MAX).await)
+}
+
+/// What a greeting comes to whose header is `first`.
+fn hear(first: [u8; HEADER_BYTES], greeting: Result<Hello, FrameError>) -> Result<Hello, FrameError> {
+    match greeting {
         Ok(hello) => hello.check(),
         Err(FrameError::Decode(_) | FrameError::TooLong { .. } | FrameError::Corrupt) => {
-            Err(FrameError::NotAshlar)
+            Err(if is_tls(&first) { FrameError::PeerSpeaksTls } else { FrameError::NotAshlar })
         }
         Err(other) => Err(other),
     }
 }
 
+/// A connection that ended within the header of a greeting.
+fn cut_off(header: &[u8]) -> FrameError {
+    match header {
+        [] => FrameError::Closed,
+        // An alert is shorter than a header.
+        header if is_tls(header) => FrameError::PeerSpeaksTls,
+        _ => FrameError::Io(io::ErrorKind::UnexpectedEof.into()),
+    }
+}
+
+/// Whether a record of TLS begins like this: an alert or a handshake. Taken for a length, it is longer than any greeting.
+fn is_tls(header: &[u8]) -> bool {
+    matches!(header, [21 | 22, 3, 0..=4, ..])
+}
+
 /// Reads one message from a blocking socket.
 pub fn read_blocking<M: DeserializeOwned>(socket: &mut impl Read) -> Result<M, FrameError> {
+    read_blocking_within(socket, FRAME_BYTES_MAX)
+}
+
+/// [`read_blocking`], of a payload of at most `bytes_max`.
+pub fn read_blocking_within<M: DeserializeOwned>(
+    socket: &mut impl Read,
+    bytes_max: usize,
+) -> Result<M, FrameError> {
     let mut header = [0u8; HEADER_BYTES];
     if socket.read(&mut header[..1])? == 0 {
         return Err(FrameError::Closed);
     }
     socket.read_exact(&mut header[1..])?;
-    let (length, checksum) = parse_header(header)?;
+    let (length, checksum) = parse_header(header, bytes_max)?;
     let mut payload = Vec::with_capacity(length.min(64 << 10));
     if socket.take(length as u64).read_to_end(&mut payload)? < length {
         return Err(FrameError::Io(io::ErrorKind::UnexpectedEof.into()));
@@ -184,13 +243,16 @@ pub fn write_blocking<M: Serialize>(socket: &mut impl Write, message: &M) -> Res
 /// Exchanges [`Hello`]s on a fresh blocking connection and returns the peer's.
 pub fn greet_blocking(socket: &mut (impl Read + Write), speaker: &str) -> Result<Hello, FrameError> {
     write_blocking(socket, &Hello::new(speaker))?;
-    match read_blocking::<Hello>(socket) {
-        Ok(hello) => hello.check(),
-        Err(FrameError::Decode(_) | FrameError::TooLong { .. } | FrameError::Corrupt) => {
-            Err(FrameError::NotAshlar)
+    let mut first = [0; HEADER_BYTES];
+    let mut count = 0;
+    while count < HEADER_BYTES {
+        match socket.read(&mut first[count..])? {
+            0 => return Err(cut_off(&first[..count])),
+            more => count += more,
         }
-        Err(other) => Err(other),
     }
+    let mut greeting = Read::chain(&first[..], socket);
+    hear(first, read_blocking_within(&mut greeting, GREETING_BYTES_MAX))
 }
 
 #[cfg(test)]

@@ -8,6 +8,7 @@
 //! * [`step`]: scheduler → ranks → scheduler, every step (plans and results).
 //! * [`data`]: rank ↔ rank (activations between stages, partial sums within a tensor-parallel group, slices of the logits).
 //! * [`group`]: rank ↔ rank (how a tensor-parallel group will exchange), once per layout.
+//! * [`enrolment`]: a machine that joins ↔ the enrolment endpoint, once per machine.
 //! * [`frame`]: length, checksum and version around all of it, for asynchronous and blocking sockets.
 //!
 //! **Invariants:** only this crate knows the bytes on a wire. Lengths are capped before anything is allocated. Every
@@ -17,6 +18,7 @@
 
 pub mod admin;
 pub mod data;
+pub mod enrolment;
 pub mod frame;
 pub mod group;
 pub mod membership;
@@ -26,4 +28,4 @@ pub mod step;
 pub mod training;
 
 /// Version of all messages here. Two processes that differ refuse each other, naming both versions.
-pub const WIRE_VERSION: u32 = 9;
+pub const WIRE_VERSION: u32 = 10;

@@ -176,6 +176,8 @@ pub enum ToNode {
         /// What to do.
         work: TrainingWork,
     },
+    /// The connection is closed after this; why, for the node's log. It may come back.
+    Closing(String),
     /// This node cannot join; the reason is for the operator. The connection is closed afterwards.
     Rejected(String),
 }

@@ -2,7 +2,7 @@
 //!
 //! Layout: [`config`] (files to validated structs), [`addresses`] (one or several in a configuration), [`telemetry`] (logs and traces, with [`trace_context`] for our own
 //! wire messages), [`drain`] (signals to an orderly end), [`health`] (is this process ready), [`clock`] (time for the
-//! shells around pure cores), [`memory`] (what the process uses and may use), [`watchdog`] (signs of life to a supervisor).
+//! shells around pure cores), [`lock`] (files that one process holds), [`memory`] (what the process uses and may use), [`watchdog`] (signs of life to a supervisor).
 //!
 //! **Invariants:** nothing here knows a role, a message or a model. Time-outs and leases never use the wall clock.
 #![forbid(unsafe_code)]
@@ -12,6 +12,7 @@ pub mod clock;
 pub mod config;
 pub mod drain;
 pub mod health;
+pub mod lock;
 pub mod memory;
 pub mod telemetry;
 pub mod trace_context;

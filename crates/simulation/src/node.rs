@@ -333,7 +333,7 @@ impl Node {
                 self.sessions.open(*open, place.map(|place| &place.assignment), actions)?;
             }
             ToNode::Training { session, work } => self.sessions.work(session, work, actions)?,
-            ToNode::Rejected(_) => {}
+            ToNode::Closing(_) | ToNode::Rejected(_) => {}
         }
         Ok(())
     }

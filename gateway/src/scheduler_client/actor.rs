@@ -2,6 +2,8 @@
 
 use super::{CallAnswer, CallError, Command, EventSender, Link, SchedulerClientSettings, Terms};
 use crate::transcript::TranscriptEvent;
+use ashlar_identity::stream::{ReadHalf, Stream, WriteHalf};
+use ashlar_identity::{Role, Transport};
 use ashlar_protocol::admin::JobError;
 use ashlar_protocol::frame::{self, FrameError};
 use ashlar_protocol::serving::{
@@ -12,7 +14,6 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::net::TcpStream;
-use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{OwnedSemaphorePermit, mpsc, watch};
 use tokio::task::JoinSet;
 
@@ -131,9 +132,10 @@ impl Actor {
     /// Connects and greets, keeping choices meanwhile; `None` when every handle is gone.
     async fn connect(&mut self) -> Result<Option<Connection>, LinkError> {
         let address = self.address().to_owned();
+        let transport = self.settings.transport.clone();
         let (done, mut socket) = tokio::sync::oneshot::channel();
         let attempt = async move {
-            let _ = done.send(tokio::time::timeout(CONNECT_TIMEOUT, open(&address)).await);
+            let _ = done.send(tokio::time::timeout(CONNECT_TIMEOUT, open(&address, &transport)).await);
         };
         if !self.keep_until(attempt).await {
             return Ok(None);
@@ -345,7 +347,7 @@ impl Actor {
 }
 
 impl Connection {
-    fn start(socket: TcpStream) -> Connection {
+    fn start(socket: Stream) -> Connection {
         let (read, write) = socket.into_split();
         let (inbound_sender, inbound) = mpsc::channel(INBOX_MESSAGES_MAX);
         let (outbound, outbound_receiver) = mpsc::channel(1);
@@ -375,15 +377,16 @@ impl Connection {
     }
 }
 
-async fn open(address: &str) -> Result<TcpStream, FrameError> {
-    let mut socket = TcpStream::connect(address).await?;
+async fn open(address: &str, transport: &Transport) -> Result<Stream, FrameError> {
+    let socket = TcpStream::connect(address).await?;
     // Token events are small and late ones are useless: never wait to fill a segment.
     frame::tune(&socket)?;
+    let mut socket = transport.connect(socket, Role::Scheduler).await?;
     frame::greet(&mut socket, "gateway").await?;
     Ok(socket)
 }
 
-async fn read_messages(socket: OwnedReadHalf, sender: mpsc::Sender<Result<FromScheduler, FrameError>>) {
+async fn read_messages(socket: ReadHalf, sender: mpsc::Sender<Result<FromScheduler, FrameError>>) {
     let mut socket = tokio::io::BufReader::new(socket);
     loop {
         let message = frame::read(&mut socket).await;
@@ -394,7 +397,7 @@ async fn read_messages(socket: OwnedReadHalf, sender: mpsc::Sender<Result<FromSc
     }
 }
 
-async fn write_messages(mut socket: OwnedWriteHalf, mut messages: mpsc::Receiver<ToScheduler>) {
+async fn write_messages(mut socket: WriteHalf, mut messages: mpsc::Receiver<ToScheduler>) {
     while let Some(message) = messages.recv().await {
         if frame::write(&mut socket, &message).await.is_err() {
             return;

@@ -29,6 +29,8 @@ use std::collections::BTreeMap;
 pub const TICK_MS: u64 = 50;
 /// A gap between ticks that means that this process itself stood still; silence is then not held against anybody.
 const STALLED_MS: u64 = 300;
+/// A node that was heard this lately lives: another process of its name does not take its place.
+const ALIVE_MS: u64 = 1_000;
 /// Longest silence of a node without work.
 const IDLE_SILENCE_MS: u64 = 10_000;
 /// Longest silence of a node that fetches, verifies and loads weights; its death is seen as the end of its connection.
@@ -177,6 +179,19 @@ impl Cluster {
             return;
         }
         let name = join.node.clone();
+        if let Some(former) = self.nodes.get(&name)
+            && former.join.data_address != join.data_address
+            && now.since(former.heard) < ALIVE_MS
+        {
+            // It comes back by itself, should the other one be gone and its end not be seen yet.
+            let reason = format!(
+                "another process is node {name} already, at {}, and lives: stop one of the two, or let the machine at {} join under a \
+                 name of its own",
+                former.join.data_address, join.data_address
+            );
+            effects.push(Effect::Disconnect { connection, reason });
+            return;
+        }
         if let Some(former) = self.nodes.get(&name).map(|node| node.connection) {
             // A node that came back before its old connection was seen to end.
             self.lose(now, &name, "it connected anew", effects);

@@ -4,6 +4,7 @@ use super::SchedulerError;
 use ashlar_shard_plan::Links;
 use ashlar_vocabulary::{FloatType, ModelDigest, ModelShape, Precision, Quantization};
 use serde::{Deserialize, Serialize};
+use std::path::PathBuf;
 
 /// The model that a scheduler serves. Whoever starts it has opened the model; the scheduler itself never does.
 #[derive(Debug, Clone, PartialEq)]
@@ -41,6 +42,13 @@ pub struct SchedulerConfig {
     /// Where gateways connect, `host:port`; port 0 picks a free one.
     #[serde(default = "default_listen_gateways")]
     pub listen_gateways: String,
+    /// The directory of this scheduler's identity, which `ashlar identity` makes; with it every connection is encrypted and mutual.
+    /// Default: in the clear, on this machine only.
+    #[serde(default)]
+    pub identity: Option<PathBuf>,
+    /// Whether to listen for other machines without an identity, on a network that only the cluster is on.
+    #[serde(default)]
+    pub allow_plaintext: bool,
     /// Cluster state: `redb:PATH`, or `redis://HOST:PORT/DATABASE` where standbys shall be possible.
     #[serde(default = "default_store")]
     pub store: String,
@@ -156,6 +164,8 @@ impl SchedulerConfig {
             activation_type: FloatType::default(),
             listen_nodes: default_listen_nodes(),
             listen_gateways: default_listen_gateways(),
+            identity: None,
+            allow_plaintext: false,
             store: default_store(),
             blobs: None,
             max_jobs_running: default_max_jobs_running(),

@@ -2,15 +2,16 @@
 
 use crate::cluster::NodeConnection;
 use crate::engine::GatewayId;
+use ashlar_identity::stream::{ReadHalf, Stream, WriteHalf};
+use ashlar_identity::{Identity, Role, Transport};
 use ashlar_protocol::frame;
-use ashlar_protocol::membership::FromNode;
+use ashlar_protocol::membership::{FromNode, ToNode};
 use ashlar_protocol::serving::ToScheduler;
 use serde::de::DeserializeOwned;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 use tokio::io::{AsyncWriteExt, BufReader};
-use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinHandle;
@@ -26,6 +27,8 @@ pub(super) const INBOX_MESSAGES_MAX: usize = 1024;
 const WRITE_BYTES: usize = 64 << 10;
 /// Connections of one kind at a time.
 const CONNECTIONS_MAX: usize = 1024;
+/// Connections of one kind that have not said yet who they are.
+const STRANGERS_MAX: usize = 256;
 const GREETING_TIMEOUT: Duration = Duration::from_secs(5);
 /// A peer that takes nothing for this long is given up.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(5);
@@ -86,16 +89,50 @@ impl Numbers {
     }
 }
 
+/// Where peers of one role knock.
+pub(super) struct Door {
+    pub(super) listener: Arc<TcpListener>,
+    pub(super) transport: Transport,
+    /// Who is let in.
+    pub(super) role: Role,
+}
+
+/// What only a peer of a certain name may say.
+pub(super) trait Vetted {
+    /// Why this peer may not say this, and a last word to it.
+    fn refusal(&self, peer: &Identity) -> Option<(String, Frame)>;
+}
+
+impl Vetted for FromNode {
+    fn refusal(&self, peer: &Identity) -> Option<(String, Frame)> {
+        let FromNode::Join(join) = self else { return None };
+        let reason = format!(
+            "{peer} has joined as node {}: a node's `name` is the one that it has enrolled with",
+            join.node
+        );
+        let last_word = || frame::encode(&ToNode::Rejected(reason.clone())).into();
+        (join.node.0 != peer.name()).then(|| (reason.clone(), last_word()))
+    }
+}
+
+impl Vetted for ToScheduler {
+    fn refusal(&self, _: &Identity) -> Option<(String, Frame)> {
+        None
+    }
+}
+
 /// Accepts connections until the owner is gone.
 pub(super) async fn accept<Id, Message>(
-    listener: Arc<TcpListener>,
+    door: Door,
     numbers: Arc<Numbers>,
     name: fn(u64) -> Id,
     arrivals: mpsc::Sender<Arrival<Id, Message>>,
 ) where
     Id: Copy + Send + 'static,
-    Message: DeserializeOwned + Send + 'static,
+    Message: DeserializeOwned + Vetted + Send + 'static,
 {
+    let Door { listener, transport, role } = door;
+    let strangers = Arc::new(Semaphore::new(STRANGERS_MAX));
     let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
     loop {
         let accepted = tokio::select! {
@@ -110,11 +147,17 @@ pub(super) async fn accept<Id, Message>(
             tracing::warn!(%address, "refused: {CONNECTIONS_MAX} connections are open");
             continue;
         };
+        let Ok(stranger) = strangers.clone().try_acquire_owned() else {
+            tracing::warn!(%address, "refused: {STRANGERS_MAX} connections have not said yet who they are");
+            continue;
+        };
         let id = name(numbers.next());
-        let arrivals = arrivals.clone();
+        let (arrivals, transport) = (arrivals.clone(), transport.clone());
         tokio::spawn(async move {
             let _place = place;
-            match greet(socket).await {
+            let greeted = greet(socket, &transport, role).await;
+            drop(stranger);
+            match greeted {
                 Ok(socket) => run(id, socket, arrivals).await,
                 Err(error) => tracing::warn!(%address, %error, "refused a connection"),
             }
@@ -131,27 +174,32 @@ pub(super) async fn turn_away(listener: &TcpListener) -> std::convert::Infallibl
     }
 }
 
-async fn greet(mut socket: TcpStream) -> Result<TcpStream, frame::FrameError> {
+async fn greet(socket: TcpStream, transport: &Transport, role: Role) -> Result<Stream, frame::FrameError> {
     frame::tune(&socket)?;
-    let greeting = tokio::time::timeout(GREETING_TIMEOUT, frame::greet(&mut socket, "scheduler")).await;
-    greeting.unwrap_or_else(|_| Err(std::io::Error::from(std::io::ErrorKind::TimedOut).into()))?;
-    Ok(socket)
+    let greeting = async {
+        let mut socket = transport.accept(socket, role).await?;
+        frame::greet(&mut socket, "scheduler").await?;
+        Ok(socket)
+    };
+    let greeted = tokio::time::timeout(GREETING_TIMEOUT, greeting).await;
+    greeted.unwrap_or_else(|_| Err(std::io::Error::from(std::io::ErrorKind::TimedOut).into()))
 }
 
-async fn run<Id, Message>(id: Id, socket: TcpStream, arrivals: mpsc::Sender<Arrival<Id, Message>>)
+async fn run<Id, Message>(id: Id, socket: Stream, arrivals: mpsc::Sender<Arrival<Id, Message>>)
 where
     Id: Copy + Send + 'static,
-    Message: DeserializeOwned + Send + 'static,
+    Message: DeserializeOwned + Vetted + Send + 'static,
 {
+    let peer_identity = socket.peer().cloned();
     let (read, write) = socket.into_split();
     let (outbox, frames) = mpsc::channel(OUTBOX_FRAMES_MAX);
     let writer = tokio::spawn(write_frames(write, frames));
     let (start, started) = tokio::sync::oneshot::channel::<()>();
-    let inbox = arrivals.clone();
+    let (inbox, last_words) = (arrivals.clone(), outbox.clone());
     let reader = tokio::spawn(async move {
         // The owner hears of the connection before it hears from it.
         if started.await.is_ok() {
-            read_messages(id, read, inbox).await;
+            read_messages(id, read, inbox, (peer_identity, last_words)).await;
         }
     });
     let ended = reader.abort_handle();
@@ -165,15 +213,24 @@ where
     }
 }
 
-async fn read_messages<Id: Copy, Message: DeserializeOwned>(
+async fn read_messages<Id: Copy, Message: DeserializeOwned + Vetted>(
     id: Id,
-    socket: OwnedReadHalf,
+    socket: ReadHalf,
     arrivals: mpsc::Sender<Arrival<Id, Message>>,
+    (peer, last_words): (Option<Identity>, mpsc::Sender<Frame>),
 ) {
     let mut socket = BufReader::new(socket);
     loop {
         let arrival = match frame::read(&mut socket).await {
-            Ok(message) => Arrival::Message(id, message),
+            Ok(message) => match peer.as_ref().and_then(|peer| Message::refusal(&message, peer)) {
+                None => Arrival::Message(id, message),
+                Some((reason, last_word)) => {
+                    tracing::warn!("refused: {reason}");
+                    // Where there is no room for it, the connection just ends.
+                    let _ = last_words.try_send(last_word);
+                    Arrival::Closed(id, reason)
+                }
+            },
             Err(error) => Arrival::Closed(id, error.to_string()),
         };
         let last = matches!(arrival, Arrival::Closed(..));
@@ -183,7 +240,7 @@ async fn read_messages<Id: Copy, Message: DeserializeOwned>(
     }
 }
 
-async fn write_frames(mut socket: OwnedWriteHalf, mut frames: mpsc::Receiver<Frame>) {
+async fn write_frames(mut socket: WriteHalf, mut frames: mpsc::Receiver<Frame>) {
     let mut gathered = Vec::new();
     while let Some(first) = frames.recv().await {
         gathered.clear();
@@ -193,9 +250,15 @@ async fn write_frames(mut socket: OwnedWriteHalf, mut frames: mpsc::Receiver<Fra
         {
             gathered.extend_from_slice(&next);
         }
-        let written = tokio::time::timeout(WRITE_TIMEOUT, socket.write_all(&gathered)).await;
+        let write = async {
+            socket.write_all(&gathered).await?;
+            socket.flush().await
+        };
+        let written = tokio::time::timeout(WRITE_TIMEOUT, write).await;
         if !matches!(written, Ok(Ok(()))) {
             return;
         }
     }
+    // The other side learns that this is the end, however long it goes on itself.
+    let _ = tokio::time::timeout(WRITE_TIMEOUT, socket.shutdown()).await;
 }

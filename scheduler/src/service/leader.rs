@@ -318,7 +318,10 @@ impl Leader {
             }
             Output::CloseNode(connection, reason) => {
                 tracing::warn!(%reason, "closing a node's connection");
-                self.nodes.remove(&connection);
+                if let Some(peer) = self.nodes.remove(&connection) {
+                    // Where it does not read any more, it learns nothing.
+                    let _ = peer.send(encode(&ToNode::Closing(reason)));
+                }
             }
             Output::ToGateway(gateway, message) => self.tell_gateway(gateway, &message),
             Output::Jobs(effect) => self.perform_for_jobs(*effect),

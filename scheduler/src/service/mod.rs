@@ -27,12 +27,13 @@ use crate::cluster::{ClusterConfig, NodeConnection};
 use crate::engine::{EngineConfig, GatewayId};
 use crate::jobs::JobsConfig;
 use crate::responses::ResponsesConfig;
+use ashlar_identity::{ListenError, Role, TlsError, Transport};
 use ashlar_protocol::responses::ResponseRecord;
 use ashlar_service_kit::Watchdog;
 use ashlar_store::blobs::{self, BlobError, BlobOptions, Blobs};
 use ashlar_store::{Lease, Store, StoreError};
 use ashlar_vocabulary::{Bytes, LeaseTerm};
-use connection::{INBOX_MESSAGES_MAX, Numbers, accept, turn_away};
+use connection::{Door, INBOX_MESSAGES_MAX, Numbers, accept, turn_away};
 use leader::{CoresConfig, Ended, Leader, Performers, Sources};
 use records::{Opened, Records};
 use std::net::SocketAddr;
@@ -57,6 +58,12 @@ pub enum SchedulerError {
         /// The system's words.
         source: std::io::Error,
     },
+    /// Its identity cannot be used.
+    #[error("cannot use `identity`: {0}")]
+    Identity(#[from] TlsError),
+    /// Anybody could take part.
+    #[error(transparent)]
+    Exposed(#[from] ListenError),
     /// The directory of the state file cannot be made.
     #[error("cannot create {path}: {source}")]
     State {
@@ -89,6 +96,7 @@ pub async fn serve(
 pub struct Scheduler {
     config: SchedulerConfig,
     model: ModelCard,
+    transport: Transport,
     store: Arc<dyn Store>,
     blobs: Option<Blobs>,
     nodes: Arc<TcpListener>,
@@ -110,12 +118,18 @@ impl Scheduler {
         }
         let nodes = listen(&config.listen_nodes, "listen_nodes").await?;
         let gateways = listen(&config.listen_gateways, "listen_gateways").await?;
+        let transport = Transport::open(config.identity.as_deref())?;
+        for listener in [&nodes, &gateways] {
+            if let Ok(address) = listener.local_addr() {
+                transport.check_listening(address, config.allow_plaintext)?;
+            }
+        }
         let store = ashlar_store::open(&config.store).await?;
         let blobs = match &config.blobs {
             Some(address) => Some(blobs::open(address, &BlobOptions::default()).await?),
             None => None,
         };
-        Ok(Scheduler { config, model, store, blobs, nodes, gateways })
+        Ok(Scheduler { config, model, transport, store, blobs, nodes, gateways })
     }
 
     /// Where nodes connect.
@@ -186,8 +200,13 @@ impl Scheduler {
         let (node_sender, nodes) = mpsc::channel(INBOX_MESSAGES_MAX);
         let (gateway_sender, gateways) = mpsc::channel(INBOX_MESSAGES_MAX);
         let numbers = Arc::new(Numbers::default());
-        tokio::spawn(accept(self.nodes.clone(), numbers.clone(), NodeConnection, node_sender));
-        tokio::spawn(accept(self.gateways.clone(), numbers, GatewayId, gateway_sender));
+        let door = |listener: &Arc<TcpListener>, role| Door {
+            listener: listener.clone(),
+            transport: self.transport.clone(),
+            role,
+        };
+        tokio::spawn(accept(door(&self.nodes, Role::Node), numbers.clone(), NodeConnection, node_sender));
+        tokio::spawn(accept(door(&self.gateways, Role::Gateway), numbers, GatewayId, gateway_sender));
         let keeper = tokio::spawn(lease::keep(self.store.clone(), lease.clone()));
         let stop_keeping = keeper.abort_handle();
         let lease_lost = async move {

@@ -6,6 +6,7 @@
 //! fails in the middle has closed its connections, and then the others fail too; nobody begins with a guess.
 
 use crate::links::LinkSettings;
+use ashlar_identity::Socket;
 use ashlar_protocol::frame::{self, FrameError};
 use ashlar_protocol::group::{GroupAnswer, GroupDecision, GroupOffer, HandoverToken};
 use ashlar_shared_memory::{Geometry, GeometryError, HandoverError, Memory, Offer, Token, attach};
@@ -36,7 +37,7 @@ pub struct AgreementError {
 #[derive(Debug)]
 pub(crate) struct Agreed {
     /// The group's connections.
-    pub(crate) peers: BTreeMap<usize, TcpStream>,
+    pub(crate) peers: BTreeMap<usize, Socket>,
     /// This rank's end of the shared memory, or why the group uses its connections.
     pub(crate) memory: Result<Memory, String>,
 }
@@ -53,7 +54,7 @@ impl Agreement {
     /// Begins, as `rank` of a group whose other ranks are all connected and would cut memory in the same way.
     pub(crate) fn start(
         rank: usize,
-        peers: BTreeMap<usize, TcpStream>,
+        peers: BTreeMap<usize, Socket>,
         geometry: Result<Geometry, GeometryError>,
         settings: LinkSettings,
     ) -> Agreement {
@@ -114,15 +115,15 @@ impl Drop for Agreement {
 }
 
 /// Bounds writing; a vanished machine ends reading, too.
-fn prepare(socket: &TcpStream) -> io::Result<TcpStream> {
-    frame::tune(socket)?;
+fn prepare(socket: &Socket) -> io::Result<TcpStream> {
+    frame::tune(socket.tcp())?;
     socket.set_write_timeout(Some(ANSWER_TIMEOUT))?;
     socket.set_read_timeout(Some(ANSWER_TIMEOUT))?;
-    socket.try_clone()
+    socket.tcp().try_clone()
 }
 
 /// Takes back what [`prepare`] has set: how long a step may wait is not decided here.
-fn release(peers: &BTreeMap<usize, TcpStream>) -> Result<(), AgreementError> {
+fn release(peers: &BTreeMap<usize, Socket>) -> Result<(), AgreementError> {
     for (&rank, socket) in peers {
         let unbounded = socket.set_write_timeout(None).and_then(|()| socket.set_read_timeout(None));
         unbounded.map_err(|error| failed(rank)(error.into()))?;
@@ -136,7 +137,7 @@ fn failed(rank: usize) -> impl Fn(FrameError) -> AgreementError {
 
 /// Rank 0's part.
 fn lead(
-    peers: &mut BTreeMap<usize, TcpStream>,
+    peers: &mut BTreeMap<usize, Socket>,
     geometry: Result<Geometry, GeometryError>,
     settings: LinkSettings,
 ) -> Result<Result<Memory, String>, AgreementError> {
@@ -174,7 +175,7 @@ fn lead(
 }
 
 fn tell<M: serde::Serialize>(
-    peers: &mut BTreeMap<usize, TcpStream>,
+    peers: &mut BTreeMap<usize, Socket>,
     message: impl Fn(usize) -> M,
 ) -> Result<(), AgreementError> {
     for (&rank, socket) in peers {
@@ -185,7 +186,7 @@ fn tell<M: serde::Serialize>(
 
 /// Hands the memory out until every rank has answered; why one of them has declined, if so.
 fn hear_all(
-    peers: &mut BTreeMap<usize, TcpStream>,
+    peers: &mut BTreeMap<usize, Socket>,
     offer: &mut Offer,
 ) -> Result<Option<String>, AgreementError> {
     let deadline = Instant::now() + ANSWER_TIMEOUT;
@@ -225,14 +226,17 @@ fn hear_all(
 
 /// Whether somebody knocks for the memory, and which of `silent` have something to say.
 fn await_ready(
-    peers: &BTreeMap<usize, TcpStream>,
+    peers: &BTreeMap<usize, Socket>,
     silent: &[usize],
     offer: &Offer,
     limit: Duration,
 ) -> io::Result<(bool, Vec<usize>)> {
-    let asked: Vec<(&usize, &TcpStream)> = peers.iter().filter(|(rank, _)| silent.contains(rank)).collect();
+    let asked: Vec<(&usize, &Socket)> = peers.iter().filter(|(rank, _)| silent.contains(rank)).collect();
     let mut watched = vec![PollFd::from_borrowed_fd(offer.readiness(), PollFlags::IN)];
     watched.extend(asked.iter().map(|(_, socket)| PollFd::new(*socket, PollFlags::IN)));
+    // What has left the system's buffers already nobody would be woken for.
+    let buffered = asked.iter().any(|(_, socket)| socket.has_buffered());
+    let limit = if buffered { Duration::ZERO } else { limit };
     let limit = Timespec { tv_sec: limit.as_secs() as i64, tv_nsec: limit.subsec_nanos().into() };
     match poll(&mut watched, Some(&limit)) {
         Ok(_) | Err(rustix::io::Errno::INTR) => {}
@@ -240,13 +244,14 @@ fn await_ready(
     }
     let mut ready = watched.iter().map(|polled| !polled.revents().is_empty());
     let knock = ready.next().unwrap_or(false);
-    Ok((knock, asked.iter().zip(ready).filter(|(_, ready)| *ready).map(|((rank, _), _)| **rank).collect()))
+    let speaks = asked.iter().zip(ready).filter(|((_, socket), ready)| *ready || socket.has_buffered());
+    Ok((knock, speaks.map(|((rank, _), _)| **rank).collect()))
 }
 
 /// Every other rank's part.
 fn follow(
     rank: usize,
-    peers: &mut BTreeMap<usize, TcpStream>,
+    peers: &mut BTreeMap<usize, Socket>,
     geometry: Result<Geometry, GeometryError>,
     settings: LinkSettings,
 ) -> Result<Result<Memory, String>, AgreementError> {
@@ -272,7 +277,7 @@ fn follow(
 }
 
 /// Rank 0 may still be loading its weights, for as long as that takes: only its connection's end ends this wait.
-fn hear_offer(leader: &mut TcpStream) -> Result<GroupOffer, FrameError> {
+fn hear_offer(leader: &mut Socket) -> Result<GroupOffer, FrameError> {
     leader.set_read_timeout(None)?;
     let offer = frame::read_blocking(leader)?;
     // Rank 0 waits for the slowest to answer, then decides.

@@ -2,6 +2,7 @@
 //! in the middle of a wait, that another is gone or that it shall stop itself.
 
 use crate::beat::Beat;
+use ashlar_identity::Socket;
 use ashlar_model::CollectiveError;
 use ashlar_protocol::data::LinkFaults;
 use ashlar_shared_memory::{Alarm, Attendant, Exchange, ExchangeError};
@@ -46,11 +47,11 @@ impl MemoryGroup {
     /// Starts watching the connections.
     pub(super) fn start(
         exchange: Exchange,
-        peers: BTreeMap<usize, TcpStream>,
+        peers: BTreeMap<usize, Socket>,
         faults: LinkFaults,
         beat: Beat,
     ) -> io::Result<MemoryGroup> {
-        let handles = peers.values().map(TcpStream::try_clone).collect::<io::Result<Vec<_>>>()?;
+        let handles = peers.values().map(|peer| peer.tcp().try_clone()).collect::<io::Result<Vec<_>>>()?;
         let connections = Connections(handles);
         let alarm = exchange.alarm();
         std::thread::Builder::new().name("group-watch".into()).spawn(move || watch(peers, &alarm))?;
@@ -120,7 +121,7 @@ impl Attendant for Beside<'_> {
 
 /// Waits for the first connection to end, and raises the alarm. The group shuts its connections when it is dropped, so that
 /// this ends with it at the latest.
-fn watch(mut peers: BTreeMap<usize, TcpStream>, alarm: &Alarm) {
+fn watch(mut peers: BTreeMap<usize, Socket>, alarm: &Alarm) {
     loop {
         let mut watched: Vec<PollFd<'_>> =
             peers.values().map(|socket| PollFd::new(socket, PollFlags::IN)).collect();
@@ -141,7 +142,7 @@ fn watch(mut peers: BTreeMap<usize, TcpStream>, alarm: &Alarm) {
 }
 
 /// Why a readable connection is of no use any more, if so.
-fn ended(socket: &mut TcpStream) -> Option<String> {
+fn ended(socket: &mut Socket) -> Option<String> {
     match socket.read(&mut [0]) {
         Ok(0) => Some("connection closed by the peer".into()),
         // Values that are sent over a connection would never be read: the ranks disagree.

@@ -1,13 +1,13 @@
 //! The group's exchange over its connections: between hosts, between containers, and wherever memory is not shared.
 
 use crate::beat::Beat;
+use ashlar_identity::Socket;
 use ashlar_model::CollectiveError;
 use ashlar_protocol::data::{DataLink, LinkFaults, PayloadHeader, PayloadKind};
 use ashlar_protocol::frame::FrameError;
 use ashlar_vocabulary::{ReplicaRevision, StepId};
 use std::collections::BTreeMap;
 use std::io;
-use std::net::TcpStream;
 
 /// Values per exchange: small enough that both sides may send before either receives.
 const EXCHANGE_VALUES: usize = 8 << 10;
@@ -28,7 +28,7 @@ impl SocketGroup {
     pub(super) fn new(
         rank: usize,
         revision: ReplicaRevision,
-        sockets: BTreeMap<usize, TcpStream>,
+        sockets: BTreeMap<usize, Socket>,
         faults: LinkFaults,
         beat: Beat,
     ) -> io::Result<SocketGroup> {

@@ -1,5 +1,6 @@
 //! What ends a session from outside: every wait of its thread looks here, or is on something that this shuts.
 
+use ashlar_identity::Socket;
 use rustix::io::Errno;
 use rustix::net::RecvFlags;
 use std::net::{Shutdown, TcpStream};
@@ -48,12 +49,12 @@ impl Alarm {
     }
 
     /// Shuts this connection too when it is raised.
-    pub(crate) fn guard(&self, socket: &TcpStream) -> std::io::Result<()> {
-        let handle = socket.try_clone()?;
+    pub(crate) fn guard(&self, socket: &Socket) -> std::io::Result<()> {
+        let handle = socket.tcp().try_clone()?;
         self.sockets().push(handle);
         // Raised in between, it may have missed this one.
         if self.check().is_err() {
-            shut(socket);
+            shut(socket.tcp());
         }
         Ok(())
     }

@@ -7,6 +7,7 @@ use crate::beat::Beat;
 use crate::group::Group;
 use crate::group::agreement::Agreement;
 use crate::links::{LinkSettings, Sender, connect};
+use ashlar_identity::{Socket, Transport};
 use ashlar_kernels::Kernels;
 use ashlar_model::stage::BatchLoss;
 use ashlar_protocol::data::{DataLink, LinkHello, LinkPurpose, PayloadHeader, PayloadKind, TrainingLink};
@@ -15,7 +16,6 @@ use ashlar_protocol::training::OpenSession;
 use ashlar_shared_memory::{Geometry, SLOT_VALUES};
 use ashlar_vocabulary::{FloatType, LeaseTerm, ReplicaRevision, SessionId, StepId};
 use std::collections::BTreeMap;
-use std::net::TcpStream;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
@@ -30,7 +30,7 @@ const EXCHANGE_VALUES: usize = 8 << 10;
 const TABLE_VALUES: usize = 256 << 10;
 
 /// A connection of this session that another rank has made.
-pub(super) type Arrival = (TrainingLink, TcpStream);
+pub(super) type Arrival = (TrainingLink, Socket);
 
 /// A rank's place among those that a session connects.
 pub(super) struct Seat {
@@ -60,7 +60,7 @@ fn identity(session: SessionId) -> ReplicaRevision {
 pub(super) fn make(
     open: &OpenSession,
     seat: &Seat,
-    settings: LinkSettings,
+    (settings, transport): (LinkSettings, &Transport),
     alarm: &Alarm,
     arrivals: &Receiver<Arrival>,
 ) -> Result<Links, SessionError> {
@@ -68,7 +68,7 @@ pub(super) fn make(
         alarm.check()?;
         let purpose = LinkPurpose::Training { session: open.session, link };
         let hello = LinkHello { term: seat.term, revision: open.revision, purpose };
-        let socket = connect(address, &hello).map_err(SessionError::lost(who))?;
+        let socket = connect(address, &hello, transport).map_err(SessionError::lost(who))?;
         alarm.guard(&socket)?;
         Ok::<_, SessionError>(socket)
     };
@@ -121,7 +121,7 @@ pub(super) fn make(
     }
     let revision = identity(open.session);
     let stage =
-        |socket: TcpStream, who| StageLink::new(socket, revision, seat.activations, settings, alarm, who);
+        |socket: Socket, who| StageLink::new(socket, revision, seat.activations, settings, alarm, who);
     Ok(Links {
         group: agree(seat, group, revision, settings, alarm)?,
         previous: previous.map(|socket| stage(socket, PREVIOUS)).transpose()?,
@@ -148,7 +148,7 @@ fn partners(replica: usize, replicas: usize) -> impl Iterator<Item = usize> {
 /// The group decides how it exchanges, as it does for serving.
 fn agree(
     seat: &Seat,
-    peers: BTreeMap<usize, TcpStream>,
+    peers: BTreeMap<usize, Socket>,
     revision: ReplicaRevision,
     settings: LinkSettings,
     alarm: &Alarm,
@@ -182,7 +182,7 @@ pub(super) struct StageLink {
 
 impl StageLink {
     fn new(
-        socket: TcpStream,
+        socket: Socket,
         revision: ReplicaRevision,
         activations: FloatType,
         settings: LinkSettings,
@@ -294,7 +294,7 @@ pub(super) struct ReplicaLinks {
 impl ReplicaLinks {
     fn new(
         own: usize,
-        mut peers: BTreeMap<usize, TcpStream>,
+        mut peers: BTreeMap<usize, Socket>,
         revision: ReplicaRevision,
         settings: LinkSettings,
         alarm: &Alarm,

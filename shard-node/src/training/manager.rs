@@ -4,13 +4,13 @@ use super::alarm::Alarm;
 use super::links::Arrival;
 use super::session::{self, Inbox};
 use super::{Place, Resources};
+use ashlar_identity::Socket;
 use ashlar_kernels::{YieldFlag, lower_priority};
 use ashlar_protocol::data::TrainingLink;
 use ashlar_protocol::membership::FromNode;
 use ashlar_protocol::training::{OpenSession, TrainingReport, TrainingWork};
 use ashlar_vocabulary::SessionId;
 use std::collections::BTreeMap;
-use std::net::TcpStream;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -137,7 +137,7 @@ impl Sessions {
     }
 
     /// Takes a connection that another rank has made, for now or for a session that opens soon.
-    pub fn arrived(&self, session: SessionId, link: TrainingLink, socket: TcpStream) {
+    pub fn arrived(&self, session: SessionId, link: TrainingLink, socket: Socket) {
         let mut state = self.lock();
         match state.open.get(&session) {
             // One that is not taken is closed by being dropped.

@@ -29,6 +29,7 @@ mod storage;
 pub use manager::Sessions;
 
 use crate::links::LinkSettings;
+use ashlar_identity::Transport;
 use ashlar_kernels::{Isa, YieldFlag};
 use ashlar_model::StageModel;
 use ashlar_store::blobs::Blobs;
@@ -72,6 +73,8 @@ pub struct Resources {
     pub threads: usize,
     /// How connections are made.
     pub links: LinkSettings,
+    /// How connections to other ranks are made.
+    pub transport: Transport,
     /// Raised while the node serves.
     pub urgent: YieldFlag,
 }

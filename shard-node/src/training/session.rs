@@ -124,7 +124,8 @@ impl<'a> Session<'a> {
             },
         };
         // Before the samples are fetched, so that whoever is ready finds the others.
-        let links = links::make(open, &seat, resources.links, alarm, &inbox.arrivals)?;
+        let links =
+            links::make(open, &seat, (resources.links, &resources.transport), alarm, &inbox.arrivals)?;
         let data = SessionData::fetch(settings, &storage, &resources.directory)?;
         let pool = ThreadPool::in_background(resources.threads, resources.urgent.clone());
         let kernels = Arc::new(Kernels::on_pool(resources.isa, pool));

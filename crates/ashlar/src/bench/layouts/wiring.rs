@@ -1,6 +1,7 @@
 //! The links of a layout: the very connections that nodes make, over loopback.
 
 use anyhow::{Context, Result, bail};
+use ashlar_identity::Transport;
 use ashlar_model::RankSlice;
 use ashlar_protocol::membership::Assignment;
 use ashlar_shard_node::beat::Beat;
@@ -91,8 +92,8 @@ pub(super) fn connect(
     let group = slice.tensor_parallel_size - 1 - slice.tensor_rank;
     let expected = usize::from(place.stage > 0) + group + slices;
     let inbound = accept_in_background(port.listener, expected);
-    let mut pending =
-        PendingLinks::connect(&assignment, shape, settings).context("cannot reach another rank")?;
+    let mut pending = PendingLinks::connect(&assignment, shape, settings, &Transport::Plain)
+        .context("cannot reach another rank")?;
     let (mut waiting, deadline) = (Waiting::default(), Instant::now() + CONNECT_TIMEOUT);
     while !pending.collect(&mut waiting) {
         let remaining = deadline.saturating_duration_since(Instant::now());
@@ -130,10 +131,9 @@ fn accept_in_background(listener: TcpListener, expected: usize) -> mpsc::Receive
     let (arrivals, inbound) = mpsc::channel();
     std::thread::spawn(move || {
         for _ in 0..expected {
-            let accepted = listener
-                .accept()
-                .context("cannot accept a rank")
-                .and_then(|(socket, _)| links::accept(socket).context("a rank was not understood"));
+            let accepted = listener.accept().context("cannot accept a rank").and_then(|(socket, _)| {
+                links::accept(socket, &Transport::Plain).context("a rank was not understood")
+            });
             if arrivals.send(accepted).is_err() {
                 return;
             }

@@ -1,0 +1,159 @@
+//! Who may speak to a scheduler that has an identity.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
+use ashlar_identity::{Authority, Identity, Role, Stream, Tls, TlsError, Transport};
+use ashlar_protocol::frame::{self, FrameError};
+use ashlar_protocol::membership::{FromNode, Join, ToNode};
+use ashlar_protocol::serving::FromScheduler;
+use ashlar_scheduler::{ModelCard, Scheduler, SchedulerConfig};
+use ashlar_vocabulary::{
+    Bytes, FloatType, LayerVectors, LeaseTerm, ModelDigest, ModelShape, NodeId, Precision, WeightType,
+    WeightTypes,
+};
+use std::net::SocketAddr;
+use std::path::Path;
+use std::time::Duration;
+use tokio::net::TcpStream;
+
+const LIMIT: Duration = Duration::from_secs(20);
+
+fn model() -> ModelCard {
+    let shape = ModelShape {
+        hidden_size: 64,
+        intermediate_size: 256,
+        num_layers: 8,
+        num_heads: 8,
+        num_kv_heads: 8,
+        head_dim: 8,
+        vocab_size: 1024,
+        max_position_embeddings: 512,
+        tied_head: true,
+        weights: WeightTypes::uniform(WeightType::F32, 8),
+        kv_cache: FloatType::F32,
+        activations: FloatType::F32,
+        vectors: LayerVectors::default(),
+    };
+    ModelCard {
+        source: "demo".into(),
+        precision: Precision::default(),
+        digest: ModelDigest([1; 32]),
+        shape,
+        max_context_tokens: 512,
+    }
+}
+
+fn transport(authority: &Authority, role: Role, name: &str) -> Transport {
+    let identity = Identity::new(role, name).unwrap();
+    Transport::Encrypted(Tls::new(&authority.credentials(&identity).unwrap()).unwrap())
+}
+
+/// A scheduler that lives as long as the test's runtime: where nodes and gateways connect.
+async fn start(state: &Path, authority: &Authority) -> (SocketAddr, SocketAddr) {
+    let identity = state.join("identity");
+    let own = Identity::new(Role::Scheduler, "s").unwrap();
+    authority.credentials(&own).unwrap().save(&identity).unwrap();
+    let config = SchedulerConfig {
+        listen_nodes: "127.0.0.1:0".into(),
+        listen_gateways: "127.0.0.1:0".into(),
+        identity: Some(identity),
+        store: format!("redb:{}", state.join("scheduler.redb").display()),
+        ..SchedulerConfig::new("demo")
+    };
+    let scheduler = Scheduler::bind(config, model()).await.unwrap();
+    let addresses = (scheduler.nodes_address().unwrap(), scheduler.gateways_address().unwrap());
+    tokio::spawn(scheduler.run(std::future::pending()));
+    addresses
+}
+
+/// Connects and greets. A scheduler that does not lead yet ends connections: then tries again.
+async fn knock(address: SocketAddr, transport: &Transport) -> Result<Stream, FrameError> {
+    let deadline = tokio::time::Instant::now() + LIMIT;
+    loop {
+        let attempt = async {
+            let socket = TcpStream::connect(address).await?;
+            let mut socket = transport.connect(socket, Role::Scheduler).await?;
+            frame::greet(&mut socket, "test").await?;
+            Ok::<_, FrameError>(socket)
+        };
+        match attempt.await {
+            Err(FrameError::Closed | FrameError::Io(_) | FrameError::Tls(TlsError::Io(_)))
+                if tokio::time::Instant::now() < deadline =>
+            {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+            other => return other,
+        }
+    }
+}
+
+fn join(name: &str) -> FromNode {
+    FromNode::Join(Box::new(Join {
+        node: NodeId(name.into()),
+        data_address: "127.0.0.1:1".into(),
+        memory: Bytes(1 << 30),
+        bandwidth_bytes_per_s: 1e10,
+        flops_per_s: 1e11,
+        quantized_flops_per_s: 1e11,
+        threads: 1,
+        isa: "portable".into(),
+        layers: None,
+        holds: None,
+        term: LeaseTerm(0),
+        crashed: None,
+    }))
+}
+
+#[tokio::test]
+async fn a_node_joins_under_the_name_in_its_certificate_and_no_other() {
+    let folder = tempfile::tempdir().unwrap();
+    let authority = Authority::open_or_create(&folder.path().join("ca")).unwrap();
+    let (nodes, _) = start(folder.path(), &authority).await;
+    let a = transport(&authority, Role::Node, "a");
+    let mut connection = knock(nodes, &a).await.unwrap();
+    frame::write(&mut connection, &join("b")).await.unwrap();
+    let answer = tokio::time::timeout(LIMIT, frame::read::<ToNode>(&mut connection)).await.unwrap().unwrap();
+    let ToNode::Rejected(reason) = answer else { panic!("{answer:?}") };
+    assert!(reason.contains("node a") && reason.contains("node b"), "{reason}");
+    let mut connection = knock(nodes, &a).await.unwrap();
+    frame::write(&mut connection, &join("a")).await.unwrap();
+    // The only node there is gets the model.
+    let answer = tokio::time::timeout(LIMIT, frame::read::<ToNode>(&mut connection)).await.unwrap().unwrap();
+    assert!(matches!(answer, ToNode::Assign(_)), "{answer:?}");
+}
+
+#[tokio::test]
+async fn each_port_is_for_its_role_and_for_certificates_of_the_cluster() {
+    let folder = tempfile::tempdir().unwrap();
+    let authority = Authority::open_or_create(&folder.path().join("ca")).unwrap();
+    let (nodes, gateways) = start(folder.path(), &authority).await;
+    let gateway = transport(&authority, Role::Gateway, "g");
+    let mut connection = knock(gateways, &gateway).await.unwrap();
+    let first = tokio::time::timeout(LIMIT, frame::read::<FromScheduler>(&mut connection)).await.unwrap();
+    assert!(matches!(first, Ok(FromScheduler::Cluster(_))), "{first:?}");
+    // A node's certificate at the gateways' port, and the other way round: the connection just ends.
+    for (address, transport) in [(gateways, transport(&authority, Role::Node, "a")), (nodes, gateway)] {
+        let socket = TcpStream::connect(address).await.unwrap();
+        let mut socket = transport.connect(socket, Role::Scheduler).await.unwrap();
+        assert!(frame::greet(&mut socket, "test").await.is_err());
+    }
+    let others = Authority::open_or_create(&folder.path().join("others")).unwrap();
+    let error = knock(nodes, &transport(&others, Role::Node, "a")).await.unwrap_err();
+    assert!(matches!(error, FrameError::Tls(TlsError::Stranger)), "{error}");
+    let error = knock(nodes, &Transport::Plain).await.unwrap_err();
+    assert!(matches!(error, FrameError::PeerSpeaksTls), "{error}");
+}
+
+#[tokio::test]
+async fn a_scheduler_without_an_identity_does_not_listen_beyond_its_machine() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = |allow_plaintext| SchedulerConfig {
+        listen_nodes: "0.0.0.0:0".into(),
+        listen_gateways: "127.0.0.1:0".into(),
+        allow_plaintext,
+        store: format!("redb:{}", folder.path().join("scheduler.redb").display()),
+        ..SchedulerConfig::new("demo")
+    };
+    let error = Scheduler::bind(config(false), model()).await.err().unwrap().to_string();
+    assert!(error.contains("identity") && error.contains("allow_plaintext"), "{error}");
+    assert!(Scheduler::bind(config(true), model()).await.is_ok());
+}
