@@ -18,6 +18,8 @@ fn long() -> Value {
     json!({
         "input": "Write", "instructions": "Go on for long.", "temperature": 1, "seed": 7, "max_output_tokens": 400,
         "ignore_eos": true, "top_logprobs": 2, "presence_penalty": 0.5, "stream": true,
+        // The end of a turn has no text, so it would have no events.
+        "logit_bias": {"258": -100},
     })
 }
 

@@ -120,12 +120,15 @@ impl Drive {
         let mut link = self.app.scheduler.watch();
         let mut epoch = link.borrow().epoch;
         let patience = self.patience();
+        // One wait over all outputs: begun anew with each it would never end.
+        let abandoned = live.abandoned(patience.unwrap_or_default());
+        tokio::pin!(abandoned);
         let mut has_output = false;
         loop {
             let output = tokio::select! {
                 biased;
                 () = reached(&mut phase, Phase::Ending), if self.request.is_some() => return Driven::LetGo,
-                () = live.abandoned(patience.unwrap_or_default()), if patience.is_some() => {
+                () = &mut abandoned, if patience.is_some() => {
                     if self.request.is_none() || self.role == Role::Follower {
                         return Driven::LetGo;
                     }
