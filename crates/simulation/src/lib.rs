@@ -4,6 +4,8 @@
 //! Layout: [`run`] (one seed), `scenario` (what a seed stands for), `world` (time, network, faults), `scheduler`, `node`,
 //! `gateway` (the processes around the cores), `process` (what they have in common), `oracle` (the model), `random`.
 //!
+//! [`plan`](mod@plan) runs the same processes in a world that somebody has in mind: for questions of capacity, not for faults in the code.
+//!
 //! Worlds with fine-tuning jobs ([`run_with_jobs`]) have beside that: `tuning` (the jobs, and what has to come of them), `owner`
 //! (who asks for them), `weights` (the arithmetic), `session` and `shelf` (a rank's part in training, and its adapters),
 //! `durable` (the store and the blobs), `archive` (the scheduler's shell towards them), `watch` and `aftermath` (what must hold
@@ -39,6 +41,7 @@ mod gateway;
 mod node;
 mod oracle;
 mod owner;
+pub mod plan;
 mod process;
 mod random;
 mod scenario;
