@@ -2,7 +2,7 @@
 //!
 //! Layout: [`up`] (a small real cluster as supervised children), [`roles`] (gateway, scheduler, node),
 //! machines that join ([`enrolment`]), client commands
-//! ([`chat`], [`tune`], [`bench`], [`drill`], [`replay`]), and what needs no cluster ([`plan`], [`quantize`], [`synth`]). [`demo`] holds the demo model,
+//! ([`chat`], [`tune`], [`bench`], [`drill`], [`replay`]), and what needs no cluster ([`plan`], [`simulate`], [`quantize`], [`synth`]). [`demo`] holds the demo model,
 //! [`http`] a plain HTTP client, [`supervisor`] a child process kept alive, [`processes`] which ones there are.
 #![forbid(unsafe_code)]
 
@@ -20,6 +20,7 @@ mod processes;
 mod quantize;
 mod replay;
 mod roles;
+mod simulate;
 mod supervisor;
 mod synth;
 mod tune;
@@ -70,6 +71,8 @@ enum Command {
     Tune(tune::TuneArgs),
     /// Show which node would hold what, the memory ledger and the predicted speed, without starting anything.
     Plan(plan::PlanArgs),
+    /// Simulate a cluster under a load, with faults: goodput, latencies, recovery times. Starts nothing.
+    Simulate(Box<simulate::SimulateArgs>),
     /// Measure: a model on this machine, layouts against each other, or a running service.
     Bench(bench::BenchArgs),
     /// Kill and freeze processes of a running cluster under load, and say what clients noticed.
@@ -95,6 +98,7 @@ fn main() -> ExitCode {
         Command::Chat(args) => chat::run(args),
         Command::Tune(args) => tune::run(args),
         Command::Plan(args) => plan::run(args),
+        Command::Simulate(args) => simulate::run(*args),
         Command::Bench(args) => bench::run(args),
         Command::Drill(args) => drill::run(args),
         Command::Replay(args) => replay::run(args),

@@ -10,10 +10,11 @@ use ashlar_kernels::{Isa, Kernels};
 use ashlar_model::{ModelConfig, hub, synth};
 use ashlar_service_kit::memory;
 use ashlar_shard_plan::{DeviceReport, Layout, Links, PlanRequest, plan, survivable_losses};
-use ashlar_vocabulary::{Bytes, NodeId};
+use ashlar_vocabulary::{Bytes, ModelShape, NodeId};
 use clap::Args;
 use serde::Serialize;
 use session::{SessionArgs, SessionPlan};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 /// Arguments of `ashlar plan`.
@@ -89,9 +90,10 @@ pub(crate) fn parse_bytes(text: &str) -> Result<Bytes, String> {
     }
 }
 
-fn parse_device(text: &str) -> Result<DeviceReport, String> {
-    /// What products with quantised weights gain where nothing is said: a little less than AVX2's 1.6.
-    const QUANTIZED_GAIN: f64 = 1.5;
+/// What products with quantised weights gain where nothing is said: a little less than AVX2's 1.6.
+pub(crate) const QUANTIZED_GAIN: f64 = 1.5;
+
+pub(crate) fn parse_device(text: &str) -> Result<DeviceReport, String> {
     let usage = || format!("`{text}` is no device: write NAME=16GiB,40e9,500e9");
     let number = |text: &str| text.parse::<f64>().map_err(|_| usage());
     let (name, figures) = text.split_once('=').ok_or_else(usage)?;
@@ -117,23 +119,7 @@ pub(crate) fn run(args: PlanArgs) -> Result<()> {
     if args.nodes == 0 {
         bail!("--nodes must be at least 1");
     }
-    let mut config = match synth::named_config(&args.model) {
-        Some(config) => {
-            let directory = std::env::temp_dir().join(format!("ashlar-plan-{}", std::process::id()));
-            std::fs::create_dir_all(&directory)?;
-            let path = directory.join("config.json");
-            std::fs::write(&path, config.to_string())?;
-            let parsed = ModelConfig::from_file(&path);
-            std::fs::remove_dir_all(&directory)?;
-            parsed?
-        }
-        None => {
-            let directory = hub::resolve(&args.model, &mut |file| eprintln!("fetching {file}"))?;
-            ModelConfig::open(&directory, None)?
-        }
-    };
-    config.serve_in(args.precision.precision());
-    let shape = config.shape;
+    let shape = model_shape(&args.model, args.precision)?;
     let devices = if args.device.is_empty() { this_machine(args.nodes) } else { args.device.clone() };
     let links = Links {
         round_trip_s: args.round_trip_us * 1e-6,
@@ -164,6 +150,29 @@ pub(crate) fn run(args: PlanArgs) -> Result<()> {
         false => println!("\nsurvives the loss of any one of: {}", names.join(", ")),
     }
     Ok(())
+}
+
+/// The shape of a model: of a directory, a hub id, or the name of a shape, served in this precision.
+pub(crate) fn model_shape(model: &str, precision: PrecisionArgs) -> Result<ModelShape> {
+    static ASKED: AtomicUsize = AtomicUsize::new(0);
+    let mut config = match synth::named_config(model) {
+        Some(config) => {
+            let asked = ASKED.fetch_add(1, Ordering::Relaxed);
+            let directory = std::env::temp_dir().join(format!("ashlar-plan-{}-{asked}", std::process::id()));
+            std::fs::create_dir_all(&directory)?;
+            let path = directory.join("config.json");
+            std::fs::write(&path, config.to_string())?;
+            let parsed = ModelConfig::from_file(&path);
+            std::fs::remove_dir_all(&directory)?;
+            parsed?
+        }
+        None => {
+            let directory = hub::resolve(model, &mut |file| eprintln!("fetching {file}"))?;
+            ModelConfig::open(&directory, None)?
+        }
+    };
+    config.serve_in(precision.precision());
+    Ok(config.shape)
 }
 
 /// This machine, measured and shared out over `nodes` equal nodes.

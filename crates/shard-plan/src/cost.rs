@@ -50,6 +50,60 @@ impl StepLoad {
     }
 }
 
+/// What one rank reads and computes, and how fast it does.
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct RankWork {
+    /// Bytes of weights that every step reads.
+    product_bytes: u64,
+    /// Bytes of KV cache that each token of context has.
+    kv_bytes_per_token: usize,
+    /// Weights that each token is multiplied with as floats.
+    plain_weights: u64,
+    /// The same as integers.
+    quantized_weights: u64,
+    /// Weights of the head, which each sequence is multiplied with.
+    head_weights: usize,
+    head_is_quantized: bool,
+    /// Values of all layers' queries: each token has them attend to its context.
+    attention_values: usize,
+    bandwidth_bytes_per_s: f64,
+    flops_per_s: f64,
+    quantized_flops_per_s: f64,
+}
+
+impl RankWork {
+    /// max(bytes / bandwidth, operations / speed).
+    fn seconds(&self, load: StepLoad) -> f64 {
+        let kv_bytes = (load.sequences * load.context * self.kv_bytes_per_token) as f64;
+        let bytes = self.product_bytes as f64 + kv_bytes;
+        let (mut plain, mut quantized) = (self.plain_weights as f64, self.quantized_weights as f64);
+        (plain, quantized) = (plain * load.tokens as f64, quantized * load.tokens as f64);
+        let head = (self.head_weights * load.sequences) as f64;
+        *if self.head_is_quantized { &mut quantized } else { &mut plain } += head;
+        let attention = 4.0 * (load.tokens * load.context * self.attention_values) as f64;
+        let computing =
+            (2.0 * plain + attention) / self.flops_per_s + 2.0 * quantized / self.quantized_flops_per_s;
+        (bytes / self.bandwidth_bytes_per_s).max(computing)
+    }
+}
+
+/// The work of one stage's ranks.
+#[derive(Debug, Clone, PartialEq)]
+pub struct StageWork {
+    ranks: Vec<RankWork>,
+    /// Seconds of the collectives of a step without tokens, and what each token adds.
+    collective_s: f64,
+    collective_s_per_token: f64,
+}
+
+impl StageWork {
+    /// Seconds of a step: the slowest rank plus the collectives.
+    pub fn seconds(&self, load: StepLoad) -> f64 {
+        let slowest = self.ranks.iter().map(|rank| rank.seconds(load)).fold(0.0, f64::max);
+        slowest + self.collective_s + self.collective_s_per_token * load.tokens as f64
+    }
+}
+
 /// Predicts times for one model, one network and one request.
 #[derive(Debug, Clone, Copy)]
 pub struct CostModel<'a> {
@@ -64,21 +118,23 @@ pub struct CostModel<'a> {
 }
 
 impl CostModel<'_> {
-    /// Seconds that rank work of `piece` takes on `device`: max(bytes / bandwidth, operations / speed).
-    fn rank_seconds(&self, piece: &Piece, device: &DeviceReport, load: StepLoad) -> f64 {
+    /// What rank work of `piece` comes to on `device`.
+    fn rank_work(&self, piece: &Piece, device: &DeviceReport) -> RankWork {
         let shape = self.shares.shape;
-        let kv_bytes = (load.sequences * load.context * piece.kv_bytes_per_token(shape)) as f64;
-        let bytes = piece.product_bytes(self.shares) as f64 + kv_bytes;
         let layers = self.shares.of(piece.rank, piece.layers);
-        let (mut plain, mut quantized) = (layers.plain_weights as f64, layers.quantized_weights as f64);
-        (plain, quantized) = (plain * load.tokens as f64, quantized * load.tokens as f64);
-        let head = (piece.head_weights(shape) * load.sequences) as f64;
-        *if shape.weights.head.is_quantized() { &mut quantized } else { &mut plain } += head;
         let query = shape.attention_cut().rank(piece.rank, piece.tensor_parallel_size).len();
-        let attention = 4.0 * (load.tokens * load.context * piece.layers.len() * query) as f64;
-        let computing =
-            (2.0 * plain + attention) / device.flops_per_s + 2.0 * quantized / device.quantized_flops_per_s;
-        (bytes / device.bandwidth_bytes_per_s).max(computing)
+        RankWork {
+            product_bytes: piece.product_bytes(self.shares),
+            kv_bytes_per_token: piece.kv_bytes_per_token(shape),
+            plain_weights: layers.plain_weights,
+            quantized_weights: layers.quantized_weights,
+            head_weights: piece.head_weights(shape),
+            head_is_quantized: shape.weights.head.is_quantized(),
+            attention_values: piece.layers.len() * query,
+            bandwidth_bytes_per_s: device.bandwidth_bytes_per_s,
+            flops_per_s: device.flops_per_s,
+            quantized_flops_per_s: device.quantized_flops_per_s,
+        }
     }
 
     /// Seconds that the collectives of one stage add: two per layer, each a tree of log₂(ranks) hops over its
@@ -124,9 +180,25 @@ impl CostModel<'_> {
         let slowest = group
             .iter()
             .enumerate()
-            .map(|(rank, device)| self.rank_seconds(&position.piece(layers, rank, group.len()), device, load))
+            .map(|(rank, device)| {
+                self.rank_work(&position.piece(layers, rank, group.len()), device).seconds(load)
+            })
             .fold(0.0, f64::max);
         slowest + self.collective_seconds(group, layers.len(), load)
+    }
+
+    /// What [`stage_seconds`](Self::stage_seconds) works with, for whoever asks for the times of one stage again and again.
+    pub fn stage_work(&self, group: &Group<'_>, layers: LayerRange, position: Position) -> StageWork {
+        let work = |(rank, device): (usize, &&DeviceReport)| {
+            self.rank_work(&position.piece(layers, rank, group.len()), device)
+        };
+        // A link's time is a straight line: two loads tell it.
+        let collective = |tokens| self.collective_seconds(group, layers.len(), StepLoad::prefill(tokens));
+        StageWork {
+            ranks: group.iter().enumerate().map(work).collect(),
+            collective_s: collective(0),
+            collective_s_per_token: collective(1) - collective(0),
+        }
     }
 
     /// Seconds of the hop from one stage's rank 0 to the next one's.

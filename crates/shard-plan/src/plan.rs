@@ -321,9 +321,12 @@ impl<'a> Planner<'a> {
             };
             (0..=layers - len).any(fits)
         };
-        let mut room: Vec<usize> = (0..self.groups.len())
-            .map(|group| (1..=layers).take_while(|&len| fits(group, len)).count())
-            .collect();
+        let mut room: Vec<usize> = Vec::with_capacity(self.groups.len());
+        for group in 0..self.groups.len() {
+            let known = room.last().copied().filter(|_| self.equals_the_one_before(group));
+            let room_of = || (1..=layers).take_while(|&len| fits(group, len)).count();
+            room.push(known.unwrap_or_else(room_of));
+        }
         room.sort_unstable_by(|a, b| b.cmp(a));
         let mut sum = 0;
         let enough = room.into_iter().position(|len| {
@@ -408,6 +411,41 @@ impl<'a> Planner<'a> {
 
     /// The exact cut of this order.
     pub(crate) fn cut(&self, stages: usize, kv_blocks: usize) -> Option<((f64, f64), Vec<CutStage>)> {
+        let kept = self.enough_groups(stages);
+        if kept.len() == self.groups.len() {
+            return self.cut_of_all(stages, kv_blocks);
+        }
+        let groups = kept.iter().map(|&group| self.groups[group].clone()).collect();
+        let (value, mut cut) = Planner { groups, ..self.clone() }.cut_of_all(stages, kv_blocks)?;
+        cut.iter_mut().for_each(|stage| stage.group = kept[stage.group]);
+        Some((value, cut))
+    }
+
+    /// The groups that a cut may need: of equal groups beside each other no more than there are stages, for it does not matter
+    /// which of them are taken. A thousand equal nodes are thus as soon planned for as a few.
+    fn enough_groups(&self, stages: usize) -> Vec<usize> {
+        let mut run = 0;
+        let kept = |group: &usize| {
+            run = if self.equals_the_one_before(*group) { run + 1 } else { 0 };
+            run < stages || !self.cost.links.pairs.is_empty()
+        };
+        (0..self.groups.len()).filter(kept).collect()
+    }
+
+    /// Whether a group is as large and as fast as the one before it, rank by rank.
+    fn equals_the_one_before(&self, group: usize) -> bool {
+        let Some(before) = group.checked_sub(1).and_then(|before| self.groups.get(before)) else {
+            return false;
+        };
+        before.iter().zip(&self.groups[group]).all(|(a, b)| {
+            (a.memory, a.threads, a.layers) == (b.memory, b.threads, b.layers)
+                && a.bandwidth_bytes_per_s == b.bandwidth_bytes_per_s
+                && a.flops_per_s == b.flops_per_s
+                && a.quantized_flops_per_s == b.quantized_flops_per_s
+        })
+    }
+
+    fn cut_of_all(&self, stages: usize, kv_blocks: usize) -> Option<((f64, f64), Vec<CutStage>)> {
         let load = StepLoad::decode(BATCH, self.request);
         let layers = self.shape.num_layers;
         let node = |group: usize| &self.groups[group][0].node;

@@ -238,6 +238,20 @@ fn a_slow_node_gets_fewer_layers_and_a_far_one_none() {
 }
 
 #[test]
+fn a_thousand_equal_nodes_are_cut_as_a_few_are() {
+    let request = PlanRequest { stages: Some(4), ..PlanRequest::default() };
+    let shape = small(16, true);
+    let few = plan(&shape, &devices(9, GIB), &Links::default(), &request).expect("planned");
+    let many = plan(&shape, &devices(1_001, GIB), &Links::default(), &request).expect("planned");
+    assert_eq!((few.replicas.len(), many.replicas.len()), (2, 250));
+    assert_eq!((few.standbys.len(), many.standbys.len()), (1, 1));
+    let cut = |layout: &Layout, replica: usize| -> Vec<LayerRange> {
+        layout.replicas[replica].stages.iter().map(|stage| stage.layers).collect()
+    };
+    assert!((0..250).all(|replica| cut(&many, replica) == cut(&few, 0)));
+}
+
+#[test]
 fn uneven_slices_of_every_axis_add_up_to_the_whole() {
     // 172 and 1000 do not divide by 8 × 32.
     let shape = small(4, false);

@@ -2,6 +2,7 @@
 
 use crate::oracle;
 use crate::owner::{Owner, Want};
+use crate::plan::RequestLog;
 use crate::process::{Action, Connection, Input, Message, Process, Purpose, Timer};
 use crate::random::Random;
 use ashlar_gateway::scheduler_client::Terms;
@@ -75,6 +76,8 @@ pub(crate) struct Gateway {
     resuming: Vec<usize>,
     /// Who wants something trained.
     owner: Option<Owner>,
+    /// What is written down of each request, where somebody wants to know.
+    logs: Option<Vec<RequestLog>>,
 }
 
 struct Decoder;
@@ -94,6 +97,33 @@ impl TokenDecoder for Decoder {
 }
 
 impl Request {
+    /// One without anything unusual.
+    pub(crate) fn plain(
+        arrival_us: u64,
+        prompt: Vec<TokenId>,
+        max_new_tokens: u32,
+        deadline_ms: u64,
+    ) -> Request {
+        Request {
+            arrival_us,
+            departure_us: None,
+            seed: u64::from(prompt.first().copied().unwrap_or_default()),
+            prompt,
+            max_new_tokens,
+            stop_token_at: None,
+            stop_string_at: None,
+            tenant_salt: 0,
+            priority: 0,
+            deadline_ms,
+            kept: false,
+            want: None,
+            promise: None,
+            received: Vec::new(),
+            outcome: None,
+            begun: false,
+        }
+    }
+
     fn continuation(&self) -> Vec<TokenId> {
         let adapter = self.promise.map(|(_, digest)| digest);
         oracle::continuation(&self.prompt, adapter, self.seed, self.max_new_tokens as usize)
@@ -137,8 +167,7 @@ impl Request {
     }
 
     fn stop_at(&self, at: Option<usize>) -> Option<TokenId> {
-        let tokens = self.continuation();
-        at.and_then(|at| tokens.get(at).copied())
+        at.and_then(|at| self.continuation().get(at).copied())
     }
 
     /// Whether what the client received is what the model says.
@@ -172,7 +201,13 @@ impl Gateway {
             requests,
             resuming: Vec::new(),
             owner,
+            logs: None,
         }
+    }
+
+    /// A gateway that writes down what becomes of its requests.
+    pub(crate) fn logging(number: usize) -> Gateway {
+        Gateway { logs: Some(Vec::new()), ..Gateway::new(number, Vec::new(), None) }
     }
 
     /// Whether owners have asked for everything, and were answered.
@@ -181,15 +216,17 @@ impl Gateway {
     }
 
     /// What a kill leaves: the clients, whose requests in progress are over.
-    pub(crate) fn killed(&self) -> Gateway {
-        let mut requests = self.requests.clone();
+    pub(crate) fn killed(&self, now_us: u64) -> Gateway {
+        let (mut requests, mut logs) = (self.requests.clone(), self.logs.clone());
         for (index, transcript) in self.transcripts.values() {
             let lost = requests.get_mut(*index).filter(|request| !request.kept);
             if let (Some(request), false) = (lost, transcript.ended()) {
                 request.outcome.get_or_insert(Outcome::GatewayDied);
+                let log = logs.as_mut().and_then(|logs| logs.get_mut(*index));
+                log.into_iter().for_each(|log| log.end(Outcome::GatewayDied, now_us));
             }
         }
-        Gateway::new(self.number, requests, self.owner.as_ref().map(Owner::killed))
+        Gateway { logs, ..Gateway::new(self.number, requests, self.owner.as_ref().map(Owner::killed)) }
     }
 
     pub(crate) fn handle(
@@ -267,8 +304,30 @@ impl Gateway {
         Ok(())
     }
 
+    /// Takes a request in that arrives later; the timer is the world's. Its index.
+    pub(crate) fn expect(&mut self, request: Request) -> usize {
+        let log = RequestLog {
+            arrival_us: request.arrival_us,
+            prompt_tokens: request.prompt.len(),
+            ..RequestLog::default()
+        };
+        self.logs.iter_mut().for_each(|logs| logs.push(log.clone()));
+        self.requests.push(request);
+        self.requests.len() - 1
+    }
+
+    /// What it has written down.
+    pub(crate) fn logs(&self) -> &[RequestLog] {
+        self.logs.as_deref().unwrap_or_default()
+    }
+
     fn id(&self, index: usize) -> ChoiceId {
         ChoiceId { request: RequestId(((self.number as u128) << 64) | index as u128), choice: 0 }
+    }
+
+    /// Whether it knows of a scheduler that leads.
+    pub(crate) fn is_connected(&self) -> bool {
+        self.serving.is_some() && self.greeted
     }
 
     fn reach_scheduler(&self, actions: &mut Vec<Action>) {
@@ -282,7 +341,7 @@ impl Gateway {
     fn arrival(&mut self, now_us: u64, index: usize, actions: &mut Vec<Action>) -> Result<(), String> {
         let id = self.id(index);
         let Some(request) = self.requests.get_mut(index) else { return Ok(()) };
-        if self.terms == Terms::default() && request.begun {
+        if self.terms == Terms::default() && (request.begun || self.logs.is_some()) {
             self.resuming.push(index);
             return Ok(());
         }
@@ -312,6 +371,9 @@ impl Gateway {
         if let Some(departure) = request.departure_us {
             let after_us = departure.saturating_sub(now_us);
             actions.push(Action::Wake { after_us, timer: Timer::Departure(index) });
+        }
+        if let Some(log) = self.logs.as_mut().and_then(|logs| logs.get_mut(index)) {
+            log.expected = request.continuation();
         }
         let transcript = Transcript::new(Duration::from_micros(now_us), spec, Decoder);
         let submit = request.submit(now_us, id, Vec::new());
@@ -386,7 +448,9 @@ impl Gateway {
         actions: &mut Vec<Action>,
     ) -> Result<(), String> {
         let Some((index, transcript)) = self.transcripts.get_mut(&id) else { return Ok(()) };
-        let Some(request) = self.requests.get_mut(*index) else { return Ok(()) };
+        let index = *index;
+        let Some(request) = self.requests.get_mut(index) else { return Ok(()) };
+        let mut log = self.logs.as_mut().and_then(|logs| logs.get_mut(index));
         if event == TranscriptEvent::ClientGone && !transcript.ended() {
             request.outcome = Some(Outcome::ClientLeft);
         }
@@ -396,6 +460,7 @@ impl Gateway {
             match effect {
                 Effect::Deliver(delta) => {
                     request.received.extend(delta.tokens.iter().map(|token| token.token));
+                    log.iter_mut().for_each(|log| log.delivered(delta.tokens.len(), now_us));
                 }
                 Effect::Cancel => {
                     let cancel = Message::ToScheduler(ToScheduler::Cancel(id));
@@ -411,7 +476,8 @@ impl Gateway {
                 Effect::End(End::Failed(failure)) => {
                     // Nobody is refused because something died. An adapter may prove not to be loadable.
                     let ours = match failure.kind {
-                        FailureKind::Unavailable => request.promise.is_none(),
+                        // Repairs may take longer than requests wait.
+                        FailureKind::Unavailable => request.promise.is_none() && log.is_none(),
                         FailureKind::Internal | FailureKind::Suspect | FailureKind::Leaving => true,
                         _ => false,
                     };
@@ -424,6 +490,12 @@ impl Gateway {
         }
         if transcript.ended() {
             self.transcripts.remove(&id);
+        }
+        if let Some(log) = log {
+            if let Some(outcome) = &request.outcome {
+                log.end(outcome.clone(), now_us);
+            }
+            return log.verify(&request.received).map_err(|why| format!("gateway {}: {why}", self.number));
         }
         request.verify().map_err(|why| format!("gateway {}: {why}", self.number))
     }

@@ -5,6 +5,8 @@
 //! `gateway` (the processes around the cores), `process` (what they have in common), `oracle` (the model), `observed` (what is
 //! told of a run, [`observe`]), `random`.
 //!
+//! [`plan`](mod@plan) runs the same processes in a world that somebody has in mind: for questions of capacity, not for faults in the code.
+//!
 //! Worlds with fine-tuning jobs ([`run_with_jobs`]) have beside that: `tuning` (the jobs, and what has to come of them), `owner`
 //! (who asks for them), `weights` (the arithmetic), `session` and `shelf` (a rank's part in training, and its adapters),
 //! `durable` (the store and the blobs), `archive` (the scheduler's shell towards them), `watch` and `aftermath` (what must hold
@@ -41,6 +43,7 @@ mod node;
 mod observed;
 mod oracle;
 mod owner;
+pub mod plan;
 mod process;
 mod random;
 mod scenario;

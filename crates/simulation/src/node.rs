@@ -1,18 +1,22 @@
 //! A node: the real sequencer, around it a rank that serves (`steps`), trains and has adapters.
 
+mod kv;
 mod steps;
 
+use crate::plan::{self, Pace, Plan};
 use crate::process::{Action, Activations, Connection, Errand, Input, Message, Process, Purpose, Timer};
 use crate::random::Random;
 use crate::session::Sessions;
 use crate::shelf::Shelf;
 use ashlar_protocol::data::{LinkHello, LinkPurpose};
-use ashlar_protocol::membership::{Assignment, BEAT_INTERVAL_MS, FromNode, Join, ToNode};
+use ashlar_protocol::membership::{Assignment, BEAT_INTERVAL_MS, FromNode, HeldSlice, Join, ToNode};
 use ashlar_protocol::step::StepPlan;
 use ashlar_shard_node::fence::{self, Verdict};
 use ashlar_shard_node::sequencer::{Event, Sequencer, StepWork};
 use ashlar_vocabulary::{AdapterId, Bytes, LeaseTerm, NodeId, ReplicaRevision, SequenceId};
+use kv::Kv;
 use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
 
 /// A node process, and what survives its death on disk.
 pub(crate) struct Node {
@@ -31,6 +35,10 @@ pub(crate) struct Node {
     early: Vec<(Connection, LinkHello)>,
     sequencer: Sequencer,
     sessions: Sessions,
+    /// In a world that somebody has in mind.
+    plan: Option<Arc<Plan>>,
+    /// What it has in memory there.
+    held: Option<HeldSlice>,
 }
 
 struct Place {
@@ -43,13 +51,15 @@ struct Place {
     sampler: Option<Connection>,
     /// On the rank that samples: from those ranks, by slice.
     head_ranks: BTreeMap<u32, Connection>,
-    kv: BTreeMap<(u32, usize), u64>,
+    kv: Kv,
     seeds: BTreeMap<SequenceId, u64>,
     adapters: Shelf,
     /// What the scheduler wants, in order: an adapter is forgotten after every step sent before.
     orders: VecDeque<Order>,
     arrived: VecDeque<Activations>,
     current: Option<Current>,
+    /// How long its steps take, in a world that somebody has in mind.
+    pace: Option<Pace>,
 }
 
 /// What a rank does in the order in which it is told.
@@ -67,6 +77,8 @@ struct Current {
     rows: Option<Vec<u64>>,
     /// Slices of the logits that have come, once their rows have been handed out.
     logits: Option<BTreeMap<u32, Vec<u64>>>,
+    /// What computing them takes, in microseconds.
+    compute_us: u64,
 }
 
 impl Place {
@@ -112,13 +124,21 @@ impl Node {
             early: Vec::new(),
             sequencer: Sequencer::default(),
             sessions: Sessions::new(pass_us),
+            plan: None,
+            held: None,
         }
+    }
+
+    /// A node of a world that somebody has in mind.
+    pub(crate) fn planned(number: usize, plan: Arc<Plan>) -> Node {
+        Node { plan: Some(plan), ..Node::new(number, 0, 0) }
     }
 
     /// What a kill leaves.
     pub(crate) fn killed(&self) -> Node {
         let (fence, head_slices) = (self.fence.clone(), self.head_slices);
-        Node { fence, head_slices, ..Node::new(self.number, self.step_us, self.pass_us) }
+        let plan = self.plan.clone();
+        Node { fence, head_slices, plan, ..Node::new(self.number, self.step_us, self.pass_us) }
     }
 
     /// Slices of logits that it has computed for another rank, over all its lives.
@@ -166,6 +186,7 @@ impl Node {
                 if let Some(place) = self.place.as_mut().filter(|place| place.assignment.revision == revision)
                 {
                     place.loaded = true;
+                    self.held = Some(plan::slice_of(&place.assignment));
                 }
             }
             Input::Timer(Timer::Computed(revision, step)) => {
@@ -290,6 +311,22 @@ impl Node {
     }
 
     fn join(&self) -> Join {
+        if let Some(device) = self.plan.as_ref().and_then(|plan| plan.nodes.get(self.number)) {
+            return Join {
+                node: device.node.clone(),
+                data_address: address(self.number),
+                memory: device.memory,
+                bandwidth_bytes_per_s: device.bandwidth_bytes_per_s,
+                flops_per_s: device.flops_per_s,
+                quantized_flops_per_s: device.quantized_flops_per_s,
+                threads: device.threads,
+                isa: "simulated".into(),
+                layers: device.layers,
+                holds: self.held.clone(),
+                term: self.fence.0,
+                crashed: None,
+            };
+        }
         Join {
             node: NodeId(format!("node-{}", self.number)),
             data_address: address(self.number),
@@ -364,7 +401,14 @@ impl Node {
             actions.push(Action::Connect { to: Process::Node(sampler), purpose });
         }
         let loaded = Timer::Loaded(assignment.revision);
-        actions.push(Action::Wake { after_us: random.between(5_000, 150_000), timer: loaded });
+        let load_us = match &self.plan {
+            Some(plan) => plan::load_us(plan, &assignment, self.held.as_ref()),
+            None => random.between(5_000, 150_000),
+        };
+        actions.push(Action::Wake { after_us: load_us, timer: loaded });
+        // For another slice it gives up what it has.
+        self.held.take_if(|held| *held != plan::slice_of(&assignment));
+        let pace = self.plan.as_ref().map(|plan| Pace::new(plan, &assignment));
         self.place = Some(Place {
             assignment,
             loaded: false,
@@ -373,12 +417,13 @@ impl Node {
             next: None,
             sampler: None,
             head_ranks: BTreeMap::new(),
-            kv: BTreeMap::new(),
+            kv: Kv::default(),
             seeds: BTreeMap::new(),
             adapters: Shelf::default(),
             orders: VecDeque::new(),
             arrived: VecDeque::new(),
             current: None,
+            pace,
         });
     }
 

@@ -13,8 +13,13 @@ pub(crate) fn mix(state: u64, value: u64) -> u64 {
 }
 
 /// What a sequence begins with: the model alone, or with an adapter that comes to this.
-fn beginning(adapter: Option<u64>) -> u64 {
+pub(crate) fn beginning(adapter: Option<u64>) -> u64 {
     adapter.map_or(EMPTY, |digest| mix(EMPTY, digest))
+}
+
+/// What a rank's KV cache holds at a position with this token, after the state before it.
+pub(crate) fn after(state: u64, token: TokenId) -> u64 {
+    mix(state, u64::from(token))
 }
 
 /// What a rank's KV cache holds at each position.

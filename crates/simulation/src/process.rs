@@ -81,6 +81,8 @@ pub(crate) struct Logits {
     pub(crate) revision: ReplicaRevision,
     pub(crate) step: StepId,
     pub(crate) slice: Vec<u64>,
+    /// How many slices there are.
+    pub(crate) of: usize,
 }
 
 /// What a process wakes up for.

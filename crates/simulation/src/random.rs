@@ -22,6 +22,12 @@ impl Random {
         from + self.next() % (to - from).max(1)
     }
 
+    /// A number of an exponential distribution with this mean: the gaps of a Poisson process.
+    pub(crate) fn exponential(&mut self, mean: f64) -> f64 {
+        let unit = (self.next() >> 11) as f64 / (1u64 << 53) as f64;
+        -(1.0 - unit).ln() * mean
+    }
+
     /// True with this probability, in millionths.
     pub(crate) fn chance(&mut self, millionths: u64) -> bool {
         self.next() % 1_000_000 < millionths

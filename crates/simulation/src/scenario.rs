@@ -3,6 +3,7 @@
 use crate::durable::Half;
 use crate::gateway::{DIGEST, Request};
 use crate::owner::Want;
+use crate::plan::Plan;
 use crate::process::Process;
 use crate::random::Random;
 use crate::tuning::Tuning;
@@ -10,6 +11,7 @@ use ashlar_scheduler::cluster::ClusterConfig;
 use ashlar_scheduler::engine::EngineConfig;
 use ashlar_shard_plan::Links;
 use ashlar_vocabulary::{FloatType, LayerVectors, LeaseTerm, ModelShape, Precision, WeightType, WeightTypes};
+use std::sync::Arc;
 
 /// Faults happen before this moment; afterwards the world must heal.
 pub(crate) const FAULTS_END_US: u64 = 12_000_000;
@@ -17,6 +19,9 @@ pub(crate) const FAULTS_END_US: u64 = 12_000_000;
 pub(crate) const PROBES_US: u64 = 30_000_000;
 /// By this moment everything must be over.
 pub(crate) const END_US: u64 = 40_000_000;
+
+/// Tokens that a request may name.
+pub(crate) const VOCAB_SIZE: u32 = 512;
 
 /// Everything that a seed decides beforehand.
 pub(crate) struct Scenario {
@@ -40,6 +45,8 @@ pub(crate) struct Scenario {
     queue_max: usize,
     /// Fine-tuning jobs, in worlds that have some.
     pub(crate) tuning: Option<Tuning>,
+    /// What somebody has in mind, where no seed decides.
+    pub(crate) plan: Option<Arc<Plan>>,
 }
 
 /// Something goes wrong.
@@ -164,6 +171,30 @@ impl Scenario {
             scarce_blocks: random.chance(600_000),
             queue_max: random.between(2, 40) as usize,
             tuning: None,
+            plan: None,
+        }
+    }
+
+    /// Nothing but what somebody has in mind: what a seed decides otherwise is not looked at.
+    pub(crate) fn planned(plan: Arc<Plan>) -> Scenario {
+        Scenario {
+            stages: 0,
+            tensor_parallel_size: 0,
+            replicas: 0,
+            spread_head: None,
+            step_us: Vec::new(),
+            pass_us: Vec::new(),
+            clients: Vec::new(),
+            faults: Vec::new(),
+            hostility: Hostility::default(),
+            max_num_seqs: plan.limits.max_num_seqs,
+            max_num_batched_tokens: plan.limits.max_num_batched_tokens,
+            step_target_ms: plan.limits.step_target_ms,
+            max_context_tokens: plan.limits.max_context_tokens,
+            scarce_blocks: false,
+            queue_max: plan.limits.queue_max,
+            tuning: None,
+            plan: Some(plan),
         }
     }
 
@@ -190,6 +221,9 @@ impl Scenario {
     }
 
     pub(crate) fn cluster(&self, term: LeaseTerm, holder: String) -> ClusterConfig {
+        if let Some(plan) = &self.plan {
+            return plan.cluster(term, holder);
+        }
         ClusterConfig {
             model: "simulated".into(),
             precision: Precision::default(),
@@ -229,8 +263,11 @@ impl Scenario {
     }
 
     pub(crate) fn engine(&self) -> EngineConfig {
+        if let Some(plan) = &self.plan {
+            return plan.engine();
+        }
         EngineConfig {
-            vocab_size: 512,
+            vocab_size: VOCAB_SIZE,
             enable_prefix_caching: true,
             model_digest: DIGEST,
             max_context_tokens: self.max_context_tokens,

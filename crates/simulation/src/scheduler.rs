@@ -33,6 +33,11 @@ pub(crate) struct Scheduler {
     pub(crate) ups: u64,
     pub(crate) downs: u64,
     shell: Option<Shell>,
+    /// Where somebody has a world in mind: everything is looked at with every so many inputs.
+    check_every: Option<u64>,
+    inputs: u64,
+    /// Whether something has reached it since it last sent steps.
+    pub(crate) unplanned: bool,
 }
 
 /// What is between the director and the store.
@@ -68,7 +73,24 @@ impl Scheduler {
         let responses = ResponsesConfig { resume_grace_ms: 2_000, kept_s: 3600, max: 1_000 };
         let director = Director::new(cluster, engine, adapters, config, responses);
         let purposes = BTreeMap::new();
-        Scheduler { director, purposes, beat_due_us: 0, fenced_by: None, ups: 0, downs: 0, shell }
+        Scheduler {
+            director,
+            purposes,
+            beat_due_us: 0,
+            fenced_by: None,
+            ups: 0,
+            downs: 0,
+            shell,
+            check_every: None,
+            inputs: 0,
+            unplanned: false,
+        }
+    }
+
+    /// The same for a world that somebody has in mind: what reaches it together shares a step, as in the service, and it is
+    /// looked at everything only with every so many inputs.
+    pub(crate) fn at_ease(self, check_every: Option<u64>) -> Scheduler {
+        Scheduler { check_every, ..self }
     }
 
     pub(crate) fn handle(
@@ -154,13 +176,42 @@ impl Scheduler {
     /// Gives the director an input, and performs what it wants.
     fn direct(&mut self, now_us: u64, input: DirectorInput, actions: &mut Vec<Action>) -> Result<(), String> {
         let mut outputs = Vec::new();
-        self.director.handle(Millis(now_us / 1000), input, &mut outputs);
+        self.inputs += 1;
+        match self.check_every {
+            None => {
+                self.director.handle(Millis(now_us / 1000), input, &mut outputs);
+                self.check()?;
+            }
+            Some(every) => {
+                self.director.apply(Millis(now_us / 1000), input, &mut outputs);
+                self.unplanned = true;
+                if self.inputs.is_multiple_of(every) {
+                    self.check()?;
+                }
+            }
+        }
+        outputs.into_iter().for_each(|output| self.perform(output, actions));
+        Ok(())
+    }
+
+    /// Sends every step that may be sent, after inputs that were only taken note of.
+    pub(crate) fn send_steps(&mut self, now_us: u64, actions: &mut Vec<Action>) -> Result<(), String> {
+        let mut outputs = Vec::new();
+        self.unplanned = false;
+        self.director.plan(Millis(now_us / 1000), &mut outputs);
+        if self.check_every == Some(1) {
+            self.check()?;
+        }
+        outputs.into_iter().for_each(|output| self.perform(output, actions));
+        Ok(())
+    }
+
+    /// Looks at everything that must hold of the cores.
+    pub(crate) fn check(&self) -> Result<(), String> {
         self.director.engine().check().map_err(|why| format!("the engine is inconsistent: {why}"))?;
         self.director.jobs().check().map_err(|why| format!("the jobs are inconsistent: {why}"))?;
         let responses = self.director.responses();
-        responses.check().map_err(|why| format!("the responses are inconsistent: {why}"))?;
-        outputs.into_iter().for_each(|output| self.perform(output, actions));
-        Ok(())
+        responses.check().map_err(|why| format!("the responses are inconsistent: {why}"))
     }
 
     fn tell_date(&mut self, now_us: u64, actions: &mut Vec<Action>) -> Result<(), String> {

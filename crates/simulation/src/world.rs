@@ -1,12 +1,14 @@
 //! Virtual time, a network, processes, and what happens to them.
 
 mod jobs;
+mod planning;
 
 use crate::durable::{Durable, Outage, Wish};
 use crate::gateway::{Gateway, Outcome};
 use crate::node::Node;
 use crate::observed::{self, Observed, Observer};
 use crate::owner::Owner;
+use crate::plan;
 use crate::process::{Action, Connection, Errand, Input, Message, Process, Purpose, Timer};
 use crate::random::Random;
 use crate::scenario::{END_US, FAULTS_END_US, Fault, Moment, PROBES_US, Scenario};
@@ -17,6 +19,7 @@ use crate::{Report, Violation};
 use ashlar_protocol::membership::{FromNode, ToNode};
 use ashlar_protocol::serving::FromScheduler;
 use ashlar_vocabulary::{JobId, LeaseTerm, ReplicaId};
+use planning::Course;
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
@@ -51,6 +54,8 @@ pub(crate) struct World {
     report: Report,
     trace: Option<VecDeque<String>>,
     observer: Option<Observer>,
+    /// How far a world is that somebody has in mind.
+    course: Course,
 }
 
 enum Happening {
@@ -93,8 +98,12 @@ impl World {
     /// The world of a seed, with jobs or without.
     pub(crate) fn new(seed: u64, with_jobs: bool, traced: bool) -> World {
         let mut random = Random::new(seed);
-        let mut scenario =
-            if with_jobs { Scenario::with_jobs(&mut random) } else { Scenario::new(&mut random) };
+        let scenario = if with_jobs { Scenario::with_jobs(&mut random) } else { Scenario::new(&mut random) };
+        World::of(seed, random, scenario, traced)
+    }
+
+    /// The world of a scenario.
+    fn of(seed: u64, random: Random, mut scenario: Scenario, traced: bool) -> World {
         let times = scenario.step_us.iter().zip(&scenario.pass_us).enumerate();
         let nodes = times.map(|(number, (step_us, pass_us))| Node::new(number, *step_us, *pass_us)).collect();
         let clients = std::mem::take(&mut scenario.clients);
@@ -112,7 +121,7 @@ impl World {
             seed,
             now_us: 0,
             random,
-            scheduler: Scheduler::new(cluster.clone(), scenario.engine(), None),
+            scheduler: Scheduler::new(cluster, scenario.engine(), None),
             scenario,
             queue: BTreeMap::new(),
             numbers: 0,
@@ -121,7 +130,7 @@ impl World {
             nodes,
             gateways,
             term: LeaseTerm(1),
-            end_us: if with_jobs { jobs::JOBS_END_US } else { END_US },
+            end_us: if tuning.is_some() { jobs::JOBS_END_US } else { END_US },
             tuning,
             durable,
             watch: Watch::default(),
@@ -131,8 +140,9 @@ impl World {
             report: Report::default(),
             trace: traced.then(VecDeque::new),
             observer: None,
+            course: Course::default(),
         };
-        world.scheduler = Scheduler::new(cluster, world.scenario.engine(), world.jobs_config());
+        world.scheduler = world.new_scheduler("1".into());
         world
     }
 
@@ -159,13 +169,7 @@ impl World {
     }
 
     fn run_to_the_end(&mut self) -> Result<(), String> {
-        let processes = std::iter::once(Process::Scheduler)
-            .chain((0..self.nodes.len()).map(Process::Node))
-            .chain((0..self.gateways.len()).map(Process::Gateway));
-        for process in processes.collect::<Vec<_>>() {
-            let at = self.random.between(0, 100_000);
-            self.push(at, Happening::Start(process));
-        }
+        self.start_all();
         for (at, fault) in std::mem::take(&mut self.scenario.faults) {
             self.push(at, Happening::Fault(fault));
         }
@@ -179,6 +183,24 @@ impl World {
         }
         self.verify_jobs()?;
         self.verify_end()
+    }
+
+    /// A scheduler whose term has just begun.
+    fn new_scheduler(&self, holder: String) -> Scheduler {
+        let cluster = self.scenario.cluster(self.term, holder);
+        let scheduler = Scheduler::new(cluster, self.scenario.engine(), self.jobs_config());
+        scheduler.at_ease(self.scenario.plan.as_ref().map(|plan| plan.check_every))
+    }
+
+    /// All processes start, at about the same time.
+    fn start_all(&mut self) {
+        let processes = std::iter::once(Process::Scheduler)
+            .chain((0..self.nodes.len()).map(Process::Node))
+            .chain((0..self.gateways.len()).map(Process::Gateway));
+        for process in processes.collect::<Vec<_>>() {
+            let at = self.random.between(0, 100_000);
+            self.push(at, Happening::Start(process));
+        }
     }
 
     fn verify_end(&mut self) -> Result<(), String> {
@@ -320,6 +342,9 @@ impl World {
                     let jobs: Vec<JobId> = jobs.collect();
                     observer.scheduler_acts(&actions, &self.scheduler.director, &jobs);
                 }
+                if let Some(plan) = self.scenario.plan.as_ref().filter(|_| self.scheduler.unplanned) {
+                    self.course.due_us.get_or_insert(self.now_us + plan.times.scheduler_us);
+                }
             }
             Process::Node(number) => {
                 let Some(node) = self.nodes.get_mut(number) else { return Ok(()) };
@@ -389,10 +414,10 @@ impl World {
     fn send(&mut self, from: Process, connection: Connection, message: Message) {
         let hostility = self.scenario.hostility;
         let hostile = self.now_us < FAULTS_END_US;
-        let delay = if self.random.chance(5_000) {
-            self.random.between(1_000, 60_000)
-        } else {
-            self.random.between(50, 600)
+        let delay = match &self.scenario.plan {
+            Some(plan) => plan::delay_us(plan, &message),
+            None if self.random.chance(5_000) => self.random.between(1_000, 60_000),
+            None => self.random.between(50, 600),
         };
         let Some(wire) = self.connections.get_mut(&connection) else { return };
         if !wire.open || wire.blackhole {
@@ -474,8 +499,8 @@ impl World {
                 let fenced = self.scheduler.fenced_by.unwrap_or_default();
                 self.term = LeaseTerm(self.term.max(fenced).0 + 1);
                 let holder = format!("{}", life_number(self.lives.get(&process)));
-                let cluster = self.scenario.cluster(self.term, holder);
-                self.scheduler = Scheduler::new(cluster, self.scenario.engine(), self.jobs_config());
+                self.scheduler = self.new_scheduler(holder);
+                self.course.due_us = None;
                 self.watch.died();
             }
             Process::Node(number) => {
@@ -485,7 +510,7 @@ impl World {
             }
             Process::Gateway(number) => {
                 if let Some(gateway) = self.gateways.get_mut(number) {
-                    *gateway = gateway.killed();
+                    *gateway = gateway.killed(self.now_us);
                 }
             }
         }

@@ -16,9 +16,9 @@ mod peer;
 mod quality;
 pub(crate) mod random;
 mod rows;
-mod serve;
+pub(crate) mod serve;
 pub(crate) mod stats;
-mod table;
+pub(crate) mod table;
 
 use anyhow::{Result, bail};
 use ashlar_kernels::Isa;

@@ -1,11 +1,12 @@
 //! `ashlar bench serve`: a running service under load, seen from outside.
 //!
 //! Layout: [`workload`] (what is asked and when, from a seed), [`trace`] (recorded arrivals), [`load`] (open and closed
-//! loops), [`client`] (one request and when its parts arrived), [`stages`] (the service's own counters), [`report`].
+//! loops), [`arrivals`] (a load without its content), [`client`] (one request and when its parts arrived), [`stages`] (the service's own counters), [`report`].
 //!
 //! A time is taken when a chunk's bytes arrive, before they are parsed; requests are generated before they are due, and
 //! the client's own delay is reported beside the latencies.
 
+pub(crate) mod arrivals;
 mod client;
 mod load;
 mod report;
@@ -27,7 +28,8 @@ use serde_json::Value;
 use stages::Snapshot;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
-use workload::{Caps, Length, Pace, Source, Workload};
+pub(crate) use workload::Length;
+use workload::{Caps, Pace, Source, Workload};
 
 /// Arguments of `ashlar bench serve`.
 #[derive(Debug, Clone, Args)]
@@ -73,7 +75,7 @@ pub(crate) struct ServeArgs {
     /// How many different shared prefixes there are.
     #[arg(long, value_name = "COUNT", default_value_t = 1)]
     prefix_groups: usize,
-    /// Recorded lengths and times: Azure's CSV or Mooncake's JSON lines.
+    /// Recorded lengths and times: JSON lines of `at_s`, `prompt_tokens` and `output_tokens`, Azure's CSV or Mooncake's JSON lines.
     #[arg(long, value_name = "FILE")]
     trace: Option<PathBuf>,
     /// Replay the trace so many times faster.

@@ -1,4 +1,4 @@
-//! Recorded arrivals: Azure's CSV and Mooncake's JSON lines.
+//! Recorded arrivals: JSON lines of our own, Azure's CSV and Mooncake's JSON lines.
 
 use anyhow::{Context, Result, bail};
 use serde::Deserialize;
@@ -26,9 +26,16 @@ pub(super) fn read(path: &Path, limit: usize) -> Result<Vec<TraceEntry>> {
     parse(&text, limit).with_context(|| path.display().to_string())
 }
 
-/// Parses either format, told apart by the first character.
+/// Parses a format, told apart by the first line.
 fn parse(text: &str, limit: usize) -> Result<Vec<TraceEntry>> {
     let mut entries = match text.trim_start().starts_with('{') {
+        true if text
+            .lines()
+            .find(|line| !line.trim().is_empty())
+            .is_some_and(|line| line.contains("\"at_s\"")) =>
+        {
+            parse_lines(text, 0, limit, ours)?
+        }
         true => parse_lines(text, 0, limit, mooncake)?,
         false => {
             let header = text.lines().next().unwrap_or_default();
@@ -57,6 +64,31 @@ fn parse_lines(
         .take(limit)
         .map(|(index, line)| entry(line.trim()).with_context(|| format!("line {}", index + 1)))
         .collect()
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct OurLine {
+    /// Seconds.
+    at_s: f64,
+    prompt_tokens: usize,
+    output_tokens: usize,
+}
+
+fn ours(line: &str) -> Result<TraceEntry> {
+    let line: OurLine = serde_json::from_str(line)?;
+    if !line.at_s.is_finite() || line.at_s < 0.0 {
+        bail!("at_s is {}: it counts seconds from 0", line.at_s);
+    }
+    if line.prompt_tokens == 0 || line.output_tokens == 0 {
+        bail!("a request has at least one token of each: prompt_tokens and output_tokens");
+    }
+    Ok(TraceEntry {
+        at_s: line.at_s,
+        input_tokens: line.prompt_tokens,
+        output_tokens: line.output_tokens,
+        blocks: Vec::new(),
+    })
 }
 
 #[derive(Debug, Deserialize)]
@@ -125,6 +157,25 @@ mod tests {
         assert_eq!((entries[0].at_s, entries[0].input_tokens, entries[0].output_tokens), (0.0, 374, 44));
         assert_eq!(entries[1].at_s, 1.75);
         assert_eq!((entries[2].at_s, entries[2].output_tokens), (86_400.5, 1));
+    }
+
+    #[test]
+    fn lines_of_our_own_are_read_and_bad_ones_named() {
+        let line = |at_s: &str, prompt: &str| {
+            format!("{{\"at_s\": {at_s}, \"prompt_tokens\": {prompt}, \"output_tokens\": 120}}\n")
+        };
+        let entries = parse(&(line("0.5", "300") + "\n" + &line("2", "7")), 9).unwrap();
+        assert_eq!((entries[0].at_s, entries[0].input_tokens, entries[0].output_tokens), (0.0, 300, 120));
+        assert_eq!((entries.len(), entries[1].at_s), (2, 1.5));
+        for (bad, why) in [
+            (line("-1", "3"), "at_s"),
+            (line("1", "0"), "at least one"),
+            ("{\"at_s\": 1}\n".to_owned(), "prompt_tokens"),
+            (line("1", "3").replace("output", "generated"), "generated_tokens"),
+        ] {
+            let error = format!("{:#}", parse(&(line("0", "1") + &bad), 9).unwrap_err());
+            assert!(error.contains("line 2") && error.contains(why), "{error}");
+        }
     }
 
     #[test]

@@ -8,7 +8,7 @@ use std::str::FromStr;
 
 /// A number of tokens: fixed, or uniform in a range.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Length {
+pub(crate) struct Length {
     low: usize,
     high: usize,
 }
