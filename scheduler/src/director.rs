@@ -7,8 +7,8 @@ use crate::engine::{self, Engine, EngineConfig, GatewayId, ReplicaUp};
 use crate::jobs::{self, Jobs, JobsConfig};
 use crate::responses::{self, Responses, ResponsesConfig};
 use crate::time::Millis;
-use ashlar_protocol::admin::{AdminFailure, AdminFailureKind, AdminReply, AdminRequest};
-use ashlar_protocol::membership::{FromNode, ToNode};
+use ashlar_protocol::admin::{AdminFailure, AdminFailureKind, AdminReply, AdminRequest, DrainNode};
+use ashlar_protocol::membership::{Assignment, FromNode, ToNode};
 use ashlar_protocol::responses::ResponseRecord;
 use ashlar_protocol::serving::{ClusterSnapshot, FromScheduler, ToScheduler};
 use ashlar_protocol::training::TrainingReport;
@@ -179,7 +179,7 @@ impl Director {
                 self.response_event(now, responses::Event::GatewayUp(gateway));
             }
             Input::Gateway(gateway, ToScheduler::Admin { call, request }) => {
-                self.admin(now, gateway, call, request);
+                self.admin(now, gateway, call, request, outputs);
             }
             Input::Gateway(gateway, ToScheduler::Prepared { job, outcome }) => {
                 self.job_event(now, jobs::Event::Prepared { gateway, job, outcome });
@@ -214,6 +214,11 @@ impl Director {
                 self.engine_event(now, engine::Event::Tick);
                 let slowest_step_ms = self.engine.slowest_step_ms();
                 self.cluster_event(now, cluster::Event::Tick { slowest_step_ms });
+                for replica in self.cluster.draining() {
+                    if !self.engine.has_work(replica) {
+                        self.cluster_event(now, cluster::Event::Drained { replica });
+                    }
+                }
                 self.adapter_event(now, adapters::Event::Tick);
                 self.response_event(now, responses::Event::Tick);
             }
@@ -263,13 +268,43 @@ impl Director {
         &self.jobs
     }
 
-    fn admin(&mut self, now: Millis, gateway: GatewayId, call: u64, request: Box<AdminRequest>) {
+    fn admin(
+        &mut self,
+        now: Millis,
+        gateway: GatewayId,
+        call: u64,
+        request: Box<AdminRequest>,
+        outputs: &mut Vec<Output>,
+    ) {
         match *request {
+            AdminRequest::DrainNode(wish) => {
+                let reply = self.drain_node(wish, outputs).unwrap_or_else(AdminReply::Refused);
+                let reply = FromScheduler::Admin { call, reply: Box::new(reply) };
+                outputs.push(Output::ToGateway(gateway, Box::new(reply)));
+            }
             AdminRequest::Response(wish) => {
                 self.response_event(now, responses::Event::Call { gateway, call, wish });
             }
             _ => self.admin_of_training(now, gateway, call, request),
         }
+    }
+
+    /// Passes an operator's wish on to a node, which then [says](FromNode::Leaving) that it leaves.
+    fn drain_node(&self, wish: DrainNode, outputs: &mut Vec<Output>) -> Result<AdminReply, AdminFailure> {
+        let refused = |kind, message| AdminFailure { kind, message };
+        let DrainNode { node, drain, force } = wish;
+        let unknown = || {
+            let message = format!("no node {node} has joined: GET /admin/cluster lists those that have");
+            refused(AdminFailureKind::NotFound, message)
+        };
+        let connection = self.cluster.connection_of(&node).ok_or_else(unknown)?;
+        if drain && !force {
+            let needed = |why| refused(AdminFailureKind::Conflict, format!("node {node} is needed: {why}"));
+            self.cluster.could_spare(&node).map_err(needed)?;
+        }
+        let order = Box::new(ToNode::Drain(drain));
+        outputs.push(Output::ToNodes(vec![connection], order));
+        Ok(AdminReply::Done)
     }
 
     /// Files, jobs and adapters.
@@ -323,6 +358,8 @@ impl Director {
                 self.job_event(now, jobs::Event::Report { connection, session, report });
                 Event::Heard { connection, spent }
             }
+            FromNode::Leaving(leaving) => Event::Leaving { connection, leaving },
+            FromNode::Prepared { revision, outcome } => Event::Prepared { connection, revision, outcome },
             FromNode::Beat => Event::Heard { connection, spent: Spent::Nothing },
             FromNode::StepResult(result) => {
                 let spent = Spent::Serving(result.timing);
@@ -472,6 +509,15 @@ impl Director {
                         let release = ToNode::Release { revision };
                         outputs.push(Output::ToNodes(vec![connection], Box::new(release)));
                     }
+                    cluster::Effect::Prepare { connection, order } => {
+                        self.prepare(now, connection, order, outputs);
+                    }
+                    cluster::Effect::Dismiss { connection } => {
+                        outputs.push(Output::ToNodes(vec![connection], Box::new(ToNode::Dismissed)));
+                    }
+                    cluster::Effect::ReplicaDrains { replica, drains } => {
+                        self.engine_event(now, engine::Event::ReplicaDrains { replica, drains });
+                    }
                     cluster::Effect::Disconnect { connection, reason } => {
                         outputs.push(Output::CloseNode(connection, reason));
                     }
@@ -503,6 +549,27 @@ impl Director {
                 }
             }
         }
+    }
+
+    /// Has a slice prepared where there is room for it beside everything else that is reserved there.
+    fn prepare(
+        &mut self,
+        now: Millis,
+        connection: NodeConnection,
+        order: Option<(Box<Assignment>, Bytes)>,
+        outputs: &mut Vec<Output>,
+    ) {
+        if let Some((assignment, weights)) = &order {
+            let adapters = self.cluster.place_of(connection).map(|(replica, _)| self.adapters.held(replica));
+            let taken = self.jobs.reserved_on(connection) + adapters.unwrap_or(Bytes(0)) + *weights;
+            if taken > self.cluster.room_of(connection) {
+                let revision = assignment.revision;
+                let event = cluster::Event::Prepared { connection, revision, outcome: Ok(()) };
+                return self.cluster_event(now, event);
+            }
+        }
+        let order = ToNode::Prepare(order.map(|(assignment, _)| assignment));
+        outputs.push(Output::ToNodes(vec![connection], Box::new(order)));
     }
 
     /// Numbers what a job wants, and remembers it until it is answered.

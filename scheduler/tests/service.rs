@@ -172,6 +172,7 @@ async fn join(name: &str, address: SocketAddr, term: u64) -> Result<TcpStream, f
         holds: None,
         term: LeaseTerm(term),
         crashed: None,
+        leaving: false,
     };
     frame::write(&mut socket, &FromNode::Join(Box::new(join))).await?;
     Ok(socket)

@@ -114,6 +114,7 @@ fn node(address: SocketAddr) -> AbortOnDrop {
             holds: None,
             term: LeaseTerm(0),
             crashed: None,
+            leaving: false,
         };
         frame::write(&mut socket, &FromNode::Join(Box::new(join))).await.unwrap();
         let (mut read, mut write) = socket.into_split();

@@ -2,27 +2,24 @@
 
 use crate::adapters::{AdapterLoad, Adapters};
 use crate::beat::Beat;
-use crate::config::{CacheConfig, NodeConfig};
-use crate::copies::{Copies, Wanted};
+use crate::config::NodeConfig;
 use crate::fence::Fence;
 use crate::head::{HeadService, Wake};
 use crate::links::{Inbound, LinkBreaker, LinkSettings, Links, PendingLinks, Waiting};
 use crate::sampling::Samplers;
 use crate::sequencer::{Effect, Event, Row, Sequencer, StepWork};
+use crate::slices::Slices;
 use crate::spans::Spans;
 use crate::training::{self, Sessions};
-use ashlar_grammar::GrammarCompiler;
 use ashlar_identity::Transport;
 use ashlar_kernels::{Kernels, RowContext};
 use ashlar_model::adapter::AdaptedRows;
 use ashlar_model::stage::LOGIT_ROWS_MAX;
-use ashlar_model::{KvCache, RankSlice, StageInput, StageModel, Workspace, digest, hub};
+use ashlar_model::{KvCache, StageInput, StageModel, Workspace};
 use ashlar_protocol::membership::{Assignment, FromNode, HeldSlice};
 use ashlar_protocol::step::{PromptLogprobs, StepPlan, StepResult, StepTiming};
-use ashlar_tokenizer::Tokenizer;
-use ashlar_vocabulary::{AdapterId, Bytes, ModelDigest, ReplicaRevision, SequenceId, TokenId};
+use ashlar_vocabulary::{AdapterId, Bytes, ReplicaRevision, SequenceId, TokenId};
 use std::collections::BTreeSet;
-use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -37,6 +34,10 @@ pub enum Command {
     Assign(Box<Assignment>),
     /// Give the place up; also sent when the scheduler is lost.
     Release,
+    /// Bring this place's slice into memory beside the one that serves, or let it be.
+    Prepare(Option<Box<Assignment>>),
+    /// A preparation may have ended.
+    Prepared,
     /// Execute a step.
     Step(Box<StepPlan>),
     /// Load this rank's share of an adapter, beside the steps.
@@ -78,17 +79,9 @@ impl Shared {
         self.held.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    fn set(&self, held: Option<HeldSlice>) {
+    pub(crate) fn set(&self, held: Option<HeldSlice>) {
         *self.held.lock().unwrap_or_else(PoisonError::into_inner) = held;
     }
-}
-
-/// Weights in memory, kept from one layout to the next if they stay the same.
-struct Loaded {
-    digest: ModelDigest,
-    directory: PathBuf,
-    model: Arc<StageModel>,
-    compiler: Option<GrammarCompiler>,
 }
 
 /// A place in a replica, with everything to work there.
@@ -122,15 +115,13 @@ pub struct Executor {
     head_rows_queued: Arc<AtomicBool>,
     breaker: LinkBreaker,
     transport: Transport,
-    shared: Shared,
     fence: Fence,
     waiting: Waiting,
     sequencer: Sequencer,
-    copies: Copies,
+    slices: Slices,
     /// Fine-tuning beside the steps: told of the place, and ended before weights are replaced.
     sessions: Sessions,
     adapters: Adapters,
-    loaded: Option<Loaded>,
     place: Option<Place>,
 }
 
@@ -149,7 +140,7 @@ impl Executor {
     ) -> Executor {
         Executor {
             adapters: Adapters::new(config.blobs.clone(), kernels.isa(), commands.clone()),
-            copies: Copies::new(config.cache.as_ref().and_then(CacheConfig::place)),
+            slices: Slices::new(config.clone(), kernels.clone(), out.clone(), commands.clone(), shared),
             config,
             kernels,
             beat: Beat::new(out.clone()),
@@ -158,12 +149,10 @@ impl Executor {
             head_rows_queued: Arc::default(),
             breaker,
             transport,
-            shared,
             fence,
             waiting: Waiting::default(),
             sequencer: Sequencer::default(),
             sessions,
-            loaded: None,
             place: None,
         }
     }
@@ -176,9 +165,10 @@ impl Executor {
                 Ok(Command::Release) => {
                     self.sessions.end_all("the layout was given up");
                     self.place = None;
-                    self.place = None;
                     self.adapters.clear();
+                    self.slices.withdraw();
                 }
+                Ok(Command::Prepare(assignment)) => self.slices.prepare(assignment),
                 Ok(Command::Step(plan)) => self.step(*plan),
                 Ok(Command::LoadAdapter { revision, adapter, load }) => {
                     self.load_adapter(revision, adapter, load);
@@ -186,13 +176,15 @@ impl Executor {
                 Ok(Command::AdapterLoaded(load)) => self.adapter_loaded(load),
                 Ok(Command::UnloadAdapter(adapter)) => self.adapters.unload(adapter),
                 Ok(Command::Link(inbound)) => self.waiting.keep(inbound),
-                // Served below, as rows that came during a step are.
+                // Seen to below.
+                Ok(Command::Prepared) => {}
                 Ok(Command::HeadRows) => self.head_rows_queued.store(false, Ordering::Release),
                 Err(RecvTimeoutError::Timeout) => {}
                 Ok(Command::Shutdown) | Err(RecvTimeoutError::Disconnected) => return,
             }
             // A beat cannot fail: its queue being full means that others speak.
             let _ = self.beat.tick();
+            self.slices.look();
             self.finish_links();
             self.serve_head();
         }
@@ -225,7 +217,7 @@ impl Executor {
 
     fn load_adapter(&mut self, revision: ReplicaRevision, adapter: AdapterId, load: u64) {
         let current = self.place.as_ref().is_some_and(|place| place.assignment.revision == revision);
-        let Some(loaded) = self.loaded.as_ref().filter(|_| current) else { return };
+        let Some(loaded) = self.slices.serving().filter(|_| current) else { return };
         if let Err(refusal) = self.adapters.begin(revision, adapter, load, loaded.model.clone()) {
             self.send(FromNode::AdapterLoaded { revision, adapter, load, outcome: Err(refusal) });
         }
@@ -235,7 +227,7 @@ impl Executor {
     fn adapter_loaded(&mut self, ended: AdapterLoad) {
         let (revision, adapter, load) = (ended.revision, ended.adapter, ended.load);
         let Some(outcome) = self.adapters.finish(ended) else { return };
-        let (Some(place), Some(loaded)) = (&mut self.place, &self.loaded) else { return };
+        let (Some(place), Some(loaded)) = (&mut self.place, self.slices.serving()) else { return };
         let outcome = outcome.map(|share| {
             let rows = place.assignment.max_num_batched_tokens as usize;
             let before = place.work.bytes();
@@ -269,7 +261,7 @@ impl Executor {
             max_rows: assignment.max_num_batched_tokens,
         };
         self.sequencer.handle(event, &mut effects);
-        if let Err(message) = self.load(&assignment) {
+        if let Err(message) = self.slices.load(&assignment, &beat) {
             return self.fail_with(revision, message, true);
         }
         match self.take_place(assignment) {
@@ -279,7 +271,7 @@ impl Executor {
     }
 
     fn take_place(&mut self, assignment: Assignment) -> Result<Place, String> {
-        let loaded = self.loaded.as_ref().ok_or("no weights")?;
+        let loaded = self.slices.serving().ok_or("no weights")?;
         let ranks = assignment.tensor_parallel_size as usize;
         let settings = LinkSettings {
             faults: self.config.link_faults,
@@ -302,80 +294,6 @@ impl Executor {
             links: PlaceLinks::Pending(Box::new(links), Instant::now()),
             assignment,
         })
-    }
-
-    /// Brings the assignment's slice into memory unless it is there.
-    fn load(&mut self, assignment: &Assignment) -> Result<(), String> {
-        let slice = RankSlice {
-            layers: assignment.layers,
-            first: assignment.stage.0 == 0,
-            last: assignment.stage.0 + 1 == assignment.num_stages,
-            tensor_rank: assignment.tensor_rank.0 as usize,
-            tensor_parallel_size: assignment.tensor_parallel_size as usize,
-            head: assignment.head,
-        };
-        if assignment.sampler.is_some() != (slice.head.is_some() && !slice.last) {
-            return Err("the rank that samples is named where no slice of the head is, or the reverse".into());
-        }
-        if let Some(loaded) = &self.loaded
-            && loaded.digest == assignment.model_digest
-            && *loaded.model.slice() == slice
-        {
-            return Ok(());
-        }
-        self.copies.stop();
-        self.loaded = None;
-        self.shared.set(None);
-        let name = self.config.model.as_deref().unwrap_or(&assignment.model);
-        let directory = hub::resolve(name, &mut |file| info!("fetching {file} of {name}"))
-            .map_err(|error| error.to_string())?;
-        let digest =
-            digest::model_digest(&directory, assignment.precision).map_err(|error| error.to_string())?;
-        if digest != assignment.model_digest {
-            return Err(format!(
-                "{} has digest {digest}, the cluster serves {}: give every node the same model",
-                directory.display(),
-                assignment.model_digest
-            ));
-        }
-        let (revision, out, beat) = (assignment.revision, self.out.clone(), self.beat.clone());
-        let mut last_report: Option<Instant> = None;
-        let started = Instant::now();
-        let mut progress = |loaded, total| {
-            let _ = beat.tick();
-            let due = last_report.is_none_or(|at| at.elapsed() > Duration::from_millis(200));
-            if due || loaded == total {
-                last_report = Some(Instant::now());
-                let _ = out.blocking_send(FromNode::Loading { revision, loaded, total });
-            }
-        };
-        let precision = assignment.precision;
-        let wanted = Wanted { directory: &directory, precision, slice: slice.clone() };
-        let model =
-            self.copies.load(wanted, &self.kernels, &mut progress).map_err(|error| error.to_string())?;
-        let samples = slice.last && slice.tensor_rank == 0;
-        let compiler = if samples { self.compiler(&directory, &model) } else { None };
-        info!(
-            layers = %slice.layers, rank = slice.tensor_rank, weights = %model.bytes(),
-            "loaded in {:.1} s", started.elapsed().as_secs_f32()
-        );
-        self.shared.set(Some(HeldSlice {
-            model_digest: digest,
-            layers: slice.layers,
-            tensor_rank: assignment.tensor_rank,
-            tensor_parallel_size: assignment.tensor_parallel_size,
-            head: assignment.head,
-        }));
-        self.loaded = Some(Loaded { digest, directory, model, compiler });
-        Ok(())
-    }
-
-    fn compiler(&self, directory: &std::path::Path, model: &StageModel) -> Option<GrammarCompiler> {
-        let tokenizer =
-            Tokenizer::open(directory).map_err(|error| warn!("grammars are unavailable: {error}")).ok()?;
-        GrammarCompiler::new(&tokenizer, model.config().shape.vocab_size)
-            .map_err(|error| warn!("grammars are unavailable: {error}"))
-            .ok()
     }
 
     fn finish_links(&mut self) {
@@ -409,9 +327,9 @@ impl Executor {
                 }
                 let of_links = links.bytes();
                 place.links = PlaceLinks::Up(Box::new(links));
-                let weights = self.loaded.as_ref().map_or(Bytes(0), |loaded| loaded.model.bytes());
+                let weights = self.slices.serving().map_or(Bytes(0), |loaded| loaded.model.bytes());
                 let reserved = weights + place.cache.bytes() + place.work.bytes() + of_links;
-                if let Some(loaded) = &self.loaded {
+                if let Some(loaded) = self.slices.serving() {
                     let assignment = &place.assignment;
                     self.sessions.enter(training::Place {
                         term: assignment.term,
@@ -432,7 +350,7 @@ impl Executor {
 
     /// Computes this rank's slice of the head for rows that have arrived.
     fn serve_head(&mut self) {
-        let (Some(place), Some(loaded)) = (&mut self.place, &self.loaded) else { return };
+        let (Some(place), Some(loaded)) = (&mut self.place, self.slices.serving()) else { return };
         let PlaceLinks::Up(links) = &mut place.links else { return };
         let Some(service) = &mut links.head_service else { return };
         let _on_core = self.kernels.pool().pin_caller();
@@ -484,7 +402,7 @@ impl Executor {
 
     fn compute(&mut self, work: &StepWork) -> Result<FromNode, String> {
         let place = self.place.as_mut().ok_or("no assignment")?;
-        let loaded = self.loaded.as_ref().ok_or("no weights")?;
+        let loaded = self.slices.serving().ok_or("no weights")?;
         let PlaceLinks::Up(links) = &mut place.links else { return Err("links are not up".into()) };
         let Links { previous, next, group, head_service, head_ranks } = &mut **links;
         let (model, beat) = (&loaded.model, &self.beat);

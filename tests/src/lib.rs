@@ -11,6 +11,7 @@ pub mod cluster;
 pub mod http;
 pub mod processes;
 pub mod shared;
+pub mod streams;
 pub mod tuning;
 pub mod wait;
 

@@ -4,7 +4,10 @@
 #[path = "../../crates/store/tests/conformance/redis_server.rs"]
 mod redis_server;
 
-use ashlar_tests::{Cluster, Event, EventStream, eventually, processes, until};
+use ashlar_tests::streams::{
+    COMPLETIONS, assert_no_panic, begun, choices_of, disturb, long, running_stream, undisturbed,
+};
+use ashlar_tests::{Cluster, Event, eventually, processes, until};
 use redis_server::RedisServer;
 use serde_json::{Value, json};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -15,20 +18,11 @@ use std::time::{Duration, Instant};
 const PAUSE_LIMIT: Duration = Duration::from_secs(5);
 /// From a failure until the cluster is as it was; the machine may be busy.
 const RECOVERY_LIMIT: Duration = Duration::from_secs(20);
-const COMPLETIONS: &str = "/v1/completions";
 
 /// These tests measure time: one after the other.
 fn alone() -> MutexGuard<'static, ()> {
     static ALONE: Mutex<()> = Mutex::new(());
     ALONE.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// Long enough to be running when something happens. With what there is to go wrong: sampling, penalties, log-probabilities.
-fn long(stream: bool) -> Value {
-    json!({
-        "prompt": "Write", "temperature": 1, "seed": 7, "n": 8, "max_tokens": 480, "ignore_eos": true, "stream": stream,
-        "logprobs": 2, "presence_penalty": 0.5, "repetition_penalty": 1.1,
-    })
 }
 
 fn short() -> Value {
@@ -55,99 +49,6 @@ fn ask_until_answered(cluster: &Cluster) -> String {
         (answer.status == 200).then(|| ask(cluster))
     });
     answered.unwrap_or_else(|| panic!("no answer within {RECOVERY_LIMIT:?}:\n{}", cluster.said()))
-}
-
-/// A choice as its client has it.
-#[derive(Debug, Default, Clone, PartialEq)]
-struct Choice {
-    text: String,
-    tokens: Vec<Value>,
-    logprobs: Vec<Value>,
-    finish_reason: Value,
-}
-
-impl Choice {
-    fn extend(&mut self, part: &Value) {
-        self.text.push_str(part["text"].as_str().unwrap_or_default());
-        let list = |field: &str| part["logprobs"][field].as_array().cloned().unwrap_or_default();
-        self.tokens.extend(list("tokens"));
-        self.logprobs.extend(list("token_logprobs"));
-        if !part["finish_reason"].is_null() {
-            self.finish_reason = part["finish_reason"].clone();
-        }
-    }
-}
-
-/// The long request undisturbed.
-fn undisturbed(cluster: &Cluster) -> Vec<Choice> {
-    let answer = cluster.post(COMPLETIONS, &long(false)).ok();
-    let whole = |part: &Value| {
-        let mut choice = Choice::default();
-        choice.extend(part);
-        choice
-    };
-    let choices: Vec<Choice> = answer["choices"].as_array().expect("choices").iter().map(whole).collect();
-    assert!(choices.iter().all(|choice| choice.tokens.len() == 480), "{choices:?}");
-    choices
-}
-
-/// A stream that has begun.
-fn running_stream(cluster: &Cluster) -> EventStream {
-    let (stream, _) = begun(cluster);
-    stream
-}
-
-/// A stream that has begun, and what has come of it.
-fn begun(cluster: &Cluster) -> (EventStream, Vec<Event>) {
-    let mut stream = cluster.stream(COMPLETIONS, &long(true));
-    let events: Vec<Event> = (0..64).map(|_| stream.next_event()).collect();
-    assert!(events.iter().all(|event| matches!(event, Event::Data(_))), "{events:?}");
-    (stream, events)
-}
-
-/// What a stream's events come to.
-#[track_caller]
-fn choices_of(events: &[Event]) -> Vec<Choice> {
-    let mut choices = vec![Choice::default(); 8];
-    for event in events {
-        let Event::Data(data) = event else { continue };
-        let data: Value = serde_json::from_str(data).expect("JSON");
-        assert!(data["error"].is_null(), "{data}");
-        for part in data["choices"].as_array().into_iter().flatten() {
-            choices[part["index"].as_u64().expect("an index") as usize].extend(part);
-        }
-    }
-    assert_eq!(events.last(), Some(&Event::Done));
-    choices
-}
-
-/// Has something happen to a running stream: it must be what it is undisturbed. Gives its longest pause from then on.
-#[track_caller]
-fn disturb(cluster: &Cluster, expected: &[Choice], disturbance: impl FnOnce()) -> Duration {
-    let (mut stream, mut events) = begun(cluster);
-    disturbance();
-    let mut longest = Duration::ZERO;
-    loop {
-        let waited = Instant::now();
-        let event = stream.next_event();
-        longest = longest.max(waited.elapsed());
-        let over = !matches!(event, Event::Data(_));
-        events.push(event);
-        if over {
-            break;
-        }
-    }
-    let choices = choices_of(&events);
-    for (index, (choice, expected)) in choices.iter().zip(expected).enumerate() {
-        assert_eq!(choice, expected, "choice {index}\n{}", cluster.said());
-    }
-    longest
-}
-
-#[track_caller]
-fn assert_no_panic(cluster: &Cluster) {
-    let said = cluster.said();
-    assert!(!said.contains("panicked at"), "{said}");
 }
 
 #[test]

@@ -327,6 +327,8 @@ pub struct NodeView {
     pub layers: LayerRange,
     /// Share of weights loaded, 0…1.
     pub loaded: f32,
+    /// Whether it leaves: it is to hold nothing any more.
+    pub leaving: bool,
     /// Memory reserved for serving: weights, KV cache, workspaces.
     pub reserved: Bytes,
     /// Memory that adapters in memory take; of a replica's ranks that of the fullest.

@@ -39,7 +39,16 @@ pub(crate) struct Node {
     plan: Option<Arc<Plan>>,
     /// What it has in memory there.
     held: Option<HeldSlice>,
+    /// What it has prepared for a place to come, or is preparing, and whether it is there.
+    prepared: Option<(Box<Assignment>, bool)>,
+    /// Whether it was asked to end, and for how long it will be gone.
+    ending_us: Option<u64>,
+    /// Whether an operator wants it empty.
+    drained: bool,
 }
+
+/// How long a node that was asked to end waits until others have its place.
+const GRACE_US: u64 = 1_500_000;
 
 struct Place {
     assignment: Assignment,
@@ -126,6 +135,9 @@ impl Node {
             sessions: Sessions::new(pass_us),
             plan: None,
             held: None,
+            prepared: None,
+            ending_us: None,
+            drained: false,
         }
     }
 
@@ -187,6 +199,26 @@ impl Node {
                 {
                     place.loaded = true;
                     self.held = Some(plan::slice_of(&place.assignment));
+                }
+            }
+            Input::Timer(Timer::Asked(for_us)) => {
+                self.ending_us = Some(for_us);
+                match self.control {
+                    Some(_) => self.tell(FromNode::Leaving(true), actions),
+                    None => actions.push(Action::Exit { for_us }),
+                }
+                actions.push(Action::Wake { after_us: GRACE_US, timer: Timer::Impatient });
+            }
+            Input::Timer(Timer::Impatient) => self.end(actions),
+            Input::Timer(Timer::Sliced(revision)) => {
+                let prepared = self.prepared.as_mut().filter(|(order, _)| order.revision == revision);
+                if let Some((_, there)) = prepared {
+                    *there = true;
+                    let outcome = match random.chance(50_000) {
+                        true => Err("the disk cannot be read".to_owned()),
+                        false => Ok(()),
+                    };
+                    self.tell(FromNode::Prepared { revision, outcome }, actions);
                 }
             }
             Input::Timer(Timer::Computed(revision, step)) => {
@@ -269,6 +301,8 @@ impl Node {
             Input::Closed(connection) if self.control == Some(connection) => {
                 self.control = None;
                 self.leave_place(actions);
+                self.prepared = None;
+                self.end(actions);
                 self.try_again(random, actions);
             }
             Input::Closed(connection) => {
@@ -325,6 +359,7 @@ impl Node {
                 holds: self.held.clone(),
                 term: self.fence.0,
                 crashed: None,
+                leaving: self.is_leaving(),
             };
         }
         Join {
@@ -340,6 +375,7 @@ impl Node {
             holds: None,
             term: self.fence.0,
             crashed: None,
+            leaving: self.is_leaving(),
         }
     }
 
@@ -370,9 +406,35 @@ impl Node {
                 self.sessions.open(*open, place.map(|place| &place.assignment), actions)?;
             }
             ToNode::Training { session, work } => self.sessions.work(session, work, actions)?,
+            ToNode::Prepare(order) => {
+                self.prepared = order.map(|order| (order, false));
+                if let Some((order, _)) = &self.prepared {
+                    let after_us = match &self.plan {
+                        Some(plan) => plan::load_us(plan, order, self.held.as_ref()),
+                        None => random.between(5_000, 300_000),
+                    };
+                    actions.push(Action::Wake { after_us, timer: Timer::Sliced(order.revision) });
+                }
+            }
+            ToNode::Drain(drained) => {
+                self.drained = drained;
+                self.tell(FromNode::Leaving(self.is_leaving()), actions);
+            }
+            ToNode::Dismissed => self.end(actions),
             ToNode::Closing(_) | ToNode::Rejected(_) => {}
         }
         Ok(())
+    }
+
+    fn is_leaving(&self) -> bool {
+        self.drained || self.ending_us.is_some()
+    }
+
+    /// Ends, if it was asked to.
+    fn end(&mut self, actions: &mut Vec<Action>) {
+        if let Some(for_us) = self.ending_us {
+            actions.push(Action::Exit { for_us });
+        }
     }
 
     fn assign(&mut self, assignment: Assignment, random: &mut Random, actions: &mut Vec<Action>) {
@@ -401,7 +463,10 @@ impl Node {
             actions.push(Action::Connect { to: Process::Node(sampler), purpose });
         }
         let loaded = Timer::Loaded(assignment.revision);
+        let is_it = |order: &Assignment| plan::slice_of(order) == plan::slice_of(&assignment);
+        let prepared = self.prepared.take().is_some_and(|(order, there)| there && is_it(&order));
         let load_us = match &self.plan {
+            _ if prepared => 1_000,
             Some(plan) => plan::load_us(plan, &assignment, self.held.as_ref()),
             None => random.between(5_000, 150_000),
         };

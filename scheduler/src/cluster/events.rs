@@ -127,6 +127,27 @@ pub enum Event {
         /// The term it has heard of.
         term: LeaseTerm,
     },
+    /// A node is to hold nothing any more, or that is over.
+    Leaving {
+        /// Which node.
+        connection: NodeConnection,
+        /// Whether.
+        leaving: bool,
+    },
+    /// A node has prepared what it was told to, or could not.
+    Prepared {
+        /// Which node.
+        connection: NodeConnection,
+        /// The revision of the order.
+        revision: ReplicaRevision,
+        /// Why not.
+        outcome: Result<(), String>,
+    },
+    /// A replica that [drains](Effect::ReplicaDrains) has nothing left to do.
+    Drained {
+        /// Which.
+        replica: ReplicaId,
+    },
     /// Any other sign of life.
     Heard {
         /// Which node.
@@ -167,6 +188,19 @@ pub enum Effect {
         /// Raised.
         revision: ReplicaRevision,
     },
+    /// Tell a node to bring a slice into memory beside its place, if there is room for it; without room, it counts as
+    /// prepared, and is loaded when it is assigned. `None` withdraws a former order.
+    Prepare {
+        /// Which node.
+        connection: NodeConnection,
+        /// The place, and the bytes that its weights take.
+        order: Option<(Box<Assignment>, Bytes)>,
+    },
+    /// Tell a node that leaves that it holds nothing any more.
+    Dismiss {
+        /// Which node.
+        connection: NodeConnection,
+    },
     /// Close a connection; its node, if it had joined, counts as lost already.
     Disconnect {
         /// Which.
@@ -182,6 +216,13 @@ pub enum Effect {
         replica: ReplicaId,
         /// For the clients whose requests it ends.
         reason: String,
+    },
+    /// For the engine: a replica takes no further sequence in, or does again.
+    ReplicaDrains {
+        /// Which.
+        replica: ReplicaId,
+        /// Whether.
+        drains: bool,
     },
     /// For the engine: the replica that was lost lately was lost by a crash.
     ReplicaCrashed {

@@ -16,6 +16,12 @@ pub(super) struct Node {
     /// The slice that it has in memory, as far as is known.
     pub(super) holds: Option<HeldSlice>,
     pub(super) heard: Millis,
+    /// Whether it is to hold nothing any more.
+    pub(super) leaving: bool,
+    /// Whether it could not prepare what it was told to.
+    pub(super) unfit: bool,
+    /// Whether it has been told that it holds nothing.
+    pub(super) dismissed: bool,
     /// Intent: where it belongs.
     pub(super) place: Option<Place>,
     /// Observation: how far it is.
@@ -58,6 +64,8 @@ pub(super) struct Replica {
     /// Stage by stage, rank by rank.
     pub(super) seats: Vec<Seat>,
     pub(super) phase: Phase,
+    /// Whether it takes nothing in any more, because nobody can take the place of a node that leaves.
+    pub(super) draining: bool,
     /// Failures since it last served.
     pub(super) failures: u32,
     /// How many of them were of its weights.
@@ -115,6 +123,7 @@ impl Replica {
             kv_blocks,
             seats: seats.collect(),
             phase: Phase::Vacant { since: now },
+            draining: false,
             failures: 0,
             unloadable: 0,
             trouble: None,

@@ -21,6 +21,7 @@ impl Cluster {
                 Observed::Loading { share, .. } => share,
                 Observed::Ready { .. } => 1.0,
             },
+            leaving: node.leaving,
             reserved: node.reserved,
             adapters: Bytes(0),
             jobs: Bytes(0),

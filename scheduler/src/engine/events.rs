@@ -139,6 +139,13 @@ pub enum Event {
         /// Whether it will not pass by itself, so that nobody shall wait.
         lasting: bool,
     },
+    /// A replica takes no further sequence in, because a node of it leaves; or it does again.
+    ReplicaDrains {
+        /// Which.
+        replica: ReplicaId,
+        /// Whether.
+        drains: bool,
+    },
     /// From now on no submission is accepted; what is accepted goes on.
     Drain,
     /// Time passes; deadlines are due.

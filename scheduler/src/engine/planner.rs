@@ -287,7 +287,7 @@ impl Planner<'_> {
     /// Whether a waiting sequence is to be computed here.
     fn belongs(&self, sequence: &Sequence) -> bool {
         let here = match &sequence.state {
-            State::Waiting => self.attracts(sequence),
+            State::Waiting => !self.replica.draining && self.attracts(sequence),
             State::Preempted(preempted) => {
                 preempted.replica == self.replica.id && preempted.sampling.is_none()
             }
@@ -320,7 +320,8 @@ impl Planner<'_> {
         };
         let own = score(self.replica);
         let admits = |replica: &&Replica| {
-            replica.running.len() < self.config.max_num_seqs
+            !replica.draining
+                && replica.running.len() < self.config.max_num_seqs
                 && sequence.len() < replica.capacity_tokens()
                 && blocks_for(sequence.len()) + replica.watermark() <= replica.pool.available()
         };

@@ -20,6 +20,8 @@ pub struct Replica {
     pub revision: ReplicaRevision,
     /// Number of stages.
     pub num_stages: usize,
+    /// Whether it takes no sequence in any more: a node of it leaves.
+    pub draining: bool,
     /// Its KV blocks.
     pub pool: BlockPool,
     /// Predicted step times.
@@ -63,6 +65,7 @@ impl Replica {
             term: up.term,
             revision: up.revision,
             num_stages: up.stages.len().max(1),
+            draining: false,
             pool: BlockPool::new(up.kv_blocks),
             cost: CostModel::new(&up.stages),
             running: BTreeMap::new(),
