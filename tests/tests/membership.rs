@@ -1,7 +1,7 @@
 //! Nodes that leave a running cluster, and come to it, while a stream runs: it stays what it is.
 
 use ashlar_tests::streams::{assert_no_panic, disturb, undisturbed};
-use ashlar_tests::{Answer, Cluster, eventually, http, processes};
+use ashlar_tests::{Answer, Cluster, eventually, http, processes, tuning};
 use serde_json::Value;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -88,7 +88,7 @@ fn an_operator_drains_a_node_and_uses_it_again() {
     let drained = seated(&cluster).remove(0);
     let pause = disturb(&cluster, &expected, || {
         let answer = drain(&cluster, &drained).ok();
-        assert_eq!((answer["node"].as_str(), answer["leaving"].as_bool()), (Some(&*drained), Some(true)));
+        assert_eq!(answer, serde_json::json!({"node": drained, "leaving": true}));
         eventually("it holds nothing", CHANGE_LIMIT, || {
             node(&cluster, &drained).is_some_and(|node| node["place"].is_null() && node["leaving"] == true)
         });
@@ -143,4 +143,36 @@ fn nodes_that_join_become_another_replica_where_their_number_is_left_open() {
         eventually("two replicas serve again", CHANGE_LIMIT, || replicas(&cluster) == 2);
     }
     assert_no_panic(&cluster);
+}
+
+#[test]
+fn a_job_goes_on_with_a_standby_when_its_node_is_told_to_stop_and_learns_the_same() {
+    let _alone = alone();
+    let cluster = Cluster::start(&["--stages", "2", "--nodes", "3"]);
+    let file = tuning::uploaded(&cluster, &tuning::examples(48));
+    let expected = tuning::learnt(&cluster, &tuning::create(&cluster, &file, "calm"));
+    let id = tuning::create(&cluster, &file, "moved");
+    tuning::until(&cluster, &id, "second step", |job| job["ashlar"]["steps"].as_u64() >= Some(2));
+    let leaving = seated(&cluster).remove(0);
+    let pid = cluster.pid(&leaving);
+    assert!(processes::signal(pid, "TERM"));
+    eventually("it ends", CHANGE_LIMIT, || !processes::alive(pid));
+    assert!(!tuning::is_over(&tuning::job(&cluster, &id)), "it ended before that");
+    assert_eq!(tuning::learnt(&cluster, &id), expected);
+    assert_no_panic(&cluster);
+}
+
+#[test]
+fn a_slow_link_makes_a_job_slow_and_changes_nothing_else() {
+    let _alone = alone();
+    let learnt = |args: &[&str]| {
+        let cluster = Cluster::start(args);
+        let file = tuning::uploaded(&cluster, &tuning::examples(24));
+        let digest = tuning::learnt(&cluster, &tuning::create(&cluster, &file, "slow"));
+        assert_no_panic(&cluster);
+        digest
+    };
+    let calm = learnt(&["--stages", "2"]);
+    // Fifty milliseconds before each message from rank to rank.
+    assert_eq!(learnt(&["--stages", "2", "--set-node", "link_faults.delay_us=50000"]), calm);
 }
