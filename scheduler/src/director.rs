@@ -332,8 +332,8 @@ impl Director {
             FromNode::Loading { revision, loaded, total } => {
                 Event::Loading { connection, revision, loaded, total }
             }
-            FromNode::Ready { revision, reserved, resident } => {
-                Event::Ready { connection, revision, reserved, resident }
+            FromNode::Ready { revision, reserved, resident, kept } => {
+                Event::Ready { connection, revision, reserved, resident, kept }
             }
             FromNode::Crashed => {
                 let reason = "a rank has crashed".to_owned();

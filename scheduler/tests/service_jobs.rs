@@ -134,6 +134,7 @@ fn node(address: SocketAddr) -> AbortOnDrop {
                         revision: assignment.revision,
                         reserved: Bytes(1),
                         resident: Bytes(2),
+                        kept: Vec::new(),
                     },
                     Some(ToNode::OpenSession(open)) => FromNode::Training {
                         session: open.session,

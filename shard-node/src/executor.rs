@@ -16,9 +16,9 @@ use ashlar_kernels::{Kernels, RowContext};
 use ashlar_model::adapter::AdaptedRows;
 use ashlar_model::stage::LOGIT_ROWS_MAX;
 use ashlar_model::{KvCache, StageInput, StageModel, Workspace};
-use ashlar_protocol::membership::{Assignment, FromNode, HeldSlice};
+use ashlar_protocol::membership::{Assignment, FromNode, HeldSlice, KEPT_BLOCKS_MAX};
 use ashlar_protocol::step::{PromptLogprobs, StepPlan, StepResult, StepTiming};
-use ashlar_vocabulary::{AdapterId, Bytes, ReplicaRevision, SequenceId, TokenId};
+use ashlar_vocabulary::{AdapterId, Bytes, ReplicaRevision, SequenceId, StepId, TokenId};
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender};
@@ -32,8 +32,11 @@ use tracing::{info, warn};
 pub enum Command {
     /// Take this place.
     Assign(Box<Assignment>),
-    /// Give the place up; also sent when the scheduler is lost.
-    Release,
+    /// Give the place up.
+    Release {
+        /// Whether the same place may be taken again: the scheduler was lost.
+        for_now: bool,
+    },
     /// Bring this place's slice into memory beside the one that serves, or let it be.
     Prepare(Option<Box<Assignment>>),
     /// A preparation may have ended.
@@ -123,6 +126,9 @@ pub struct Executor {
     sessions: Sessions,
     adapters: Adapters,
     place: Option<Place>,
+    /// The cache of keys and values of the place before, while the same slice may be assigned again: what its blocks hold has
+    /// not changed by that.
+    former: Option<(Assignment, KvCache)>,
 }
 
 impl Executor {
@@ -154,6 +160,7 @@ impl Executor {
             sequencer: Sequencer::default(),
             sessions,
             place: None,
+            former: None,
         }
     }
 
@@ -162,9 +169,9 @@ impl Executor {
         loop {
             match commands.recv_timeout(self.patience()) {
                 Ok(Command::Assign(assignment)) => self.assign(*assignment),
-                Ok(Command::Release) => {
+                Ok(Command::Release { for_now }) => {
                     self.sessions.end_all("the layout was given up");
-                    self.place = None;
+                    self.vacate(for_now);
                     self.adapters.clear();
                     self.slices.withdraw();
                 }
@@ -210,7 +217,8 @@ impl Executor {
     fn fail_with(&mut self, revision: ReplicaRevision, message: String, weights: bool) {
         warn!(%revision, "{message}");
         self.sessions.end_all("the layout failed");
-        self.place = None;
+        // Weights that cannot be used say nothing for a cache that was computed with them.
+        self.vacate(!weights);
         self.breaker.break_all();
         self.send(FromNode::Failed { revision, message, weights });
     }
@@ -242,7 +250,7 @@ impl Executor {
     }
 
     fn assign(&mut self, assignment: Assignment) {
-        self.place = None;
+        self.vacate(true);
         let beat = self.beat.clone();
         // A beat cannot fail: its queue being full means that others speak.
         self.sessions.leave("the layout has changed", &mut || drop(beat.tick()));
@@ -253,12 +261,14 @@ impl Executor {
             Ok(false) => return self.send(FromNode::Refused { revision, term: self.fence.term() }),
             Err(error) => return self.fail(revision, format!("cannot persist the lease term: {error}")),
         }
+        self.former.take_if(|(former, _)| !is_same_cache(former, &assignment));
         let mut effects = Vec::new();
         let event = Event::Assigned {
             term: assignment.term,
             revision,
             kv_blocks: assignment.kv_blocks,
             max_rows: assignment.max_num_batched_tokens,
+            cache_kept: self.former.is_some(),
         };
         self.sequencer.handle(event, &mut effects);
         if let Err(message) = self.slices.load(&assignment, &beat) {
@@ -267,6 +277,16 @@ impl Executor {
         match self.take_place(assignment) {
             Ok(place) => self.place = Some(place),
             Err(message) => self.fail(revision, message),
+        }
+    }
+
+    /// Leaves the place; its cache is kept in case that it `may` be of use `again`.
+    fn vacate(&mut self, may_return: bool) {
+        if let Some(place) = self.place.take() {
+            self.former = Some((place.assignment, place.cache));
+        }
+        if !may_return {
+            self.former = None;
         }
     }
 
@@ -285,7 +305,10 @@ impl Executor {
         let rows = assignment.max_num_batched_tokens as usize;
         Ok(Place {
             samples: last && assignment.tensor_rank.0 == 0,
-            cache: model.kv_cache(assignment.kv_blocks as usize),
+            cache: match self.former.take() {
+                Some((_, cache)) => cache,
+                None => model.kv_cache(assignment.kv_blocks as usize),
+            },
             work: model.workspace(rows),
             input: Vec::new(),
             samplers: Samplers::new(model.config().shape.vocab_size, loaded.compiler.clone()),
@@ -343,7 +366,8 @@ impl Executor {
                 }
                 self.place = Some(place);
                 let resident = ashlar_service_kit::memory::resident_bytes().unwrap_or_default();
-                self.send(FromNode::Ready { revision, reserved, resident });
+                let kept = self.sequencer.names().take(KEPT_BLOCKS_MAX).collect();
+                self.send(FromNode::Ready { revision, reserved, resident, kept });
             }
         }
     }
@@ -392,12 +416,30 @@ impl Executor {
                     place.scored.remove(&id);
                 }
                 Effect::Compute(work) => match self.compute(&work) {
-                    Ok(message) => self.send(message),
+                    Ok(message) => {
+                        self.note_computed(work.step, &message);
+                        self.send(message);
+                    }
                     Err(message) => self.fail(revision, message),
                 },
-                Effect::Diverged(reason) => self.fail(revision, format!("plan refused: {reason}")),
+                Effect::Diverged(reason) => {
+                    self.fail(revision, format!("plan refused: {reason}"));
+                    self.former = None;
+                }
             }
         }
+    }
+
+    /// What a step has written is known from now on, but for sequences that failed.
+    fn note_computed(&mut self, step: StepId, message: &FromNode) {
+        let mut effects = Vec::new();
+        self.sequencer.handle(Event::Computed(step), &mut effects);
+        if let FromNode::StepResult(result) = message {
+            for failed in &result.failed {
+                self.sequencer.handle(Event::Distrusted(failed.id), &mut effects);
+            }
+        }
+        debug_assert!(effects.is_empty(), "nothing is to be done");
     }
 
     fn compute(&mut self, work: &StepWork) -> Result<FromNode, String> {
@@ -506,6 +548,17 @@ struct WantedLogits {
     row: usize,
     /// The prompt token that follows, to be scored; `None` to sample.
     score: Option<TokenId>,
+}
+
+/// Whether what the cache of one place holds is what the other place's would: of the same layers and heads of the same model, and
+/// as large.
+fn is_same_cache(one: &Assignment, other: &Assignment) -> bool {
+    let of = |assignment: &Assignment| {
+        let Assignment { model_digest, precision, layers, kv_blocks, .. } = assignment;
+        let rank = (assignment.tensor_rank, assignment.tensor_parallel_size);
+        (*model_digest, *precision, *layers, rank, *kv_blocks)
+    };
+    of(one) == of(other)
 }
 
 fn wanted_logits(sequencer: &Sequencer, scored: &BTreeSet<SequenceId>, work: &StepWork) -> Vec<WantedLogits> {

@@ -375,7 +375,7 @@ impl Session<'_> {
             }
             self.breaker.break_all();
             self.sessions.end_all("the scheduler was lost");
-            let _ = self.commands.try_send(Command::Release);
+            let _ = self.commands.try_send(Command::Release { for_now: true });
             // What the compute thread says without a scheduler is of no use; drain it so that it never blocks.
             let deadline = tokio::time::sleep(pause);
             tokio::pin!(deadline);
@@ -486,7 +486,7 @@ impl Session<'_> {
             ToNode::Release { .. } => {
                 self.breaker.break_all();
                 self.sessions.end_all("the layout was given up");
-                Command::Release
+                Command::Release { for_now: false }
             }
             ToNode::Step(plan) => Command::Step(plan),
             ToNode::Prepare(assignment) => Command::Prepare(assignment),

@@ -3,10 +3,11 @@
 //! One TCP connection per node carries [`FromNode`] and [`ToNode`]; step plans travel on it too, in order. The
 //! connection *is* the membership: when it ends, the node has left.
 
+use crate::prefix::BlockHash;
 use crate::step::{StepPlan, StepResult, StepTiming};
 use crate::training::{OpenSession, TrainingReport, TrainingWork};
 use ashlar_vocabulary::{
-    AdapterId, Bytes, HeadSlice, LayerRange, LeaseTerm, ModelDigest, NodeId, Precision, ReplicaId,
+    AdapterId, BlockId, Bytes, HeadSlice, LayerRange, LeaseTerm, ModelDigest, NodeId, Precision, ReplicaId,
     ReplicaRevision, SessionId, StageIndex, StepId, TensorRank,
 };
 use serde::{Deserialize, Serialize};
@@ -40,6 +41,9 @@ pub enum FromNode {
         reserved: Bytes,
         /// The process's resident memory now.
         resident: Bytes,
+        /// Blocks of its KV cache whose content it has kept from a former layout of the same slice, at most
+        /// [`KEPT_BLOCKS_MAX`].
+        kept: Vec<(BlockId, BlockHash)>,
     },
     /// The assignment failed: weights missing, corrupt, too large, a peer lost… The node stays joined.
     Failed {
@@ -103,6 +107,9 @@ pub struct AdapterRefusal {
     /// Whether another attempt may succeed (a store that does not answer), or never will (a file that is missing).
     pub retry: bool,
 }
+
+/// Most blocks that a rank says it has kept: a few megabytes of a message.
+pub const KEPT_BLOCKS_MAX: usize = 100_000;
 
 /// How often a healthy node beats, busy or idle, in milliseconds.
 pub const BEAT_INTERVAL_MS: u64 = 200;

@@ -39,6 +39,8 @@ pub(crate) struct Node {
     plan: Option<Arc<Plan>>,
     /// What it has in memory there.
     held: Option<HeldSlice>,
+    /// The place before, and its KV cache, which is of use again if the same slice is assigned.
+    former: Option<(Assignment, Kv)>,
     /// What it has prepared for a place to come, or is preparing, and whether it is there.
     prepared: Option<(Box<Assignment>, bool)>,
     /// Whether it was asked to end, and for how long it will be gone.
@@ -135,6 +137,7 @@ impl Node {
             sessions: Sessions::new(pass_us),
             plan: None,
             held: None,
+            former: None,
             prepared: None,
             ending_us: None,
             drained: false,
@@ -387,7 +390,10 @@ impl Node {
     ) -> Result<(), String> {
         match message {
             ToNode::Assign(assignment) => self.assign(*assignment, random, actions),
-            ToNode::Release { .. } => self.leave_place(actions),
+            ToNode::Release { .. } => {
+                self.leave_place(actions);
+                self.former = None;
+            }
             ToNode::Step(plan) => {
                 if let Some(place) = &mut self.place {
                     place.orders.push_back(Order::Step(plan));
@@ -445,11 +451,16 @@ impl Node {
             return self.tell(refusal, actions);
         }
         self.fence = asked;
+        let same = |former: &Assignment| {
+            plan::slice_of(former) == plan::slice_of(&assignment) && former.kv_blocks == assignment.kv_blocks
+        };
+        self.former.take_if(|(former, _)| !same(former));
         let assigned = Event::Assigned {
             term: assignment.term,
             revision: assignment.revision,
             kv_blocks: assignment.kv_blocks,
             max_rows: assignment.max_num_batched_tokens,
+            cache_kept: self.former.is_some(),
         };
         self.sequencer.handle(assigned, &mut Vec::new());
         if let Some(next) = assignment.next.as_deref().and_then(number_of) {
@@ -482,7 +493,7 @@ impl Node {
             next: None,
             sampler: None,
             head_ranks: BTreeMap::new(),
-            kv: Kv::default(),
+            kv: self.former.take().map(|(_, kv)| kv).unwrap_or_default(),
             seeds: BTreeMap::new(),
             adapters: Shelf::default(),
             orders: VecDeque::new(),
@@ -496,6 +507,7 @@ impl Node {
         self.sessions.end_all(actions);
         if let Some(place) = self.place.take() {
             actions.extend(place.links().map(Action::Close));
+            self.former = Some((place.assignment, place.kv));
         }
     }
 
@@ -536,7 +548,8 @@ impl Node {
             && place.head_ranks.len() == place.head_ranks_wanted();
         if place.loaded && linked && !place.announced {
             place.announced = true;
-            let ready = FromNode::Ready { revision, reserved: Bytes(1), resident: Bytes(1) };
+            let kept = self.sequencer.names().collect();
+            let ready = FromNode::Ready { revision, reserved: Bytes(1), resident: Bytes(1), kept };
             self.tell(ready, actions);
         }
     }

@@ -2,10 +2,13 @@
 
 use crate::engine::ReplicaUp;
 use ashlar_protocol::membership::{Assignment, Join};
+use ashlar_protocol::prefix::BlockHash;
 use ashlar_protocol::step::StepTiming;
 use ashlar_protocol::training::TrainingTiming;
 use ashlar_shard_plan::Links;
-use ashlar_vocabulary::{Bytes, LeaseTerm, ModelDigest, ModelShape, Precision, ReplicaId, ReplicaRevision};
+use ashlar_vocabulary::{
+    BlockId, Bytes, LeaseTerm, ModelDigest, ModelShape, Precision, ReplicaId, ReplicaRevision,
+};
 
 /// Names one connection of a node; never reused. A node that reconnects has another one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -103,6 +106,8 @@ pub enum Event {
         reserved: Bytes,
         /// Its resident memory.
         resident: Bytes,
+        /// Blocks of KV cache that it has kept.
+        kept: Vec<(BlockId, BlockHash)>,
     },
     /// A node cannot fulfil its assignment.
     Failed {

@@ -19,13 +19,13 @@ pub use events::{ClusterConfig, Effect, Event, NodeConnection, Spent};
 
 use crate::jobs::{RankRoom, TrainingRank, TrainingReplica};
 use crate::time::Millis;
-use ashlar_protocol::membership::Join;
+use ashlar_protocol::membership::{Join, KEPT_BLOCKS_MAX};
 use ashlar_protocol::step::StepTiming;
 use ashlar_protocol::training::TrainingTiming;
 use ashlar_vocabulary::{Bytes, LeaseTerm, NodeId, ReplicaId, ReplicaRevision, StageIndex};
 use change::Change;
 use place::{Node, Observed, Phase, Replica};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// How often the shell ticks.
 pub const TICK_MS: u64 = 50;
@@ -107,10 +107,11 @@ impl Cluster {
                     node.observed = Observed::Loading { revision, share: share.clamp(0.0, 1.0) };
                 });
             }
-            Event::Ready { connection, revision, reserved, resident } => {
+            Event::Ready { connection, revision, reserved, resident, kept } => {
                 let replica = self.observe(now, connection, revision, |node| {
                     node.observed = Observed::Ready { revision };
                     (node.reserved, node.resident) = (reserved, resident);
+                    node.kept = kept.into_iter().take(KEPT_BLOCKS_MAX).collect();
                 });
                 self.holds_its_slice(connection, replica);
             }
@@ -247,6 +248,7 @@ impl Cluster {
             place: None,
             observed: Observed::Standby,
             reserved: Bytes(0),
+            kept: BTreeSet::new(),
             resident: Bytes(0),
             busy: StepTiming::default(),
             trained: TrainingTiming::default(),

@@ -3,10 +3,14 @@
 use super::events::NodeConnection;
 use crate::time::Millis;
 use ashlar_protocol::membership::{HeldSlice, Join};
+use ashlar_protocol::prefix::BlockHash;
 use ashlar_protocol::step::StepTiming;
 use ashlar_protocol::training::TrainingTiming;
 use ashlar_shard_plan::{MemoryLedger, Position, ReplicaLayout};
-use ashlar_vocabulary::{Bytes, LayerRange, NodeId, ReplicaId, ReplicaRevision, StageIndex, TensorRank};
+use ashlar_vocabulary::{
+    BlockId, Bytes, LayerRange, NodeId, ReplicaId, ReplicaRevision, StageIndex, TensorRank,
+};
+use std::collections::BTreeSet;
 
 /// A joined node.
 #[derive(Debug, Clone)]
@@ -27,6 +31,8 @@ pub(super) struct Node {
     /// Observation: how far it is.
     pub(super) observed: Observed,
     pub(super) reserved: Bytes,
+    /// Blocks of KV cache that it has kept, until its replica is up.
+    pub(super) kept: BTreeSet<(BlockId, BlockHash)>,
     pub(super) resident: Bytes,
     pub(super) busy: StepTiming,
     /// Cumulated over its training sessions.

@@ -5,8 +5,10 @@ use super::{Cluster, Effect, LASTING_FAILURES, REVISIONS_PER_TERM, costs, held};
 use crate::engine::ReplicaUp;
 use crate::time::Millis;
 use ashlar_protocol::membership::Assignment;
+use ashlar_protocol::prefix::BlockHash;
 use ashlar_shard_plan::{DeviceReport, Layout, plan};
-use ashlar_vocabulary::{HeadSlice, NodeId, ReplicaId, ReplicaRevision};
+use ashlar_vocabulary::{BlockId, HeadSlice, NodeId, ReplicaId, ReplicaRevision};
+use std::collections::BTreeMap;
 
 impl Cluster {
     /// Closes the difference between what is intended and what is observed, as far as that is possible now.
@@ -144,6 +146,7 @@ impl Cluster {
                 node.observed = Observed::Loading { revision, share: 0.0 };
                 node.heard = now;
                 (node.reserved, node.busy) = Default::default();
+                node.kept.clear();
             }
         }
     }
@@ -194,11 +197,13 @@ impl Cluster {
         if !all {
             return;
         }
+        let kept = kept_by_all(replica, &self.nodes);
         effects.push(Effect::ReplicaUp(ReplicaUp {
             replica: id,
             term: self.config.term,
             revision: replica.revision,
             kv_blocks: replica.kv_blocks,
+            kept,
             stages: costs::stage_costs(&self.config, replica, &self.nodes),
         }));
         if let Some(replica) = self.replicas.get_mut(&id) {
@@ -253,6 +258,14 @@ impl Cluster {
         self.revisions += 1;
         ReplicaRevision(self.config.term.0 * REVISIONS_PER_TERM + self.revisions)
     }
+}
+
+/// Blocks whose content every rank still has: only these are of use.
+fn kept_by_all(replica: &Replica, nodes: &BTreeMap<NodeId, Node>) -> Vec<(BlockId, BlockHash)> {
+    let mut kept = replica.seats.iter().filter_map(|seat| nodes.get(&seat.node)).map(|node| &node.kept);
+    let Some(first) = kept.next() else { return Vec::new() };
+    let others: Vec<_> = kept.collect();
+    first.iter().filter(|block| others.iter().all(|other| other.contains(block))).copied().collect()
 }
 
 pub(super) fn device_report(node: &Node) -> DeviceReport {

@@ -8,7 +8,7 @@
 
 use super::budget::Budget;
 use super::events::EngineConfig;
-use super::prefix_cache::{BLOCK_TOKENS, BlockHash, blocks_for};
+use super::prefix_cache::{BLOCK_TOKENS, BlockHash, PrefixHit, blocks_for};
 use super::queue::{Order, Queue};
 use super::replica::{InFlight, Replica};
 use super::sequence::{Sequence, State};
@@ -258,7 +258,7 @@ impl Planner<'_> {
                 }
             }
             let hittable = self.hittable_blocks(sequence);
-            let hit = sequence.chain.find(&self.replica.pool, hittable);
+            let hit = PrefixHit::of(&sequence.chain, &self.replica.pool, hittable);
             let cached = hit.blocks * BLOCK_TOKENS;
             if self.soon_cached(draft, sequence, hit.blocks, hittable) {
                 continue;
@@ -314,7 +314,7 @@ impl Planner<'_> {
     fn attracts(&self, sequence: &Sequence) -> bool {
         let hittable = self.hittable_blocks(sequence);
         let score = |replica: &Replica| {
-            let cached = sequence.chain.find(&replica.pool, hittable).blocks;
+            let cached = PrefixHit::of(&sequence.chain, &replica.pool, hittable).blocks;
             let lacks = !replica.has(sequence.submit.adapter);
             (lacks, std::cmp::Reverse(cached), replica.running.len(), replica.id)
         };
@@ -365,6 +365,7 @@ impl Planner<'_> {
             None => {
                 draft.new_sequences.push(NewSequence {
                     adapter: sequence.submit.adapter,
+                    root: sequence.chain.root(),
                     id,
                     prompt: sequence.submit.prompt.clone(),
                     generated: sequence.generated.clone(),

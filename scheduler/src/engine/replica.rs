@@ -58,7 +58,7 @@ pub struct InFlight {
 }
 
 impl Replica {
-    /// A replica that has executed nothing.
+    /// A replica that has executed nothing in this layout.
     pub fn new(up: &ReplicaUp) -> Replica {
         Replica {
             id: up.replica,
@@ -66,7 +66,7 @@ impl Replica {
             revision: up.revision,
             num_stages: up.stages.len().max(1),
             draining: false,
-            pool: BlockPool::new(up.kv_blocks),
+            pool: BlockPool::with_kept(up.kv_blocks, &up.kept),
             cost: CostModel::new(&up.stages),
             running: BTreeMap::new(),
             in_flight: VecDeque::new(),

@@ -116,7 +116,13 @@ impl Test {
     }
 
     fn ready(&mut self, connection: NodeConnection, revision: ReplicaRevision) -> Vec<Effect> {
-        self.send(Event::Ready { connection, revision, reserved: Bytes(1), resident: Bytes(2) })
+        self.send(Event::Ready {
+            connection,
+            revision,
+            reserved: Bytes(1),
+            resident: Bytes(2),
+            kept: Vec::new(),
+        })
     }
 
     fn lose(&mut self, connection: NodeConnection) -> Vec<Effect> {
