@@ -15,7 +15,7 @@ use ashlar_identity::Transport;
 use ashlar_kernels::{Kernels, RowContext};
 use ashlar_model::adapter::AdaptedRows;
 use ashlar_model::stage::LOGIT_ROWS_MAX;
-use ashlar_model::{KvCache, StageInput, StageModel, Workspace};
+use ashlar_model::{KvCache, StageInput, Workspace};
 use ashlar_protocol::membership::{Assignment, FromNode, HeldSlice, KEPT_BLOCKS_MAX};
 use ashlar_protocol::step::{PromptLogprobs, StepPlan, StepResult, StepTiming};
 use ashlar_vocabulary::{AdapterId, Bytes, ReplicaRevision, SequenceId, StepId, TokenId};
@@ -405,7 +405,7 @@ impl Executor {
                         place.scored.insert(new.id);
                     }
                     if place.samples {
-                        place.samplers.begin(new);
+                        place.samplers.begin(*new);
                     }
                 }
                 Effect::Observe(id, tokens) => place.samplers.observe(id, &tokens),

@@ -51,7 +51,7 @@ pub enum Event {
 #[derive(Debug, Clone, PartialEq)]
 pub enum Effect {
     /// Start tracking how a sequence is sampled.
-    Begin(NewSequence),
+    Begin(Box<NewSequence>),
     /// These tokens became part of a sequence: advance its sampler and grammar.
     Observe(SequenceId, Vec<TokenId>),
     /// Drop what is tracked of a sequence.
@@ -186,7 +186,7 @@ impl Sequencer {
             if self.sequences.insert(new.id, sequence).is_some() {
                 return Err(format!("sequence {} is not new", new.id));
             }
-            effects.push(Effect::Begin(new));
+            effects.push(Effect::Begin(Box::new(new)));
         }
         let mut work = StepWork { step: plan.step, rows: Vec::new(), samples: Vec::new() };
         for slice in plan.slices {

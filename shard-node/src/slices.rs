@@ -9,7 +9,7 @@ use ashlar_kernels::Kernels;
 use ashlar_model::{RankSlice, StageModel, digest, hub};
 use ashlar_protocol::membership::{Assignment, FromNode, HeldSlice};
 use ashlar_tokenizer::Tokenizer;
-use ashlar_vocabulary::{Bytes, ModelDigest, ReplicaRevision};
+use ashlar_vocabulary::{ModelDigest, ReplicaRevision};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TryRecvError, sync_channel};

@@ -5,9 +5,9 @@
 mod redis_server;
 
 use ashlar_tests::streams::{
-    COMPLETIONS, assert_no_panic, begun, choices_of, disturb, long, running_stream, undisturbed,
+    COMPLETIONS, assert_no_panic, begun, choices_of, disturb, running_stream, undisturbed,
 };
-use ashlar_tests::{Cluster, Event, eventually, processes, until};
+use ashlar_tests::{Cluster, Event, EventStream, eventually, processes, until};
 use redis_server::RedisServer;
 use serde_json::{Value, json};
 use std::sync::{Mutex, MutexGuard, PoisonError};

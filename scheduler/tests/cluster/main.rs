@@ -7,12 +7,12 @@ mod changes;
 mod membership;
 
 use ashlar_protocol::membership::{Assignment, HeldSlice, Join};
-use ashlar_scheduler::cluster::{Cluster, ClusterConfig, Effect, Event, NodeConnection, Spent};
+use ashlar_scheduler::cluster::{Cluster, ClusterConfig, Effect, Event, NodeConnection};
 use ashlar_scheduler::time::Millis;
 use ashlar_shard_plan::Links;
 use ashlar_vocabulary::{
-    Bytes, FloatType, HeadSlice, LayerVectors, LeaseTerm, ModelDigest, ModelShape, NodeId, Precision,
-    ReplicaRevision, WeightType, WeightTypes,
+    Bytes, FloatType, LayerVectors, LeaseTerm, ModelDigest, ModelShape, NodeId, Precision, ReplicaRevision,
+    WeightType, WeightTypes,
 };
 
 fn config() -> ClusterConfig {

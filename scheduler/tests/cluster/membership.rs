@@ -4,7 +4,9 @@ use super::{Test, assignments, came_up, config, down};
 use ashlar_protocol::membership::Assignment;
 use ashlar_protocol::membership::{HeldSlice, Join};
 use ashlar_scheduler::cluster::{ClusterConfig, Effect, Event, NodeConnection, Spent};
-use ashlar_vocabulary::{Bytes, HeadSlice, LeaseTerm, NodeId};
+use ashlar_vocabulary::{
+    Bytes, HeadSlice, LeaseTerm, ModelDigest, NodeId, ReplicaRevision, WeightType, WeightTypes,
+};
 
 #[test]
 fn a_replica_is_laid_out_once_enough_nodes_have_joined() {
