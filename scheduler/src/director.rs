@@ -12,7 +12,7 @@ use ashlar_protocol::membership::{Assignment, FromNode, ToNode};
 use ashlar_protocol::responses::ResponseRecord;
 use ashlar_protocol::serving::{ClusterSnapshot, FromScheduler, ToScheduler};
 use ashlar_protocol::training::TrainingReport;
-use ashlar_vocabulary::{AdapterId, Bytes, JobId, LeaseTerm, ReplicaId, RequestId};
+use ashlar_vocabulary::{AdapterId, Bytes, JobId, LeaseTerm, NodeId, ReplicaId, RequestId};
 use std::collections::BTreeMap;
 
 /// What reaches the scheduler.
@@ -65,6 +65,8 @@ pub enum Output {
     Down(ReplicaId, String),
     /// For the log: why nothing can be served, or that it can be again.
     Problem(Option<String>),
+    /// For the log: others are to take this node's place, and why.
+    Quarantined(NodeId, String),
     /// Store what has been served under a name, or forget it; answered by [`Input::AdapterPersisted`].
     PersistAdapter(String, Option<AdapterRecord>),
     /// Store a response's record, or forget it; answered by [`Input::ResponsePersisted`].
@@ -358,11 +360,14 @@ impl Director {
                 self.job_event(now, jobs::Event::Report { connection, session, report });
                 Event::Heard { connection, spent }
             }
+            FromNode::NotFinite { revision, sequences } => {
+                Event::NotFinite { connection, revision, sequences }
+            }
             FromNode::Leaving(leaving) => Event::Leaving { connection, leaving },
             FromNode::Prepared { revision, outcome } => Event::Prepared { connection, revision, outcome },
             FromNode::Beat => Event::Heard { connection, spent: Spent::Nothing },
             FromNode::StepResult(result) => {
-                let spent = Spent::Serving(result.timing);
+                let spent = Spent::Serving(result.step, result.timing);
                 if let Some((replica, _)) = self.cluster.place_of(connection) {
                     self.engine_event(now, engine::Event::StepResult { replica, result });
                 }
@@ -373,7 +378,7 @@ impl Director {
                     let event = engine::Event::StepDone { replica, revision, stage, step, timing };
                     self.engine_event(now, event);
                 }
-                Event::Heard { connection, spent: Spent::Serving(timing) }
+                Event::Heard { connection, spent: Spent::Serving(step, timing) }
             }
         };
         self.cluster_event(now, event);
@@ -511,6 +516,9 @@ impl Director {
                     }
                     cluster::Effect::Prepare { connection, order } => {
                         self.prepare(now, connection, order, outputs);
+                    }
+                    cluster::Effect::Quarantined { node, reason } => {
+                        outputs.push(Output::Quarantined(node, reason));
                     }
                     cluster::Effect::Dismiss { connection } => {
                         outputs.push(Output::ToNodes(vec![connection], Box::new(ToNode::Dismissed)));

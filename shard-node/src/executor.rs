@@ -504,6 +504,13 @@ impl Executor {
                     },
                 )
                 .map_err(|error| error.to_string())?;
+            let made = place.work.activations(rows.len());
+            let given = previous.is_some().then_some(place.input.as_slice());
+            let sequences = not_finite(given, made, &work.rows, &self.adapters);
+            if !sequences.is_empty() {
+                warn!(%revision, %step, "what was computed of {} sequences is not finite", sequences.len());
+                let _ = self.out.blocking_send(FromNode::NotFinite { revision, sequences });
+            }
             served.map_err(|error| format!("lost the rank that samples: {error}"))?;
             if let Some(next) = next {
                 let sending = Instant::now();
@@ -548,6 +555,27 @@ struct WantedLogits {
     row: usize,
     /// The prompt token that follows, to be scored; `None` to sample.
     score: Option<TokenId>,
+}
+
+/// Sequences without an adapter of which rows were `made` that are not finite, though those that were `given` are.
+fn not_finite(given: Option<&[f32]>, made: &[f32], rows: &[Row], adapters: &Adapters) -> Vec<SequenceId> {
+    let width = made.len() / rows.len().max(1);
+    let is_finite = |values: &[f32]| values.iter().all(|value| value.is_finite());
+    if is_finite(made) {
+        return Vec::new();
+    }
+    let mut sequences: Vec<SequenceId> = Vec::new();
+    for (index, row) in rows.iter().enumerate() {
+        let of = |values: &[f32]| values.get(index * width..(index + 1) * width).is_none_or(is_finite);
+        let made_here = !of(made) && given.is_none_or(of);
+        if made_here
+            && sequences.last() != Some(&row.sequence)
+            && adapters.of_sequence(row.sequence).is_none()
+        {
+            sequences.push(row.sequence);
+        }
+    }
+    sequences
 }
 
 /// Whether what the cache of one place holds is what the other place's would: of the same layers and heads of the same model, and

@@ -142,6 +142,41 @@ fn a_stream_outlives_a_killed_scheduler() {
     assert_no_panic(&cluster);
 }
 
+/// Of a sequence only what is beyond its last full block is computed again.
+#[test]
+fn what_ranks_have_kept_is_not_computed_again_under_another_scheduler() {
+    let _alone = alone();
+    let cluster = Cluster::start(&["--stages", "2", "--tp", "2", "--set-node", "link_faults.delay_us=500"]);
+    let body = json!({
+        "prompt": "Write a word. ".repeat(20), "max_tokens": 150, "ignore_eos": true, "temperature": 1, "seed": 3,
+        "stream": true,
+    });
+    let expected = cluster.stream(COMPLETIONS, &body).rest();
+    let mut stream = cluster.stream(COMPLETIONS, &body);
+    let mut events: Vec<Event> = (0..20).map(|_| stream.next_event()).collect();
+    assert!(processes::signal(cluster.pid("scheduler"), "KILL"));
+    events.extend(stream.rest());
+    let text = |events: &[Event]| {
+        let part = |event: &Event| match event {
+            Event::Data(data) => {
+                serde_json::from_str::<Value>(data).ok()?["choices"][0]["text"].as_str().map(str::to_owned)
+            }
+            _ => None,
+        };
+        events.iter().filter_map(part).collect::<String>()
+    };
+    assert_eq!(text(&events), text(&expected));
+    // The one that leads now has seen nothing but the rest of this stream.
+    let asked = cluster.metric("vllm:prefix_cache_queries_total");
+    let found = cluster.metric("vllm:prefix_cache_hits_total");
+    assert!(
+        asked >= 280.0 && found + 16.0 > asked,
+        "{found} of {asked} prompt tokens were kept\n{}",
+        cluster.said()
+    );
+    assert_no_panic(&cluster);
+}
+
 /// It is not dead: whoever supervises it has to notice.
 #[test]
 fn a_stream_outlives_a_frozen_scheduler() {
@@ -211,6 +246,32 @@ fn streams_go_on_without_redis_and_outlive_a_node_meanwhile_and_a_store_that_has
     let pause = disturb(&cluster, &expected, || assert!(processes::signal(pid, "KILL")));
     assert!(pause < PAUSE_LIMIT, "a scheduler whose store forgot: {pause:?}\n{}", cluster.said());
     assert!(cluster.metric("ashlar_lease_term") > term);
+    assert_no_panic(&cluster);
+}
+
+#[test]
+fn streams_and_leader_outlive_a_redis_that_answers_late_or_refuses_writes() {
+    let _alone = alone();
+    let Some(redis) = RedisServer::start() else { return };
+    let cluster = Cluster::start(&["--stages", "2", "--store", &redis.url()]);
+    let expected = undisturbed(&cluster);
+    let (term, leader) = (cluster.metric("ashlar_lease_term"), cluster.pid("scheduler"));
+    let pause = disturb(&cluster, &expected, || redis.set("min-replicas-to-write", "1"));
+    assert!(pause < PAUSE_LIMIT, "writes refused: the stream stood still for {pause:?}\n{}", cluster.said());
+    // Longer than a lease lasts.
+    eventually("it is said", RECOVERY_LIMIT, || cluster.said().contains("NOREPLICAS"));
+    assert_eq!(undisturbed(&cluster), expected);
+    redis.set("min-replicas-to-write", "0");
+    let pause = disturb(&cluster, &expected, || redis.signal("-STOP"));
+    assert!(
+        pause < PAUSE_LIMIT,
+        "a Redis that hangs: the stream stood still for {pause:?}\n{}",
+        cluster.said()
+    );
+    redis.signal("-CONT");
+    assert_eq!(undisturbed(&cluster), expected);
+    assert_eq!(cluster.pid("scheduler"), leader);
+    println!("term {term} before, {} after", cluster.metric("ashlar_lease_term"));
     assert_no_panic(&cluster);
 }
 

@@ -8,7 +8,7 @@ use crate::step::{StepPlan, StepResult, StepTiming};
 use crate::training::{OpenSession, TrainingReport, TrainingWork};
 use ashlar_vocabulary::{
     AdapterId, BlockId, Bytes, HeadSlice, LayerRange, LeaseTerm, ModelDigest, NodeId, Precision, ReplicaId,
-    ReplicaRevision, SessionId, StageIndex, StepId, TensorRank,
+    ReplicaRevision, SequenceId, SessionId, StageIndex, StepId, TensorRank,
 };
 use serde::{Deserialize, Serialize};
 
@@ -65,6 +65,13 @@ pub enum FromNode {
         revision: ReplicaRevision,
         /// Why not, for the operator.
         outcome: Result<(), String>,
+    },
+    /// What this rank has computed in a step is not finite, though what it was given was, and no adapter was in it.
+    NotFinite {
+        /// The assignment's revision.
+        revision: ReplicaRevision,
+        /// Of these sequences.
+        sequences: Vec<SequenceId>,
     },
     /// From rank 0 of the last stage only.
     StepResult(StepResult),

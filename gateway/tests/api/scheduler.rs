@@ -372,6 +372,7 @@ fn cluster() -> ClusterSnapshot {
             layers: LayerRange { start: 0, end: 4 },
             loaded: 1.0,
             leaving: false,
+            quarantined: None,
             reserved: Bytes(1 << 20),
             adapters: Bytes(3 << 10),
             jobs: Bytes(5 << 10),

@@ -36,7 +36,7 @@ pub(super) struct Change {
 }
 
 /// How a replica goes on without some of its nodes.
-enum WayOut {
+pub(super) enum WayOut {
     /// Standbys take their places, or all is laid out anew on other nodes.
     Change(Change),
     /// Others serve: its sequences go there.
@@ -52,9 +52,9 @@ impl Cluster {
     /// Why not, for the operator.
     pub fn could_spare(&self, node: &NodeId) -> Result<(), String> {
         let Some(place) = self.nodes.get(node).and_then(|node| node.place) else { return Ok(()) };
-        let mut leaving = self.leaving();
-        leaving.insert(node.clone());
-        match self.way_out(place.replica, &leaving) {
+        let mut out = self.out();
+        out.insert(node.clone());
+        match self.way_out(place.replica, &out) {
             WayOut::Change(_) | WayOut::OtherReplica => Ok(()),
             WayOut::None(reason) => Err(reason),
         }
@@ -85,6 +85,10 @@ impl Cluster {
         let node = self.connections.get(&connection).and_then(|name| self.nodes.get_mut(name));
         let Some(node) = node.filter(|node| node.leaving != leaving) else { return };
         (node.leaving, node.dismissed, node.heard) = (leaving, false, now);
+        let name = node.join.node.clone();
+        if !leaving {
+            self.suspicions.lift(&name);
+        }
         self.nodes_changed(now);
     }
 
@@ -147,6 +151,13 @@ impl Cluster {
         }
     }
 
+    /// Nodes that leave, or that do harm.
+    pub(super) fn out(&self) -> BTreeSet<NodeId> {
+        let is_out = |name: &&NodeId| self.suspicions.is_quarantined(name);
+        let harmful = self.nodes.keys().filter(is_out).cloned();
+        self.leaving().into_iter().chain(harmful).collect()
+    }
+
     fn leaving(&self) -> BTreeSet<NodeId> {
         self.nodes.iter().filter(|(_, node)| node.leaving).map(|(name, _)| name.clone()).collect()
     }
@@ -154,7 +165,7 @@ impl Cluster {
     /// Takes nodes that leave out of replicas that can do without them, lets drain those that cannot, and says what is to be
     /// changed for the others.
     fn replace_leaving(&mut self, now: Millis, effects: &mut Vec<Effect>) -> Option<Change> {
-        let leaving = self.leaving();
+        let (leaving, out) = (self.leaving(), self.out());
         let ids: Vec<ReplicaId> = self.replicas.keys().copied().collect();
         for id in ids {
             let Some(replica) = self.replicas.get_mut(&id) else { continue };
@@ -163,11 +174,18 @@ impl Cluster {
                 replica.draining = false;
                 effects.push(Effect::ReplicaDrains { replica: id, drains: false });
             }
+            let up = replica.phase == Phase::Up;
             if !leaves {
+                // One that does harm serves on until somebody can take its place.
+                if up
+                    && leaves_with(replica, &out)
+                    && let WayOut::Change(change) = self.way_out(id, &out)
+                {
+                    return Some(change);
+                }
                 continue;
             }
-            let up = replica.phase == Phase::Up;
-            match up.then(|| self.way_out(id, &leaving)) {
+            match up.then(|| self.way_out(id, &out)) {
                 // It does not serve, or others do.
                 None | Some(WayOut::OtherReplica) => self.unseat(now, id, &leaving, effects),
                 Some(WayOut::Change(change)) => return Some(change),
@@ -225,12 +243,12 @@ impl Cluster {
             return None;
         }
         self.unplanned = false;
-        let leaving = self.leaving();
+        let leaving = self.out();
         self.another_replica(&leaving).or_else(|| self.better_cut(&leaving))
     }
 
     /// How a replica that serves goes on without the nodes that leave.
-    fn way_out(&self, id: ReplicaId, leaving: &BTreeSet<NodeId>) -> WayOut {
+    pub(super) fn way_out(&self, id: ReplicaId, leaving: &BTreeSet<NodeId>) -> WayOut {
         let Some(replica) = self.replicas.get(&id) else { return WayOut::OtherReplica };
         if let Some(replaced) = self.with_standbys(replica, leaving) {
             let reason = format!("node {} leaves", join_names(&gone_from(replica, leaving)));

@@ -7,7 +7,8 @@ use ashlar_protocol::step::StepTiming;
 use ashlar_protocol::training::TrainingTiming;
 use ashlar_shard_plan::Links;
 use ashlar_vocabulary::{
-    BlockId, Bytes, LeaseTerm, ModelDigest, ModelShape, Precision, ReplicaId, ReplicaRevision,
+    BlockId, Bytes, LeaseTerm, ModelDigest, ModelShape, NodeId, Precision, ReplicaId, ReplicaRevision,
+    SequenceId, StepId,
 };
 
 /// Names one connection of a node; never reused. A node that reconnects has another one.
@@ -63,7 +64,7 @@ pub enum Spent {
     /// Nothing that is counted.
     Nothing,
     /// A step of serving.
-    Serving(StepTiming),
+    Serving(StepId, StepTiming),
     /// A step of training.
     Training(TrainingTiming),
 }
@@ -148,6 +149,15 @@ pub enum Event {
         /// Why not.
         outcome: Result<(), String>,
     },
+    /// A node has computed numbers that are none from numbers that were, without an adapter.
+    NotFinite {
+        /// Which node.
+        connection: NodeConnection,
+        /// Its assignment.
+        revision: ReplicaRevision,
+        /// Of these sequences.
+        sequences: Vec<SequenceId>,
+    },
     /// A replica that [drains](Effect::ReplicaDrains) has nothing left to do.
     Drained {
         /// Which.
@@ -200,6 +210,13 @@ pub enum Effect {
         connection: NodeConnection,
         /// The place, and the bytes that its weights take.
         order: Option<(Box<Assignment>, Bytes)>,
+    },
+    /// For the log: others are to take this node's place.
+    Quarantined {
+        /// Which node.
+        node: NodeId,
+        /// What it did.
+        reason: String,
     },
     /// Tell a node that leaves that it holds nothing any more.
     Dismiss {

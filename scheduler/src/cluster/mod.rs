@@ -1,7 +1,7 @@
 //! Membership and layout as a pure function of events.
 //!
 //! Layout: [`events`] (what goes in and out), `place` (nodes and their places), `reconcile` (from intent to what is
-//! observed), `change` (from a layout that serves to another one), `costs` (stage times and KV blocks), `held` (what nodes hold already), `snapshot` (what others may know).
+//! observed), `change` (from a layout that serves to another one), `quarantine` (nodes that do harm), `costs` (stage times and KV blocks), `held` (what nodes hold already), `snapshot` (what others may know).
 //!
 //! **Invariants:** no tokio, clock, randomness or I/O. Where a node belongs (intent) and how far it is (observed) are
 //! separate; after each event the difference is closed as far as possible. Every assignment of a replica has a new
@@ -12,6 +12,7 @@ mod costs;
 pub mod events;
 mod held;
 mod place;
+mod quarantine;
 mod reconcile;
 mod snapshot;
 
@@ -25,6 +26,7 @@ use ashlar_protocol::training::TrainingTiming;
 use ashlar_vocabulary::{Bytes, LeaseTerm, NodeId, ReplicaId, ReplicaRevision, StageIndex};
 use change::Change;
 use place::{Node, Observed, Phase, Replica};
+use quarantine::Suspicions;
 use std::collections::{BTreeMap, BTreeSet};
 
 /// How often the shell ticks.
@@ -67,6 +69,7 @@ pub struct Cluster {
     change_due: Millis,
     /// Whether nodes that leave are to be looked at again.
     reconsider: bool,
+    suspicions: Suspicions,
 }
 
 impl Cluster {
@@ -88,6 +91,7 @@ impl Cluster {
             change: None,
             change_due: Millis(0),
             reconsider: false,
+            suspicions: Suspicions::default(),
         }
     }
 
@@ -125,7 +129,10 @@ impl Cluster {
                 self.prepared(now, connection, revision, outcome, effects);
             }
             Event::Drained { replica } => self.drained(now, replica, effects),
-            Event::Heard { connection, spent } => self.heard(now, connection, spent),
+            Event::NotFinite { connection, revision, sequences } => {
+                self.not_finite(connection, revision, sequences, effects);
+            }
+            Event::Heard { connection, spent } => self.heard(now, connection, spent, effects),
             Event::ReplicaFault { replica, revision, reason } => {
                 self.fault(now, replica, revision, reason, effects);
             }
@@ -382,14 +389,17 @@ impl Cluster {
         }
     }
 
-    fn heard(&mut self, now: Millis, connection: NodeConnection, spent: Spent) {
+    fn heard(&mut self, now: Millis, connection: NodeConnection, spent: Spent, effects: &mut Vec<Effect>) {
         let Some(node) = self.connections.get(&connection).and_then(|name| self.nodes.get_mut(name)) else {
             return;
         };
         node.heard = now;
         match spent {
             Spent::Nothing => {}
-            Spent::Serving(timing) => node.busy.add(&timing),
+            Spent::Serving(step, timing) => {
+                node.busy.add(&timing);
+                self.spent(connection, step, timing, effects);
+            }
             Spent::Training(timing) => node.trained.add(&timing),
         }
     }

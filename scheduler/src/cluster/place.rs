@@ -1,6 +1,7 @@
 //! Nodes and the places that they take: what is intended, and what has been observed.
 
 use super::events::NodeConnection;
+use super::quarantine::LinkWatch;
 use crate::time::Millis;
 use ashlar_protocol::membership::{HeldSlice, Join};
 use ashlar_protocol::prefix::BlockHash;
@@ -72,6 +73,8 @@ pub(super) struct Replica {
     pub(super) phase: Phase,
     /// Whether it takes nothing in any more, because nobody can take the place of a node that leaves.
     pub(super) draining: bool,
+    /// How long rows are on their way from stage to stage, in this layout.
+    pub(super) links: LinkWatch,
     /// Failures since it last served.
     pub(super) failures: u32,
     /// How many of them were of its weights.
@@ -130,6 +133,7 @@ impl Replica {
             seats: seats.collect(),
             phase: Phase::Vacant { since: now },
             draining: false,
+            links: LinkWatch::default(),
             failures: 0,
             unloadable: 0,
             trouble: None,

@@ -1,6 +1,7 @@
 //! From intent to what is observed: plan, seat, assign, and declare up.
 
 use super::place::{Node, Observed, Phase, Replica, Seat};
+use super::quarantine::LinkWatch;
 use super::{Cluster, Effect, LASTING_FAILURES, REVISIONS_PER_TERM, costs, held};
 use crate::engine::ReplicaUp;
 use crate::time::Millis;
@@ -55,7 +56,12 @@ impl Cluster {
         let sizes = [config.stages, config.tensor_parallel_size, config.replicas];
         let needed: usize = sizes.iter().map(|size| size.unwrap_or(1)).product();
         let wanted = needed.max(config.expected_nodes.unwrap_or(1));
-        let staying: Vec<&Node> = self.nodes.values().filter(|node| !node.leaving).collect();
+        let mut staying: Vec<&Node> = self.nodes.values().filter(|node| !node.leaving).collect();
+        let harmless = |node: &&Node| !self.suspicions.is_quarantined(&node.join.node);
+        // One that does harm is better than nobody.
+        if staying.iter().copied().filter(|node| harmless(node)).count() >= wanted {
+            staying.retain(harmless);
+        }
         let present = staying.len();
         if present < wanted {
             self.plan_problem = Some(format!("waiting for nodes: {present} of {wanted} have joined"));
@@ -96,12 +102,15 @@ impl Cluster {
     /// Fills a replica's vacant places: with who was there before, else with a standby that has the memory.
     fn seat(&mut self, id: ReplicaId) {
         let Some(replica) = self.replicas.get_mut(&id) else { return };
-        for former in [true, false] {
+        // One that does harm is the last resort.
+        let ways = [(true, true), (false, true), (true, false), (false, false)];
+        for (former, harmless) in ways {
             for seat in replica.seats.iter_mut().filter(|seat| !seat.taken) {
                 let fits = |node: &&mut Node| {
                     let insists = node.join.layers.is_some_and(|layers| layers != seat.place.layers);
                     node.place.is_none()
                         && !node.leaving
+                        && (!harmless || !self.suspicions.is_quarantined(&node.join.node))
                         && if former {
                             node.join.node == seat.node
                         } else {
@@ -132,6 +141,7 @@ impl Cluster {
         let Some(replica) = self.replicas.get_mut(&id) else { return };
         replica.revision = revision;
         replica.phase = Phase::Loading;
+        replica.links = LinkWatch::default();
         let Some(replica) = self.replicas.get(&id) else { return };
         for seat in &replica.seats {
             let Some(node) = self.nodes.get(&seat.node) else { continue };

@@ -22,6 +22,7 @@ impl Cluster {
                 Observed::Ready { .. } => 1.0,
             },
             leaving: node.leaving,
+            quarantined: self.suspicions.reason(name),
             reserved: node.reserved,
             adapters: Bytes(0),
             jobs: Bytes(0),

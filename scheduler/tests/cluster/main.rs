@@ -1,10 +1,12 @@
 //! Membership and layout, event by event.
 //!
-//! Layout: here what all tests share, `membership` (who is there, and where), `changes` (from one layout to another).
+//! Layout: here what all tests share, `membership` (who is there, and where), `changes` (from one layout to another), `quarantine` (nodes
+//! that do harm).
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
 mod changes;
 mod membership;
+mod quarantine;
 
 use ashlar_protocol::membership::{Assignment, HeldSlice, Join};
 use ashlar_scheduler::cluster::{Cluster, ClusterConfig, Effect, Event, NodeConnection};
