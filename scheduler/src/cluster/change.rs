@@ -254,7 +254,10 @@ impl Cluster {
             let reason = format!("node {} leaves", join_names(&gone_from(replica, leaving)));
             return WayOut::Change(Change::new(vec![id], vec![replaced], reason));
         }
-        let serves = |other: &Replica| other.phase == Phase::Up && !leaves_with(other, leaving);
+        // One with a node that does harm serves nevertheless.
+        let really = self.leaving();
+        let serves =
+            |other: &Replica| other.id != id && other.phase == Phase::Up && !leaves_with(other, &really);
         if self.replicas.values().any(serves) {
             return WayOut::OtherReplica;
         }
