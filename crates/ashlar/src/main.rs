@@ -3,7 +3,8 @@
 //! Layout: [`up`] (a small real cluster as supervised children), [`roles`] (gateway, scheduler, node),
 //! machines that join ([`enrolment`]), client commands
 //! ([`chat`], [`tune`], [`bench`], [`drill`], [`replay`]), and what needs no cluster ([`plan`], [`simulate`], [`quantize`], [`synth`]). [`demo`] holds the demo model,
-//! [`http`] a plain HTTP client, [`supervisor`] a child process kept alive, [`processes`] which ones there are.
+//! [`http`] a plain HTTP client, [`supervisor`] a child process kept alive, [`processes`] which ones there are, [`network`] networks of their own for
+//! them.
 #![forbid(unsafe_code)]
 
 mod bench;
@@ -13,6 +14,7 @@ mod demo;
 mod drill;
 mod enrolment;
 mod http;
+mod network;
 mod plan;
 mod port;
 mod precision;
@@ -75,7 +77,7 @@ enum Command {
     Simulate(Box<simulate::SimulateArgs>),
     /// Measure: a model on this machine, layouts against each other, or a running service.
     Bench(bench::BenchArgs),
-    /// Kill and freeze processes of a running cluster under load, and say what clients noticed.
+    /// Kill, freeze and cut off processes of a running cluster under load, and say what clients noticed.
     Drill(drill::DrillArgs),
     /// Compute stored responses once more, on whatever layout there is, and compare them byte by byte.
     Replay(replay::ReplayArgs),
