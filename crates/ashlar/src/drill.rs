@@ -1,28 +1,35 @@
-//! `ashlar drill`: kills and freezes processes of a running cluster on purpose, under load, and says what clients noticed.
+//! `ashlar drill`: kills, freezes and cuts off processes of a running cluster on purpose, under load, and says what clients noticed.
+//!
+//! Layout: [`target`] (the cluster), [`fault`] (what is done to it), [`load`] and [`stream`] (streams that are compared), [`jobs`]
+//! (fine-tuning jobs that are), [`log`] (what a long drill has done so far), [`report`] (what it came to).
 
+mod fault;
+mod jobs;
 mod load;
+mod log;
 mod report;
 mod stream;
+mod target;
 
 use crate::bench::random::Random;
 use crate::http::Client;
-use crate::processes::{self, Processes, Signal};
+use crate::processes::{self, Processes};
 use crate::roles;
 use anyhow::{Context, Result, bail};
-use clap::{Args, ValueEnum};
+use ashlar_service_kit::Shutdown;
+use clap::Args;
+pub(crate) use fault::Role;
+use fault::{Fault, Kind, Lengths};
 use indicatif::{ProgressBar, ProgressStyle};
+use jobs::{Jobs, Recipe};
 use load::Load;
-use report::{FaultRecord, Report};
-use serde::{Deserialize, Serialize};
-use std::fs::{self, OpenOptions};
-use std::io::Write;
-use std::path::{Path, PathBuf};
+use log::Log;
+use report::{FaultRecord, Report, Rest};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 use stream::Shape;
+use target::Target;
 
-/// Longest wait for the cluster to be whole again after a fault.
-const RECOVERY_MAX: Duration = Duration::from_secs(60);
-const POLL: Duration = Duration::from_millis(20);
 /// What each of its streams asks for, in tokens.
 const TOKENS: u32 = 200;
 
@@ -41,11 +48,19 @@ undisturbed, token by token and log-probability by log-probability.
 Half of the streams are responses (/v1/responses), whose clients go on with the next event when their gateway is killed. Another
 stream is cut off with it; it counts as an error only if asking again does not bring the same.
 
+With --jobs, fine-tuning jobs run one after the other, too. The first one runs undisturbed; each of the others has to end with the
+same adapter, by its SHA-256.
+
+Where each role has a network of its own (`ashlar up --separate`; Linux, root), it can be cut off from the others for a while: both
+ways (partition), or so that it hears nothing (deaf) or is not heard (mute). scripts/partition-drill does all of it.
+
 Examples:
   ashlar drill                                        20 faults over all roles
   ashlar drill --faults 1000 --log drill.jsonl        goes on where it left off, if drill.jsonl is there
+  ashlar drill --jobs 1                               fine-tuning meanwhile
+  ashlar drill --kinds partition,deaf,mute            on a cluster of `ashlar up --separate`
   ashlar drill --roles scheduler --kinds freeze --json
-Exit code: 0 if no client noticed more than a pause, else 1."
+Exit code: 0 if no client noticed more than a pause and every job came to the same, else 1."
 )]
 pub(crate) struct DrillArgs {
     /// State directory of the running cluster.
@@ -69,6 +84,15 @@ pub(crate) struct DrillArgs {
     /// For how long a process is frozen, in milliseconds.
     #[arg(long, default_value_t = 2_500)]
     freeze_ms: u64,
+    /// For how long a process is cut off, in milliseconds.
+    #[arg(long, default_value_t = 2_500)]
+    cut_ms: u64,
+    /// Fine-tuning jobs at a time; default: 1 with --tune, else none.
+    #[arg(long, value_parser = clap::value_parser!(u32).range(0..=64))]
+    jobs: Option<u32>,
+    /// Examples that they train on, as `ashlar tune` takes them; default: a few of the drill's own.
+    #[arg(long, value_name = "FILE")]
+    tune: Option<PathBuf>,
     /// Which processes, when and how follows from it.
     #[arg(long, default_value_t = 1)]
     seed: u64,
@@ -83,43 +107,6 @@ pub(crate) struct DrillArgs {
     key: Option<String>,
 }
 
-/// A kind of process.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub(crate) enum Role {
-    /// Shard nodes.
-    Node,
-    /// The scheduler.
-    Scheduler,
-    /// The gateway.
-    Gateway,
-}
-
-/// What happens to it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub(crate) enum Kind {
-    /// SIGKILL.
-    Kill,
-    /// SIGSTOP, and SIGCONT later.
-    Freeze,
-}
-
-impl Role {
-    fn of(name: &str) -> Role {
-        match name {
-            "gateway" => Role::Gateway,
-            name if name.starts_with("scheduler") => Role::Scheduler,
-            _ => Role::Node,
-        }
-    }
-}
-
-/// Nothing that serves needs the enrolment endpoint.
-fn is_drilled(name: &str) -> bool {
-    name != "enrolment"
-}
-
 pub(crate) fn run(args: DrillArgs) -> Result<()> {
     if args.roles.is_empty() || args.kinds.is_empty() {
         bail!("nothing to do: name at least one of --roles and one of --kinds");
@@ -128,55 +115,57 @@ pub(crate) fn run(args: DrillArgs) -> Result<()> {
 }
 
 async fn conduct(args: DrillArgs) -> Result<()> {
-    let state = fs::canonicalize(&args.state)
-        .with_context(|| format!("there is no state directory {}", args.state.display()))?;
-    processes::read(&state)?;
-    let client = Client::new(&args.url, args.key.clone())?;
-    let mut records = args.log.as_deref().map_or_else(|| Ok(Vec::new()), report::read)?;
+    let shutdown = Shutdown::listen().context("cannot listen to signals")?;
+    let target = Target::open(&args.state, Client::new(&args.url, args.key.clone())?)?;
+    if args.kinds.iter().any(|kind| kind.cut().is_some()) {
+        target.network()?;
+    }
+    let mut log = Log::open(args.log.as_deref())?;
     let bar = ProgressBar::new(args.faults as u64)
         .with_style(ProgressStyle::with_template("{msg:48} {bar:24} {pos}/{len}").context("progress bar")?);
-    bar.set_message("asking undisturbed");
-    whole(&client, &state).await.context("before any fault")?;
-    let shapes = Shape::ask_all(&client, args.streams, TOKENS).await?;
-    let load = Load::start(&client, &shapes);
+    let preparing = prepare(&args, &target, &log, &bar);
+    let (shapes, recipe) = tokio::select! {
+        prepared = preparing => prepared?,
+        _ = shutdown.requested() => bail!("interrupted before the first fault"),
+    };
+    let load = Load::start(&target.client, &shapes);
+    let jobs = recipe.map(|recipe| Jobs::start(&target.client, &recipe, args.jobs_at_a_time()));
     let mut random = Random::new(args.seed, 0);
     // Faults that are in the log have had their numbers.
-    for _ in 0..records.len() {
-        choose(&args, &Processes::new(), &mut random);
+    for _ in 0..log.records.len() {
+        args.choose(&Processes::new(), &mut random);
     }
-    bar.set_position(records.len() as u64);
-    while records.len() < args.faults {
-        let number = records.len();
-        let fault = choose(&args, &processes::read(&state)?, &mut random);
+    bar.set_position(log.records.len() as u64);
+    while log.records.len() < args.faults && shutdown.reason().is_none() {
+        let fault = args.choose(&processes::read(&target.state)?, &mut random);
         let Some(fault) = fault else {
             bail!("no process of {:?} runs", args.roles);
         };
         bar.set_message(format!("{} {}", fault.kind.describe(), fault.name));
         tokio::select! {
             () = tokio::time::sleep(fault.after) => {}
-            _ = tokio::signal::ctrl_c() => break,
+            // A fault that has begun is not left as it is: it ends first.
+            _ = shutdown.requested() => break,
         }
-        load.begin_fault(number, Role::of(&fault.name) == Role::Gateway);
-        let began = Instant::now();
-        inflict(&state, &fault, args.freeze_ms).await?;
-        whole(&client, &state)
-            .await
-            .with_context(|| format!("after {} {}", fault.kind.describe(), fault.name))?;
-        let recovered = began.elapsed();
-        // What was running has been compared.
-        load.all_have_ended_since(number).await;
-        let record = FaultRecord::new(&fault.name, fault.kind, recovered, load.end_fault(number));
+        let number = log.records.len();
+        let record = args.disturb(&target, &fault, number, &load, jobs.as_ref()).await?;
         bar.suspend(|| eprintln!("{}", record.line(number)));
         bar.inc(1);
-        append(args.log.as_deref(), &record)?;
-        records.push(record);
+        log.fault(record)?;
     }
-    let rest = load.stop(records.len()).await;
-    if let Some(last) = records.last_mut() {
-        last.add(rest);
-    }
+    bar.set_message("letting the last jobs end");
+    let jobs = match jobs {
+        None => None,
+        // Streams go on meanwhile: nothing about the load changes for the last job.
+        Some(jobs) => Some(match log.records.len() < args.faults {
+            true => jobs.cancel().await,
+            false => jobs.finish().await,
+        }),
+    };
+    let noticed = load.stop(log.records.len()).await;
+    log.rest(Rest { noticed, jobs })?;
     bar.finish_and_clear();
-    let report = Report::of(&records);
+    let report = Report::of(&log.records);
     match args.json {
         true => println!("{}", serde_json::to_string_pretty(&report)?),
         false => print!("{report}"),
@@ -184,90 +173,68 @@ async fn conduct(args: DrillArgs) -> Result<()> {
     if report.is_clean() { Ok(()) } else { Err(Noticed.into()) }
 }
 
-/// What will happen.
-struct Fault {
-    name: String,
-    pid: u32,
-    kind: Kind,
-    after: Duration,
-}
-
-impl Kind {
-    fn describe(self) -> &'static str {
-        match self {
-            Kind::Kill => "killing",
-            Kind::Freeze => "freezing",
-        }
+/// What streams and jobs come to undisturbed.
+async fn prepare(
+    args: &DrillArgs,
+    target: &Target,
+    log: &Log,
+    bar: &ProgressBar,
+) -> Result<(Vec<Shape>, Option<Recipe>)> {
+    bar.set_message("asking undisturbed");
+    target.whole().await.context("before any fault")?;
+    let shapes = Shape::ask_all(&target.client, args.streams, TOKENS).await?;
+    if args.jobs_at_a_time() == 0 {
+        return Ok((shapes, None));
     }
+    bar.set_message("tuning undisturbed");
+    let recipe = Recipe::prepare(target, args.tune.as_deref()).await?;
+    if let Some(earlier) = log.records.iter().rev().find_map(FaultRecord::adapter) {
+        recipe.check(earlier)?;
+    }
+    Ok((shapes, Some(recipe)))
 }
 
-/// The next fault. As many random numbers are taken whoever runs.
-fn choose(args: &DrillArgs, processes: &Processes, random: &mut Random) -> Option<Fault> {
-    let (role, process, kind) = (random.next(), random.next(), random.next());
-    let after = Duration::from_millis(random.between(50, 1_000));
-    let pick = |number: u64, count: usize| usize::try_from(number % count.max(1) as u64).unwrap_or(0);
-    let role = args.roles.get(pick(role, args.roles.len()))?;
-    let candidates: Vec<_> =
-        processes.iter().filter(|(name, _)| is_drilled(name) && Role::of(name) == *role).collect();
-    let (name, pid) = candidates.get(pick(process, candidates.len()))?;
-    let kind = *args.kinds.get(pick(kind, args.kinds.len()))?;
-    Some(Fault { name: (*name).clone(), pid: **pid, kind, after })
-}
+impl DrillArgs {
+    fn jobs_at_a_time(&self) -> u32 {
+        self.jobs.unwrap_or(u32::from(self.tune.is_some()))
+    }
 
-async fn inflict(state: &Path, fault: &Fault, freeze_ms: u64) -> Result<()> {
-    match fault.kind {
-        Kind::Kill => {
-            processes::signal(state, &fault.name, fault.pid, Signal::Kill)?;
-            let began = Instant::now();
-            // Its supervisor has seen it and started another one.
-            while processes::read(state)?.get(&fault.name).is_none_or(|pid| *pid == fault.pid) {
-                if began.elapsed() > RECOVERY_MAX {
-                    bail!("{} was not started again within {} s", fault.name, RECOVERY_MAX.as_secs());
+    fn choose(&self, processes: &Processes, random: &mut Random) -> Option<Fault> {
+        Fault::choose(&self.roles, &self.kinds, processes, random)
+    }
+
+    /// One fault, from its beginning until everything that it met has ended.
+    async fn disturb(
+        &self,
+        target: &Target,
+        fault: &Fault,
+        number: usize,
+        load: &Load,
+        jobs: Option<&Jobs>,
+    ) -> Result<FaultRecord> {
+        let lengths = Lengths {
+            freeze: Duration::from_millis(self.freeze_ms),
+            cut: Duration::from_millis(self.cut_ms),
+        };
+        load.begin_fault(number, fault.cuts_clients());
+        let began = Instant::now();
+        let mut seen = None;
+        {
+            let mut inflicting = std::pin::pin!(fault.inflict(target, lengths));
+            let mut missing = std::pin::pin!(target.misses_something());
+            loop {
+                tokio::select! {
+                    done = &mut inflicting => break done?,
+                    () = &mut missing, if seen.is_none() => seen = Some(began.elapsed()),
                 }
-                tokio::time::sleep(POLL).await;
-            }
-            Ok(())
-        }
-        Kind::Freeze => {
-            processes::signal(state, &fault.name, fault.pid, Signal::Stop)?;
-            tokio::time::sleep(Duration::from_millis(freeze_ms)).await;
-            // A supervisor may have killed it meanwhile.
-            let _ = processes::signal(state, &fault.name, fault.pid, Signal::Continue);
-            Ok(())
-        }
-    }
-}
-
-/// Waits until every process runs, has joined, and every replica serves.
-async fn whole(client: &Client, state: &Path) -> Result<()> {
-    let began = Instant::now();
-    loop {
-        let expected = processes::read(state)?
-            .keys()
-            .filter(|name| is_drilled(name) && Role::of(name) == Role::Node)
-            .count();
-        // A gateway that is frozen does not answer at all.
-        let asked = tokio::time::timeout(Duration::from_secs(1), client.get("/admin/cluster")).await;
-        if let Ok(Ok((200, view))) = asked {
-            let list = |field: &str| view["cluster"][field].as_array().cloned().unwrap_or_default();
-            let ready = list("replicas").iter().all(|replica| replica["ready"] == true);
-            if view["ready"] == true && ready && list("nodes").len() >= expected {
-                return Ok(());
             }
         }
-        if began.elapsed() > RECOVERY_MAX {
-            bail!("the cluster is not whole within {} s", RECOVERY_MAX.as_secs());
-        }
-        tokio::time::sleep(POLL).await;
+        let what = || format!("after {} {}", fault.kind.describe(), fault.name);
+        target.whole().await.with_context(what)?;
+        let recovered = began.elapsed();
+        // What was running has been compared.
+        load.all_have_ended_since(number).await;
+        let (noticed, jobs) = (load.end_fault(number), jobs.map(Jobs::take));
+        Ok(FaultRecord::new(&fault.name, fault.kind, recovered, noticed, jobs).seen(seen))
     }
-}
-
-fn append(log: Option<&Path>, record: &FaultRecord) -> Result<()> {
-    let Some(path) = log else { return Ok(()) };
-    let write = || -> Result<()> {
-        let mut file = OpenOptions::new().create(true).append(true).open(path)?;
-        writeln!(file, "{}", serde_json::to_string(record)?)?;
-        Ok(())
-    };
-    write().with_context(|| format!("cannot write {}", path.display()))
 }

@@ -3,7 +3,8 @@
 //! Layout: [`up`] (a small real cluster as supervised children), [`roles`] (gateway, scheduler, node),
 //! machines that join ([`enrolment`]), client commands
 //! ([`chat`], [`tune`], [`bench`], [`drain`], [`drill`], [`replay`]), and what needs no cluster ([`plan`], [`simulate`], [`quantize`], [`synth`]). [`demo`] holds the demo model,
-//! [`http`] a plain HTTP client, [`supervisor`] a child process kept alive, [`processes`] which ones there are.
+//! [`http`] a plain HTTP client, [`supervisor`] a child process kept alive, [`processes`] which ones there are, [`network`] networks of their own for
+//! them.
 #![forbid(unsafe_code)]
 
 mod bench;
@@ -14,6 +15,7 @@ mod drain;
 mod drill;
 mod enrolment;
 mod http;
+mod network;
 mod plan;
 mod port;
 mod precision;
@@ -78,7 +80,7 @@ enum Command {
     Bench(bench::BenchArgs),
     /// Have others take a node's place, so that its machine can be taken away.
     Drain(drain::DrainArgs),
-    /// Kill and freeze processes of a running cluster under load, and say what clients noticed.
+    /// Kill, freeze and cut off processes of a running cluster under load, and say what clients noticed.
     Drill(drill::DrillArgs),
     /// Compute stored responses once more, on whatever layout there is, and compare them byte by byte.
     Replay(replay::ReplayArgs),

@@ -8,7 +8,7 @@ mod show;
 mod units;
 
 use crate::bench::serve::Length;
-use crate::drill::{Kind, Role};
+use crate::drill::Role;
 use crate::plan::{parse_bytes, parse_device};
 use crate::precision::PrecisionArgs;
 use anyhow::{Context, Result};
@@ -20,7 +20,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
-use units::{parse_rate, parse_seconds};
+use units::{Kind, parse_rate, parse_seconds};
 
 /// A bar is drawn for whatever takes longer than this.
 const PATIENCE: Duration = Duration::from_secs(1);

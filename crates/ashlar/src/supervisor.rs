@@ -31,6 +31,8 @@ pub(crate) struct Role {
     pub(crate) log: PathBuf,
     /// After how much silence it is killed, once it has said that it lives; `None` waits for ever.
     pub(crate) silence_max: Option<Duration>,
+    /// The network namespace in which it runs; `None`: that of its supervisor.
+    pub(crate) network: Option<PathBuf>,
 }
 
 /// What a supervised role tells.
@@ -76,7 +78,7 @@ async fn supervise(role: Role, notices: mpsc::Sender<Notice>, mut stop: watch::R
     loop {
         let started = Instant::now();
         let mut killed = false;
-        let mut ear = role.silence_max.and_then(Ear::open);
+        let mut ear = role.silence_max.and_then(|max| Ear::open(max, role.network.is_some()));
         let how = match spawn(&role, ear.as_ref(), crashed.take()) {
             Err(error) => format!("{error:#}"),
             Ok(mut child) => {
@@ -144,10 +146,18 @@ fn spawn(role: &Role, ear: Option<&Ear>, crashed: Option<i32>) -> Result<Child> 
         .append(true)
         .open(&role.log)
         .with_context(|| format!("cannot open {}", role.log.display()))?;
-    let mut command = Command::new(binary);
+    let mut command = match &role.network {
+        None => Command::new(binary),
+        Some(network) => {
+            // It becomes the role: the process id stays.
+            let mut command = Command::new("nsenter");
+            command.arg(format!("--net={}", network.display())).arg(binary);
+            command
+        }
+    };
     if let Some(ear) = ear {
         command
-            .env(watchdog::SOCKET_VARIABLE, format!("@{}", ear.name))
+            .env(watchdog::SOCKET_VARIABLE, ear.name())
             .env(watchdog::LIMIT_VARIABLE, ear.silence_max.as_micros().to_string());
     }
     if let Some(signal) = crashed {
@@ -172,29 +182,63 @@ fn spawn(role: &Role, ear: Option<&Ear>, crashed: Option<i32>) -> Result<Child> 
 struct Ear {
     #[cfg(target_os = "linux")]
     socket: tokio::net::UnixDatagram,
-    /// The socket's abstract name.
-    name: String,
+    place: Place,
     silence_max: Duration,
+}
+
+/// Where the socket is.
+#[cfg_attr(not(target_os = "linux"), expect(dead_code))]
+enum Place {
+    /// An abstract name.
+    Name(String),
+    /// A file, removed at the end: abstract names end with their network.
+    File(PathBuf),
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        if let Place::File(path) = self {
+            let _ = fs::remove_file(path);
+        }
+    }
 }
 
 impl Ear {
     #[cfg(target_os = "linux")]
-    fn open(silence_max: Duration) -> Option<Ear> {
+    fn open(silence_max: Duration, other_network: bool) -> Option<Ear> {
         use std::os::linux::net::SocketAddrExt;
         use std::os::unix::net::{SocketAddr, UnixDatagram};
         use std::sync::atomic::{AtomicU64, Ordering};
         static OPENED: AtomicU64 = AtomicU64::new(0);
         let number = OPENED.fetch_add(1, Ordering::Relaxed);
         let name = format!("ashlar-{}-{number}", std::process::id());
-        let socket = UnixDatagram::bind_addr(&SocketAddr::from_abstract_name(&name).ok()?).ok()?;
+        let place =
+            if other_network { Place::File(std::env::temp_dir().join(name)) } else { Place::Name(name) };
+        let address = match &place {
+            Place::Name(name) => SocketAddr::from_abstract_name(name),
+            Place::File(path) => {
+                // What a process of the same number has left.
+                let _ = fs::remove_file(path);
+                SocketAddr::from_pathname(path)
+            }
+        };
+        let socket = UnixDatagram::bind_addr(&address.ok()?).ok()?;
         socket.set_nonblocking(true).ok()?;
         let socket = tokio::net::UnixDatagram::from_std(socket).ok()?;
-        Some(Ear { socket, name, silence_max })
+        Some(Ear { socket, place, silence_max })
     }
 
     #[cfg(not(target_os = "linux"))]
-    fn open(_: Duration) -> Option<Ear> {
+    fn open(_: Duration, _: bool) -> Option<Ear> {
         None
+    }
+
+    /// What the child is told.
+    fn name(&self) -> std::ffi::OsString {
+        match &self.place {
+            Place::Name(name) => format!("@{name}").into(),
+            Place::File(path) => path.into(),
+        }
     }
 
     async fn beat(&self) {

@@ -332,7 +332,7 @@ fn promotion(args: &TuneArgs, metric: Promote, file: Option<String>) -> Value {
 }
 
 /// The first model that is no adapter.
-async fn first_model(client: &Client) -> Result<String> {
+pub(crate) async fn first_model(client: &Client) -> Result<String> {
     let models = client.get_ok("/v1/models").await?;
     let mut cards = models["data"].as_array().into_iter().flatten();
     match cards.find(|card| card["parent"].is_null()).and_then(|card| card["id"].as_str()) {

@@ -5,9 +5,10 @@ use crate::demo;
 use crate::enrolment::endpoint::EnrolmentConfig;
 use crate::enrolment::{
     self,
-    opening::{Opening, from_here},
+    opening::{Identities, Opening, from_here},
 };
 use crate::http::Client;
+use crate::network::{self, Network};
 use crate::port::ReservedPort;
 use crate::precision::PrecisionArgs;
 use crate::processes::{self, Processes};
@@ -57,7 +58,8 @@ const DEFAULT_CONTEXT_MAX: u32 = 8192;
   ashlar up --model ./llama-3.2-1b --quantize q4_k_m --cache
                                                    packed once: later starts read what the first one packed
   ashlar up --replicas 2 --nodes 5                 two replicas of two stages and one standby
-  ashlar up --join-listen --stages 2 --nodes 1     half of the model here, half on a machine that joins")]
+  ashlar up --join-listen --stages 2 --nodes 1     half of the model here, half on a machine that joins
+  ashlar up --separate --nodes 3                   for drills that cut roles off from each other")]
 pub(crate) struct UpArgs {
     /// Model directory or hub id (`org/name`, `org/name@revision`); default: the demo model.
     #[arg(long, value_name = "DIR|HUB_ID")]
@@ -95,6 +97,13 @@ pub(crate) struct UpArgs {
     /// The host name or address under which other machines reach this one; default: its address on the way out.
     #[arg(long, value_name = "HOST", requires = "join_listen")]
     advertise: Option<String>,
+    /// Run every role but the gateway on a network of its own (Linux, root), as if on a machine of its own, so that `ashlar drill` can
+    /// cut it off. Clusters that run at once have different numbers; default: the first that is free.
+    #[arg(
+        long, value_name = "NUMBER", num_args = 0..=1, require_equals = true, conflicts_with = "join_listen",
+        value_parser = clap::value_parser!(u8).range(1..255),
+    )]
+    separate: Option<Option<u8>>,
     /// Where state, logs and configurations are kept.
     #[arg(long, default_value = "./.ashlar", value_name = "DIR")]
     state: PathBuf,
@@ -187,6 +196,16 @@ struct Cluster {
     /// Where schedulers listen, for as long as the cluster lives.
     _ports: Vec<[ReservedPort; 2]>,
     _join_port: Option<ReservedPort>,
+    /// Removed when the roles have ended.
+    _network: Option<Network>,
+}
+
+fn scheduler_name(number: usize, schedulers: usize) -> String {
+    if schedulers == 1 { "scheduler".to_owned() } else { format!("scheduler-{number}") }
+}
+
+fn node_name(number: usize) -> String {
+    format!("node-{number}")
 }
 
 impl Cluster {
@@ -218,7 +237,19 @@ impl Cluster {
             .join_listen
             .map(|listen| Opening::new(listen, args.advertise.as_deref(), state))
             .transpose()?;
-        let ports: Vec<[ReservedPort; 2]> = (0..schedulers)
+        network::forget(state);
+        let network = args
+            .separate
+            .map(|number| {
+                let nodes = (0..nodes).map(node_name);
+                let names = (0..schedulers).map(|number| scheduler_name(number, schedulers)).chain(nodes);
+                let names: Vec<_> = ["gateway".to_owned()].into_iter().chain(names).collect();
+                Network::create(state, number, &names)
+            })
+            .transpose()?;
+        // On a network of its own every scheduler has the same ports, which nobody else wants.
+        let here = if network.is_some() { 0 } else { schedulers };
+        let ports: Vec<[ReservedPort; 2]> = (0..here)
             .map(|number| {
                 let nodes = match &opening {
                     None => ReservedPort::any()?,
@@ -227,12 +258,21 @@ impl Cluster {
                 Ok([nodes, ReservedPort::any()?])
             })
             .collect::<Result<_>>()?;
+        let listen: Vec<[SocketAddr; 2]> = match &network {
+            None => ports.iter().map(|pair| pair.each_ref().map(ReservedPort::address)).collect(),
+            Some(network) => (0..schedulers)
+                .map(|number| network.scheduler(&scheduler_name(number, schedulers)))
+                .collect::<Result<_>>()?,
+        };
         let addresses = |of: usize| {
-            let all = ports.iter().map(|pair| from_here(pair[of].address()).to_string()).collect();
+            let all = listen.iter().map(|pair| from_here(pair[of]).to_string()).collect();
             Addresses::new(all).context("at least one scheduler")
         };
+        // Whoever listens beyond loopback says who it is.
+        let own = network.as_ref().map(|_| Identities::open(state)).transpose()?;
+        let identities = opening.as_ref().map(|opening| &opening.identities).or(own.as_ref());
         let identity =
-            |role, name: &str| opening.as_ref().map(|opening| opening.identity(role, name)).transpose();
+            |role, name: &str| identities.map(|identities| identities.make(role, name)).transpose();
         let context = args.max_context.unwrap_or(DEFAULT_CONTEXT_MAX).min(card.max_context_tokens);
         let mut scheduler = SchedulerConfig::new(directory.to_string_lossy());
         scheduler.store =
@@ -257,7 +297,10 @@ impl Cluster {
                 let config = opening.enrolment(&ports, directory, args.model.as_deref(), &card)?;
                 let config =
                     EnrolmentConfig { blobs: Some(blobs.clone()).filter(|at| at.contains("://")), ..config };
-                Ok::<_, anyhow::Error>((Writer { state }.write("enrolment", "enrolment", &config)?, config))
+                Ok::<_, anyhow::Error>((
+                    Writer { state, network: None }.write("enrolment", "enrolment", &config)?,
+                    config,
+                ))
             })
             .transpose()?;
         let gateway = GatewayConfig {
@@ -280,14 +323,18 @@ impl Cluster {
         let available = memory::available_memory().unwrap_or(Bytes(1 << 30)).0 / 10 * 9;
         let memory = args.memory.map_or(available / nodes as u64, |bytes| bytes.0);
         let cache = args.cache.place()?;
-        let roles = Writer { state };
+        let roles = Writer { state, network: network.as_ref() };
         let nodes = (0..nodes)
             .map(|index| {
-                let name = format!("node-{index}");
+                let name = node_name(index);
+                let anywhere = match &network {
+                    None => opening.as_ref().map_or("127.0.0.1:0".into(), Opening::any_port),
+                    Some(network) => SocketAddr::from((network.address(&name)?, 0)).to_string(),
+                };
                 let config = NodeConfig {
                     name: NodeId(name.clone()),
                     scheduler: addresses(0)?,
-                    listen: opening.as_ref().map_or("127.0.0.1:0".into(), Opening::any_port),
+                    listen: anywhere,
                     advertise_host: opening.as_ref().map(|opening| opening.host.clone()),
                     identity: identity(IdentityRole::Node, &name)?,
                     allow_plaintext: false,
@@ -315,16 +362,13 @@ impl Cluster {
                 let settings = with_settings(config, &args.gateway_settings, "--set-gateway")?;
                 roles.write("gateway", "gateway", &settings)?
             },
-            schedulers: ports
+            schedulers: listen
                 .iter()
                 .enumerate()
                 .map(|(number, [nodes, gateways])| {
-                    scheduler.listen_nodes = nodes.address().to_string();
-                    scheduler.listen_gateways = gateways.address().to_string();
-                    let name = match schedulers {
-                        1 => "scheduler".to_owned(),
-                        _ => format!("scheduler-{number}"),
-                    };
+                    scheduler.listen_nodes = nodes.to_string();
+                    scheduler.listen_gateways = gateways.to_string();
+                    let name = scheduler_name(number, schedulers);
                     scheduler.identity = identity(IdentityRole::Scheduler, &name)?;
                     let config = toml::Table::try_from(&scheduler).context("a scheduler's configuration")?;
                     roles.write(
@@ -340,6 +384,7 @@ impl Cluster {
             enrolment,
             _join_port: opening.map(|opening| opening.port),
             _ports: ports,
+            _network: network,
         })
     }
 
@@ -481,6 +526,7 @@ fn show_progress(bar: &ProgressBar, cluster: &Value, problem: &mut String) {
 /// Writes roles' configurations below the state directory.
 struct Writer<'a> {
     state: &'a Path,
+    network: Option<&'a Network>,
 }
 
 impl Writer<'_> {
@@ -500,7 +546,8 @@ impl Writer<'_> {
             "gateway" => Some(GATEWAY_SILENCE_MAX),
             _ => None,
         };
-        Ok(Role { name: name.to_owned(), command, config: path, log, silence_max })
+        let network = self.network.and_then(|network| network.namespace(name));
+        Ok(Role { name: name.to_owned(), command, config: path, log, silence_max, network })
     }
 }
 

@@ -29,13 +29,25 @@ pub(super) struct Noticed {
     pub(super) errors: Vec<String>,
 }
 
+impl Noticed {
+    /// What was noticed afterwards, when no stream is waited for.
+    pub(super) fn add(&mut self, rest: Noticed) {
+        self.completed += rest.completed;
+        self.cut += rest.cut;
+        self.resumed += rest.resumed;
+        self.changed += rest.changed;
+        self.hung += rest.hung;
+        self.errors.extend(rest.errors);
+    }
+}
+
 /// What the streams and the one who disturbs them share.
 #[derive(Debug, Default)]
 struct Board {
     /// The fault of the moment, or, between two, the next one.
     fault: usize,
-    /// Whether it concerns the gateway.
-    of_gateway: bool,
+    /// Whether clients lose their connections by it.
+    cuts: bool,
     noticed: BTreeMap<usize, Noticed>,
     /// Each stream since the fault began.
     streams: Vec<Since>,
@@ -83,9 +95,9 @@ impl Load {
     }
 
     /// From now on everything that is noticed is because of this fault.
-    pub(super) fn begin_fault(&self, number: usize, of_gateway: bool) {
+    pub(super) fn begin_fault(&self, number: usize, cuts: bool) {
         let mut board = lock(&self.board);
-        (board.fault, board.of_gateway) = (number, of_gateway);
+        (board.fault, board.cuts) = (number, cuts);
         board.streams.fill(Since::default());
     }
 
@@ -192,7 +204,7 @@ impl Worker {
         if error.is::<OutOfOrder>() {
             return self.note(|noticed| noticed.changed += 1);
         }
-        let cut = !refused && !hung && lock(&self.board).of_gateway;
+        let cut = !refused && !hung && lock(&self.board).cuts;
         let again = cut && self.cut_before();
         self.note(|noticed| match hung {
             true => noticed.hung += 1,

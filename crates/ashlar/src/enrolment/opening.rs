@@ -21,8 +21,34 @@ pub(crate) struct Opening {
     pub(crate) port: ReservedPort,
     /// What other machines call this one.
     pub(crate) host: String,
+    /// Of its processes.
+    pub(crate) identities: Identities,
+}
+
+/// The cluster's authority, and who it has said the processes of this machine are.
+#[derive(Debug)]
+pub(crate) struct Identities {
     authority: Authority,
     state: PathBuf,
+}
+
+impl Identities {
+    /// Makes the authority on first use.
+    pub(crate) fn open(state: &Path) -> Result<Identities> {
+        let authority = Authority::open_or_create(&state.join(AUTHORITY))?;
+        Ok(Identities { authority, state: state.to_owned() })
+    }
+
+    /// Makes an identity for a process of this machine, anew at every start; where it is kept.
+    pub(crate) fn make(&self, role: Role, name: &str) -> Result<PathBuf> {
+        let identity = Identity::new(role, name)?;
+        if role == Role::Node {
+            Ledger::of(&self.state.join(AUTHORITY)).reserve(&identity)?;
+        }
+        let directory = self.state.join(IDENTITIES).join(name);
+        self.authority.credentials(&identity)?.save(&directory)?;
+        Ok(directory)
+    }
 }
 
 impl Opening {
@@ -36,8 +62,7 @@ impl Opening {
             None if listen.ip().is_unspecified() => as_host(own_address()),
             None => as_host(listen.ip()),
         };
-        let authority = Authority::open_or_create(&state.join(AUTHORITY))?;
-        Ok(Opening { port, host, authority, state: state.to_owned() })
+        Ok(Opening { port, host, identities: Identities::open(state)? })
     }
 
     /// Where scheduler `number` listens for nodes: the same at every start, for machines that have joined remember it.
@@ -59,17 +84,6 @@ impl Opening {
         SocketAddr::new(self.port.address().ip(), 0).to_string()
     }
 
-    /// Makes an identity for a process of this machine, anew at every start; where it is kept.
-    pub(crate) fn identity(&self, role: Role, name: &str) -> Result<PathBuf> {
-        let identity = Identity::new(role, name)?;
-        if role == Role::Node {
-            self.ledger().reserve(&identity)?;
-        }
-        let directory = self.state.join(IDENTITIES).join(name);
-        self.authority.credentials(&identity)?.save(&directory)?;
-        Ok(directory)
-    }
-
     /// The configuration of the endpoint, without blobs.
     pub(crate) fn enrolment(
         &self,
@@ -89,18 +103,14 @@ impl Opening {
         Ok(EnrolmentConfig {
             listen: self.port.address().to_string(),
             advertise: at(self.port.address().port()),
-            authority: self.state.join(AUTHORITY),
-            identity: self.identity(Role::Enrolment, "enrolment")?,
+            authority: self.identities.state.join(AUTHORITY),
+            identity: self.identities.make(Role::Enrolment, "enrolment")?,
             schedulers: schedulers.iter().map(|[nodes, _]| at(nodes.address().port())).collect(),
             blobs: None,
             model_digest: card.digest,
             model,
             precision: card.precision,
         })
-    }
-
-    fn ledger(&self) -> Ledger {
-        Ledger::of(&self.state.join(AUTHORITY))
     }
 }
 

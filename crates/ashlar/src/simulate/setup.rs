@@ -1,9 +1,10 @@
 //! From arguments, or from a running cluster, to what is simulated.
 
 use super::SimulateArgs;
+use super::units::Kind;
 use crate::bench::serve::arrivals::{Lengths, Load};
 use crate::demo;
-use crate::drill::{Kind, Role};
+use crate::drill::Role;
 use crate::http::Client;
 use crate::plan::{QUANTIZED_GAIN, model_shape};
 use crate::roles;

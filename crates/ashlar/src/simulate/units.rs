@@ -1,6 +1,16 @@
 //! Figures as people write them.
 
-use crate::drill::{Kind, Role};
+use crate::drill::Role;
+use clap::ValueEnum;
+
+/// What happens to a process of the simulated cluster.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Kind {
+    /// It is gone.
+    Kill,
+    /// It stands still for a while.
+    Freeze,
+}
 
 /// A fault at a chosen moment.
 #[derive(Debug, Clone, Copy, PartialEq)]
