@@ -12,7 +12,7 @@ use crate::jobs::{self, Jobs, JobsConfig};
 use crate::responses::{self, Responses, ResponsesConfig};
 use crate::time::Millis;
 use ashlar_protocol::admin::{AdminFailure, AdminFailureKind, AdminReply, AdminRequest, DrainNode};
-use ashlar_protocol::membership::{Assignment, FromNode, ToNode};
+use ashlar_protocol::membership::{FromNode, ToNode};
 use ashlar_protocol::responses::ResponseRecord;
 use ashlar_protocol::serving::{ClusterSnapshot, FromScheduler, ToScheduler};
 use ashlar_protocol::training::TrainingReport;

@@ -9,7 +9,7 @@ use crate::{jobs, responses};
 use ashlar_protocol::admin::{AdminFailure, AdminFailureKind, AdminReply};
 use ashlar_protocol::membership::{Assignment, ToNode};
 use ashlar_protocol::serving::FromScheduler;
-use ashlar_vocabulary::{Bytes, ReplicaId};
+use ashlar_vocabulary::Bytes;
 
 impl Director {
     fn response_effect(&mut self, now: Millis, effect: responses::Effect, outputs: &mut Vec<Output>) {
