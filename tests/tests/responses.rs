@@ -8,6 +8,8 @@ use async_openai::config::OpenAIConfig;
 use async_openai::types::responses::{CreateResponse, OutputItem, ResponseStreamEvent, Status};
 use futures::StreamExt;
 use serde_json::{Value, json};
+use std::path::Path;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 const RESPONSES: &str = "/v1/responses";
@@ -341,4 +343,43 @@ async fn an_unmodified_client_understands_every_event() {
     let Some(OutputItem::FunctionCall(call)) = done else { panic!("no call: {done:?}") };
     assert_eq!((call.name.as_str(), &call.arguments), ("weather", &arguments));
     assert!(serde_json::from_str::<Value>(&arguments).expect("JSON")["city"].is_string());
+}
+
+/// Two gateways of one cluster, the second started by hand: what one has begun is followed on at the other.
+#[test]
+fn a_response_is_followed_on_at_another_gateway_when_its_own_is_dead() {
+    let cluster = Cluster::start(&["--stages", "2", "--set-node", "link_faults.delay_us=500"]);
+    let expected = undisturbed(&cluster);
+    let other = format!("127.0.0.1:{}", ashlar_tests::cluster::free_port());
+    let config =
+        std::fs::read_to_string(cluster.state().join("config/gateway.toml")).expect("a configuration");
+    let mut config: toml::Table = config.parse().expect("TOML");
+    config.insert("listen".into(), other.clone().into());
+    let file = cluster.inside(Path::new("other-gateway.toml"));
+    std::fs::write(&file, config.to_string()).expect("written");
+    let mut gateway = Command::new(ashlar_tests::cluster::binary())
+        .args(["gateway", "--config"])
+        .arg(&file)
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("a second gateway");
+    eventually("it is ready", LIMIT, || {
+        ashlar_tests::http::get(&other, "/ready").is_ok_and(|answer| answer.status == 200)
+    });
+
+    let mut follower = Follower::begin(&cluster, &long());
+    follower.hear(100);
+    let own = cluster.pid("gateway");
+    // Stopped, so that nobody starts it again.
+    assert!(processes::signal(own, "STOP"));
+    let path =
+        format!("{RESPONSES}/{}?stream=true&starting_after={}", follower.id(), follower.events.len() - 1);
+    let stream = until(LIMIT, || get_stream(&other, &path).ok().filter(|stream| stream.status == 200));
+    follower.events.extend(rest(stream.expect("a stream")));
+    check_whole(&follower.events);
+    assert_eq!(comparable(&follower.events), expected);
+    assert!(processes::signal(own, "CONT"));
+    gateway.kill().expect("killed");
+    gateway.wait().expect("ended");
 }
