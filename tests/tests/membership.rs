@@ -18,15 +18,19 @@ fn alone() -> MutexGuard<'static, ()> {
 
 fn node(cluster: &Cluster, name: &str) -> Option<Value> {
     let view = cluster.view();
-    view["cluster"]["nodes"].as_array()?.iter().find(|node| node["node"] == name).cloned()
+    view["nodes"].as_array()?.iter().find(|node| node["node"] == name).cloned()
 }
 
 /// Nodes that have a place.
 fn seated(cluster: &Cluster) -> Vec<String> {
     let view = cluster.view();
-    let nodes = view["cluster"]["nodes"].as_array().cloned().unwrap_or_default();
+    let nodes = view["nodes"].as_array().cloned().unwrap_or_default();
     let seated = nodes.iter().filter(|node| !node["place"].is_null());
     seated.filter_map(|node| node["node"].as_str().map(str::to_owned)).collect()
+}
+
+fn is_ready(cluster: &Cluster) -> bool {
+    http::get(cluster.address(), "/ready").is_ok_and(|answer| answer.status == 200)
 }
 
 fn request(cluster: &Cluster, method: &str, path: &str) -> Answer {
@@ -53,7 +57,11 @@ fn a_node_that_is_told_to_stop_goes_once_a_standby_has_its_place() {
     assert!(pause < PAUSE_LIMIT, "the stream stood still for {pause:?}\n{}", cluster.said());
     assert!(!seated(&cluster).contains(&leaving), "{}", cluster.view());
     assert!(!cluster.said().contains("nobody has taken this node's place"), "{}", cluster.said());
-    assert!(cluster.up_said().contains(&format!("{leaving} ended: exit status: 0")), "{}", cluster.up_said());
+    assert!(
+        cluster.up_said().contains(&format!("{leaving} ended (exit status: 0)")),
+        "{}",
+        cluster.up_said()
+    );
     println!("{leaving} left: the stream stood still for {pause:?}");
     assert_no_panic(&cluster);
 }
@@ -71,7 +79,7 @@ fn nodes_and_scheduler_are_started_again_one_after_the_other_without_a_stream_no
                 cluster.pids().get(role).is_some_and(|now| *now != pid)
             });
             eventually("it has joined", CHANGE_LIMIT, || {
-                cluster.view()["ready"] == true && (role == "scheduler" || node(&cluster, role).is_some())
+                is_ready(&cluster) && (role == "scheduler" || node(&cluster, role).is_some())
             });
         }
     });
@@ -99,7 +107,7 @@ fn an_operator_drains_a_node_and_uses_it_again() {
     let pid = cluster.pid("scheduler");
     assert!(processes::signal(pid, "KILL"));
     eventually("another one leads", CHANGE_LIMIT, || {
-        cluster.pids().get("scheduler").is_some_and(|now| *now != pid) && cluster.view()["ready"] == true
+        cluster.pids().get("scheduler").is_some_and(|now| *now != pid) && is_ready(&cluster)
     });
     assert!(!seated(&cluster).contains(&drained), "{}", cluster.view());
 
@@ -127,7 +135,7 @@ fn nodes_that_join_become_another_replica_where_their_number_is_left_open() {
     let cluster = Cluster::start(&["--stages", "2", "--nodes", "4"]);
     let replicas = |cluster: &Cluster| {
         let view = cluster.view();
-        let replicas = view["cluster"]["replicas"].as_array().cloned().unwrap_or_default();
+        let replicas = view["replicas"].as_array().cloned().unwrap_or_default();
         replicas.iter().filter(|replica| replica["ready"] == true).count()
     };
     eventually("two replicas serve", CHANGE_LIMIT, || replicas(&cluster) == 2);

@@ -185,6 +185,10 @@ impl Cluster {
                 }
                 continue;
             }
+            if replica.phase == Phase::Loading {
+                // It is about to serve: then it can be changed without ceasing to.
+                continue;
+            }
             match up.then(|| self.way_out(id, &out)) {
                 // It does not serve, or others do.
                 None | Some(WayOut::OtherReplica) => self.unseat(now, id, &leaving, effects),

@@ -55,15 +55,18 @@ impl Cluster {
         let fixed = config.stages.is_some() && config.replicas.is_some();
         let sizes = [config.stages, config.tensor_parallel_size, config.replicas];
         let needed: usize = sizes.iter().map(|size| size.unwrap_or(1)).product();
-        let wanted = needed.max(config.expected_nodes.unwrap_or(1));
+        // Those who are about to leave have come, and only the first layout waits for all.
+        let expected = config.expected_nodes.filter(|_| self.revisions == 0).unwrap_or(1);
         let mut staying: Vec<&Node> = self.nodes.values().filter(|node| !node.leaving).collect();
         let harmless = |node: &&Node| !self.suspicions.is_quarantined(&node.join.node);
         // One that does harm is better than nobody.
-        if staying.iter().copied().filter(|node| harmless(node)).count() >= wanted {
+        if staying.iter().copied().filter(|node| harmless(node)).count() >= needed {
             staying.retain(harmless);
         }
-        let present = staying.len();
-        if present < wanted {
+        let (joined, present) = (self.nodes.len(), staying.len());
+        if joined < expected || present < needed {
+            let (present, wanted) =
+                if present < needed { (present, needed.max(expected)) } else { (joined, expected) };
             self.plan_problem = Some(format!("waiting for nodes: {present} of {wanted} have joined"));
             return;
         }

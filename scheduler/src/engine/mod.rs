@@ -69,6 +69,16 @@ pub struct Engine {
     /// Smoothed time between two ends, for `Retry-After`.
     end_interval_ms: f64,
     last_end: Millis,
+    /// Replicas to which something has happened since they were planned.
+    touched: Touched,
+}
+
+/// Which replicas may have a step to send: all that were planned before and have heard nothing since have none, as long as
+/// nobody waits.
+#[derive(Debug, Clone)]
+enum Touched {
+    All,
+    These(BTreeSet<ReplicaId>),
 }
 
 impl Engine {
@@ -91,6 +101,7 @@ impl Engine {
             counters: SchedulerCounters::default(),
             end_interval_ms: 1_000.0,
             last_end: Millis(0),
+            touched: Touched::All,
         }
     }
 
@@ -103,6 +114,16 @@ impl Engine {
     /// Applies one event without planning, so that several that arrived together share a step. [`plan`](Self::plan) must
     /// follow.
     pub fn apply(&mut self, now: Millis, event: Event, effects: &mut Vec<Effect>) {
+        match (&event, &mut self.touched) {
+            (
+                Event::StepResult { replica, .. } | Event::StepDone { replica, .. },
+                Touched::These(touched),
+            ) => {
+                touched.insert(*replica);
+            }
+            (Event::StepResult { .. } | Event::StepDone { .. }, Touched::All) => {}
+            (_, touched) => *touched = Touched::All,
+        }
         match event {
             Event::Submit { gateway, submit } => self.submit(now, gateway, submit, effects),
             Event::Cancel { gateway, id } => self.cancel(gateway, id),
@@ -158,7 +179,12 @@ impl Engine {
 
     /// Sends every step that may be sent now.
     pub fn plan(&mut self, now: Millis, effects: &mut Vec<Effect>) {
-        let replicas: Vec<ReplicaId> = self.replicas.keys().copied().collect();
+        let touched = std::mem::replace(&mut self.touched, Touched::These(BTreeSet::new()));
+        let replicas: Vec<ReplicaId> = match touched {
+            Touched::These(touched) if self.queue.is_empty() => touched.into_iter().collect(),
+            // Whoever waits may be admitted by any of them.
+            Touched::These(_) | Touched::All => self.replicas.keys().copied().collect(),
+        };
         for id in replicas {
             // Out of the map while it is planned, so that the others can be compared with it.
             let Some(mut replica) = self.replicas.remove(&id) else { continue };

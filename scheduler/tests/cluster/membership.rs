@@ -262,6 +262,18 @@ fn expected_nodes_are_waited_for() {
 }
 
 #[test]
+fn expected_nodes_are_waited_for_once_and_those_who_leave_have_come() {
+    let mut test = Test::new(ClusterConfig { expected_nodes: Some(3), ..config() });
+    let mut leaving = Test::join_of("drained", 1 << 30, 1.0, None);
+    leaving.leaving = true;
+    test.join_by(leaving);
+    test.join("a");
+    assert_eq!(test.cluster.problem(), Some("waiting for nodes: 1 of 3 have joined"));
+    let (_, effects) = test.join("b");
+    assert_eq!(assignments(&effects).len(), 2);
+}
+
+#[test]
 fn where_the_layout_is_left_open_what_is_left_is_laid_out_anew_in_the_end() {
     let mut test = Test::new(ClusterConfig { stages: None, replicas: None, ..config() });
     // Neither has room for the whole model.
