@@ -5,8 +5,9 @@ use crate::beat::Beat;
 use crate::config::{CacheConfig, NodeConfig};
 use crate::copies::{Copies, Wanted};
 use crate::fence::Fence;
+use crate::files::{self, Locator, Shelf};
 use crate::head::{HeadService, Wake};
-use crate::links::{Inbound, LinkBreaker, LinkSettings, Links, PendingLinks, Waiting};
+use crate::links::{Inbound, LinkBreaker, LinkSettings, Links, PendingLinks, Waiting, Wish};
 use crate::sampling::Samplers;
 use crate::sequencer::{Effect, Event, Row, Sequencer, StepWork};
 use crate::spans::Spans;
@@ -16,7 +17,8 @@ use ashlar_identity::Transport;
 use ashlar_kernels::{Kernels, RowContext};
 use ashlar_model::adapter::AdaptedRows;
 use ashlar_model::stage::LOGIT_ROWS_MAX;
-use ashlar_model::{KvCache, RankSlice, StageInput, StageModel, Workspace, digest, hub};
+use ashlar_model::trained::trained_slice;
+use ashlar_model::{KvCache, RankSlice, StageInput, StageModel, Workspace};
 use ashlar_protocol::membership::{Assignment, FromNode, HeldSlice};
 use ashlar_protocol::step::{PromptLogprobs, StepPlan, StepResult, StepTiming};
 use ashlar_tokenizer::Tokenizer;
@@ -33,8 +35,8 @@ use tracing::{info, warn};
 /// What reaches the compute thread.
 #[derive(Debug)]
 pub enum Command {
-    /// Take this place.
-    Assign(Box<Assignment>),
+    /// Take this place, as long as the scheduler wants that.
+    Assign(Box<Assignment>, Wish),
     /// Give the place up; also sent when the scheduler is lost.
     Release,
     /// Execute a step.
@@ -126,6 +128,9 @@ pub struct Executor {
     fence: Fence,
     waiting: Waiting,
     sequencer: Sequencer,
+    locator: Locator,
+    /// What other nodes may have of the model's files.
+    shelf: Shelf,
     copies: Copies,
     /// Fine-tuning beside the steps: told of the place, and ended before weights are replaced.
     sessions: Sessions,
@@ -137,7 +142,7 @@ pub struct Executor {
 impl Executor {
     /// A rank without a place.
     #[allow(clippy::too_many_arguments)]
-    pub fn new(
+    pub(crate) fn new(
         config: NodeConfig,
         kernels: Arc<Kernels>,
         commands: SyncSender<Command>,
@@ -146,8 +151,11 @@ impl Executor {
         shared: Shared,
         fence: Fence,
         sessions: Sessions,
+        shelf: Shelf,
     ) -> Executor {
         Executor {
+            locator: Locator::new(&config),
+            shelf,
             adapters: Adapters::new(config.blobs.clone(), kernels.isa(), commands.clone()),
             copies: Copies::new(config.cache.as_ref().and_then(CacheConfig::place)),
             config,
@@ -172,7 +180,7 @@ impl Executor {
     pub fn run(mut self, commands: &Receiver<Command>) {
         loop {
             match commands.recv_timeout(self.patience()) {
-                Ok(Command::Assign(assignment)) => self.assign(*assignment),
+                Ok(Command::Assign(assignment, wish)) => self.assign(*assignment, wish),
                 Ok(Command::Release) => {
                     self.sessions.end_all("the layout was given up");
                     self.place = None;
@@ -249,7 +257,7 @@ impl Executor {
         self.send(FromNode::AdapterLoaded { revision, adapter, load, outcome });
     }
 
-    fn assign(&mut self, assignment: Assignment) {
+    fn assign(&mut self, assignment: Assignment, wish: Wish) {
         self.place = None;
         let beat = self.beat.clone();
         // A beat cannot fail: its queue being full means that others speak.
@@ -269,7 +277,7 @@ impl Executor {
             max_rows: assignment.max_num_batched_tokens,
         };
         self.sequencer.handle(event, &mut effects);
-        if let Err(message) = self.load(&assignment) {
+        if let Err(message) = self.load(&assignment, wish) {
             return self.fail_with(revision, message, true);
         }
         match self.take_place(assignment) {
@@ -305,7 +313,7 @@ impl Executor {
     }
 
     /// Brings the assignment's slice into memory unless it is there.
-    fn load(&mut self, assignment: &Assignment) -> Result<(), String> {
+    fn load(&mut self, assignment: &Assignment, wish: Wish) -> Result<(), String> {
         let slice = RankSlice {
             layers: assignment.layers,
             first: assignment.stage.0 == 0,
@@ -326,18 +334,6 @@ impl Executor {
         self.copies.stop();
         self.loaded = None;
         self.shared.set(None);
-        let name = self.config.model.as_deref().unwrap_or(&assignment.model);
-        let directory = hub::resolve(name, &mut |file| info!("fetching {file} of {name}"))
-            .map_err(|error| error.to_string())?;
-        let digest =
-            digest::model_digest(&directory, assignment.precision).map_err(|error| error.to_string())?;
-        if digest != assignment.model_digest {
-            return Err(format!(
-                "{} has digest {digest}, the cluster serves {}: give every node the same model",
-                directory.display(),
-                assignment.model_digest
-            ));
-        }
         let (revision, out, beat) = (assignment.revision, self.out.clone(), self.beat.clone());
         let mut last_report: Option<Instant> = None;
         let started = Instant::now();
@@ -349,6 +345,9 @@ impl Executor {
                 let _ = out.blocking_send(FromNode::Loading { revision, loaded, total });
             }
         };
+        let directory = self.locate(assignment, &slice, wish, &mut progress)?;
+        let digest = assignment.model_digest;
+        self.shelf.offer(digest, &directory);
         let precision = assignment.precision;
         let wanted = Wanted { directory: &directory, precision, slice: slice.clone() };
         let model =
@@ -368,6 +367,42 @@ impl Executor {
         }));
         self.loaded = Some(Loaded { digest, directory, model, compiler });
         Ok(())
+    }
+
+    /// A directory with the assignment's model, or with what the slice takes of it.
+    fn locate(
+        &self,
+        assignment: &Assignment,
+        slice: &RankSlice,
+        wish: Wish,
+        progress: &mut dyn FnMut(Bytes, Bytes),
+    ) -> Result<PathBuf, String> {
+        let mut slices = vec![slice.clone()];
+        // A session takes its weights from the same files, and its last stage has the whole head.
+        slices
+            .extend(self.config.blobs.as_ref().map(|_| trained_slice(slice)).filter(|other| other != slice));
+        let wanted = files::Wanted {
+            name: assignment.model.clone(),
+            goal: files::Goal { model: assignment.model_digest, precision: assignment.precision, slices },
+            peers: assignment.sources.clone(),
+            links: files::PeerLinks {
+                transport: self.transport.clone(),
+                breaker: self.breaker.clone(),
+                term: assignment.term,
+                revision: assignment.revision,
+            },
+        };
+        let mut reported = None;
+        let mut waiting = |now: Option<files::Progress>| {
+            // A beat cannot fail: its queue being full means that others speak.
+            let _ = self.beat.tick();
+            if let Some(now) = now.filter(|_| now != reported) {
+                progress(Bytes(now.ready), Bytes(now.total));
+            }
+            reported = now;
+            self.breaker.is_current(wish)
+        };
+        self.locator.locate(&wanted, &mut waiting).map_err(|error| error.to_string())
     }
 
     fn compiler(&self, directory: &std::path::Path, model: &StageModel) -> Option<GrammarCompiler> {

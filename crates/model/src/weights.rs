@@ -6,6 +6,7 @@
 use crate::config::ModelConfig;
 use crate::gguf;
 use crate::pack::{tensor_type, weight_type};
+use crate::partial::{PresentError, RangeSet, read_present};
 use crate::stage::LoadError;
 use ashlar_gguf::{BlockError, GgufError, GgufFiles, dequantize};
 use ashlar_kernels::FileRows;
@@ -14,14 +15,17 @@ use half::{bf16, f16};
 use safetensors::Dtype;
 use safetensors::tensor::Metadata;
 use serde::Deserialize;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+/// The index of a model whose weights are in several files.
+pub(crate) const INDEX_FILE: &str = "model.safetensors.index.json";
+
 /// Longest safetensors header accepted, in bytes.
-const HEADER_BYTES_MAX: u64 = 100 << 20;
+pub(crate) const HEADER_BYTES_MAX: u64 = 100 << 20;
 
 /// What is wrong with a model's weights.
 #[derive(Debug, thiserror::Error)]
@@ -56,6 +60,23 @@ pub enum WeightError {
     /// A GGUF file that cannot be used.
     #[error(transparent)]
     Gguf(#[from] GgufError),
+    /// The journal of a file of which only a part is here.
+    #[error(transparent)]
+    Present(#[from] PresentError),
+    /// That part of the file is not here.
+    #[error(
+        "bytes {start} to {end} of {path} (tensor `{name}`) were not fetched: this node has only what its slice takes"
+    )]
+    NotFetched {
+        /// Which file.
+        path: PathBuf,
+        /// The tensor.
+        name: String,
+        /// The first byte asked for.
+        start: u64,
+        /// The one behind the last.
+        end: u64,
+    },
     /// A tensor that the architecture needs is absent.
     #[error("tensor `{name}` is missing from {directory}")]
     NoTensor {
@@ -119,6 +140,8 @@ pub(crate) fn widen(kind: WeightType, bytes: &[u8], out: &mut [f32]) -> Result<(
 struct WeightFile {
     path: PathBuf,
     file: File,
+    /// What is here of it, if not all.
+    present: Option<RangeSet>,
 }
 
 #[derive(Debug, Clone)]
@@ -137,6 +160,8 @@ pub struct WeightFiles {
     tensors: BTreeMap<String, Entry>,
     /// Where the model is in GGUF files, and not in safetensors.
     gguf: Option<GgufFiles>,
+    /// What is here of each of these, if not all.
+    gguf_present: Vec<Option<RangeSet>>,
 }
 
 #[derive(Deserialize)]
@@ -152,9 +177,12 @@ impl WeightFiles {
             files: Vec::new(),
             tensors: BTreeMap::new(),
             gguf: None,
+            gguf_present: Vec::new(),
         };
         if let Some(file) = gguf::file_of(directory) {
-            weights.gguf = Some(GgufFiles::open(&file)?);
+            let files = GgufFiles::open(&file)?;
+            weights.gguf_present = files.paths().map(read_present).collect::<Result<_, _>>()?;
+            weights.gguf = Some(files);
             return Ok(weights);
         }
         for name in file_names(directory)? {
@@ -199,7 +227,8 @@ impl WeightFiles {
                 Entry { file: self.files.len(), dtype: info.dtype, shape: info.shape.clone(), offset: start };
             self.tensors.insert(name.clone(), entry);
         }
-        self.files.push(WeightFile { path, file });
+        let present = read_present(&path)?;
+        self.files.push(WeightFile { path, file, present });
         Ok(())
     }
 
@@ -211,6 +240,15 @@ impl WeightFiles {
         let mut config = ModelConfig::from_gguf(files)?;
         config.serve_in(precision);
         Ok(config)
+    }
+
+    /// The name of one of the files, in the order in which they were opened.
+    pub(crate) fn file_name(&self, index: usize) -> String {
+        let path = match &self.gguf {
+            Some(files) => files.paths().nth(index),
+            None => self.files.get(index).map(|file| file.path.as_path()),
+        };
+        path.and_then(Path::file_name).unwrap_or_default().to_string_lossy().into_owned()
     }
 
     /// Where the files are.
@@ -262,6 +300,8 @@ impl WeightFiles {
         let source = Source::Safetensors { file: &file.file, offset: entry.offset };
         Ok(TensorReader {
             source,
+            file: entry.file,
+            present: file.present.as_ref(),
             path: &file.path,
             name: name.to_owned(),
             kind,
@@ -293,6 +333,8 @@ impl WeightFiles {
         }
         Ok(TensorReader {
             source: Source::Gguf(reader),
+            file: reader.info().file,
+            present: self.gguf_present.get(reader.info().file).and_then(Option::as_ref),
             path: &self.directory,
             kind: weight_type(reader.info().tensor_type),
             columns: reader.info().columns(),
@@ -314,6 +356,10 @@ enum Source<'a> {
 #[derive(Debug)]
 pub struct TensorReader<'a> {
     source: Source<'a>,
+    /// Which of the model's files has it.
+    file: usize,
+    /// What is here of that file, if not all.
+    present: Option<&'a RangeSet>,
     path: &'a Path,
     name: String,
     kind: WeightType,
@@ -402,7 +448,38 @@ impl TensorReader<'_> {
         }
     }
 
+    /// Where the tensor begins in its file.
+    fn offset(&self) -> u64 {
+        match &self.source {
+            Source::Gguf(reader) => reader.info().offset,
+            Source::Safetensors { offset, .. } => *offset,
+        }
+    }
+
+    /// Which of the model's files has the tensor, and where in it the rows `rows` lie, whole; of a vector all of it.
+    pub(crate) fn place_of(&self, rows: Range<usize>) -> (usize, RangeSet) {
+        let (offset, stride) = (self.offset(), self.stored_bytes(self.columns) as u64);
+        let place =
+            |rows: Range<usize>| offset + rows.start as u64 * stride..offset + rows.end as u64 * stride;
+        let ranges = match self.interleaved {
+            _ if self.is_vector => [place(0..1)].into_iter().collect(),
+            Some(head_dim) => {
+                rows.map(|row| gguf::interleaved_row(row, head_dim)).map(|row| place(row..row + 1)).collect()
+            }
+            None => [place(rows)].into_iter().collect(),
+        };
+        (self.file, ranges)
+    }
+
     fn read_at(&self, buffer: &mut [u8], relative: u64) -> Result<(), WeightError> {
+        if let Some(present) = self.present {
+            let start = self.offset() + relative;
+            let end = start + buffer.len() as u64;
+            if !present.covers(&(start..end)) {
+                let (path, name) = (self.path.to_owned(), self.name.clone());
+                return Err(WeightError::NotFetched { path, name, start, end });
+            }
+        }
         match &self.source {
             Source::Gguf(reader) => Ok(reader.read_bytes_at(relative, buffer)?),
             Source::Safetensors { file, offset } => {
@@ -418,7 +495,7 @@ impl TensorReader<'_> {
 
 /// File names of the weights in `directory`: the single file, or the shards its index names.
 pub(crate) fn file_names(directory: &Path) -> Result<Vec<String>, WeightError> {
-    let index = directory.join("model.safetensors.index.json");
+    let index = directory.join(INDEX_FILE);
     if !index.exists() {
         return if directory.join("model.safetensors").exists() {
             Ok(vec!["model.safetensors".into()])
@@ -426,20 +503,25 @@ pub(crate) fn file_names(directory: &Path) -> Result<Vec<String>, WeightError> {
             Err(WeightError::Missing(directory.to_owned()))
         };
     }
-    let text = std::fs::read_to_string(&index)
-        .map_err(|source| WeightError::Read { path: index.clone(), source })?;
-    let parsed: ShardIndex = serde_json::from_str(&text)
+    let text = std::fs::read(&index).map_err(|source| WeightError::Read { path: index.clone(), source })?;
+    let names = index_names(&text)
         .map_err(|error| WeightError::Corrupt { path: index.clone(), reason: error.to_string() })?;
-    let mut names: Vec<String> = parsed.weight_map.into_values().collect();
-    names.sort();
-    names.dedup();
     for name in &names {
-        let plain = !name.is_empty()
-            && !name.starts_with('.')
-            && name.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'));
-        if !plain {
+        if !is_plain(name) {
             return Err(WeightError::UnsafeName { path: index, name: name.clone() });
         }
     }
-    Ok(names)
+    Ok(names.into_iter().collect())
+}
+
+/// The files that an index names, whatever they are called.
+pub(crate) fn index_names(index: &[u8]) -> Result<BTreeSet<String>, serde_json::Error> {
+    Ok(serde_json::from_slice::<ShardIndex>(index)?.weight_map.into_values().collect())
+}
+
+/// Whether `name` names a file in its own folder, and nothing hidden.
+pub(crate) fn is_plain(name: &str) -> bool {
+    !name.is_empty()
+        && !name.starts_with('.')
+        && name.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'))
 }

@@ -4,9 +4,10 @@ use super::place::{Node, Observed, Phase, Replica};
 use super::{Cluster, Effect, LASTING_FAILURES, REVISIONS_PER_TERM, costs, held};
 use crate::engine::ReplicaUp;
 use crate::time::Millis;
-use ashlar_protocol::membership::Assignment;
+use ashlar_protocol::membership::{Assignment, SOURCES_MAX};
 use ashlar_shard_plan::{DeviceReport, plan};
 use ashlar_vocabulary::{HeadSlice, NodeId, ReplicaId, ReplicaRevision};
+use std::collections::BTreeMap;
 
 impl Cluster {
     /// Closes the difference between what is intended and what is observed, as far as that is possible now.
@@ -148,6 +149,7 @@ impl Cluster {
                 next: if earlier { address(stage + 1, rank) } else { None },
                 head,
                 sampler: if earlier && head.is_some() { address(stages - 1, 0) } else { None },
+                sources: sources(replica, &self.nodes, node),
             };
             let connection = node.connection;
             effects.push(Effect::Assign { connection, assignment: Box::new(assignment) });
@@ -234,6 +236,17 @@ impl Cluster {
     fn next_revision(&self) -> ReplicaRevision {
         ReplicaRevision(self.config.term.0 * REVISIONS_PER_TERM + self.revisions + 1)
     }
+}
+
+/// Where `node` may find files of the model that it does not have: at nodes that have weights in memory, of its replica first, then
+/// at any.
+fn sources(replica: &Replica, nodes: &BTreeMap<NodeId, Node>, node: &Node) -> Vec<String> {
+    let mut others: Vec<&Node> = nodes.values().filter(|other| other.join.node != node.join.node).collect();
+    let likely = |other: &&Node| {
+        (other.holds.is_none(), !replica.seats.iter().any(|seat| seat.node == other.join.node))
+    };
+    others.sort_by_key(likely);
+    others.into_iter().take(SOURCES_MAX).map(|other| other.join.data_address.clone()).collect()
 }
 
 fn device_report(node: &Node) -> DeviceReport {
