@@ -2,6 +2,7 @@
 //! slice, from whoever has a part of it.
 
 use super::cache::{ModelCache, SparseFile};
+use super::portions::{batches, lacking, spread};
 use super::source::{Source, SourceError, SourceFile};
 use ashlar_model::digest::model_digest;
 use ashlar_model::partial::{
@@ -12,7 +13,6 @@ use ashlar_service_kit::lock::HeldFile;
 use ashlar_vocabulary::{ModelDigest, Precision};
 use std::fs::{self, File};
 use std::io::{self, Write};
-use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -388,51 +388,6 @@ enum Attempt {
 /// Something that no model has: the source is not to be believed.
 fn unbelievable(error: ashlar_model::WeightError) -> Trouble {
     Trouble::Source(SourceError::Improper(error.to_string()))
-}
-
-/// What of `wanted` is not there.
-fn lacking(wanted: &FileRanges, files: &[SparseFile]) -> FileRanges {
-    let of = |name: &str| files.iter().find(|file| file.path().file_name().is_some_and(|own| *own == *name));
-    wanted
-        .iter()
-        .map(|(name, ranges)| {
-            let lacks = of(name).map_or_else(|| ranges.clone(), |file| ranges.without(file.present()));
-            (name.clone(), lacks)
-        })
-        .collect()
-}
-
-/// `ranges` in portions of so many bytes and ranges at most.
-fn batches(ranges: &RangeSet, (bytes_max, ranges_max): (u64, usize)) -> Vec<Vec<Range<u64>>> {
-    let (mut batches, mut batch, mut room) = (Vec::new(), Vec::new(), bytes_max);
-    for Range { mut start, end } in ranges.iter() {
-        while start < end {
-            let piece = start..end.min(start + room);
-            (start, room) = (piece.end, room - (piece.end - piece.start));
-            batch.push(piece);
-            if room == 0 || batch.len() == ranges_max {
-                batches.push(std::mem::take(&mut batch));
-                room = bytes_max;
-            }
-        }
-    }
-    if !batch.is_empty() {
-        batches.push(batch);
-    }
-    batches
-}
-
-/// Writes what came for a batch where it belongs.
-fn spread(batch: &[Range<u64>], bytes: &[u8], to: &mut SparseFile) -> io::Result<()> {
-    let mut rest = bytes;
-    for range in batch {
-        let (piece, behind) = rest
-            .split_at_checked((range.end - range.start) as usize)
-            .ok_or_else(|| io::Error::from(io::ErrorKind::UnexpectedEof))?;
-        to.write(range.start, piece)?;
-        rest = behind;
-    }
-    Ok(())
 }
 
 fn write_small(path: &Path, bytes: &[u8]) -> io::Result<()> {

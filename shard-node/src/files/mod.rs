@@ -1,7 +1,7 @@
 //! The model's files on a node that was given none: from a node that has them, or from a hub, and only what its slice takes.
 //!
 //! Layout, in reading order: [`cache`] (where they are kept, as sparse files), [`source`] (who has some), [`peer`] (another node, asked),
-//! [`hub`] (a hub, asked), [`fetch`] (from nothing to a slice that can be loaded), [`locate`] (which of all these a node takes),
+//! [`hub`] (a hub, asked), [`fetch`] with [`portions`] (from nothing to a slice that can be loaded), [`locate`] (which of all these a node takes),
 //! [`shelf`] (what this node hands out) and [`server`] (handing it out).
 //!
 //! **Invariants:** a directory of the cache has its name only once its digest was found right, and a byte of it counts as present
@@ -13,6 +13,7 @@ mod fetch;
 mod hub;
 mod locate;
 mod peer;
+mod portions;
 mod server;
 mod shelf;
 mod source;
