@@ -1,5 +1,6 @@
 //! Which path goes where, and the layers around all of them.
 
+use crate::admin;
 use crate::app::App;
 use crate::context::{panic_response, with_context};
 use crate::openai::adapters::{delete_model, load_adapter, roll_back_adapter, unload_adapter};
@@ -55,6 +56,7 @@ pub(crate) fn router(app: Arc<App>) -> Router {
         .route("/ready", get(system::ready))
         .route("/metrics", get(system::metrics))
         .route("/admin/cluster", get(system::cluster))
+        .route("/admin/nodes/{node}/drain", post(admin::drain).delete(admin::undrain))
         .route("/", get(system::index))
         .fallback(system::unknown_path)
         .method_not_allowed_fallback(system::wrong_method)

@@ -7,12 +7,12 @@ use crate::engine::{self, Engine, EngineConfig, GatewayId, ReplicaUp};
 use crate::jobs::{self, Jobs, JobsConfig};
 use crate::responses::{self, Responses, ResponsesConfig};
 use crate::time::Millis;
-use ashlar_protocol::admin::{AdminFailure, AdminFailureKind, AdminReply, AdminRequest};
-use ashlar_protocol::membership::{FromNode, ToNode};
+use ashlar_protocol::admin::{AdminFailure, AdminFailureKind, AdminReply, AdminRequest, DrainNode};
+use ashlar_protocol::membership::{Assignment, FromNode, ToNode};
 use ashlar_protocol::responses::ResponseRecord;
 use ashlar_protocol::serving::{ClusterSnapshot, FromScheduler, ToScheduler};
 use ashlar_protocol::training::TrainingReport;
-use ashlar_vocabulary::{AdapterId, Bytes, JobId, LeaseTerm, ReplicaId, RequestId};
+use ashlar_vocabulary::{AdapterId, Bytes, JobId, LeaseTerm, NodeId, ReplicaId, RequestId};
 use std::collections::BTreeMap;
 
 /// What reaches the scheduler.
@@ -65,6 +65,8 @@ pub enum Output {
     Down(ReplicaId, String),
     /// For the log: why nothing can be served, or that it can be again.
     Problem(Option<String>),
+    /// For the log: others are to take this node's place, and why.
+    Quarantined(NodeId, String),
     /// Store what has been served under a name, or forget it; answered by [`Input::AdapterPersisted`].
     PersistAdapter(String, Option<AdapterRecord>),
     /// Store a response's record, or forget it; answered by [`Input::ResponsePersisted`].
@@ -179,7 +181,7 @@ impl Director {
                 self.response_event(now, responses::Event::GatewayUp(gateway));
             }
             Input::Gateway(gateway, ToScheduler::Admin { call, request }) => {
-                self.admin(now, gateway, call, request);
+                self.admin(now, gateway, call, request, outputs);
             }
             Input::Gateway(gateway, ToScheduler::Prepared { job, outcome }) => {
                 self.job_event(now, jobs::Event::Prepared { gateway, job, outcome });
@@ -214,6 +216,11 @@ impl Director {
                 self.engine_event(now, engine::Event::Tick);
                 let slowest_step_ms = self.engine.slowest_step_ms();
                 self.cluster_event(now, cluster::Event::Tick { slowest_step_ms });
+                for replica in self.cluster.draining() {
+                    if !self.engine.has_work(replica) {
+                        self.cluster_event(now, cluster::Event::Drained { replica });
+                    }
+                }
                 self.adapter_event(now, adapters::Event::Tick);
                 self.response_event(now, responses::Event::Tick);
             }
@@ -263,13 +270,43 @@ impl Director {
         &self.jobs
     }
 
-    fn admin(&mut self, now: Millis, gateway: GatewayId, call: u64, request: Box<AdminRequest>) {
+    fn admin(
+        &mut self,
+        now: Millis,
+        gateway: GatewayId,
+        call: u64,
+        request: Box<AdminRequest>,
+        outputs: &mut Vec<Output>,
+    ) {
         match *request {
+            AdminRequest::DrainNode(wish) => {
+                let reply = self.drain_node(wish, outputs).unwrap_or_else(AdminReply::Refused);
+                let reply = FromScheduler::Admin { call, reply: Box::new(reply) };
+                outputs.push(Output::ToGateway(gateway, Box::new(reply)));
+            }
             AdminRequest::Response(wish) => {
                 self.response_event(now, responses::Event::Call { gateway, call, wish });
             }
             _ => self.admin_of_training(now, gateway, call, request),
         }
+    }
+
+    /// Passes an operator's wish on to a node, which then [says](FromNode::Leaving) that it leaves.
+    fn drain_node(&self, wish: DrainNode, outputs: &mut Vec<Output>) -> Result<AdminReply, AdminFailure> {
+        let refused = |kind, message| AdminFailure { kind, message };
+        let DrainNode { node, drain, force } = wish;
+        let unknown = || {
+            let message = format!("no node {node} has joined: GET /admin/cluster lists those that have");
+            refused(AdminFailureKind::NotFound, message)
+        };
+        let connection = self.cluster.connection_of(&node).ok_or_else(unknown)?;
+        if drain && !force {
+            let needed = |why| refused(AdminFailureKind::Conflict, format!("node {node} is needed: {why}"));
+            self.cluster.could_spare(&node).map_err(needed)?;
+        }
+        let order = Box::new(ToNode::Drain(drain));
+        outputs.push(Output::ToNodes(vec![connection], order));
+        Ok(AdminReply::Done)
     }
 
     /// Files, jobs and adapters.
@@ -297,8 +334,8 @@ impl Director {
             FromNode::Loading { revision, loaded, total } => {
                 Event::Loading { connection, revision, loaded, total }
             }
-            FromNode::Ready { revision, reserved, resident } => {
-                Event::Ready { connection, revision, reserved, resident }
+            FromNode::Ready { revision, reserved, resident, kept } => {
+                Event::Ready { connection, revision, reserved, resident, kept }
             }
             FromNode::Crashed => {
                 let reason = "a rank has crashed".to_owned();
@@ -323,9 +360,14 @@ impl Director {
                 self.job_event(now, jobs::Event::Report { connection, session, report });
                 Event::Heard { connection, spent }
             }
+            FromNode::NotFinite { revision, sequences } => {
+                Event::NotFinite { connection, revision, sequences }
+            }
+            FromNode::Leaving(leaving) => Event::Leaving { connection, leaving },
+            FromNode::Prepared { revision, outcome } => Event::Prepared { connection, revision, outcome },
             FromNode::Beat => Event::Heard { connection, spent: Spent::Nothing },
             FromNode::StepResult(result) => {
-                let spent = Spent::Serving(result.timing);
+                let spent = Spent::Serving(result.step, result.timing);
                 if let Some((replica, _)) = self.cluster.place_of(connection) {
                     self.engine_event(now, engine::Event::StepResult { replica, result });
                 }
@@ -336,7 +378,7 @@ impl Director {
                     let event = engine::Event::StepDone { replica, revision, stage, step, timing };
                     self.engine_event(now, event);
                 }
-                Event::Heard { connection, spent: Spent::Serving(timing) }
+                Event::Heard { connection, spent: Spent::Serving(step, timing) }
             }
         };
         self.cluster_event(now, event);
@@ -472,6 +514,18 @@ impl Director {
                         let release = ToNode::Release { revision };
                         outputs.push(Output::ToNodes(vec![connection], Box::new(release)));
                     }
+                    cluster::Effect::Prepare { connection, order } => {
+                        self.prepare(now, connection, order, outputs);
+                    }
+                    cluster::Effect::Quarantined { node, reason } => {
+                        outputs.push(Output::Quarantined(node, reason));
+                    }
+                    cluster::Effect::Dismiss { connection } => {
+                        outputs.push(Output::ToNodes(vec![connection], Box::new(ToNode::Dismissed)));
+                    }
+                    cluster::Effect::ReplicaDrains { replica, drains } => {
+                        self.engine_event(now, engine::Event::ReplicaDrains { replica, drains });
+                    }
                     cluster::Effect::Disconnect { connection, reason } => {
                         outputs.push(Output::CloseNode(connection, reason));
                     }
@@ -503,6 +557,27 @@ impl Director {
                 }
             }
         }
+    }
+
+    /// Has a slice prepared where there is room for it beside everything else that is reserved there.
+    fn prepare(
+        &mut self,
+        now: Millis,
+        connection: NodeConnection,
+        order: Option<(Box<Assignment>, Bytes)>,
+        outputs: &mut Vec<Output>,
+    ) {
+        if let Some((assignment, weights)) = &order {
+            let adapters = self.cluster.place_of(connection).map(|(replica, _)| self.adapters.held(replica));
+            let taken = self.jobs.reserved_on(connection) + adapters.unwrap_or(Bytes(0)) + *weights;
+            if taken > self.cluster.room_of(connection) {
+                let revision = assignment.revision;
+                let event = cluster::Event::Prepared { connection, revision, outcome: Ok(()) };
+                return self.cluster_event(now, event);
+            }
+        }
+        let order = ToNode::Prepare(order.map(|(assignment, _)| assignment));
+        outputs.push(Output::ToNodes(vec![connection], Box::new(order)));
     }
 
     /// Numbers what a job wants, and remembers it until it is answered.

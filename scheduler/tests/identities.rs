@@ -100,6 +100,7 @@ fn join(name: &str) -> FromNode {
         holds: None,
         term: LeaseTerm(0),
         crashed: None,
+        leaving: false,
     }))
 }
 

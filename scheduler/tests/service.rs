@@ -113,7 +113,7 @@ fn node(name: &str, address: SocketAddr, term: u64, step_time: Duration) -> Join
                     Some(ToNode::Assign(assignment)) => {
                         let revision = assignment.revision;
                         place = Some((assignment, Rank::default()));
-                        FromNode::Ready { revision, reserved: Bytes(1), resident: Bytes(2) }
+                        FromNode::Ready { revision, reserved: Bytes(1), resident: Bytes(2), kept: Vec::new() }
                     }
                     Some(ToNode::Step(plan)) => {
                         let Some((assignment, rank)) = &mut place else { continue };
@@ -172,6 +172,7 @@ async fn join(name: &str, address: SocketAddr, term: u64) -> Result<TcpStream, f
         holds: None,
         term: LeaseTerm(term),
         crashed: None,
+        leaving: false,
     };
     frame::write(&mut socket, &FromNode::Join(Box::new(join))).await?;
     Ok(socket)
@@ -355,7 +356,7 @@ async fn a_node_that_falls_silent_is_given_up() {
             break assignment.revision;
         }
     };
-    let ready = FromNode::Ready { revision, reserved: Bytes(1), resident: Bytes(1) };
+    let ready = FromNode::Ready { revision, reserved: Bytes(1), resident: Bytes(1), kept: Vec::new() };
     frame::write(&mut hung, &ready).await.unwrap();
     gateway.until_ready().await;
     let started = Instant::now();

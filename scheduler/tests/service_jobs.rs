@@ -114,6 +114,7 @@ fn node(address: SocketAddr) -> AbortOnDrop {
             holds: None,
             term: LeaseTerm(0),
             crashed: None,
+            leaving: false,
         };
         frame::write(&mut socket, &FromNode::Join(Box::new(join))).await.unwrap();
         let (mut read, mut write) = socket.into_split();
@@ -133,6 +134,7 @@ fn node(address: SocketAddr) -> AbortOnDrop {
                         revision: assignment.revision,
                         reserved: Bytes(1),
                         resident: Bytes(2),
+                        kept: Vec::new(),
                     },
                     Some(ToNode::OpenSession(open)) => FromNode::Training {
                         session: open.session,

@@ -63,6 +63,9 @@ pub struct NodeConfig {
     /// Layers this node insists on, `{ start = 0, end = 8 }`.
     #[serde(default)]
     pub layers: Option<LayerRange>,
+    /// How long after SIGTERM this node waits until others have taken its place, in milliseconds.
+    #[serde(default = "default_drain_grace_ms")]
+    pub drain_grace_ms: u64,
     /// Where to send traces (OTLP over HTTP), for example `http://127.0.0.1:4318`. Off by default.
     #[serde(default)]
     pub otlp_endpoint: Option<String>,
@@ -162,6 +165,10 @@ impl LinkConfig {
         let default = if crowded { LinkConfig::SPIN_CROWDED } else { LinkConfig::SPIN };
         self.spin_us.map_or(default, Duration::from_micros)
     }
+}
+
+fn default_drain_grace_ms() -> u64 {
+    10_000
 }
 
 fn default_listen() -> String {

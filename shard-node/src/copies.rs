@@ -35,25 +35,26 @@ impl Copies {
         Copies { place, writer: None, unwritable: Arc::default() }
     }
 
-    /// Loads a slice. Where it had to be packed, a thread of its own writes the copy from the same memory: serving does not
+    /// Loads a slice, packed by `packer`, that computes with `kernels`. Where it had to be packed, a thread of its own writes the copy from the same memory: serving does not
     /// wait for the disk.
     pub(crate) fn load(
         &mut self,
         wanted: Wanted<'_>,
+        packer: &Arc<Kernels>,
         kernels: &Arc<Kernels>,
         progress: &mut dyn FnMut(Bytes, Bytes),
     ) -> Result<Arc<StageModel>, LoadError> {
         self.stop();
         let Wanted { directory, precision, slice } = wanted;
         let Some(place) = &self.place else {
-            let model = StageModel::load(directory, precision, slice, kernels.clone(), progress)?;
-            return Ok(Arc::new(model));
+            let model = StageModel::load(directory, precision, slice, packer.clone(), progress)?;
+            return Ok(Arc::new(model.computing_with(kernels.clone())));
         };
         // Of the weights: what the cache of keys and values holds is no matter here.
         let digest = digest::model_digest(directory, precision.quantization)?;
         let copy = PackedCopy::new(place, directory, &digest, precision, slice);
-        let (model, origin) = copy.load_or_pack(kernels, progress)?;
-        let model = Arc::new(model);
+        let (model, origin) = copy.load_or_pack(packer, progress)?;
+        let model = Arc::new(model.computing_with(kernels.clone()));
         if origin == Origin::Files && !self.unwritable.load(Ordering::Relaxed) {
             self.writer = Writer::start(copy, model.clone(), self.unwritable.clone());
         }
@@ -126,7 +127,8 @@ mod tests {
         let directory = Path::new(GOLDEN);
         let slice = RankSlice::whole(&ModelConfig::from_dir(directory).unwrap().shape);
         let wanted = Wanted { directory, precision: Precision::default(), slice };
-        copies.load(wanted, &Arc::new(Kernels::new(Isa::best(), 1)), &mut |_, _| {}).unwrap()
+        let kernels = Arc::new(Kernels::new(Isa::best(), 1));
+        copies.load(wanted, &kernels, &kernels, &mut |_, _| {}).unwrap()
     }
 
     /// Lets a copy be written to its end.

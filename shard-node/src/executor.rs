@@ -2,29 +2,25 @@
 
 use crate::adapters::{AdapterLoad, Adapters};
 use crate::beat::Beat;
-use crate::config::{CacheConfig, NodeConfig};
-use crate::copies::{Copies, Wanted};
+use crate::config::NodeConfig;
 use crate::fence::Fence;
-use crate::files::{self, Locator, Shelf};
+use crate::files::{Files, Shelf};
 use crate::head::{HeadService, Wake};
 use crate::links::{Inbound, LinkBreaker, LinkSettings, Links, PendingLinks, Waiting, Wish};
 use crate::sampling::Samplers;
 use crate::sequencer::{Effect, Event, Row, Sequencer, StepWork};
+use crate::slices::Slices;
 use crate::spans::Spans;
 use crate::training::{self, Sessions};
-use ashlar_grammar::GrammarCompiler;
 use ashlar_identity::Transport;
 use ashlar_kernels::{Kernels, RowContext};
 use ashlar_model::adapter::AdaptedRows;
 use ashlar_model::stage::LOGIT_ROWS_MAX;
-use ashlar_model::trained::trained_slice;
-use ashlar_model::{KvCache, RankSlice, StageInput, StageModel, Workspace};
-use ashlar_protocol::membership::{Assignment, FromNode, HeldSlice};
+use ashlar_model::{KvCache, StageInput, Workspace};
+use ashlar_protocol::membership::{Assignment, FromNode, HeldSlice, KEPT_BLOCKS_MAX};
 use ashlar_protocol::step::{PromptLogprobs, StepPlan, StepResult, StepTiming};
-use ashlar_tokenizer::Tokenizer;
-use ashlar_vocabulary::{AdapterId, Bytes, ModelDigest, ReplicaRevision, SequenceId, TokenId};
+use ashlar_vocabulary::{AdapterId, Bytes, ReplicaRevision, SequenceId, StepId, TokenId};
 use std::collections::BTreeSet;
-use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -37,8 +33,15 @@ use tracing::{info, warn};
 pub enum Command {
     /// Take this place, as long as the scheduler wants that.
     Assign(Box<Assignment>, Wish),
-    /// Give the place up; also sent when the scheduler is lost.
-    Release,
+    /// Give the place up.
+    Release {
+        /// Whether the same place may be taken again: the scheduler was lost.
+        for_now: bool,
+    },
+    /// Bring this place's slice into memory beside the one that serves, or let it be.
+    Prepare(Option<Box<Assignment>>),
+    /// A preparation may have ended.
+    Prepared,
     /// Execute a step.
     Step(Box<StepPlan>),
     /// Load this rank's share of an adapter, beside the steps.
@@ -80,17 +83,9 @@ impl Shared {
         self.held.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    fn set(&self, held: Option<HeldSlice>) {
+    pub(crate) fn set(&self, held: Option<HeldSlice>) {
         *self.held.lock().unwrap_or_else(PoisonError::into_inner) = held;
     }
-}
-
-/// Weights in memory, kept from one layout to the next if they stay the same.
-struct Loaded {
-    digest: ModelDigest,
-    directory: PathBuf,
-    model: Arc<StageModel>,
-    compiler: Option<GrammarCompiler>,
 }
 
 /// A place in a replica, with everything to work there.
@@ -124,19 +119,17 @@ pub struct Executor {
     head_rows_queued: Arc<AtomicBool>,
     breaker: LinkBreaker,
     transport: Transport,
-    shared: Shared,
     fence: Fence,
     waiting: Waiting,
     sequencer: Sequencer,
-    locator: Locator,
-    /// What other nodes may have of the model's files.
-    shelf: Shelf,
-    copies: Copies,
+    slices: Slices,
     /// Fine-tuning beside the steps: told of the place, and ended before weights are replaced.
     sessions: Sessions,
     adapters: Adapters,
-    loaded: Option<Loaded>,
     place: Option<Place>,
+    /// The cache of keys and values of the place before, while the same slice may be assigned again: what its blocks hold has
+    /// not changed by that.
+    former: Option<(Assignment, KvCache)>,
 }
 
 impl Executor {
@@ -153,11 +146,18 @@ impl Executor {
         sessions: Sessions,
         shelf: Shelf,
     ) -> Executor {
+        let files = Files::new(&config, shelf, transport.clone());
+        let slices = Slices::new(
+            config.clone(),
+            kernels.clone(),
+            out.clone(),
+            commands.clone(),
+            shared,
+            (files, breaker.clone()),
+        );
         Executor {
-            locator: Locator::new(&config),
-            shelf,
+            slices,
             adapters: Adapters::new(config.blobs.clone(), kernels.isa(), commands.clone()),
-            copies: Copies::new(config.cache.as_ref().and_then(CacheConfig::place)),
             config,
             kernels,
             beat: Beat::new(out.clone()),
@@ -166,13 +166,12 @@ impl Executor {
             head_rows_queued: Arc::default(),
             breaker,
             transport,
-            shared,
             fence,
             waiting: Waiting::default(),
             sequencer: Sequencer::default(),
             sessions,
-            loaded: None,
             place: None,
+            former: None,
         }
     }
 
@@ -181,12 +180,13 @@ impl Executor {
         loop {
             match commands.recv_timeout(self.patience()) {
                 Ok(Command::Assign(assignment, wish)) => self.assign(*assignment, wish),
-                Ok(Command::Release) => {
+                Ok(Command::Release { for_now }) => {
                     self.sessions.end_all("the layout was given up");
-                    self.place = None;
-                    self.place = None;
+                    self.vacate(for_now);
                     self.adapters.clear();
+                    self.slices.withdraw();
                 }
+                Ok(Command::Prepare(assignment)) => self.slices.prepare(assignment),
                 Ok(Command::Step(plan)) => self.step(*plan),
                 Ok(Command::LoadAdapter { revision, adapter, load }) => {
                     self.load_adapter(revision, adapter, load);
@@ -194,13 +194,15 @@ impl Executor {
                 Ok(Command::AdapterLoaded(load)) => self.adapter_loaded(load),
                 Ok(Command::UnloadAdapter(adapter)) => self.adapters.unload(adapter),
                 Ok(Command::Link(inbound)) => self.waiting.keep(inbound),
-                // Served below, as rows that came during a step are.
+                // Seen to below.
+                Ok(Command::Prepared) => {}
                 Ok(Command::HeadRows) => self.head_rows_queued.store(false, Ordering::Release),
                 Err(RecvTimeoutError::Timeout) => {}
                 Ok(Command::Shutdown) | Err(RecvTimeoutError::Disconnected) => return,
             }
             // A beat cannot fail: its queue being full means that others speak.
             let _ = self.beat.tick();
+            self.slices.look();
             self.finish_links();
             self.serve_head();
         }
@@ -226,14 +228,15 @@ impl Executor {
     fn fail_with(&mut self, revision: ReplicaRevision, message: String, weights: bool) {
         warn!(%revision, "{message}");
         self.sessions.end_all("the layout failed");
-        self.place = None;
+        // Weights that cannot be used say nothing for a cache that was computed with them.
+        self.vacate(!weights);
         self.breaker.break_all();
         self.send(FromNode::Failed { revision, message, weights });
     }
 
     fn load_adapter(&mut self, revision: ReplicaRevision, adapter: AdapterId, load: u64) {
         let current = self.place.as_ref().is_some_and(|place| place.assignment.revision == revision);
-        let Some(loaded) = self.loaded.as_ref().filter(|_| current) else { return };
+        let Some(loaded) = self.slices.serving().filter(|_| current) else { return };
         if let Err(refusal) = self.adapters.begin(revision, adapter, load, loaded.model.clone()) {
             self.send(FromNode::AdapterLoaded { revision, adapter, load, outcome: Err(refusal) });
         }
@@ -243,7 +246,7 @@ impl Executor {
     fn adapter_loaded(&mut self, ended: AdapterLoad) {
         let (revision, adapter, load) = (ended.revision, ended.adapter, ended.load);
         let Some(outcome) = self.adapters.finish(ended) else { return };
-        let (Some(place), Some(loaded)) = (&mut self.place, &self.loaded) else { return };
+        let (Some(place), Some(loaded)) = (&mut self.place, self.slices.serving()) else { return };
         let outcome = outcome.map(|share| {
             let rows = place.assignment.max_num_batched_tokens as usize;
             let before = place.work.bytes();
@@ -258,7 +261,7 @@ impl Executor {
     }
 
     fn assign(&mut self, assignment: Assignment, wish: Wish) {
-        self.place = None;
+        self.vacate(true);
         let beat = self.beat.clone();
         // A beat cannot fail: its queue being full means that others speak.
         self.sessions.leave("the layout has changed", &mut || drop(beat.tick()));
@@ -269,15 +272,17 @@ impl Executor {
             Ok(false) => return self.send(FromNode::Refused { revision, term: self.fence.term() }),
             Err(error) => return self.fail(revision, format!("cannot persist the lease term: {error}")),
         }
+        self.former.take_if(|(former, _)| !is_same_cache(former, &assignment));
         let mut effects = Vec::new();
         let event = Event::Assigned {
             term: assignment.term,
             revision,
             kv_blocks: assignment.kv_blocks,
             max_rows: assignment.max_num_batched_tokens,
+            cache_kept: self.former.is_some(),
         };
         self.sequencer.handle(event, &mut effects);
-        if let Err(message) = self.load(&assignment, wish) {
+        if let Err(message) = self.slices.load(&assignment, &beat, wish) {
             return self.fail_with(revision, message, true);
         }
         match self.take_place(assignment) {
@@ -286,8 +291,18 @@ impl Executor {
         }
     }
 
+    /// Leaves the place; its cache is kept in case that it `may` be of use `again`.
+    fn vacate(&mut self, may_return: bool) {
+        if let Some(place) = self.place.take() {
+            self.former = Some((place.assignment, place.cache));
+        }
+        if !may_return {
+            self.former = None;
+        }
+    }
+
     fn take_place(&mut self, assignment: Assignment) -> Result<Place, String> {
-        let loaded = self.loaded.as_ref().ok_or("no weights")?;
+        let loaded = self.slices.serving().ok_or("no weights")?;
         let ranks = assignment.tensor_parallel_size as usize;
         let settings = LinkSettings {
             faults: self.config.link_faults,
@@ -301,7 +316,10 @@ impl Executor {
         let rows = assignment.max_num_batched_tokens as usize;
         Ok(Place {
             samples: last && assignment.tensor_rank.0 == 0,
-            cache: model.kv_cache(assignment.kv_blocks as usize),
+            cache: match self.former.take() {
+                Some((_, cache)) => cache,
+                None => model.kv_cache(assignment.kv_blocks as usize),
+            },
             work: model.workspace(rows),
             input: Vec::new(),
             samplers: Samplers::new(model.config().shape.vocab_size, loaded.compiler.clone()),
@@ -310,107 +328,6 @@ impl Executor {
             links: PlaceLinks::Pending(Box::new(links), Instant::now()),
             assignment,
         })
-    }
-
-    /// Brings the assignment's slice into memory unless it is there.
-    fn load(&mut self, assignment: &Assignment, wish: Wish) -> Result<(), String> {
-        let slice = RankSlice {
-            layers: assignment.layers,
-            first: assignment.stage.0 == 0,
-            last: assignment.stage.0 + 1 == assignment.num_stages,
-            tensor_rank: assignment.tensor_rank.0 as usize,
-            tensor_parallel_size: assignment.tensor_parallel_size as usize,
-            head: assignment.head,
-        };
-        if assignment.sampler.is_some() != (slice.head.is_some() && !slice.last) {
-            return Err("the rank that samples is named where no slice of the head is, or the reverse".into());
-        }
-        if let Some(loaded) = &self.loaded
-            && loaded.digest == assignment.model_digest
-            && *loaded.model.slice() == slice
-        {
-            return Ok(());
-        }
-        self.copies.stop();
-        self.loaded = None;
-        self.shared.set(None);
-        let (revision, out, beat) = (assignment.revision, self.out.clone(), self.beat.clone());
-        let mut last_report: Option<Instant> = None;
-        let started = Instant::now();
-        let mut progress = |loaded, total| {
-            let _ = beat.tick();
-            let due = last_report.is_none_or(|at| at.elapsed() > Duration::from_millis(200));
-            if due || loaded == total {
-                last_report = Some(Instant::now());
-                let _ = out.blocking_send(FromNode::Loading { revision, loaded, total });
-            }
-        };
-        let directory = self.locate(assignment, &slice, wish, &mut progress)?;
-        let digest = assignment.model_digest;
-        self.shelf.offer(digest, &directory);
-        let precision = assignment.precision;
-        let wanted = Wanted { directory: &directory, precision, slice: slice.clone() };
-        let model =
-            self.copies.load(wanted, &self.kernels, &mut progress).map_err(|error| error.to_string())?;
-        let samples = slice.last && slice.tensor_rank == 0;
-        let compiler = if samples { self.compiler(&directory, &model) } else { None };
-        info!(
-            layers = %slice.layers, rank = slice.tensor_rank, weights = %model.bytes(),
-            "loaded in {:.1} s", started.elapsed().as_secs_f32()
-        );
-        self.shared.set(Some(HeldSlice {
-            model_digest: digest,
-            layers: slice.layers,
-            tensor_rank: assignment.tensor_rank,
-            tensor_parallel_size: assignment.tensor_parallel_size,
-            head: assignment.head,
-        }));
-        self.loaded = Some(Loaded { digest, directory, model, compiler });
-        Ok(())
-    }
-
-    /// A directory with the assignment's model, or with what the slice takes of it.
-    fn locate(
-        &self,
-        assignment: &Assignment,
-        slice: &RankSlice,
-        wish: Wish,
-        progress: &mut dyn FnMut(Bytes, Bytes),
-    ) -> Result<PathBuf, String> {
-        let mut slices = vec![slice.clone()];
-        // A session takes its weights from the same files, and its last stage has the whole head.
-        slices
-            .extend(self.config.blobs.as_ref().map(|_| trained_slice(slice)).filter(|other| other != slice));
-        let wanted = files::Wanted {
-            name: assignment.model.clone(),
-            goal: files::Goal { model: assignment.model_digest, precision: assignment.precision, slices },
-            peers: assignment.sources.clone(),
-            links: files::PeerLinks {
-                transport: self.transport.clone(),
-                breaker: self.breaker.clone(),
-                term: assignment.term,
-                revision: assignment.revision,
-            },
-        };
-        let mut reported = None;
-        let mut waiting = |now: Option<files::Progress>| {
-            // A beat cannot fail: its queue being full means that others speak.
-            let _ = self.beat.tick();
-            if let Some(now) = now.filter(|_| now != reported) {
-                progress(Bytes(now.ready), Bytes(now.total));
-            }
-            reported = now;
-            self.breaker.is_current(wish)
-        };
-        self.locator.locate(&wanted, &mut waiting).map_err(|error| error.to_string())
-    }
-
-    fn compiler(&self, directory: &std::path::Path, model: &StageModel) -> Option<GrammarCompiler> {
-        let tokenizer =
-            Tokenizer::open(directory).map_err(|error| warn!("grammars are unavailable: {error}")).ok()?;
-        GrammarCompiler::new(&tokenizer, model.config().shape.vocab_size)
-            .map_err(|error| warn!("grammars are unavailable: {error}"))
-            .ok()
     }
 
     fn finish_links(&mut self) {
@@ -444,9 +361,9 @@ impl Executor {
                 }
                 let of_links = links.bytes();
                 place.links = PlaceLinks::Up(Box::new(links));
-                let weights = self.loaded.as_ref().map_or(Bytes(0), |loaded| loaded.model.bytes());
+                let weights = self.slices.serving().map_or(Bytes(0), |loaded| loaded.model.bytes());
                 let reserved = weights + place.cache.bytes() + place.work.bytes() + of_links;
-                if let Some(loaded) = &self.loaded {
+                if let Some(loaded) = self.slices.serving() {
                     let assignment = &place.assignment;
                     self.sessions.enter(training::Place {
                         term: assignment.term,
@@ -460,14 +377,15 @@ impl Executor {
                 }
                 self.place = Some(place);
                 let resident = ashlar_service_kit::memory::resident_bytes().unwrap_or_default();
-                self.send(FromNode::Ready { revision, reserved, resident });
+                let kept = self.sequencer.names().take(KEPT_BLOCKS_MAX).collect();
+                self.send(FromNode::Ready { revision, reserved, resident, kept });
             }
         }
     }
 
     /// Computes this rank's slice of the head for rows that have arrived.
     fn serve_head(&mut self) {
-        let (Some(place), Some(loaded)) = (&mut self.place, &self.loaded) else { return };
+        let (Some(place), Some(loaded)) = (&mut self.place, self.slices.serving()) else { return };
         let PlaceLinks::Up(links) = &mut place.links else { return };
         let Some(service) = &mut links.head_service else { return };
         let _on_core = self.kernels.pool().pin_caller();
@@ -498,7 +416,7 @@ impl Executor {
                         place.scored.insert(new.id);
                     }
                     if place.samples {
-                        place.samplers.begin(new);
+                        place.samplers.begin(*new);
                     }
                 }
                 Effect::Observe(id, tokens) => place.samplers.observe(id, &tokens),
@@ -509,17 +427,35 @@ impl Executor {
                     place.scored.remove(&id);
                 }
                 Effect::Compute(work) => match self.compute(&work) {
-                    Ok(message) => self.send(message),
+                    Ok(message) => {
+                        self.note_computed(work.step, &message);
+                        self.send(message);
+                    }
                     Err(message) => self.fail(revision, message),
                 },
-                Effect::Diverged(reason) => self.fail(revision, format!("plan refused: {reason}")),
+                Effect::Diverged(reason) => {
+                    self.fail(revision, format!("plan refused: {reason}"));
+                    self.former = None;
+                }
             }
         }
     }
 
+    /// What a step has written is known from now on, but for sequences that failed.
+    fn note_computed(&mut self, step: StepId, message: &FromNode) {
+        let mut effects = Vec::new();
+        self.sequencer.handle(Event::Computed(step), &mut effects);
+        if let FromNode::StepResult(result) = message {
+            for failed in &result.failed {
+                self.sequencer.handle(Event::Distrusted(failed.id), &mut effects);
+            }
+        }
+        debug_assert!(effects.is_empty(), "nothing is to be done");
+    }
+
     fn compute(&mut self, work: &StepWork) -> Result<FromNode, String> {
         let place = self.place.as_mut().ok_or("no assignment")?;
-        let loaded = self.loaded.as_ref().ok_or("no weights")?;
+        let loaded = self.slices.serving().ok_or("no weights")?;
         let PlaceLinks::Up(links) = &mut place.links else { return Err("links are not up".into()) };
         let Links { previous, next, group, head_service, head_ranks } = &mut **links;
         let (model, beat) = (&loaded.model, &self.beat);
@@ -579,6 +515,13 @@ impl Executor {
                     },
                 )
                 .map_err(|error| error.to_string())?;
+            let made = place.work.activations(rows.len());
+            let given = previous.is_some().then_some(place.input.as_slice());
+            let sequences = not_finite(given, made, &work.rows, &self.adapters);
+            if !sequences.is_empty() {
+                warn!(%revision, %step, "what was computed of {} sequences is not finite", sequences.len());
+                let _ = self.out.blocking_send(FromNode::NotFinite { revision, sequences });
+            }
             served.map_err(|error| format!("lost the rank that samples: {error}"))?;
             if let Some(next) = next {
                 let sending = Instant::now();
@@ -623,6 +566,38 @@ struct WantedLogits {
     row: usize,
     /// The prompt token that follows, to be scored; `None` to sample.
     score: Option<TokenId>,
+}
+
+/// Sequences without an adapter of which rows were `made` that are not finite, though those that were `given` are.
+fn not_finite(given: Option<&[f32]>, made: &[f32], rows: &[Row], adapters: &Adapters) -> Vec<SequenceId> {
+    let width = made.len() / rows.len().max(1);
+    let is_finite = |values: &[f32]| values.iter().all(|value| value.is_finite());
+    if is_finite(made) {
+        return Vec::new();
+    }
+    let mut sequences: Vec<SequenceId> = Vec::new();
+    for (index, row) in rows.iter().enumerate() {
+        let of = |values: &[f32]| values.get(index * width..(index + 1) * width).is_none_or(is_finite);
+        let made_here = !of(made) && given.is_none_or(of);
+        if made_here
+            && sequences.last() != Some(&row.sequence)
+            && adapters.of_sequence(row.sequence).is_none()
+        {
+            sequences.push(row.sequence);
+        }
+    }
+    sequences
+}
+
+/// Whether what the cache of one place holds is what the other place's would: of the same layers and heads of the same model, and
+/// as large.
+fn is_same_cache(one: &Assignment, other: &Assignment) -> bool {
+    let of = |assignment: &Assignment| {
+        let Assignment { model_digest, precision, layers, kv_blocks, .. } = assignment;
+        let rank = (assignment.tensor_rank, assignment.tensor_parallel_size);
+        (*model_digest, *precision, *layers, rank, *kv_blocks)
+    };
+    of(one) == of(other)
 }
 
 fn wanted_logits(sequencer: &Sequencer, scored: &BTreeSet<SequenceId>, work: &StepWork) -> Vec<WantedLogits> {

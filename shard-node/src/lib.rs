@@ -6,6 +6,7 @@
 //! * [`sequencer`]: pure: which plans are valid, and what each sequence's tokens and blocks are.
 //! * [`executor`]: the compute thread: applies plans strictly in order.
 //! * `adapters`: adapters of the slice, loaded beside the steps.
+//! * `slices`: what is in memory of the model: to serve, and prepared for what comes.
 //! * `copies`: packed copies of the slice, from one start to the next.
 //! * [`sampling`]: samplers and grammars of the last stage's rank 0.
 //! * [`links`]: data connections to other ranks.
@@ -38,6 +39,7 @@ pub mod links;
 pub mod sampling;
 pub mod sequencer;
 pub mod service;
+mod slices;
 pub mod spans;
 mod speeds;
 pub mod threads;

@@ -3,6 +3,7 @@
 //! `handle` takes an event and yields effects; the executor performs them. No I/O, clock or randomness, so that the
 //! simulation runs exactly this.
 
+use ashlar_protocol::prefix::BlockHash;
 use ashlar_protocol::step::{NewSequence, SequenceSlice, StepPlan};
 use ashlar_vocabulary::{AdapterId, BlockId, LeaseTerm, ReplicaRevision, SequenceId, StepId, TokenId};
 use std::collections::BTreeMap;
@@ -18,6 +19,8 @@ pub struct RankSequence {
     pub block_table: Vec<BlockId>,
     /// The adapter that changes the model.
     pub adapter: Option<AdapterId>,
+    /// What the names of its blocks begin after.
+    pub root: BlockHash,
 }
 
 /// What happens to the sequencer.
@@ -33,16 +36,22 @@ pub enum Event {
         kv_blocks: u32,
         /// Longest step in rows.
         max_rows: u32,
+        /// Whether the KV cache is still that of the place before.
+        cache_kept: bool,
     },
     /// A plan arrived.
     Plan(StepPlan),
+    /// The rows of this step are in the KV cache.
+    Computed(StepId),
+    /// What was computed of this sequence is not to be trusted.
+    Distrusted(SequenceId),
 }
 
 /// What the executor must do.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Effect {
     /// Start tracking how a sequence is sampled.
-    Begin(NewSequence),
+    Begin(Box<NewSequence>),
     /// These tokens became part of a sequence: advance its sampler and grammar.
     Observe(SequenceId, Vec<TokenId>),
     /// Drop what is tracked of a sequence.
@@ -87,6 +96,10 @@ pub struct Sequencer {
     kv_blocks: u32,
     max_rows: u32,
     sequences: BTreeMap<SequenceId, RankSequence>,
+    /// What full blocks of the KV cache hold, whoever needs it at present.
+    names: BTreeMap<BlockId, BlockHash>,
+    /// Ranges of positions that the last step is about to write.
+    writing: Vec<(SequenceId, usize, usize)>,
 }
 
 impl Sequencer {
@@ -110,6 +123,11 @@ impl Sequencer {
         self.sequences.len()
     }
 
+    /// Full blocks of the KV cache, and what they hold.
+    pub fn names(&self) -> impl Iterator<Item = (BlockId, BlockHash)> + '_ {
+        self.names.iter().map(|(block, name)| (*block, *name))
+    }
+
     /// Whether no sequence is known.
     pub fn is_empty(&self) -> bool {
         self.sequences.is_empty()
@@ -118,9 +136,18 @@ impl Sequencer {
     /// Applies `event`.
     pub fn handle(&mut self, event: Event, effects: &mut Vec<Effect>) {
         match event {
-            Event::Assigned { term, revision, kv_blocks, max_rows } => {
+            Event::Assigned { term, revision, kv_blocks, max_rows, cache_kept } => {
                 effects.extend(self.sequences.keys().map(|id| Effect::End(*id)));
-                *self = Sequencer { term, revision, kv_blocks, max_rows, ..Sequencer::default() };
+                let names = if cache_kept { std::mem::take(&mut self.names) } else { BTreeMap::new() };
+                *self = Sequencer { term, revision, kv_blocks, max_rows, names, ..Sequencer::default() };
+            }
+            Event::Computed(step) if step == self.step => self.name_full_blocks(),
+            Event::Computed(_) => {}
+            Event::Distrusted(id) => {
+                let table = self.sequences.get(&id).map(|sequence| sequence.block_table.as_slice());
+                for block in table.unwrap_or_default() {
+                    self.names.remove(block);
+                }
             }
             Event::Plan(plan) => {
                 // Late plans of a former layout or leader, and duplicates, are dropped.
@@ -140,6 +167,7 @@ impl Sequencer {
             return Err(format!("step {} arrived after step {}", plan.step, self.step));
         }
         self.step = plan.step;
+        self.writing.clear();
         for id in plan.ended_sequences {
             if self.sequences.remove(&id).is_some() {
                 effects.push(Effect::End(id));
@@ -153,11 +181,12 @@ impl Sequencer {
                 prompt_len: new.prompt.len(),
                 block_table: Vec::new(),
                 adapter: new.adapter,
+                root: new.root,
             };
             if self.sequences.insert(new.id, sequence).is_some() {
                 return Err(format!("sequence {} is not new", new.id));
             }
-            effects.push(Effect::Begin(new));
+            effects.push(Effect::Begin(Box::new(new)));
         }
         let mut work = StepWork { step: plan.step, rows: Vec::new(), samples: Vec::new() };
         for slice in plan.slices {
@@ -189,8 +218,14 @@ impl Sequencer {
         if let Some(block) = slice.new_blocks.iter().find(|block| block.0 >= kv_blocks) {
             return Err(format!("block {block} of {kv_blocks}"));
         }
-        sequence.block_table.extend(&slice.new_blocks);
         let (start, end) = (slice.start as usize, slice.start as usize + slice.count as usize);
+        for &block in &slice.new_blocks {
+            // What is before the first position to compute is there already, and is shared.
+            if (sequence.block_table.len() + 1) * BLOCK_TOKENS > start {
+                self.names.remove(&block);
+            }
+            sequence.block_table.push(block);
+        }
         let covered = sequence.block_table.len() * BLOCK_TOKENS;
         if slice.count == 0 || end > sequence.tokens.len() || end > covered {
             return Err(format!(
@@ -201,6 +236,7 @@ impl Sequencer {
         if slice.sample && end != sequence.tokens.len() {
             return Err(format!("sequence {id} is to be sampled before its last token"));
         }
+        self.writing.push((id, start, end));
         for (position, &token) in sequence.tokens.iter().enumerate().take(end).skip(start) {
             work.rows.push(Row { sequence: id, position: position as u32, token });
         }
@@ -209,17 +245,43 @@ impl Sequencer {
         }
         Ok(())
     }
+
+    /// Names the blocks that the last step has filled.
+    fn name_full_blocks(&mut self) {
+        for (id, start, end) in std::mem::take(&mut self.writing) {
+            let Some(sequence) = self.sequences.get(&id) else { continue };
+            for index in start / BLOCK_TOKENS..end / BLOCK_TOKENS {
+                let before = match index.checked_sub(1) {
+                    None => Some(sequence.root),
+                    Some(before) => {
+                        sequence.block_table.get(before).and_then(|block| self.names.get(block)).copied()
+                    }
+                };
+                let (Some(before), Some(block)) = (before, sequence.block_table.get(index)) else { break };
+                let token_at = |offset: usize| {
+                    sequence.tokens.get(index * BLOCK_TOKENS + offset).copied().unwrap_or_default()
+                };
+                self.names.insert(*block, before.followed_by(token_at));
+            }
+        }
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use ashlar_protocol::prefix::PrefixChain;
     use ashlar_vocabulary::SamplingParams;
 
     fn assigned() -> Sequencer {
         let mut sequencer = Sequencer::default();
-        let event =
-            Event::Assigned { term: LeaseTerm(1), revision: ReplicaRevision(1), kv_blocks: 4, max_rows: 32 };
+        let event = Event::Assigned {
+            term: LeaseTerm(1),
+            revision: ReplicaRevision(1),
+            kv_blocks: 4,
+            max_rows: 32,
+            cache_kept: false,
+        };
         sequencer.handle(event, &mut Vec::new());
         sequencer
     }
@@ -250,6 +312,7 @@ mod tests {
     fn first_plan() -> StepPlan {
         let new = NewSequence {
             adapter: None,
+            root: BlockHash::default(),
             id: SequenceId(7),
             prompt: vec![5, 6, 7],
             generated: vec![],
@@ -313,10 +376,69 @@ mod tests {
         let mut sequencer = assigned();
         run(&mut sequencer, first_plan());
         let mut effects = Vec::new();
-        let event =
-            Event::Assigned { term: LeaseTerm(1), revision: ReplicaRevision(2), kv_blocks: 4, max_rows: 32 };
+        let event = Event::Assigned {
+            term: LeaseTerm(1),
+            revision: ReplicaRevision(2),
+            kv_blocks: 4,
+            max_rows: 32,
+            cache_kept: false,
+        };
         sequencer.handle(event, &mut effects);
         assert_eq!(effects, [Effect::End(SequenceId(7))]);
         assert!(sequencer.is_empty());
+    }
+
+    fn named(sequencer: &Sequencer) -> Vec<u32> {
+        sequencer.names().map(|(block, _)| block.0).collect()
+    }
+
+    /// A sequence of forty tokens in blocks 0, 1 and 2.
+    fn long_plan() -> StepPlan {
+        let mut plan = first_plan();
+        plan.new_sequences[0].prompt = (0..40).collect();
+        plan.slices[0] =
+            SequenceSlice { new_blocks: [0, 1, 2].map(BlockId).to_vec(), sample: true, ..slice(0, 40) };
+        plan
+    }
+
+    #[test]
+    fn full_blocks_have_names_once_they_are_computed_and_as_long_as_nobody_else_gets_them() {
+        let mut sequencer = assigned();
+        run(&mut sequencer, long_plan());
+        assert_eq!(named(&sequencer), [] as [u32; 0]);
+        sequencer.handle(Event::Computed(StepId(1)), &mut Vec::new());
+        assert_eq!(named(&sequencer), [0, 1], "the third is not full");
+        let mut chain = PrefixChain::new(BlockHash::default());
+        chain.extend(40, |position| position as u32);
+        assert!(sequencer.names().map(|(_, name)| name).eq(chain.hashes().iter().copied()));
+        // Another sequence shares the first block and is given the second one, whose content is lost with that.
+        let mut other = long_plan();
+        (other.step, other.new_sequences[0].id) = (StepId(2), SequenceId(8));
+        let blocks = [0, 1].map(BlockId).to_vec();
+        other.slices[0] = SequenceSlice { id: SequenceId(8), new_blocks: blocks, ..slice(16, 8) };
+        run(&mut sequencer, other);
+        assert_eq!(named(&sequencer), [0]);
+    }
+
+    #[test]
+    fn names_outlive_a_layout_whose_cache_is_kept_and_no_other() {
+        for cache_kept in [true, false] {
+            let mut sequencer = assigned();
+            run(&mut sequencer, long_plan());
+            sequencer.handle(Event::Computed(StepId(1)), &mut Vec::new());
+            let (term, revision) = (LeaseTerm(2), ReplicaRevision(2));
+            let event = Event::Assigned { term, revision, kv_blocks: 4, max_rows: 32, cache_kept };
+            sequencer.handle(event, &mut Vec::new());
+            assert_eq!(named(&sequencer).len(), if cache_kept { 2 } else { 0 });
+        }
+    }
+
+    #[test]
+    fn what_is_not_to_be_trusted_has_no_name() {
+        let mut sequencer = assigned();
+        run(&mut sequencer, long_plan());
+        sequencer.handle(Event::Computed(StepId(1)), &mut Vec::new());
+        sequencer.handle(Event::Distrusted(SequenceId(7)), &mut Vec::new());
+        assert_eq!(named(&sequencer), [] as [u32; 0]);
     }
 }

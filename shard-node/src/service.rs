@@ -27,7 +27,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::SyncSender;
 use std::time::Duration;
 use tokio::net::TcpStream;
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
 use tracing::{info, warn};
 
 /// Plans and links waiting for the compute thread; the scheduler keeps far fewer steps in flight.
@@ -179,12 +179,9 @@ pub async fn serve(config: NodeConfig, shutdown: impl Future<Output = ()>) -> Re
         shared: &shared,
         sessions: &sessions,
         crash_told: AtomicBool::new(false),
+        leaving: Leaving::default(),
     };
-    tokio::pin!(shutdown);
-    let result = tokio::select! {
-        () = &mut shutdown => Ok(()),
-        rejected = session.keep(&mut outbound) => Err(rejected),
-    };
+    let result = session.keep_until(shutdown, &mut outbound).await;
     breaker.supersede();
     sessions.end_all("the node stops");
     drop(outbound);
@@ -247,6 +244,7 @@ fn join_message(
         layers: config.layers,
         holds: None,
         term,
+        leaving: false,
         crashed: std::env::var(CRASHED_VARIABLE).ok().and_then(|signal| signal.parse().ok()),
     }
 }
@@ -314,6 +312,32 @@ fn accepted(
     links::accept(socket, transport)
 }
 
+/// Why this node is to hold nothing any more.
+#[derive(Debug, Default)]
+struct Leaving {
+    /// The process was asked to end.
+    ending: AtomicBool,
+    /// An operator wants it empty.
+    drained: AtomicBool,
+    /// Wakes whoever is to tell the scheduler.
+    news: Notify,
+}
+
+impl Leaving {
+    fn is_ending(&self) -> bool {
+        self.ending.load(Ordering::Relaxed)
+    }
+
+    fn is_leaving(&self) -> bool {
+        self.is_ending() || self.drained.load(Ordering::Relaxed)
+    }
+
+    fn end(&self) {
+        self.ending.store(true, Ordering::Relaxed);
+        self.news.notify_one();
+    }
+}
+
 struct Session<'a> {
     config: &'a NodeConfig,
     transport: Transport,
@@ -324,29 +348,57 @@ struct Session<'a> {
     sessions: &'a Sessions,
     /// Whether a scheduler has been told that the process before this one crashed.
     crash_told: AtomicBool,
+    leaving: Leaving,
 }
 
 impl Session<'_> {
-    /// Keeps a connection to the scheduler; returns only when it refuses this node for good.
-    async fn keep(&self, outbound: &mut mpsc::Receiver<FromNode>) -> NodeError {
+    /// Takes part until `shutdown` completes, and then until others have taken this node's place, or for as long as they are
+    /// given.
+    async fn keep_until(
+        &self,
+        shutdown: impl Future<Output = ()>,
+        outbound: &mut mpsc::Receiver<FromNode>,
+    ) -> Result<(), NodeError> {
+        let keeping = self.keep(outbound);
+        tokio::pin!(keeping, shutdown);
+        tokio::select! {
+            result = &mut keeping => return result,
+            () = &mut shutdown => self.leaving.end(),
+        }
+        let grace = Duration::from_millis(self.config.drain_grace_ms);
+        info!("leaving: waiting up to {} s until others have taken this node's place", grace.as_secs());
+        let Ok(result) = tokio::time::timeout(grace, keeping).await else {
+            warn!("nobody has taken this node's place in time: it goes nevertheless");
+            return Ok(());
+        };
+        result
+    }
+
+    /// Keeps a connection to the scheduler; returns when that refuses this node for good, or when this node has been asked to
+    /// end and nobody needs it.
+    async fn keep(&self, outbound: &mut mpsc::Receiver<FromNode>) -> Result<(), NodeError> {
         let mut pause = RECONNECT_MIN;
         for attempt in 0_usize.. {
             let address = self.config.scheduler.of_attempt(attempt);
             match self.connect_and_serve(address, outbound, &mut pause).await {
-                Ok(last) => return last,
+                Ok(last) => return last.map_or(Ok(()), Err),
+                Err(_) if self.leaving.is_ending() => return Ok(()),
                 Err(error) => warn!("scheduler {address}: {error}; reconnecting"),
             }
             self.breaker.supersede();
             self.sessions.end_all("the scheduler was lost");
-            let _ = self.commands.try_send(Command::Release);
+            let _ = self.commands.try_send(Command::Release { for_now: true });
             // What the compute thread says without a scheduler is of no use; drain it so that it never blocks.
             let deadline = tokio::time::sleep(pause);
             tokio::pin!(deadline);
             loop {
                 tokio::select! {
                     () = &mut deadline => break,
+                    () = self.leaving.news.notified() => if self.leaving.is_ending() {
+                        return Ok(());
+                    },
                     message = outbound.recv() => if let Some(FromNode::Crashed) = message {
-                        return NodeError::Crashed;
+                        return Err(NodeError::Crashed);
                     },
                 }
             }
@@ -363,7 +415,7 @@ impl Session<'_> {
         address: &str,
         outbound: &mut mpsc::Receiver<FromNode>,
         pause: &mut Duration,
-    ) -> Result<NodeError, FrameError> {
+    ) -> Result<Option<NodeError>, FrameError> {
         // A scheduler that stands by accepts the connection but does not greet: try again rather than wait for ever.
         let speaker = format!("node {}", self.config.name);
         let greeting = async {
@@ -375,7 +427,8 @@ impl Session<'_> {
         };
         let greeted = tokio::time::timeout(GREETING_TIMEOUT, greeting).await;
         let mut socket = greeted.map_err(|_| FrameError::Io(std::io::ErrorKind::TimedOut.into()))??;
-        let mut join = Join { holds: self.shared.held(), ..self.join.clone() };
+        let leaving = self.leaving.is_leaving();
+        let mut join = Join { holds: self.shared.held(), leaving, ..self.join.clone() };
         if self.crash_told.load(Ordering::Relaxed) {
             join.crashed = None;
         }
@@ -400,17 +453,32 @@ impl Session<'_> {
                 message = arrived.recv() => match message.unwrap_or(Err(FrameError::Closed)) {
                     Err(error) => break Err(error),
                     Ok(ToNode::Closing(reason)) => break Err(FrameError::Refused(reason)),
-                    Ok(ToNode::Rejected(reason)) => break Ok(NodeError::Rejected(reason)),
+                    Ok(ToNode::Rejected(reason)) => break Ok(Some(NodeError::Rejected(reason))),
+                    Ok(ToNode::Dismissed) => if self.leaving.is_ending() {
+                        break Ok(None);
+                    } else {
+                        info!("this node is drained: it holds nothing");
+                    },
+                    Ok(ToNode::Drain(drained)) => {
+                        self.leaving.drained.store(drained, Ordering::Relaxed);
+                        self.leaving.news.notify_one();
+                    }
                     Ok(message) => if !self.dispatch(message) {
                         break Err(FrameError::Io(std::io::ErrorKind::ResourceBusy.into()));
                     },
                 },
+                () = self.leaving.news.notified() => {
+                    let leaving = FromNode::Leaving(self.leaving.is_leaving());
+                    if let Err(error) = frame::write(&mut writer, &leaving).await {
+                        break Err(error);
+                    }
+                }
                 Some(message) = outbound.recv() => {
                     if let Err(error) = frame::write(&mut writer, &message).await {
                         break Err(error);
                     }
                     if message == FromNode::Crashed {
-                        break Ok(NodeError::Crashed);
+                        break Ok(Some(NodeError::Crashed));
                     }
                 }
             }
@@ -430,9 +498,10 @@ impl Session<'_> {
             ToNode::Release { .. } => {
                 self.breaker.supersede();
                 self.sessions.end_all("the layout was given up");
-                Command::Release
+                Command::Release { for_now: false }
             }
             ToNode::Step(plan) => Command::Step(plan),
+            ToNode::Prepare(assignment) => Command::Prepare(assignment),
             ToNode::OpenSession(open) => {
                 self.sessions.open(*open);
                 return true;
@@ -445,7 +514,7 @@ impl Session<'_> {
                 Command::LoadAdapter { revision, adapter, load }
             }
             ToNode::UnloadAdapter { adapter } => Command::UnloadAdapter(adapter),
-            ToNode::Closing(_) | ToNode::Rejected(_) => return true,
+            ToNode::Closing(_) | ToNode::Rejected(_) | ToNode::Dismissed | ToNode::Drain(_) => return true,
         };
         self.commands.try_send(command).is_ok()
     }

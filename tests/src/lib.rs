@@ -12,6 +12,7 @@ pub mod http;
 pub mod machines;
 pub mod processes;
 pub mod shared;
+pub mod streams;
 pub mod tuning;
 pub mod wait;
 

@@ -4,6 +4,9 @@
 #[path = "../../crates/store/tests/conformance/redis_server.rs"]
 mod redis_server;
 
+use ashlar_tests::streams::{
+    COMPLETIONS, assert_no_panic, begun, choices_of, disturb, running_stream, undisturbed,
+};
 use ashlar_tests::{Cluster, Event, EventStream, eventually, processes, until};
 use redis_server::RedisServer;
 use serde_json::{Value, json};
@@ -15,20 +18,11 @@ use std::time::{Duration, Instant};
 const PAUSE_LIMIT: Duration = Duration::from_secs(5);
 /// From a failure until the cluster is as it was; the machine may be busy.
 const RECOVERY_LIMIT: Duration = Duration::from_secs(20);
-const COMPLETIONS: &str = "/v1/completions";
 
 /// These tests measure time: one after the other.
 fn alone() -> MutexGuard<'static, ()> {
     static ALONE: Mutex<()> = Mutex::new(());
     ALONE.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// Long enough to be running when something happens. With what there is to go wrong: sampling, penalties, log-probabilities.
-fn long(stream: bool) -> Value {
-    json!({
-        "prompt": "Write", "temperature": 1, "seed": 7, "n": 8, "max_tokens": 480, "ignore_eos": true, "stream": stream,
-        "logprobs": 2, "presence_penalty": 0.5, "repetition_penalty": 1.1,
-    })
 }
 
 fn short() -> Value {
@@ -55,99 +49,6 @@ fn ask_until_answered(cluster: &Cluster) -> String {
         (answer.status == 200).then(|| ask(cluster))
     });
     answered.unwrap_or_else(|| panic!("no answer within {RECOVERY_LIMIT:?}:\n{}", cluster.said()))
-}
-
-/// A choice as its client has it.
-#[derive(Debug, Default, Clone, PartialEq)]
-struct Choice {
-    text: String,
-    tokens: Vec<Value>,
-    logprobs: Vec<Value>,
-    finish_reason: Value,
-}
-
-impl Choice {
-    fn extend(&mut self, part: &Value) {
-        self.text.push_str(part["text"].as_str().unwrap_or_default());
-        let list = |field: &str| part["logprobs"][field].as_array().cloned().unwrap_or_default();
-        self.tokens.extend(list("tokens"));
-        self.logprobs.extend(list("token_logprobs"));
-        if !part["finish_reason"].is_null() {
-            self.finish_reason = part["finish_reason"].clone();
-        }
-    }
-}
-
-/// The long request undisturbed.
-fn undisturbed(cluster: &Cluster) -> Vec<Choice> {
-    let answer = cluster.post(COMPLETIONS, &long(false)).ok();
-    let whole = |part: &Value| {
-        let mut choice = Choice::default();
-        choice.extend(part);
-        choice
-    };
-    let choices: Vec<Choice> = answer["choices"].as_array().expect("choices").iter().map(whole).collect();
-    assert!(choices.iter().all(|choice| choice.tokens.len() == 480), "{choices:?}");
-    choices
-}
-
-/// A stream that has begun.
-fn running_stream(cluster: &Cluster) -> EventStream {
-    let (stream, _) = begun(cluster);
-    stream
-}
-
-/// A stream that has begun, and what has come of it.
-fn begun(cluster: &Cluster) -> (EventStream, Vec<Event>) {
-    let mut stream = cluster.stream(COMPLETIONS, &long(true));
-    let events: Vec<Event> = (0..64).map(|_| stream.next_event()).collect();
-    assert!(events.iter().all(|event| matches!(event, Event::Data(_))), "{events:?}");
-    (stream, events)
-}
-
-/// What a stream's events come to.
-#[track_caller]
-fn choices_of(events: &[Event]) -> Vec<Choice> {
-    let mut choices = vec![Choice::default(); 8];
-    for event in events {
-        let Event::Data(data) = event else { continue };
-        let data: Value = serde_json::from_str(data).expect("JSON");
-        assert!(data["error"].is_null(), "{data}");
-        for part in data["choices"].as_array().into_iter().flatten() {
-            choices[part["index"].as_u64().expect("an index") as usize].extend(part);
-        }
-    }
-    assert_eq!(events.last(), Some(&Event::Done));
-    choices
-}
-
-/// Has something happen to a running stream: it must be what it is undisturbed. Gives its longest pause from then on.
-#[track_caller]
-fn disturb(cluster: &Cluster, expected: &[Choice], disturbance: impl FnOnce()) -> Duration {
-    let (mut stream, mut events) = begun(cluster);
-    disturbance();
-    let mut longest = Duration::ZERO;
-    loop {
-        let waited = Instant::now();
-        let event = stream.next_event();
-        longest = longest.max(waited.elapsed());
-        let over = !matches!(event, Event::Data(_));
-        events.push(event);
-        if over {
-            break;
-        }
-    }
-    let choices = choices_of(&events);
-    for (index, (choice, expected)) in choices.iter().zip(expected).enumerate() {
-        assert_eq!(choice, expected, "choice {index}\n{}", cluster.said());
-    }
-    longest
-}
-
-#[track_caller]
-fn assert_no_panic(cluster: &Cluster) {
-    let said = cluster.said();
-    assert!(!said.contains("panicked at"), "{said}");
 }
 
 #[test]
@@ -241,6 +142,41 @@ fn a_stream_outlives_a_killed_scheduler() {
     assert_no_panic(&cluster);
 }
 
+/// Of a sequence only what is beyond its last full block is computed again.
+#[test]
+fn what_ranks_have_kept_is_not_computed_again_under_another_scheduler() {
+    let _alone = alone();
+    let cluster = Cluster::start(&["--stages", "2", "--tp", "2", "--set-node", "link_faults.delay_us=500"]);
+    let body = json!({
+        "prompt": "Write a word. ".repeat(20), "max_tokens": 150, "ignore_eos": true, "temperature": 1, "seed": 3,
+        "stream": true,
+    });
+    let expected = cluster.stream(COMPLETIONS, &body).rest();
+    let mut stream = cluster.stream(COMPLETIONS, &body);
+    let mut events: Vec<Event> = (0..20).map(|_| stream.next_event()).collect();
+    assert!(processes::signal(cluster.pid("scheduler"), "KILL"));
+    events.extend(stream.rest());
+    let text = |events: &[Event]| {
+        let part = |event: &Event| match event {
+            Event::Data(data) => {
+                serde_json::from_str::<Value>(data).ok()?["choices"][0]["text"].as_str().map(str::to_owned)
+            }
+            _ => None,
+        };
+        events.iter().filter_map(part).collect::<String>()
+    };
+    assert_eq!(text(&events), text(&expected));
+    // The one that leads now has seen nothing but the rest of this stream.
+    let asked = cluster.metric("vllm:prefix_cache_queries_total");
+    let found = cluster.metric("vllm:prefix_cache_hits_total");
+    assert!(
+        asked >= 280.0 && found + 16.0 > asked,
+        "{found} of {asked} prompt tokens were kept\n{}",
+        cluster.said()
+    );
+    assert_no_panic(&cluster);
+}
+
 /// It is not dead: whoever supervises it has to notice.
 #[test]
 fn a_stream_outlives_a_frozen_scheduler() {
@@ -310,6 +246,32 @@ fn streams_go_on_without_redis_and_outlive_a_node_meanwhile_and_a_store_that_has
     let pause = disturb(&cluster, &expected, || assert!(processes::signal(pid, "KILL")));
     assert!(pause < PAUSE_LIMIT, "a scheduler whose store forgot: {pause:?}\n{}", cluster.said());
     assert!(cluster.metric("ashlar_lease_term") > term);
+    assert_no_panic(&cluster);
+}
+
+#[test]
+fn streams_and_leader_outlive_a_redis_that_answers_late_or_refuses_writes() {
+    let _alone = alone();
+    let Some(redis) = RedisServer::start() else { return };
+    let cluster = Cluster::start(&["--stages", "2", "--store", &redis.url()]);
+    let expected = undisturbed(&cluster);
+    let (term, leader) = (cluster.metric("ashlar_lease_term"), cluster.pid("scheduler"));
+    let pause = disturb(&cluster, &expected, || redis.set("min-replicas-to-write", "1"));
+    assert!(pause < PAUSE_LIMIT, "writes refused: the stream stood still for {pause:?}\n{}", cluster.said());
+    // Longer than a lease lasts.
+    eventually("it is said", RECOVERY_LIMIT, || cluster.said().contains("NOREPLICAS"));
+    assert_eq!(undisturbed(&cluster), expected);
+    redis.set("min-replicas-to-write", "0");
+    let pause = disturb(&cluster, &expected, || redis.signal("-STOP"));
+    assert!(
+        pause < PAUSE_LIMIT,
+        "a Redis that hangs: the stream stood still for {pause:?}\n{}",
+        cluster.said()
+    );
+    redis.signal("-CONT");
+    assert_eq!(undisturbed(&cluster), expected);
+    assert_eq!(cluster.pid("scheduler"), leader);
+    println!("term {term} before, {} after", cluster.metric("ashlar_lease_term"));
     assert_no_panic(&cluster);
 }
 

@@ -93,6 +93,11 @@ impl Client {
         json_of(ok(self.send(Method::POST, path, Some(body)).await?).await?).await
     }
 
+    /// DELETE: the JSON; an error status becomes an error with the service's message.
+    pub(crate) async fn delete(&self, path: &str) -> Result<Value> {
+        json_of(ok(self.send(Method::DELETE, path, None).await?).await?).await
+    }
+
     /// POST of a form with short texts and one file, which is read as it is sent; `bar` shows how far it is.
     pub(crate) async fn upload(
         &self,

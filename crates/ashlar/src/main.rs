@@ -2,7 +2,7 @@
 //!
 //! Layout: [`up`] (a small real cluster as supervised children), [`roles`] (gateway, scheduler, node),
 //! machines that join ([`enrolment`]), client commands
-//! ([`chat`], [`tune`], [`bench`], [`drill`], [`replay`]), and what needs no cluster ([`plan`], [`simulate`], [`quantize`], [`synth`]). [`demo`] holds the demo model,
+//! ([`chat`], [`tune`], [`bench`], [`drain`], [`drill`], [`replay`]), and what needs no cluster ([`plan`], [`simulate`], [`quantize`], [`synth`]). [`demo`] holds the demo model,
 //! [`http`] a plain HTTP client, [`supervisor`] a child process kept alive, [`processes`] which ones there are.
 #![forbid(unsafe_code)]
 
@@ -10,6 +10,7 @@ mod bench;
 mod cache;
 mod chat;
 mod demo;
+mod drain;
 mod drill;
 mod enrolment;
 mod http;
@@ -75,6 +76,8 @@ enum Command {
     Simulate(Box<simulate::SimulateArgs>),
     /// Measure: a model on this machine, layouts against each other, or a running service.
     Bench(bench::BenchArgs),
+    /// Have others take a node's place, so that its machine can be taken away.
+    Drain(drain::DrainArgs),
     /// Kill and freeze processes of a running cluster under load, and say what clients noticed.
     Drill(drill::DrillArgs),
     /// Compute stored responses once more, on whatever layout there is, and compare them byte by byte.
@@ -100,6 +103,7 @@ fn main() -> ExitCode {
         Command::Plan(args) => plan::run(args),
         Command::Simulate(args) => simulate::run(*args),
         Command::Bench(args) => bench::run(args),
+        Command::Drain(args) => drain::run(args),
         Command::Drill(args) => drill::run(args),
         Command::Replay(args) => replay::run(args),
         Command::Quantize(args) => quantize::run(args),

@@ -38,6 +38,8 @@ const SCHEDULER_SILENCE_MAX: Duration = Duration::from_secs(1);
 const GATEWAY_SILENCE_MAX: Duration = Duration::from_secs(5);
 /// Time that the gateway gets to let streams end, and the other roles to exit.
 const DRAIN_GRACE: Duration = Duration::from_secs(40);
+/// For a node whose place nobody can take.
+const NODE_GRACE_MS: u64 = 10_000;
 const EXIT_GRACE: Duration = Duration::from_secs(5);
 /// How often the cluster is asked whether it is ready.
 const POLL: Duration = Duration::from_millis(100);
@@ -300,6 +302,7 @@ impl Cluster {
                     pin: cores.get(index).map_or_else(Pin::default, |cores| Pin::Cores(cores.clone())),
                     isa: args.isa.clone(),
                     layers: None,
+                    drain_grace_ms: NODE_GRACE_MS,
                     otlp_endpoint: args.otlp_endpoint.clone(),
                     links: Default::default(),
                     link_faults: Default::default(),

@@ -295,6 +295,11 @@ impl StageModel {
         &self.slice
     }
 
+    /// The same slice, computing with other kernels than those that have packed it, of the same instruction set.
+    pub fn computing_with(self, kernels: Arc<Kernels>) -> StageModel {
+        StageModel { kernels, ..self }
+    }
+
     /// The kernels it computes with.
     pub fn kernels(&self) -> &Arc<Kernels> {
         &self.kernels

@@ -171,6 +171,7 @@ fn join(term: LeaseTerm) -> Vec<Event> {
         holds: None,
         term,
         crashed: None,
+        leaving: false,
     };
     vec![Event::Join { connection: NodeConnection(1), join: Box::new(join) }]
 }

@@ -5,7 +5,7 @@
 
 use crate::responses::{ResponseCall, ResponseRecord};
 use crate::training::{ExportedFile, StepMetrics, TrainingSettings};
-use ashlar_vocabulary::{AdapterId, BlobId, FileId, JobId, ModelDigest};
+use ashlar_vocabulary::{AdapterId, BlobId, FileId, JobId, ModelDigest, NodeId};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
@@ -34,6 +34,8 @@ pub enum AdminRequest {
     ListCheckpoints(JobId, Page<u64>),
     /// Something about a stored response.
     Response(ResponseCall),
+    /// Empty a node, or use it again.
+    DrainNode(DrainNode),
     /// Serve an adapter under a name: as its first generation, or as a new one.
     LoadAdapter(LoadAdapter),
     /// Serve it no longer. Requests in flight keep it.
@@ -52,6 +54,17 @@ pub enum AdminRequest {
         /// Refused where another generation is served.
         expected_generation: Option<u64>,
     },
+}
+
+/// What an operator wants of a node.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DrainNode {
+    /// Which.
+    pub node: NodeId,
+    /// Whether it is to hold nothing, so that its machine can be taken away; or to be of use again.
+    pub drain: bool,
+    /// Even if nothing can take its place.
+    pub force: bool,
 }
 
 /// A part of a list.

@@ -5,6 +5,7 @@
 //! * [`training`]: scheduler ↔ ranks (fine-tuning: sessions, steps, votes).
 //! * [`serving`]: gateway ↔ scheduler (submissions, token events, a watched snapshot of the cluster).
 //! * [`membership`]: node ↔ scheduler, control plane (join, assignment, readiness).
+//! * [`prefix`]: names for the content of KV blocks, which scheduler and ranks agree upon.
 //! * [`step`]: scheduler → ranks → scheduler, every step (plans and results).
 //! * [`data`]: rank ↔ rank (activations between stages, partial sums within a tensor-parallel group, slices of the logits).
 //! * [`group`]: rank ↔ rank (how a tensor-parallel group will exchange), once per layout.
@@ -24,6 +25,7 @@ pub mod files;
 pub mod frame;
 pub mod group;
 pub mod membership;
+pub mod prefix;
 pub mod responses;
 pub mod serving;
 pub mod step;

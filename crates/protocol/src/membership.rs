@@ -3,11 +3,12 @@
 //! One TCP connection per node carries [`FromNode`] and [`ToNode`]; step plans travel on it too, in order. The
 //! connection *is* the membership: when it ends, the node has left.
 
+use crate::prefix::BlockHash;
 use crate::step::{StepPlan, StepResult, StepTiming};
 use crate::training::{OpenSession, TrainingReport, TrainingWork};
 use ashlar_vocabulary::{
-    AdapterId, Bytes, HeadSlice, LayerRange, LeaseTerm, ModelDigest, NodeId, Precision, ReplicaId,
-    ReplicaRevision, SessionId, StageIndex, StepId, TensorRank,
+    AdapterId, BlockId, Bytes, HeadSlice, LayerRange, LeaseTerm, ModelDigest, NodeId, Precision, ReplicaId,
+    ReplicaRevision, SequenceId, SessionId, StageIndex, StepId, TensorRank,
 };
 use serde::{Deserialize, Serialize};
 
@@ -40,6 +41,9 @@ pub enum FromNode {
         reserved: Bytes,
         /// The process's resident memory now.
         resident: Bytes,
+        /// Blocks of its KV cache whose content it has kept from a former layout of the same slice, at most
+        /// [`KEPT_BLOCKS_MAX`].
+        kept: Vec<(BlockId, BlockHash)>,
     },
     /// The assignment failed: weights missing, corrupt, too large, a peer lost… The node stays joined.
     Failed {
@@ -52,6 +56,23 @@ pub enum FromNode {
     },
     /// The thread that computes has panicked: the process ends.
     Crashed,
+    /// This node is to hold nothing any more, because its process was asked to end or an operator wants it empty; or that is
+    /// over. It serves on until it is released, and is [dismissed](ToNode::Dismissed) once it may go.
+    Leaving(bool),
+    /// A slice that was [to be prepared](ToNode::Prepare) is in memory, or why not.
+    Prepared {
+        /// The revision that it was ordered with.
+        revision: ReplicaRevision,
+        /// Why not, for the operator.
+        outcome: Result<(), String>,
+    },
+    /// What this rank has computed in a step is not finite, though what it was given was, and no adapter was in it.
+    NotFinite {
+        /// The assignment's revision.
+        revision: ReplicaRevision,
+        /// Of these sequences.
+        sequences: Vec<SequenceId>,
+    },
     /// From rank 0 of the last stage only.
     StepResult(StepResult),
     /// From every other rank after each step, so that the scheduler sees all stages at work.
@@ -94,6 +115,9 @@ pub struct AdapterRefusal {
     pub retry: bool,
 }
 
+/// Most blocks that a rank says it has kept: a few megabytes of a message.
+pub const KEPT_BLOCKS_MAX: usize = 100_000;
+
 /// How often a healthy node beats, busy or idle, in milliseconds.
 pub const BEAT_INTERVAL_MS: u64 = 200;
 
@@ -124,6 +148,8 @@ pub struct Join {
     pub term: LeaseTerm,
     /// The signal by which the process before this one crashed, if it did, as its supervisor tells; in the first join only.
     pub crashed: Option<i32>,
+    /// Whether it is to be given no place: see [`FromNode::Leaving`].
+    pub leaving: bool,
 }
 
 /// A slice of a model that a node has in memory.
@@ -151,6 +177,14 @@ pub enum ToNode {
         /// Raised, so that late messages of the former assignment are dropped.
         revision: ReplicaRevision,
     },
+    /// Bring the slice of this place into memory, beside the place that is held: it is about to be assigned. Replaces a
+    /// former order; `None` only withdraws that. Answered by [`FromNode::Prepared`].
+    Prepare(Option<Box<Assignment>>),
+    /// Be empty from now on, or be of use again: an operator's wish, which the node repeats as [`FromNode::Leaving`] and in
+    /// every later [`Join`] of its process, so that a new scheduler knows it, too.
+    Drain(bool),
+    /// A node that leaves holds no place and gets none: a process that was asked to end may end.
+    Dismissed,
     /// Execute a step.
     Step(Box<StepPlan>),
     /// Load this rank's share of an adapter, beside the steps; answered by [`FromNode::AdapterLoaded`].

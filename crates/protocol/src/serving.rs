@@ -327,6 +327,10 @@ pub struct NodeView {
     pub layers: LayerRange,
     /// Share of weights loaded, 0…1.
     pub loaded: f32,
+    /// Whether it leaves: it is to hold nothing any more.
+    pub leaving: bool,
+    /// Why others are to take its place, if it does harm.
+    pub quarantined: Option<String>,
     /// Memory reserved for serving: weights, KV cache, workspaces.
     pub reserved: Bytes,
     /// Memory that adapters in memory take; of a replica's ranks that of the fullest.

@@ -4,6 +4,7 @@
 //! only the tokens appended since, the blocks added and the range of positions to compute. Ranks execute steps strictly
 //! in order; that order alone makes it safe to reuse a freed block in a later step.
 
+use crate::prefix::BlockHash;
 use crate::serving::FailureKind;
 use ashlar_vocabulary::{
     AdapterId, BlockId, LeaseTerm, ReplicaRevision, SamplingParams, SequenceId, StepId, TokenId,
@@ -39,6 +40,8 @@ pub struct NewSequence {
     pub generated: Vec<TokenId>,
     /// The adapter that changes the model; every rank has loaded it.
     pub adapter: Option<AdapterId>,
+    /// What the names of its KV blocks begin after.
+    pub root: BlockHash,
     /// How to sample its continuation.
     pub sampling: SamplingParams,
     /// W3C trace context of the request, if it is traced.

@@ -39,7 +39,18 @@ pub(crate) struct Node {
     plan: Option<Arc<Plan>>,
     /// What it has in memory there.
     held: Option<HeldSlice>,
+    /// The place before, and its KV cache, which is of use again if the same slice is assigned.
+    former: Option<(Assignment, Kv)>,
+    /// What it has prepared for a place to come, or is preparing, and whether it is there.
+    prepared: Option<(Box<Assignment>, bool)>,
+    /// Whether it was asked to end, and for how long it will be gone.
+    ending_us: Option<u64>,
+    /// Whether an operator wants it empty.
+    drained: bool,
 }
+
+/// How long a node that was asked to end waits until others have its place.
+const GRACE_US: u64 = 1_500_000;
 
 struct Place {
     assignment: Assignment,
@@ -126,6 +137,10 @@ impl Node {
             sessions: Sessions::new(pass_us),
             plan: None,
             held: None,
+            former: None,
+            prepared: None,
+            ending_us: None,
+            drained: false,
         }
     }
 
@@ -189,6 +204,26 @@ impl Node {
                     self.held = Some(plan::slice_of(&place.assignment));
                 }
             }
+            Input::Timer(Timer::Asked(for_us)) => {
+                self.ending_us = Some(for_us);
+                match self.control {
+                    Some(_) => self.tell(FromNode::Leaving(true), actions),
+                    None => actions.push(Action::Exit { for_us }),
+                }
+                actions.push(Action::Wake { after_us: GRACE_US, timer: Timer::Impatient });
+            }
+            Input::Timer(Timer::Impatient) => self.end(actions),
+            Input::Timer(Timer::Sliced(revision)) => {
+                let prepared = self.prepared.as_mut().filter(|(order, _)| order.revision == revision);
+                if let Some((_, there)) = prepared {
+                    *there = true;
+                    let outcome = match random.chance(50_000) {
+                        true => Err("the disk cannot be read".to_owned()),
+                        false => Ok(()),
+                    };
+                    self.tell(FromNode::Prepared { revision, outcome }, actions);
+                }
+            }
             Input::Timer(Timer::Computed(revision, step)) => {
                 let current = self.place.as_ref().filter(|place| place.assignment.revision == revision);
                 let current = current.and_then(|place| place.current.as_ref());
@@ -222,7 +257,7 @@ impl Node {
                     Some(place) => {
                         match purpose {
                             LinkPurpose::Head { .. } => place.sampler = Some(connection),
-                            LinkPurpose::Training { .. } => {}
+                            LinkPurpose::Training { .. } | LinkPurpose::Files => {}
                             LinkPurpose::Activations | LinkPurpose::Group { .. } => {
                                 place.next = Some(connection)
                             }
@@ -269,6 +304,8 @@ impl Node {
             Input::Closed(connection) if self.control == Some(connection) => {
                 self.control = None;
                 self.leave_place(actions);
+                self.prepared = None;
+                self.end(actions);
                 self.try_again(random, actions);
             }
             Input::Closed(connection) => {
@@ -325,6 +362,7 @@ impl Node {
                 holds: self.held.clone(),
                 term: self.fence.0,
                 crashed: None,
+                leaving: self.is_leaving(),
             };
         }
         Join {
@@ -340,6 +378,7 @@ impl Node {
             holds: None,
             term: self.fence.0,
             crashed: None,
+            leaving: self.is_leaving(),
         }
     }
 
@@ -351,7 +390,10 @@ impl Node {
     ) -> Result<(), String> {
         match message {
             ToNode::Assign(assignment) => self.assign(*assignment, random, actions),
-            ToNode::Release { .. } => self.leave_place(actions),
+            ToNode::Release { .. } => {
+                self.leave_place(actions);
+                self.former = None;
+            }
             ToNode::Step(plan) => {
                 if let Some(place) = &mut self.place {
                     place.orders.push_back(Order::Step(plan));
@@ -370,9 +412,35 @@ impl Node {
                 self.sessions.open(*open, place.map(|place| &place.assignment), actions)?;
             }
             ToNode::Training { session, work } => self.sessions.work(session, work, actions)?,
+            ToNode::Prepare(order) => {
+                self.prepared = order.map(|order| (order, false));
+                if let Some((order, _)) = &self.prepared {
+                    let after_us = match &self.plan {
+                        Some(plan) => plan::load_us(plan, order, self.held.as_ref()),
+                        None => random.between(5_000, 300_000),
+                    };
+                    actions.push(Action::Wake { after_us, timer: Timer::Sliced(order.revision) });
+                }
+            }
+            ToNode::Drain(drained) => {
+                self.drained = drained;
+                self.tell(FromNode::Leaving(self.is_leaving()), actions);
+            }
+            ToNode::Dismissed => self.end(actions),
             ToNode::Closing(_) | ToNode::Rejected(_) => {}
         }
         Ok(())
+    }
+
+    fn is_leaving(&self) -> bool {
+        self.drained || self.ending_us.is_some()
+    }
+
+    /// Ends, if it was asked to.
+    fn end(&mut self, actions: &mut Vec<Action>) {
+        if let Some(for_us) = self.ending_us {
+            actions.push(Action::Exit { for_us });
+        }
     }
 
     fn assign(&mut self, assignment: Assignment, random: &mut Random, actions: &mut Vec<Action>) {
@@ -383,11 +451,16 @@ impl Node {
             return self.tell(refusal, actions);
         }
         self.fence = asked;
+        let same = |former: &Assignment| {
+            plan::slice_of(former) == plan::slice_of(&assignment) && former.kv_blocks == assignment.kv_blocks
+        };
+        self.former.take_if(|(former, _)| !same(former));
         let assigned = Event::Assigned {
             term: assignment.term,
             revision: assignment.revision,
             kv_blocks: assignment.kv_blocks,
             max_rows: assignment.max_num_batched_tokens,
+            cache_kept: self.former.is_some(),
         };
         self.sequencer.handle(assigned, &mut Vec::new());
         if let Some(next) = assignment.next.as_deref().and_then(number_of) {
@@ -401,7 +474,10 @@ impl Node {
             actions.push(Action::Connect { to: Process::Node(sampler), purpose });
         }
         let loaded = Timer::Loaded(assignment.revision);
+        let is_it = |order: &Assignment| plan::slice_of(order) == plan::slice_of(&assignment);
+        let prepared = self.prepared.take().is_some_and(|(order, there)| there && is_it(&order));
         let load_us = match &self.plan {
+            _ if prepared => 1_000,
             Some(plan) => plan::load_us(plan, &assignment, self.held.as_ref()),
             None => random.between(5_000, 150_000),
         };
@@ -417,7 +493,7 @@ impl Node {
             next: None,
             sampler: None,
             head_ranks: BTreeMap::new(),
-            kv: Kv::default(),
+            kv: self.former.take().map(|(_, kv)| kv).unwrap_or_default(),
             seeds: BTreeMap::new(),
             adapters: Shelf::default(),
             orders: VecDeque::new(),
@@ -431,6 +507,7 @@ impl Node {
         self.sessions.end_all(actions);
         if let Some(place) = self.place.take() {
             actions.extend(place.links().map(Action::Close));
+            self.former = Some((place.assignment, place.kv));
         }
     }
 
@@ -459,7 +536,7 @@ impl Node {
             }
             match hello.purpose {
                 LinkPurpose::Head { index } => drop(place.head_ranks.insert(index, *connection)),
-                LinkPurpose::Training { .. } => {}
+                LinkPurpose::Training { .. } | LinkPurpose::Files => {}
                 LinkPurpose::Activations | LinkPurpose::Group { .. } => place.previous = Some(*connection),
             }
             false
@@ -471,7 +548,8 @@ impl Node {
             && place.head_ranks.len() == place.head_ranks_wanted();
         if place.loaded && linked && !place.announced {
             place.announced = true;
-            let ready = FromNode::Ready { revision, reserved: Bytes(1), resident: Bytes(1) };
+            let kept = self.sequencer.names().collect();
+            let ready = FromNode::Ready { revision, reserved: Bytes(1), resident: Bytes(1), kept };
             self.tell(ready, actions);
         }
     }

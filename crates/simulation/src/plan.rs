@@ -17,10 +17,10 @@ pub use report::{FaultReport, Objectives, PlanReport, ReplicaCut, Spread};
 pub(crate) use pace::{Pace, delay_us, load_us, slice_of};
 pub(crate) use report::{Observed, RequestLog, Struck};
 
-use crate::VOCAB_SIZE;
 use crate::Violation;
 use crate::gateway::DIGEST;
 use crate::process::Process;
+use crate::scenario::VOCAB_SIZE;
 use crate::world::World;
 
 use ashlar_scheduler::cluster::ClusterConfig;

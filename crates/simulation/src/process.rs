@@ -122,6 +122,12 @@ pub(crate) enum Timer {
     Plan(usize),
     /// A gateway has validated a job's files.
     Prepared(JobId),
+    /// A node is asked to end, and is started again so many microseconds after that.
+    Asked(u64),
+    /// A node that was asked to end has waited long enough.
+    Impatient,
+    /// A node has a slice in memory that it was told to prepare.
+    Sliced(ReplicaRevision),
 }
 
 /// What reaches a process.
@@ -155,6 +161,10 @@ pub(crate) enum Action {
     },
     /// The process ends and is started again by its supervisor.
     Restart,
+    /// The process ends as it was asked to, and is started again after so long.
+    Exit {
+        for_us: u64,
+    },
     /// Something of the store or the blobs.
     Call(Errand, Wish),
     /// For the trace.

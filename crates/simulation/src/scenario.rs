@@ -43,6 +43,8 @@ pub(crate) struct Scenario {
     max_context_tokens: u32,
     scarce_blocks: bool,
     queue_max: usize,
+    /// Whether there are as many replicas as nodes suffice for, and `replicas` is but what was thought of.
+    open: bool,
     /// Fine-tuning jobs, in worlds that have some.
     pub(crate) tuning: Option<Tuning>,
     /// What somebody has in mind, where no seed decides.
@@ -56,6 +58,8 @@ pub(crate) enum Fault {
     Kill { process: Process, for_us: u64 },
     /// SIGSTOP, then SIGCONT.
     Pause { process: Process, for_us: u64 },
+    /// SIGTERM: a node leaves once others have its place, and is started again so long after that.
+    Leave { node: usize, for_us: u64 },
     /// Some connection breaks.
     Break,
     /// Some connection loses everything, unnoticed by either side, and breaks only later.
@@ -170,8 +174,17 @@ impl Scenario {
             max_context_tokens,
             scarce_blocks: random.chance(600_000),
             queue_max: random.between(2, 40) as usize,
+            open: random.chance(300_000),
             tuning: None,
             plan: None,
+        }
+    }
+
+    /// Most replicas that there can be.
+    pub(crate) fn replicas_max(&self) -> usize {
+        match self.open {
+            true => self.step_us.len() / (self.stages * self.tensor_parallel_size),
+            false => self.replicas,
         }
     }
 
@@ -193,6 +206,7 @@ impl Scenario {
             max_context_tokens: plan.limits.max_context_tokens,
             scarce_blocks: false,
             queue_max: plan.limits.queue_max,
+            open: false,
             tuning: None,
             plan: Some(plan),
         }
@@ -248,7 +262,7 @@ impl Scenario {
             holder,
             stages: Some(self.stages),
             tensor_parallel_size: Some(self.tensor_parallel_size),
-            replicas: Some(self.replicas),
+            replicas: (!self.open).then_some(self.replicas),
             expected_nodes: None,
             settle_ms: 200,
             max_num_seqs: self.max_num_seqs,
@@ -341,7 +355,7 @@ fn fault(random: &mut Random, nodes: usize, gateways: usize) -> (u64, Fault) {
     let at = random.between(200_000, FAULTS_END_US);
     let node = Process::Node(random.between(0, nodes as u64) as usize);
     let for_us = random.between(20_000, 2_500_000);
-    let fault = match random.between(0, 11) {
+    let fault = match random.between(0, 13) {
         0..4 => Fault::Kill { process: node, for_us },
         4 => Fault::Kill { process: Process::Scheduler, for_us: for_us / 4 },
         5 => {
@@ -352,7 +366,8 @@ fn fault(random: &mut Random, nodes: usize, gateways: usize) -> (u64, Fault) {
         7 => Fault::Break,
         8 => Fault::Blackhole { for_us },
         9 => Fault::Pause { process: Process::Scheduler, for_us },
-        _ => Fault::ForgetTerm,
+        10 => Fault::ForgetTerm,
+        _ => Fault::Leave { node: random.between(0, nodes as u64) as usize, for_us: for_us / 2 },
     };
     (at, fault)
 }

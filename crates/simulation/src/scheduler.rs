@@ -285,7 +285,7 @@ impl Scheduler {
             Output::Up(_) => self.ups += 1,
             Output::Down(..) => self.downs += 1,
             // Clients here keep no records.
-            Output::Problem(_) | Output::PersistResponse(..) => {}
+            Output::Problem(_) | Output::Quarantined(..) | Output::PersistResponse(..) => {}
             Output::Snapshot => {
                 self.gateways().for_each(|gateway| self.send_snapshot(gateway, actions));
             }

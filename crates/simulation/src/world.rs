@@ -226,7 +226,7 @@ impl World {
         if !engine.is_idle() {
             return Err("the engine still has sequences although every request has ended".to_owned());
         }
-        for replica in (0..self.scenario.replicas as u32).map(ReplicaId) {
+        for replica in (0..self.scenario.replicas_max() as u32).map(ReplicaId) {
             let Some(replica) = engine.replica(replica) else {
                 return Err(format!("replica {replica} does not serve although all faults are over"));
             };
@@ -379,6 +379,7 @@ impl World {
             Action::Close(connection) => self.break_wire(connection),
             Action::Connect { to, purpose } => self.connect(process, to, purpose),
             Action::Restart => self.kill(process, 10_000),
+            Action::Exit { for_us } => self.kill(process, for_us),
             Action::Call(errand, wish) => self.call(process, errand, wish),
             Action::Note(what) => self.note(|| what),
         }
@@ -522,6 +523,12 @@ impl World {
             Fault::Kill { process, for_us } => self.kill(process, for_us),
             Fault::Pause { process, for_us } => {
                 self.lives.entry(process).or_default().paused_until_us = self.now_us + for_us;
+            }
+            Fault::Leave { node, for_us } => {
+                let process = Process::Node(node);
+                let incarnation = self.life(process).incarnation;
+                let input = Input::Timer(Timer::Asked(for_us)).into();
+                self.push(self.now_us, Happening::To { process, incarnation, over: None, input });
             }
             Fault::Break => {
                 if let Some(connection) = self.some_connection() {

@@ -371,6 +371,8 @@ fn cluster() -> ClusterSnapshot {
             place: Some((ReplicaId(0), StageIndex(0), TensorRank(0))),
             layers: LayerRange { start: 0, end: 4 },
             loaded: 1.0,
+            leaving: false,
+            quarantined: None,
             reserved: Bytes(1 << 20),
             adapters: Bytes(3 << 10),
             jobs: Bytes(5 << 10),

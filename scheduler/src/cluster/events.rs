@@ -2,10 +2,14 @@
 
 use crate::engine::ReplicaUp;
 use ashlar_protocol::membership::{Assignment, Join};
+use ashlar_protocol::prefix::BlockHash;
 use ashlar_protocol::step::StepTiming;
 use ashlar_protocol::training::TrainingTiming;
 use ashlar_shard_plan::Links;
-use ashlar_vocabulary::{Bytes, LeaseTerm, ModelDigest, ModelShape, Precision, ReplicaId, ReplicaRevision};
+use ashlar_vocabulary::{
+    BlockId, Bytes, LeaseTerm, ModelDigest, ModelShape, NodeId, Precision, ReplicaId, ReplicaRevision,
+    SequenceId, StepId,
+};
 
 /// Names one connection of a node; never reused. A node that reconnects has another one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -60,7 +64,7 @@ pub enum Spent {
     /// Nothing that is counted.
     Nothing,
     /// A step of serving.
-    Serving(StepTiming),
+    Serving(StepId, StepTiming),
     /// A step of training.
     Training(TrainingTiming),
 }
@@ -103,6 +107,8 @@ pub enum Event {
         reserved: Bytes,
         /// Its resident memory.
         resident: Bytes,
+        /// Blocks of KV cache that it has kept.
+        kept: Vec<(BlockId, BlockHash)>,
     },
     /// A node cannot fulfil its assignment.
     Failed {
@@ -126,6 +132,36 @@ pub enum Event {
     GatewayRefused {
         /// The term it has heard of.
         term: LeaseTerm,
+    },
+    /// A node is to hold nothing any more, or that is over.
+    Leaving {
+        /// Which node.
+        connection: NodeConnection,
+        /// Whether.
+        leaving: bool,
+    },
+    /// A node has prepared what it was told to, or could not.
+    Prepared {
+        /// Which node.
+        connection: NodeConnection,
+        /// The revision of the order.
+        revision: ReplicaRevision,
+        /// Why not.
+        outcome: Result<(), String>,
+    },
+    /// A node has computed numbers that are none from numbers that were, without an adapter.
+    NotFinite {
+        /// Which node.
+        connection: NodeConnection,
+        /// Its assignment.
+        revision: ReplicaRevision,
+        /// Of these sequences.
+        sequences: Vec<SequenceId>,
+    },
+    /// A replica that [drains](Effect::ReplicaDrains) has nothing left to do.
+    Drained {
+        /// Which.
+        replica: ReplicaId,
     },
     /// Any other sign of life.
     Heard {
@@ -167,6 +203,26 @@ pub enum Effect {
         /// Raised.
         revision: ReplicaRevision,
     },
+    /// Tell a node to bring a slice into memory beside its place, if there is room for it; without room, it counts as
+    /// prepared, and is loaded when it is assigned. `None` withdraws a former order.
+    Prepare {
+        /// Which node.
+        connection: NodeConnection,
+        /// The place, and the bytes that its weights take.
+        order: Option<(Box<Assignment>, Bytes)>,
+    },
+    /// For the log: others are to take this node's place.
+    Quarantined {
+        /// Which node.
+        node: NodeId,
+        /// What it did.
+        reason: String,
+    },
+    /// Tell a node that leaves that it holds nothing any more.
+    Dismiss {
+        /// Which node.
+        connection: NodeConnection,
+    },
     /// Close a connection; its node, if it had joined, counts as lost already.
     Disconnect {
         /// Which.
@@ -182,6 +238,13 @@ pub enum Effect {
         replica: ReplicaId,
         /// For the clients whose requests it ends.
         reason: String,
+    },
+    /// For the engine: a replica takes no further sequence in, or does again.
+    ReplicaDrains {
+        /// Which.
+        replica: ReplicaId,
+        /// Whether.
+        drains: bool,
     },
     /// For the engine: the replica that was lost lately was lost by a crash.
     ReplicaCrashed {

@@ -1,16 +1,18 @@
 //! Membership and layout as a pure function of events.
 //!
 //! Layout: [`events`] (what goes in and out), `place` (nodes and their places), `reconcile` (from intent to what is
-//! observed), `costs` (stage times and KV blocks), `held` (what nodes hold already), `snapshot` (what others may know).
+//! observed), `change` (from a layout that serves to another one), `quarantine` (nodes that do harm), `costs` (stage times and KV blocks), `held` (what nodes hold already), `snapshot` (what others may know).
 //!
 //! **Invariants:** no tokio, clock, randomness or I/O. Where a node belongs (intent) and how far it is (observed) are
 //! separate; after each event the difference is closed as far as possible. Every assignment of a replica has a new
 //! revision, unique over all terms. A replica serves only while all its ranks have reported ready at its revision.
 
+mod change;
 mod costs;
 pub mod events;
 mod held;
 mod place;
+mod quarantine;
 mod reconcile;
 mod snapshot;
 
@@ -18,12 +20,14 @@ pub use events::{ClusterConfig, Effect, Event, NodeConnection, Spent};
 
 use crate::jobs::{RankRoom, TrainingRank, TrainingReplica};
 use crate::time::Millis;
-use ashlar_protocol::membership::Join;
+use ashlar_protocol::membership::{Join, KEPT_BLOCKS_MAX};
 use ashlar_protocol::step::StepTiming;
 use ashlar_protocol::training::TrainingTiming;
 use ashlar_vocabulary::{Bytes, LeaseTerm, NodeId, ReplicaId, ReplicaRevision, StageIndex};
+use change::Change;
 use place::{Node, Observed, Phase, Replica};
-use std::collections::BTreeMap;
+use quarantine::Suspicions;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// How often the shell ticks.
 pub const TICK_MS: u64 = 50;
@@ -59,6 +63,13 @@ pub struct Cluster {
     problem: Option<String>,
     lasting_problem: bool,
     last_tick: Option<Millis>,
+    /// Another layout that is being prepared: one at a time.
+    change: Option<Change>,
+    /// When one that failed may be tried again.
+    change_due: Millis,
+    /// Whether nodes that leave are to be looked at again.
+    reconsider: bool,
+    suspicions: Suspicions,
 }
 
 impl Cluster {
@@ -77,6 +88,10 @@ impl Cluster {
             problem: None,
             lasting_problem: false,
             last_tick: None,
+            change: None,
+            change_due: Millis(0),
+            reconsider: false,
+            suspicions: Suspicions::default(),
         }
     }
 
@@ -90,15 +105,17 @@ impl Cluster {
                 }
             }
             Event::Loading { connection, revision, loaded, total } => {
+                self.is_preparing(now, connection, revision);
                 self.observe(now, connection, revision, |node| {
                     let share = loaded.0 as f32 / total.0.max(1) as f32;
                     node.observed = Observed::Loading { revision, share: share.clamp(0.0, 1.0) };
                 });
             }
-            Event::Ready { connection, revision, reserved, resident } => {
+            Event::Ready { connection, revision, reserved, resident, kept } => {
                 let replica = self.observe(now, connection, revision, |node| {
                     node.observed = Observed::Ready { revision };
                     (node.reserved, node.resident) = (reserved, resident);
+                    node.kept = kept.into_iter().take(KEPT_BLOCKS_MAX).collect();
                 });
                 self.holds_its_slice(connection, replica);
             }
@@ -107,7 +124,15 @@ impl Cluster {
             }
             Event::Refused { connection, term } => self.refused(now, connection, term, effects),
             Event::GatewayRefused { term } => self.gateway_refused(term, effects),
-            Event::Heard { connection, spent } => self.heard(now, connection, spent),
+            Event::Leaving { connection, leaving } => self.leaves(now, connection, leaving),
+            Event::Prepared { connection, revision, outcome } => {
+                self.prepared(now, connection, revision, outcome, effects);
+            }
+            Event::Drained { replica } => self.drained(now, replica, effects),
+            Event::NotFinite { connection, revision, sequences } => {
+                self.not_finite(connection, revision, sequences, effects);
+            }
+            Event::Heard { connection, spent } => self.heard(now, connection, spent, effects),
             Event::ReplicaFault { replica, revision, reason } => {
                 self.fault(now, replica, revision, reason, effects);
             }
@@ -145,6 +170,18 @@ impl Cluster {
         };
         let ranks: Option<Vec<TrainingRank>> = replica.seats.iter().map(rank).collect();
         Some(TrainingReplica { replica: id, revision: replica.revision, ranks: ranks? })
+    }
+
+    /// Bytes of its memory that the node of a connection has not reserved for serving.
+    pub fn room_of(&self, connection: NodeConnection) -> Bytes {
+        let node = self.connections.get(&connection).and_then(|name| self.nodes.get(name));
+        node.map_or(Bytes(0), |node| Bytes(node.join.memory.0.saturating_sub(node.reserved.0)))
+    }
+
+    /// Replicas that take nothing in any more and wait until they have nothing left to do.
+    pub fn draining(&self) -> Vec<ReplicaId> {
+        let draining = self.replicas.values().filter(|replica| replica.draining);
+        draining.map(|replica| replica.id).collect()
     }
 
     /// The connection of a node that has joined.
@@ -210,24 +247,34 @@ impl Cluster {
         let node = Node {
             connection,
             holds: join.holds.clone(),
+            leaving: join.leaving,
+            unfit: false,
+            dismissed: false,
             join,
             heard: now,
             place: None,
             observed: Observed::Standby,
             reserved: Bytes(0),
+            kept: BTreeSet::new(),
             resident: Bytes(0),
             busy: StepTiming::default(),
             trained: TrainingTiming::default(),
         };
         self.nodes.insert(name, node);
-        (self.changed, self.unplanned) = (now, true);
+        self.nodes_changed(now);
+    }
+
+    fn nodes_changed(&mut self, now: Millis) {
+        (self.changed, self.unplanned, self.reconsider) = (now, true, true);
     }
 
     /// Removes a node; a replica that it took part in serves no longer.
     fn lose(&mut self, now: Millis, name: &NodeId, reason: &str, effects: &mut Vec<Effect>) {
         let Some(node) = self.nodes.remove(name) else { return };
         self.connections.remove(&node.connection);
-        (self.changed, self.unplanned) = (now, true);
+        // What was to come may rest on it.
+        self.abandon_change(effects);
+        self.nodes_changed(now);
         let Some(replica) = node.place.and_then(|place| self.replicas.get_mut(&place.replica)) else {
             return;
         };
@@ -311,6 +358,8 @@ impl Cluster {
 
     /// Lays a replica out again after a pause that grows with each failure.
     fn retry(&mut self, now: Millis, id: ReplicaId, trouble: String, effects: &mut Vec<Effect>) {
+        self.abandon_change(effects);
+        self.reconsider = true;
         let Some(replica) = self.replicas.get_mut(&id) else { return };
         let pause_ms = (250u64 << replica.failures.min(7)).min(30_000);
         replica.failures += 1;
@@ -340,14 +389,17 @@ impl Cluster {
         }
     }
 
-    fn heard(&mut self, now: Millis, connection: NodeConnection, spent: Spent) {
+    fn heard(&mut self, now: Millis, connection: NodeConnection, spent: Spent, effects: &mut Vec<Effect>) {
         let Some(node) = self.connections.get(&connection).and_then(|name| self.nodes.get_mut(name)) else {
             return;
         };
         node.heard = now;
         match spent {
             Spent::Nothing => {}
-            Spent::Serving(timing) => node.busy.add(&timing),
+            Spent::Serving(step, timing) => {
+                node.busy.add(&timing);
+                self.spent(connection, step, timing, effects);
+            }
             Spent::Training(timing) => node.trained.add(&timing),
         }
     }

@@ -1,12 +1,17 @@
 //! Nodes and the places that they take: what is intended, and what has been observed.
 
 use super::events::NodeConnection;
+use super::quarantine::LinkWatch;
 use crate::time::Millis;
 use ashlar_protocol::membership::{HeldSlice, Join};
+use ashlar_protocol::prefix::BlockHash;
 use ashlar_protocol::step::StepTiming;
 use ashlar_protocol::training::TrainingTiming;
 use ashlar_shard_plan::{MemoryLedger, Position, ReplicaLayout};
-use ashlar_vocabulary::{Bytes, LayerRange, NodeId, ReplicaId, ReplicaRevision, StageIndex, TensorRank};
+use ashlar_vocabulary::{
+    BlockId, Bytes, LayerRange, NodeId, ReplicaId, ReplicaRevision, StageIndex, TensorRank,
+};
+use std::collections::BTreeSet;
 
 /// A joined node.
 #[derive(Debug, Clone)]
@@ -16,11 +21,19 @@ pub(super) struct Node {
     /// The slice that it has in memory, as far as is known.
     pub(super) holds: Option<HeldSlice>,
     pub(super) heard: Millis,
+    /// Whether it is to hold nothing any more.
+    pub(super) leaving: bool,
+    /// Whether it could not prepare what it was told to.
+    pub(super) unfit: bool,
+    /// Whether it has been told that it holds nothing.
+    pub(super) dismissed: bool,
     /// Intent: where it belongs.
     pub(super) place: Option<Place>,
     /// Observation: how far it is.
     pub(super) observed: Observed,
     pub(super) reserved: Bytes,
+    /// Blocks of KV cache that it has kept, until its replica is up.
+    pub(super) kept: BTreeSet<(BlockId, BlockHash)>,
     pub(super) resident: Bytes,
     pub(super) busy: StepTiming,
     /// Cumulated over its training sessions.
@@ -58,6 +71,10 @@ pub(super) struct Replica {
     /// Stage by stage, rank by rank.
     pub(super) seats: Vec<Seat>,
     pub(super) phase: Phase,
+    /// Whether it takes nothing in any more, because nobody can take the place of a node that leaves.
+    pub(super) draining: bool,
+    /// How long rows are on their way from stage to stage, in this layout.
+    pub(super) links: LinkWatch,
     /// Failures since it last served.
     pub(super) failures: u32,
     /// How many of them were of its weights.
@@ -115,6 +132,8 @@ impl Replica {
             kv_blocks,
             seats: seats.collect(),
             phase: Phase::Vacant { since: now },
+            draining: false,
+            links: LinkWatch::default(),
             failures: 0,
             unloadable: 0,
             trouble: None,

@@ -1,12 +1,14 @@
 //! From intent to what is observed: plan, seat, assign, and declare up.
 
-use super::place::{Node, Observed, Phase, Replica};
+use super::place::{Node, Observed, Phase, Replica, Seat};
+use super::quarantine::LinkWatch;
 use super::{Cluster, Effect, LASTING_FAILURES, REVISIONS_PER_TERM, costs, held};
 use crate::engine::ReplicaUp;
 use crate::time::Millis;
 use ashlar_protocol::membership::{Assignment, SOURCES_MAX};
-use ashlar_shard_plan::{DeviceReport, plan};
-use ashlar_vocabulary::{HeadSlice, NodeId, ReplicaId, ReplicaRevision};
+use ashlar_protocol::prefix::BlockHash;
+use ashlar_shard_plan::{DeviceReport, Layout, plan};
+use ashlar_vocabulary::{BlockId, HeadSlice, NodeId, ReplicaId, ReplicaRevision};
 use std::collections::BTreeMap;
 
 impl Cluster {
@@ -16,6 +18,7 @@ impl Cluster {
         if self.replicas.is_empty() {
             self.plan_layout(now);
         }
+        self.change_layout(now, effects);
         let replicas: Vec<ReplicaId> = self.replicas.keys().copied().collect();
         for id in replicas {
             self.seat(id);
@@ -38,8 +41,7 @@ impl Cluster {
         }
         self.replicas.clear();
         self.unplanned = true;
-        let revision = self.next_revision();
-        self.revisions += 1;
+        let revision = self.new_revision();
         for node in self.nodes.values_mut().filter(|node| node.place.is_some()) {
             node.place = None;
             node.observed = Observed::Standby;
@@ -54,7 +56,13 @@ impl Cluster {
         let sizes = [config.stages, config.tensor_parallel_size, config.replicas];
         let needed: usize = sizes.iter().map(|size| size.unwrap_or(1)).product();
         let wanted = needed.max(config.expected_nodes.unwrap_or(1));
-        let present = self.nodes.len();
+        let mut staying: Vec<&Node> = self.nodes.values().filter(|node| !node.leaving).collect();
+        let harmless = |node: &&Node| !self.suspicions.is_quarantined(&node.join.node);
+        // One that does harm is better than nobody.
+        if staying.iter().copied().filter(|node| harmless(node)).count() >= wanted {
+            staying.retain(harmless);
+        }
+        let present = staying.len();
         if present < wanted {
             self.plan_problem = Some(format!("waiting for nodes: {present} of {wanted} have joined"));
             return;
@@ -64,31 +72,45 @@ impl Cluster {
             return;
         }
         (self.unplanned, self.does_not_fit) = (false, false);
-        let devices: Vec<DeviceReport> = self.nodes.values().map(device_report).collect();
+        let devices: Vec<DeviceReport> = staying.into_iter().map(device_report).collect();
         let request = costs::plan_request(config);
         match plan(&config.shape, &devices, &config.links, &request) {
             Ok(layout) => {
                 let layout = held::prefer(config, layout, &self.nodes, &devices, &request);
                 self.plan_problem = None;
-                for (number, replica) in layout.replicas.iter().enumerate() {
-                    let id = ReplicaId(number as u32);
-                    let memory = |node: &NodeId| self.nodes.get(node).map_or(0, |node| node.join.memory.0);
-                    let kv_blocks = costs::kv_blocks(config, replica, memory);
-                    self.replicas.insert(id, Replica::new(id, replica, kv_blocks, now));
+                for replica in self.replicas_of(now, &layout, (0..).map(ReplicaId)) {
+                    self.replicas.insert(replica.id, replica);
                 }
             }
             Err(error) => (self.plan_problem, self.does_not_fit) = (Some(error.to_string()), true),
         }
     }
 
+    /// The replicas of a layout, nobody seated yet.
+    pub(super) fn replicas_of(
+        &self,
+        now: Millis,
+        layout: &Layout,
+        ids: impl Iterator<Item = ReplicaId>,
+    ) -> Vec<Replica> {
+        let memory = |node: &NodeId| self.nodes.get(node).map_or(0, |node| node.join.memory.0);
+        let of =
+            |(id, replica)| Replica::new(id, replica, costs::kv_blocks(&self.config, replica, memory), now);
+        ids.zip(&layout.replicas).map(of).collect()
+    }
+
     /// Fills a replica's vacant places: with who was there before, else with a standby that has the memory.
     fn seat(&mut self, id: ReplicaId) {
         let Some(replica) = self.replicas.get_mut(&id) else { return };
-        for former in [true, false] {
+        // One that does harm is the last resort.
+        let ways = [(true, true), (false, true), (true, false), (false, false)];
+        for (former, harmless) in ways {
             for seat in replica.seats.iter_mut().filter(|seat| !seat.taken) {
                 let fits = |node: &&mut Node| {
                     let insists = node.join.layers.is_some_and(|layers| layers != seat.place.layers);
                     node.place.is_none()
+                        && !node.leaving
+                        && (!harmless || !self.suspicions.is_quarantined(&node.join.node))
                         && if former {
                             node.join.node == seat.node
                         } else {
@@ -106,8 +128,7 @@ impl Cluster {
 
     /// Sends a complete replica's assignments, under a new revision.
     fn assign_if_due(&mut self, now: Millis, id: ReplicaId, effects: &mut Vec<Effect>) {
-        let revision = self.next_revision();
-        let Some(replica) = self.replicas.get_mut(&id) else { return };
+        let Some(replica) = self.replicas.get(&id) else { return };
         let due = match replica.phase {
             Phase::Vacant { .. } => replica.complete(),
             Phase::Retry { due } => replica.complete() && due <= now,
@@ -116,53 +137,61 @@ impl Cluster {
         if !due {
             return;
         }
-        self.revisions += 1;
+        let revision = self.new_revision();
+        let Some(replica) = self.replicas.get_mut(&id) else { return };
         replica.revision = revision;
         replica.phase = Phase::Loading;
+        replica.links = LinkWatch::default();
+        let Some(replica) = self.replicas.get(&id) else { return };
+        for seat in &replica.seats {
+            let Some(node) = self.nodes.get(&seat.node) else { continue };
+            let assignment = Box::new(self.assignment(replica, seat));
+            effects.push(Effect::Assign { connection: node.connection, assignment });
+        }
+        for seat in &replica.seats {
+            if let Some(node) = self.nodes.get_mut(&seat.node) {
+                // For another slice it gives up what it has.
+                let slice = held::slice_of(&self.config, replica, seat);
+                node.holds.take_if(|holds| *holds != slice);
+                node.observed = Observed::Loading { revision, share: 0.0 };
+                node.heard = now;
+                (node.reserved, node.busy) = Default::default();
+                node.kept.clear();
+            }
+        }
+    }
+
+    /// What the rank of a seat is told, under the replica's revision.
+    pub(super) fn assignment(&self, replica: &Replica, seat: &Seat) -> Assignment {
         let address = |stage: usize, rank: usize| {
             let node = replica.seat(stage, rank).and_then(|seat| self.nodes.get(&seat.node));
             node.map(|node| node.join.data_address.clone())
         };
         let config = &self.config;
-        for seat in &replica.seats {
-            let Some(node) = self.nodes.get(&seat.node) else { continue };
-            let (stage, rank) = (seat.place.stage.0 as usize, seat.place.rank.0 as usize);
-            let (stages, ranks) = (replica.num_stages, replica.tensor_parallel_size);
-            let head = HeadSlice::of_rank(replica.spread_head, (stage, stages), (rank, ranks));
-            let earlier = stage + 1 < stages;
-            let assignment = Assignment {
-                term: config.term,
-                holder: config.holder.clone(),
-                revision,
-                replica: id,
-                model: config.model.clone(),
-                precision: config.precision,
-                model_digest: config.model_digest,
-                stage: seat.place.stage,
-                num_stages: replica.num_stages as u32,
-                layers: seat.place.layers,
-                tensor_rank: seat.place.rank,
-                tensor_parallel_size: replica.tensor_parallel_size as u32,
-                kv_blocks: replica.kv_blocks,
-                max_num_batched_tokens: config.max_num_batched_tokens,
-                group: (0..replica.tensor_parallel_size).filter_map(|rank| address(stage, rank)).collect(),
-                next: if earlier { address(stage + 1, rank) } else { None },
-                head,
-                sampler: if earlier && head.is_some() { address(stages - 1, 0) } else { None },
-                sources: sources(replica, &self.nodes, node),
-            };
-            let connection = node.connection;
-            effects.push(Effect::Assign { connection, assignment: Box::new(assignment) });
-        }
-        for seat in &replica.seats {
-            if let Some(node) = self.nodes.get_mut(&seat.node) {
-                // For another slice it gives up what it has.
-                let slice = held::slice_of(config, replica, seat);
-                node.holds.take_if(|holds| *holds != slice);
-                node.observed = Observed::Loading { revision, share: 0.0 };
-                node.heard = now;
-                (node.reserved, node.busy) = Default::default();
-            }
+        let (stage, rank) = (seat.place.stage.0 as usize, seat.place.rank.0 as usize);
+        let (stages, ranks) = (replica.num_stages, replica.tensor_parallel_size);
+        let head = HeadSlice::of_rank(replica.spread_head, (stage, stages), (rank, ranks));
+        let earlier = stage + 1 < stages;
+        Assignment {
+            term: config.term,
+            holder: config.holder.clone(),
+            revision: replica.revision,
+            replica: replica.id,
+            model: config.model.clone(),
+            precision: config.precision,
+            model_digest: config.model_digest,
+            stage: seat.place.stage,
+            num_stages: stages as u32,
+            layers: seat.place.layers,
+            tensor_rank: seat.place.rank,
+            tensor_parallel_size: ranks as u32,
+            kv_blocks: replica.kv_blocks,
+            max_num_batched_tokens: config.max_num_batched_tokens,
+            group: (0..ranks).filter_map(|rank| address(stage, rank)).collect(),
+            next: if earlier { address(stage + 1, rank) } else { None },
+            head,
+            sampler: if earlier && head.is_some() { address(stages - 1, 0) } else { None },
+            sources: sources(replica, &self.nodes, &seat.node),
         }
     }
 
@@ -179,15 +208,18 @@ impl Cluster {
         if !all {
             return;
         }
+        let kept = kept_by_all(replica, &self.nodes);
         effects.push(Effect::ReplicaUp(ReplicaUp {
             replica: id,
             term: self.config.term,
             revision: replica.revision,
             kv_blocks: replica.kv_blocks,
+            kept,
             stages: costs::stage_costs(&self.config, replica, &self.nodes),
         }));
         if let Some(replica) = self.replicas.get_mut(&id) {
             replica.phase = Phase::Up;
+            self.reconsider = true;
             (replica.failures, replica.unloadable) = (0, 0);
             replica.trouble = None;
         }
@@ -233,15 +265,24 @@ impl Cluster {
         })
     }
 
-    fn next_revision(&self) -> ReplicaRevision {
-        ReplicaRevision(self.config.term.0 * REVISIONS_PER_TERM + self.revisions + 1)
+    pub(super) fn new_revision(&mut self) -> ReplicaRevision {
+        self.revisions += 1;
+        ReplicaRevision(self.config.term.0 * REVISIONS_PER_TERM + self.revisions)
     }
+}
+
+/// Blocks whose content every rank still has: only these are of use.
+fn kept_by_all(replica: &Replica, nodes: &BTreeMap<NodeId, Node>) -> Vec<(BlockId, BlockHash)> {
+    let mut kept = replica.seats.iter().filter_map(|seat| nodes.get(&seat.node)).map(|node| &node.kept);
+    let Some(first) = kept.next() else { return Vec::new() };
+    let others: Vec<_> = kept.collect();
+    first.iter().filter(|block| others.iter().all(|other| other.contains(block))).copied().collect()
 }
 
 /// Where `node` may find files of the model that it does not have: at nodes that have weights in memory, of its replica first, then
 /// at any.
-fn sources(replica: &Replica, nodes: &BTreeMap<NodeId, Node>, node: &Node) -> Vec<String> {
-    let mut others: Vec<&Node> = nodes.values().filter(|other| other.join.node != node.join.node).collect();
+fn sources(replica: &Replica, nodes: &BTreeMap<NodeId, Node>, node: &NodeId) -> Vec<String> {
+    let mut others: Vec<&Node> = nodes.values().filter(|other| other.join.node != *node).collect();
     let likely = |other: &&Node| {
         (other.holds.is_none(), !replica.seats.iter().any(|seat| seat.node == other.join.node))
     };
@@ -249,7 +290,7 @@ fn sources(replica: &Replica, nodes: &BTreeMap<NodeId, Node>, node: &Node) -> Ve
     others.into_iter().take(SOURCES_MAX).map(|other| other.join.data_address.clone()).collect()
 }
 
-fn device_report(node: &Node) -> DeviceReport {
+pub(super) fn device_report(node: &Node) -> DeviceReport {
     DeviceReport {
         node: node.join.node.clone(),
         memory: node.join.memory,

@@ -21,6 +21,8 @@ impl Cluster {
                 Observed::Loading { share, .. } => share,
                 Observed::Ready { .. } => 1.0,
             },
+            leaving: node.leaving,
+            quarantined: self.suspicions.reason(name),
             reserved: node.reserved,
             adapters: Bytes(0),
             jobs: Bytes(0),

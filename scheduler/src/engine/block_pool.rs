@@ -42,6 +42,25 @@ impl BlockPool {
         }
     }
 
+    /// A pool of `count` blocks, of which these have a content from before there was this pool: idle, to be hit.
+    pub fn with_kept(count: u32, kept: &[(BlockId, BlockHash)]) -> BlockPool {
+        let mut pool = BlockPool::new(count);
+        for &(block, hash) in kept {
+            let is_free = pool.states.get(block.0 as usize) == Some(&BlockState::Free);
+            if !is_free || pool.by_hash.contains_key(&hash) {
+                continue;
+            }
+            pool.tick += 1;
+            pool.idle.insert(pool.tick, block);
+            pool.by_hash.insert(hash, block);
+            let since = pool.tick;
+            pool.set(block, BlockState::Idle { since, hash });
+        }
+        let states = &pool.states;
+        pool.free.retain(|block| states.get(block.0 as usize) == Some(&BlockState::Free));
+        pool
+    }
+
     /// Blocks in all.
     pub fn total(&self) -> usize {
         self.states.len()
@@ -204,7 +223,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn hashes(count: usize) -> Vec<BlockHash> {
-        let mut chain = PrefixChain::new(&ModelDigest([0; 32]), None, 0);
+        let mut chain = PrefixChain::new(BlockHash::root(&ModelDigest([0; 32]), None, 0));
         chain.extend(count * 16, |position| position as u32);
         (0..count).filter_map(|index| chain.get(index).copied()).collect()
     }
@@ -235,6 +254,21 @@ mod tests {
         assert_eq!((pool.held(), pool.lookup(&hash)), (1, Some(true)));
         pool.release(block);
         assert_eq!((pool.held(), pool.lookup(&hash)), (0, Some(false)));
+    }
+
+    #[test]
+    fn what_ranks_have_kept_can_be_hit() {
+        let names = hashes(2);
+        // A second block of that content, another content of that block, and a block that does not exist change nothing.
+        let kept = [(1, 0), (2, 0), (1, 1), (7, 1)].map(|(block, name)| (BlockId(block), names[name]));
+        let mut pool = BlockPool::with_kept(3, &kept);
+        assert!(pool.check(std::iter::empty()).is_ok());
+        assert_eq!((pool.lookup(&names[0]), pool.lookup(&names[1])), (Some(false), None));
+        assert_eq!(pool.share(&names[0]), Some(BlockId(1)));
+        assert_eq!(
+            [pool.allocate(), pool.allocate(), pool.allocate()],
+            [Some(BlockId(0)), Some(BlockId(2)), None]
+        );
     }
 
     #[test]

@@ -1,9 +1,12 @@
 //! What the engine is told, and what it wants done. Both are closed enums.
 
 use super::budget::StageCost;
+use ashlar_protocol::prefix::BlockHash;
 use ashlar_protocol::serving::{ChoiceId, FromScheduler, Submit};
 use ashlar_protocol::step::{StepPlan, StepResult, StepTiming};
-use ashlar_vocabulary::{AdapterId, LeaseTerm, ModelDigest, ReplicaId, ReplicaRevision, StageIndex, StepId};
+use ashlar_vocabulary::{
+    AdapterId, BlockId, LeaseTerm, ModelDigest, ReplicaId, ReplicaRevision, StageIndex, StepId,
+};
 use std::collections::BTreeSet;
 use std::fmt;
 
@@ -139,6 +142,13 @@ pub enum Event {
         /// Whether it will not pass by itself, so that nobody shall wait.
         lasting: bool,
     },
+    /// A replica takes no further sequence in, because a node of it leaves; or it does again.
+    ReplicaDrains {
+        /// Which.
+        replica: ReplicaId,
+        /// Whether.
+        drains: bool,
+    },
     /// From now on no submission is accepted; what is accepted goes on.
     Drain,
     /// Time passes; deadlines are due.
@@ -156,6 +166,8 @@ pub struct ReplicaUp {
     pub revision: ReplicaRevision,
     /// Blocks of KV cache on every rank.
     pub kv_blocks: u32,
+    /// Blocks whose content every rank has kept from a former layout.
+    pub kept: Vec<(BlockId, BlockHash)>,
     /// Predicted times, one per stage.
     pub stages: Vec<StageCost>,
 }

@@ -137,6 +137,11 @@ impl Engine {
                 self.adapter_failed(now, replica, adapter, &reason, effects);
             }
             Event::Problem { problem, lasting } => (self.problem, self.lasting_problem) = (problem, lasting),
+            Event::ReplicaDrains { replica, drains } => {
+                if let Some(replica) = self.replicas.get_mut(&replica) {
+                    replica.draining = drains;
+                }
+            }
             Event::Drain => self.draining = true,
             Event::Tick => {
                 self.give_up_stuck_replicas(now, effects);
@@ -486,6 +491,12 @@ impl Engine {
     /// Whether no choice is in progress.
     pub fn is_idle(&self) -> bool {
         self.sequences.is_empty()
+    }
+
+    /// Whether sequences are bound to a replica, or steps in flight there.
+    pub fn has_work(&self, id: ReplicaId) -> bool {
+        let in_flight = self.replicas.get(&id).is_some_and(|replica| !replica.in_flight.is_empty());
+        in_flight || self.sequences.values().any(|sequence| sequence.replica() == Some(id))
     }
 
     /// Longest predicted time of a stage among the steps in flight, in milliseconds.

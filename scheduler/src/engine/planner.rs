@@ -8,7 +8,7 @@
 
 use super::budget::Budget;
 use super::events::EngineConfig;
-use super::prefix_cache::{BLOCK_TOKENS, BlockHash, blocks_for};
+use super::prefix_cache::{BLOCK_TOKENS, BlockHash, PrefixHit, blocks_for};
 use super::queue::{Order, Queue};
 use super::replica::{InFlight, Replica};
 use super::sequence::{Sequence, State};
@@ -258,7 +258,7 @@ impl Planner<'_> {
                 }
             }
             let hittable = self.hittable_blocks(sequence);
-            let hit = sequence.chain.find(&self.replica.pool, hittable);
+            let hit = PrefixHit::of(&sequence.chain, &self.replica.pool, hittable);
             let cached = hit.blocks * BLOCK_TOKENS;
             if self.soon_cached(draft, sequence, hit.blocks, hittable) {
                 continue;
@@ -287,7 +287,7 @@ impl Planner<'_> {
     /// Whether a waiting sequence is to be computed here.
     fn belongs(&self, sequence: &Sequence) -> bool {
         let here = match &sequence.state {
-            State::Waiting => self.attracts(sequence),
+            State::Waiting => !self.replica.draining && self.attracts(sequence),
             State::Preempted(preempted) => {
                 preempted.replica == self.replica.id && preempted.sampling.is_none()
             }
@@ -314,13 +314,14 @@ impl Planner<'_> {
     fn attracts(&self, sequence: &Sequence) -> bool {
         let hittable = self.hittable_blocks(sequence);
         let score = |replica: &Replica| {
-            let cached = sequence.chain.find(&replica.pool, hittable).blocks;
+            let cached = PrefixHit::of(&sequence.chain, &replica.pool, hittable).blocks;
             let lacks = !replica.has(sequence.submit.adapter);
             (lacks, std::cmp::Reverse(cached), replica.running.len(), replica.id)
         };
         let own = score(self.replica);
         let admits = |replica: &&Replica| {
-            replica.running.len() < self.config.max_num_seqs
+            !replica.draining
+                && replica.running.len() < self.config.max_num_seqs
                 && sequence.len() < replica.capacity_tokens()
                 && blocks_for(sequence.len()) + replica.watermark() <= replica.pool.available()
         };
@@ -364,6 +365,7 @@ impl Planner<'_> {
             None => {
                 draft.new_sequences.push(NewSequence {
                     adapter: sequence.submit.adapter,
+                    root: sequence.chain.root(),
                     id,
                     prompt: sequence.submit.prompt.clone(),
                     generated: sequence.generated.clone(),

@@ -20,6 +20,8 @@ pub struct Replica {
     pub revision: ReplicaRevision,
     /// Number of stages.
     pub num_stages: usize,
+    /// Whether it takes no sequence in any more: a node of it leaves.
+    pub draining: bool,
     /// Its KV blocks.
     pub pool: BlockPool,
     /// Predicted step times.
@@ -56,14 +58,15 @@ pub struct InFlight {
 }
 
 impl Replica {
-    /// A replica that has executed nothing.
+    /// A replica that has executed nothing in this layout.
     pub fn new(up: &ReplicaUp) -> Replica {
         Replica {
             id: up.replica,
             term: up.term,
             revision: up.revision,
             num_stages: up.stages.len().max(1),
-            pool: BlockPool::new(up.kv_blocks),
+            draining: false,
+            pool: BlockPool::with_kept(up.kv_blocks, &up.kept),
             cost: CostModel::new(&up.stages),
             running: BTreeMap::new(),
             in_flight: VecDeque::new(),

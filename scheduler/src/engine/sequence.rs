@@ -1,7 +1,7 @@
 //! One continuation of one prompt, from its submission to its end, with the state it is in.
 
 use super::events::GatewayId;
-use super::prefix_cache::{BLOCK_TOKENS, PrefixChain};
+use super::prefix_cache::{BLOCK_TOKENS, BlockHash, PrefixChain};
 use super::queue::Order;
 use crate::time::Millis;
 use ashlar_protocol::serving::{Receipt, Submit};
@@ -119,7 +119,7 @@ impl Sequence {
             generated: submit.forced.clone(),
             order,
             deadline,
-            chain: PrefixChain::new(model, submit.adapter, submit.tenant_salt),
+            chain: PrefixChain::new(BlockHash::root(model, submit.adapter, submit.tenant_salt)),
             state: State::Waiting,
             history: History { arrival: now, ..History::default() },
             prompt_logprobs_from: 0,

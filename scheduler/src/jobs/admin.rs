@@ -57,7 +57,11 @@ impl Jobs {
             R::GetFile(_) | R::ListFiles(_) | R::GetJob(_) | R::ListJobs(_) => false,
             R::ListEvents(..) | R::ListCheckpoints(..) => false,
             // Not for this core.
-            R::LoadAdapter(_) | R::UnloadAdapter { .. } | R::RollBackAdapter { .. } | R::Response(_) => {
+            R::LoadAdapter(_)
+            | R::UnloadAdapter { .. }
+            | R::RollBackAdapter { .. }
+            | R::Response(_)
+            | R::DrainNode(_) => {
                 return;
             }
         };
@@ -99,7 +103,11 @@ impl Jobs {
             R::ControlJob(id, action) => self.control(call, id, action),
             R::ListEvents(id, page) => self.list_events(call, id, &page),
             R::ListCheckpoints(id, page) => self.list_checkpoints(call, id, &page),
-            R::LoadAdapter(_) | R::UnloadAdapter { .. } | R::RollBackAdapter { .. } | R::Response(_) => {}
+            R::LoadAdapter(_)
+            | R::UnloadAdapter { .. }
+            | R::RollBackAdapter { .. }
+            | R::Response(_)
+            | R::DrainNode(_) => {}
         }
     }
 

@@ -339,6 +339,10 @@ impl Leader {
                 }
                 self.snapshot_due = true;
             }
+            Output::Quarantined(node, reason) => {
+                tracing::warn!(%node, %reason, "others are to take its place");
+                self.snapshot_due = true;
+            }
             Output::PersistAdapter(name, record) => {
                 match record.as_ref().and_then(|record| record.generations.last()) {
                     Some(view) => {

@@ -131,6 +131,7 @@ impl World {
             term: LeaseTerm(1),
             revision: ReplicaRevision(self.now + 1),
             kv_blocks,
+            kept: Vec::new(),
             stages: vec![cost; stages],
         }));
     }

@@ -17,8 +17,8 @@ const PATIENCE: Duration = Duration::from_secs(15);
 #[derive(Debug, Clone)]
 pub(crate) struct PeerLinks {
     pub(crate) transport: Transport,
-    /// Ends a wait once the assignment is not wanted any more.
-    pub(crate) breaker: LinkBreaker,
+    /// Ends a wait at once, where there is one.
+    pub(crate) breaker: Option<LinkBreaker>,
     pub(crate) term: LeaseTerm,
     pub(crate) revision: ReplicaRevision,
 }
@@ -36,7 +36,9 @@ impl Peer {
     pub(crate) fn connect(address: &str, model: ModelDigest, links: &PeerLinks) -> Result<Peer, SourceError> {
         let hello = LinkHello { term: links.term, revision: links.revision, purpose: LinkPurpose::Files };
         let socket = links::connect(address, &hello, &links.transport)?;
-        links.breaker.register(&socket).map_err(frame::FrameError::Io)?;
+        if let Some(breaker) = &links.breaker {
+            breaker.register(&socket).map_err(frame::FrameError::Io)?;
+        }
         let mut peer = Peer { address: address.to_owned(), socket, files: Vec::new() };
         peer.socket.set_read_timeout(Some(PATIENCE)).map_err(frame::FrameError::Io)?;
         peer.socket.set_write_timeout(Some(PATIENCE)).map_err(frame::FrameError::Io)?;

@@ -304,7 +304,7 @@ fn node(model: &Path) -> String {
 fn peer_links() -> PeerLinks {
     PeerLinks {
         transport: Transport::Plain,
-        breaker: LinkBreaker::default(),
+        breaker: Some(LinkBreaker::default()),
         term: LeaseTerm(1),
         revision: ReplicaRevision(1),
     }

@@ -324,6 +324,7 @@ fn configuration(
         pin: Pin::default(),
         isa: None,
         layers: None,
+        drain_grace_ms: 10_000,
         otlp_endpoint: None,
         links: Default::default(),
         link_faults: Default::default(),

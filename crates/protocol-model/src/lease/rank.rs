@@ -89,7 +89,8 @@ impl Lease {
                 if self.rules.fence_is_durable {
                     rank.durable = rank.accepted;
                 }
-                let assigned = Event::Assigned { term, revision, kv_blocks: 1, max_rows: 1 };
+                let assigned =
+                    Event::Assigned { term, revision, kv_blocks: 1, max_rows: 1, cache_kept: false };
                 rank.sequencer.handle(assigned, &mut Vec::new());
                 let rows = VecDeque::new();
                 rank.place = Some(Place { reign: (term, holder), revision, links: Links::Pending, rows });

@@ -205,6 +205,7 @@ impl Node {
         let Some(Current { work, rows: Some(rows), compute_us, .. }) = place.current.take() else { return };
         let (assignment, revision, step) = (&place.assignment, place.assignment.revision, work.step);
         let timing = StepTiming { compute_us, ..StepTiming::default() };
+        self.sequencer.handle(Event::Computed(step), &mut Vec::new());
         let sampled = work.samples.iter().filter_map(|&(id, row)| {
             Some(SampledToken {
                 id,

@@ -156,7 +156,7 @@ pub(crate) struct RequestLog {
     /// What the model says, while the request is in progress.
     pub(crate) expected: Vec<TokenId>,
     /// How many of them have been received and compared.
-    verified: usize,
+    pub(crate) verified: usize,
     /// When each token arrived.
     pub(crate) tokens_at_us: Vec<u64>,
     /// How and when it ended.

@@ -118,7 +118,7 @@ impl World {
     /// The layouts of the replicas that serve.
     fn serving(&self) -> impl Iterator<Item = ashlar_vocabulary::ReplicaRevision> {
         let engine = self.scheduler.director.engine();
-        let replicas = (0..self.scenario.replicas as u32).map(ReplicaId);
+        let replicas = (0..self.scenario.replicas_max() as u32).map(ReplicaId);
         replicas.filter_map(|replica| engine.replica(replica)).map(|replica| replica.revision)
     }
 

@@ -40,6 +40,18 @@ impl RedisServer {
         self.child = spawn(self.port, &self.folder).expect("started again");
     }
 
+    /// Changes a setting of the running server, as `redis-cli config set` does.
+    pub(crate) fn set(&self, name: &str, value: &str) {
+        use std::io::{Read, Write};
+        let mut socket = TcpStream::connect(("127.0.0.1", self.port)).expect("connected");
+        let words = ["CONFIG", "SET", name, value];
+        let words: String = words.iter().map(|word| format!("${}\r\n{word}\r\n", word.len())).collect();
+        socket.write_all(format!("*4\r\n{words}").as_bytes()).expect("asked");
+        let mut answer = [0; 5];
+        socket.read_exact(&mut answer).expect("an answer");
+        assert_eq!(&answer, b"+OK\r\n", "{name} = {value}");
+    }
+
     /// Stops or continues the process, so that it holds connections but does not answer.
     #[cfg(unix)]
     pub(crate) fn signal(&self, signal: &str) {

@@ -118,6 +118,27 @@ async fn a_lease_that_the_clock_prolonged_ends_after_one_time_to_live() {
     assert_eq!(grant(&store, "leader", "b", 0).await.term, LeaseTerm(2));
 }
 
+/// A full server, and one whose replicas are away.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_refuses_writes_says_why_and_is_read_from() {
+    let Some(server) = RedisServer::start() else { return };
+    let store = RedisStore::connect(&server.url(), quick()).await.expect("connected");
+    let version = store.put("key", Expected::Absent, vec![1]).await.expect("written");
+    let lease = grant(&store, "leader", "a", 0).await;
+    let cases = [("maxmemory", "1", "0", "OOM"), ("min-replicas-to-write", "1", "0", "NOREPLICAS")];
+    for (setting, refusing, usual, why) in cases {
+        server.set(setting, refusing);
+        let refused = store.put("key", Expected::At(version), vec![2]).await.expect_err("refused");
+        assert!(refused.is_retryable() && refused.to_string().contains(why), "{refused}");
+        let refused = store.renew(&lease).await.expect_err("refused");
+        assert!(refused.is_retryable() && refused.to_string().contains(why), "{refused}");
+        assert_eq!(store.get("key").await.expect("read").expect("there").bytes, [1]);
+        server.set(setting, usual);
+        store.renew(&lease).await.expect("it takes writes again");
+    }
+    store.put("key", Expected::At(version), vec![2]).await.expect("written");
+}
+
 #[tokio::test]
 async fn nobody_there_is_unavailable_at_once() {
     let options = RedisOptions { timeout: Duration::from_millis(300), ..RedisOptions::default() };
