@@ -35,6 +35,12 @@ pub struct NodeConfig {
     /// Directory or hub id of the model, if it differs from what the scheduler names.
     #[serde(default)]
     pub model: Option<String>,
+    /// Whether to fetch the files of a model that is not on this machine: what the slice takes of them, from other nodes or the hub.
+    #[serde(default)]
+    pub fetch: FetchPolicy,
+    /// Where fetched files are kept; default: `models` in `state`. Nodes of one machine may share it.
+    #[serde(default)]
+    pub models: Option<PathBuf>,
     /// Where files, adapters and the states of fine-tuning jobs are: a directory or `s3://…`, the same for every role; default:
     /// nowhere, and there are none.
     #[serde(default)]
@@ -69,6 +75,19 @@ pub struct NodeConfig {
     /// Deliberate trouble on this node's data links, for tests and drills.
     #[serde(default)]
     pub link_faults: LinkFaults,
+}
+
+/// When a node fetches its model.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum FetchPolicy {
+    /// Where this machine does not have it.
+    #[default]
+    Missing,
+    /// Whatever this machine has.
+    Always,
+    /// Not from other nodes; from a hub whole, as every tool does.
+    Never,
 }
 
 /// Whether compute threads are kept on cores.
@@ -208,6 +227,17 @@ mod tests {
         assert_eq!(place("cache = \"/c\""), Some(CachePlace::Directory("/c".into())));
         let error = toml::from_str::<NodeConfig>(&format!("cache = 7\n{EXAMPLE}")).unwrap_err().to_string();
         assert!(error.contains("true (beside the model), false, or a directory"), "{error}");
+    }
+
+    #[test]
+    fn a_model_is_fetched_where_it_is_missing_unless_told_otherwise() {
+        let fetch = |line: &str| {
+            toml::from_str::<NodeConfig>(&format!("{line}\n{EXAMPLE}")).map(|config| config.fetch)
+        };
+        assert_eq!(fetch("").unwrap(), FetchPolicy::Missing);
+        assert_eq!(fetch("fetch = \"always\"").unwrap(), FetchPolicy::Always);
+        assert_eq!(fetch("fetch = \"never\"").unwrap(), FetchPolicy::Never);
+        assert!(fetch("fetch = \"perhaps\"").unwrap_err().to_string().contains("missing"));
     }
 
     #[test]

@@ -4,8 +4,9 @@ use crate::adapters::{AdapterLoad, Adapters};
 use crate::beat::Beat;
 use crate::config::NodeConfig;
 use crate::fence::Fence;
+use crate::files::{Files, Shelf};
 use crate::head::{HeadService, Wake};
-use crate::links::{Inbound, LinkBreaker, LinkSettings, Links, PendingLinks, Waiting};
+use crate::links::{Inbound, LinkBreaker, LinkSettings, Links, PendingLinks, Waiting, Wish};
 use crate::sampling::Samplers;
 use crate::sequencer::{Effect, Event, Row, Sequencer, StepWork};
 use crate::slices::Slices;
@@ -30,8 +31,8 @@ use tracing::{info, warn};
 /// What reaches the compute thread.
 #[derive(Debug)]
 pub enum Command {
-    /// Take this place.
-    Assign(Box<Assignment>),
+    /// Take this place, as long as the scheduler wants that.
+    Assign(Box<Assignment>, Wish),
     /// Give the place up.
     Release {
         /// Whether the same place may be taken again: the scheduler was lost.
@@ -134,7 +135,7 @@ pub struct Executor {
 impl Executor {
     /// A rank without a place.
     #[allow(clippy::too_many_arguments)]
-    pub fn new(
+    pub(crate) fn new(
         config: NodeConfig,
         kernels: Arc<Kernels>,
         commands: SyncSender<Command>,
@@ -143,10 +144,20 @@ impl Executor {
         shared: Shared,
         fence: Fence,
         sessions: Sessions,
+        shelf: Shelf,
     ) -> Executor {
+        let files = Files::new(&config, shelf, transport.clone());
+        let slices = Slices::new(
+            config.clone(),
+            kernels.clone(),
+            out.clone(),
+            commands.clone(),
+            shared,
+            (files, breaker.clone()),
+        );
         Executor {
+            slices,
             adapters: Adapters::new(config.blobs.clone(), kernels.isa(), commands.clone()),
-            slices: Slices::new(config.clone(), kernels.clone(), out.clone(), commands.clone(), shared),
             config,
             kernels,
             beat: Beat::new(out.clone()),
@@ -168,7 +179,7 @@ impl Executor {
     pub fn run(mut self, commands: &Receiver<Command>) {
         loop {
             match commands.recv_timeout(self.patience()) {
-                Ok(Command::Assign(assignment)) => self.assign(*assignment),
+                Ok(Command::Assign(assignment, wish)) => self.assign(*assignment, wish),
                 Ok(Command::Release { for_now }) => {
                     self.sessions.end_all("the layout was given up");
                     self.vacate(for_now);
@@ -249,7 +260,7 @@ impl Executor {
         self.send(FromNode::AdapterLoaded { revision, adapter, load, outcome });
     }
 
-    fn assign(&mut self, assignment: Assignment) {
+    fn assign(&mut self, assignment: Assignment, wish: Wish) {
         self.vacate(true);
         let beat = self.beat.clone();
         // A beat cannot fail: its queue being full means that others speak.
@@ -271,7 +282,7 @@ impl Executor {
             cache_kept: self.former.is_some(),
         };
         self.sequencer.handle(event, &mut effects);
-        if let Err(message) = self.slices.load(&assignment, &beat) {
+        if let Err(message) = self.slices.load(&assignment, &beat, wish) {
             return self.fail_with(revision, message, true);
         }
         match self.take_place(assignment) {

@@ -14,6 +14,7 @@
 //! * [`group`]: the tensor-parallel group's exchange, through shared memory or over sockets.
 //! * [`head`]: a head that is spread over all stages: rows out, slices of logits back.
 //! * [`training`]: fine-tuning beside serving, on threads of its own.
+//! * `files`: the model's files on a node that was given none: found, fetched, kept, and handed out.
 //! * [`fence`]: the persisted highest lease term.
 //! * `speeds`: what the machine can do, measured or remembered.
 //! * [`threads`]: how many threads compute, and on which cores.
@@ -31,6 +32,7 @@ pub mod config;
 mod copies;
 pub mod executor;
 pub mod fence;
+mod files;
 pub mod group;
 pub mod head;
 pub mod links;
@@ -43,5 +45,5 @@ mod speeds;
 pub mod threads;
 pub mod training;
 
-pub use config::{NodeConfig, Pin};
+pub use config::{FetchPolicy, NodeConfig, Pin};
 pub use service::{NodeError, serve};

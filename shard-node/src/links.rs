@@ -17,6 +17,7 @@ use ashlar_vocabulary::{Bytes, FloatType, ModelShape, ReplicaRevision};
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::net::{Shutdown, TcpStream, ToSocketAddrs};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -31,20 +32,43 @@ const HEAD_PATIENCE: Duration = Duration::from_millis(1);
 
 /// Lets the control connection break this rank's links, so that a compute thread waiting on one wakes up.
 #[derive(Debug, Default, Clone)]
-pub struct LinkBreaker(Arc<Mutex<Vec<TcpStream>>>);
+pub struct LinkBreaker(Arc<Breaker>);
+
+#[derive(Debug, Default)]
+struct Breaker {
+    sockets: Mutex<Vec<TcpStream>>,
+    /// Counts assignments, also those that only end.
+    wish: AtomicU64,
+}
+
+/// What the scheduler wants, as a number: another one once it wants something else.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Wish(u64);
 
 impl LinkBreaker {
     /// Shuts every registered link down.
     pub fn break_all(&self) {
-        for socket in self.0.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
+        for socket in self.0.sockets.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
             // A link that is closed already is as broken as it can be.
             let _ = socket.shutdown(Shutdown::Both);
         }
     }
 
-    fn register(&self, socket: &Socket) -> std::io::Result<()> {
+    /// The same, because the scheduler wants something else from now on.
+    pub fn supersede(&self) -> Wish {
+        let wish = Wish(self.0.wish.fetch_add(1, Ordering::Relaxed) + 1);
+        self.break_all();
+        wish
+    }
+
+    /// Whether the scheduler wants this still.
+    pub fn is_current(&self, wish: Wish) -> bool {
+        Wish(self.0.wish.load(Ordering::Relaxed)) == wish
+    }
+
+    pub(crate) fn register(&self, socket: &Socket) -> std::io::Result<()> {
         let socket = socket.tcp().try_clone()?;
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(socket);
+        self.0.sockets.lock().unwrap_or_else(PoisonError::into_inner).push(socket);
         Ok(())
     }
 }

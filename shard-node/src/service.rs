@@ -3,6 +3,7 @@
 use crate::config::NodeConfig;
 use crate::executor::{Command, Executor, Shared};
 use crate::fence::Fence;
+use crate::files::{FileServer, Shelf};
 use crate::links::LinkSettings;
 use crate::links::{self, LinkBreaker};
 use crate::speeds;
@@ -139,7 +140,13 @@ pub async fn serve(config: NodeConfig, shutdown: impl Future<Output = ()>) -> Re
         urgent: YieldFlag::default(),
     };
     let sessions = Sessions::new(resources, out.clone());
-    accept_links(listener, transport.clone(), commands.clone(), sessions.clone());
+    let shelf = Shelf::default();
+    let inbound = InboundLinks {
+        commands: commands.clone(),
+        sessions: sessions.clone(),
+        files: FileServer::new(shelf.clone()),
+    };
+    accept_links(listener, transport.clone(), inbound);
     let term = fence.term();
     let join = join_message(&config, &kernels, bound, term);
     let last_word = out.clone();
@@ -152,6 +159,7 @@ pub async fn serve(config: NodeConfig, shutdown: impl Future<Output = ()>) -> Re
         shared.clone(),
         fence,
         sessions.clone(),
+        shelf,
     );
     let compute = std::thread::Builder::new()
         .name("compute".into())
@@ -174,7 +182,7 @@ pub async fn serve(config: NodeConfig, shutdown: impl Future<Output = ()>) -> Re
         leaving: Leaving::default(),
     };
     let result = session.keep_until(shutdown, &mut outbound).await;
-    breaker.break_all();
+    breaker.supersede();
     sessions.end_all("the node stops");
     drop(outbound);
     let _ = commands.send(Command::Shutdown);
@@ -257,13 +265,16 @@ impl Drop for Stranger {
     }
 }
 
-/// Accepts data connections for the life of the process; a bad greeting concerns only its connection.
-fn accept_links(
-    listener: TcpListener,
-    transport: Transport,
+/// Where data connections go.
+#[derive(Clone)]
+struct InboundLinks {
     commands: SyncSender<Command>,
     sessions: Sessions,
-) {
+    files: FileServer,
+}
+
+/// Accepts data connections for the life of the process; a bad greeting concerns only its connection.
+fn accept_links(listener: TcpListener, transport: Transport, links: InboundLinks) {
     let strangers = Arc::new(AtomicUsize::new(0));
     std::thread::spawn(move || {
         for socket in listener.incoming() {
@@ -276,14 +287,15 @@ fn accept_links(
                 warn!("refused a data connection: {STRANGERS_MAX} others have not said yet who they are");
                 continue;
             };
-            let (commands, sessions, transport) = (commands.clone(), sessions.clone(), transport.clone());
+            let (links, transport) = (links.clone(), transport.clone());
             std::thread::spawn(move || match accepted(socket, &transport, stranger) {
                 Ok(inbound) => match inbound.hello.purpose {
                     LinkPurpose::Training { session, link } => {
-                        sessions.arrived(session, link, inbound.socket)
+                        links.sessions.arrived(session, link, inbound.socket)
                     }
-                    _ => {
-                        let _ = commands.send(Command::Link(inbound));
+                    LinkPurpose::Files => links.files.serve(inbound.socket),
+                    LinkPurpose::Activations | LinkPurpose::Group { .. } | LinkPurpose::Head { .. } => {
+                        let _ = links.commands.send(Command::Link(inbound));
                     }
                 },
                 Err(error) => warn!("refused a data connection: {error}"),
@@ -373,7 +385,7 @@ impl Session<'_> {
                 Err(_) if self.leaving.is_ending() => return Ok(()),
                 Err(error) => warn!("scheduler {address}: {error}; reconnecting"),
             }
-            self.breaker.break_all();
+            self.breaker.supersede();
             self.sessions.end_all("the scheduler was lost");
             let _ = self.commands.try_send(Command::Release { for_now: true });
             // What the compute thread says without a scheduler is of no use; drain it so that it never blocks.
@@ -479,12 +491,12 @@ impl Session<'_> {
     fn dispatch(&self, message: ToNode) -> bool {
         let command = match message {
             ToNode::Assign(assignment) => {
-                self.breaker.break_all();
+                let wish = self.breaker.supersede();
                 self.sessions.end_all("the layout has changed");
-                Command::Assign(assignment)
+                Command::Assign(assignment, wish)
             }
             ToNode::Release { .. } => {
-                self.breaker.break_all();
+                self.breaker.supersede();
                 self.sessions.end_all("the layout was given up");
                 Command::Release { for_now: false }
             }

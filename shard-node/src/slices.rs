@@ -4,14 +4,17 @@ use crate::beat::Beat;
 use crate::config::{CacheConfig, NodeConfig};
 use crate::copies::{Copies, Wanted};
 use crate::executor::{Command, Shared};
+use crate::files::{Errand, Files};
+use crate::links::{LinkBreaker, Wish};
 use ashlar_grammar::GrammarCompiler;
 use ashlar_kernels::Kernels;
-use ashlar_model::{RankSlice, StageModel, digest, hub};
+use ashlar_model::{RankSlice, StageModel};
 use ashlar_protocol::membership::{Assignment, FromNode, HeldSlice};
 use ashlar_tokenizer::Tokenizer;
 use ashlar_vocabulary::{ModelDigest, ReplicaRevision};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TryRecvError, sync_channel};
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
@@ -36,6 +39,7 @@ pub(crate) struct Slices {
     loader: Loader,
     commands: SyncSender<Command>,
     shared: Shared,
+    breaker: LinkBreaker,
     serving: Option<Loaded>,
     preparation: Option<Preparation>,
     /// Ordered while another preparation was under way, which cannot be interrupted.
@@ -49,8 +53,8 @@ struct Preparation {
     slice: RankSlice,
     coming: Receiver<Result<Loaded, String>>,
     come: Option<Loaded>,
-    /// Whether it is still wanted.
-    wanted: bool,
+    /// Whether it is still wanted; the thread looks while it fetches files.
+    wanted: Arc<AtomicBool>,
 }
 
 /// Brings slices into memory; one for each thread that does.
@@ -59,6 +63,7 @@ struct Loader {
     config: NodeConfig,
     kernels: Arc<Kernels>,
     out: mpsc::Sender<FromNode>,
+    files: Files,
 }
 
 impl Slices {
@@ -69,9 +74,10 @@ impl Slices {
         out: mpsc::Sender<FromNode>,
         commands: SyncSender<Command>,
         shared: Shared,
+        (files, breaker): (Files, LinkBreaker),
     ) -> Slices {
-        let loader = Loader { config, kernels, out };
-        Slices { loader, commands, shared, serving: None, preparation: None, ordered: None }
+        let loader = Loader { config, kernels, out, files };
+        Slices { loader, commands, shared, breaker, serving: None, preparation: None, ordered: None }
     }
 
     /// The slice that serves.
@@ -79,12 +85,15 @@ impl Slices {
         self.serving.as_ref()
     }
 
-    /// Brings the assignment's slice into memory to serve, unless it is there. Beats meanwhile.
+    /// Brings the assignment's slice into memory to serve, unless it is there. Beats meanwhile; files are fetched only as long as
+    /// the scheduler wants it.
     ///
     /// # Errors
     /// What is wrong with the assignment, or with the weights.
-    pub(crate) fn load(&mut self, assignment: &Assignment, beat: &Beat) -> Result<(), String> {
+    pub(crate) fn load(&mut self, assignment: &Assignment, beat: &Beat, wish: Wish) -> Result<(), String> {
         let slice = slice_of(assignment)?;
+        let breaker = self.breaker.clone();
+        let errand = Errand::Serve { beat, breaker: &breaker, wish };
         let is_it =
             |digest: &ModelDigest, other: &RankSlice| *digest == assignment.model_digest && *other == slice;
         let serving = self.serving.as_ref();
@@ -97,13 +106,13 @@ impl Slices {
         self.shared.set(None);
         self.ordered = None;
         let prepared = match self.preparation.take_if(|coming| is_it(&coming.digest, &coming.slice)) {
-            Some(preparation) => preparation.wait(beat),
+            Some(preparation) => preparation.wait(&errand),
             None => None,
         };
         self.withdraw();
         let loaded = match prepared {
             Some(loaded) => loaded,
-            None => self.loader.load(assignment, slice, &self.loader.kernels, Some(beat))?,
+            None => self.loader.load(assignment, slice, &self.loader.kernels, &errand)?,
         };
         self.shared.set(Some(loaded.held.clone()));
         self.serving = Some(loaded);
@@ -135,7 +144,7 @@ impl Slices {
             Err(TryRecvError::Disconnected) => Err("the thread that loads it has ended".to_owned()),
         };
         let revision = preparation.revision;
-        let (wanted, failed) = (preparation.wanted, outcome.is_err());
+        let (wanted, failed) = (preparation.wanted.load(Ordering::Relaxed), outcome.is_err());
         match outcome {
             Ok(loaded) => {
                 preparation.come = Some(loaded);
@@ -159,7 +168,7 @@ impl Slices {
     pub(crate) fn withdraw(&mut self) {
         self.ordered = None;
         if let Some(preparation) = &mut self.preparation {
-            preparation.wanted = false;
+            preparation.wanted.store(false, Ordering::Relaxed);
         }
         self.preparation.take_if(|preparation| preparation.come.is_some());
     }
@@ -168,18 +177,19 @@ impl Slices {
         let slice = slice_of(&assignment)?;
         let (send, coming) = sync_channel(1);
         let (loader, commands) = (self.loader.clone(), self.commands.clone());
+        let wanted = Arc::new(AtomicBool::new(true));
         let preparation = Preparation {
             revision: assignment.revision,
             digest: assignment.model_digest,
             slice: slice.clone(),
             coming,
             come: None,
-            wanted: true,
+            wanted: wanted.clone(),
         };
         let load = move || {
             // One thread of its own: those that serve have more urgent work.
             let packer = Arc::new(Kernels::new(loader.kernels.isa(), 1));
-            let outcome = loader.load(&assignment, slice, &packer, None);
+            let outcome = loader.load(&assignment, slice, &packer, &Errand::Prepare { wanted: &wanted });
             let _ = send.send(outcome);
             // The compute thread looks by itself before long, should its queue be full.
             let _ = commands.try_send(Command::Prepared);
@@ -201,13 +211,15 @@ impl Slices {
 
 impl Preparation {
     /// Waits for what is under way, beating; nothing if it comes to nothing.
-    fn wait(self, beat: &Beat) -> Option<Loaded> {
+    fn wait(self, errand: &Errand<'_>) -> Option<Loaded> {
         if self.come.is_some() {
             return self.come;
         }
         loop {
-            // A beat cannot fail: its queue being full means that others speak.
-            let _ = beat.tick();
+            errand.beat();
+            if !errand.is_wanted() {
+                self.wanted.store(false, Ordering::Relaxed);
+            }
             match self.coming.recv_timeout(Beat::interval() / 2) {
                 Ok(outcome) => return outcome.map_err(|problem| warn!("preparing failed: {problem}")).ok(),
                 Err(RecvTimeoutError::Timeout) => {}
@@ -223,34 +235,22 @@ impl Loader {
         assignment: &Assignment,
         slice: RankSlice,
         packer: &Arc<Kernels>,
-        beat: Option<&Beat>,
+        errand: &Errand<'_>,
     ) -> Result<Loaded, String> {
-        let name = self.config.model.as_deref().unwrap_or(&assignment.model);
-        let directory = hub::resolve(name, &mut |file| info!("fetching {file} of {name}"))
-            .map_err(|error| error.to_string())?;
-        let digest =
-            digest::model_digest(&directory, assignment.precision).map_err(|error| error.to_string())?;
-        if digest != assignment.model_digest {
-            return Err(format!(
-                "{} has digest {digest}, the cluster serves {}: give every node the same model",
-                directory.display(),
-                assignment.model_digest
-            ));
-        }
         let revision = assignment.revision;
         let mut last_report: Option<Instant> = None;
         let started = Instant::now();
         let mut progress = |loaded, total| {
-            if let Some(beat) = beat {
-                let _ = beat.tick();
-            }
+            errand.beat();
             let due = last_report.is_none_or(|at| at.elapsed() > REPORT_INTERVAL);
             if due || loaded == total {
                 last_report = Some(Instant::now());
                 let _ = self.out.blocking_send(FromNode::Loading { revision, loaded, total });
             }
         };
-        let precision = assignment.precision;
+        let trains = self.config.blobs.is_some();
+        let directory = self.files.locate(assignment, &slice, trains, errand, &mut progress)?;
+        let (precision, digest) = (assignment.precision, assignment.model_digest);
         let wanted = Wanted { directory: &directory, precision, slice: slice.clone() };
         let mut copies = Copies::new(self.config.cache.as_ref().and_then(CacheConfig::place));
         let model = copies.load(wanted, packer, &self.kernels, &mut progress);

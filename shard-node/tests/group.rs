@@ -69,6 +69,7 @@ fn assignment(rank: usize, addresses: &[String]) -> Assignment {
         next: None,
         head: None,
         sampler: None,
+        sources: Vec::new(),
     }
 }
 

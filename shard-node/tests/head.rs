@@ -80,6 +80,7 @@ fn assignment(stage: usize, addresses: &[String; 2]) -> Assignment {
         next: (stage == 0).then(|| addresses[1].clone()),
         head: Some(HeadSlice { index: stage, of: 2 }),
         sampler: (stage == 0).then(|| addresses[1].clone()),
+        sources: Vec::new(),
     }
 }
 

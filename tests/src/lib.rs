@@ -1,7 +1,7 @@
 //! Tests of the whole: real processes, real sockets, real clients.
 //!
 //! Layout: [`cluster`] starts `ashlar up` and holds it for a test, [`http`] is a blocking client that can also send what
-//! no client library would, [`tuning`] has jobs as a client has them, [`wait`] polls conditions with a deadline, [`shared`] finds data that lies beside the
+//! no client library would, [`machines`] are others that join it, [`tuning`] has jobs as a client has them, [`wait`] polls conditions with a deadline, [`shared`] finds data that lies beside the
 //! repository.
 //!
 //! The binary must have been built: `cargo build --release -p ashlar`, or name one with `ASHLAR_BIN`.
@@ -9,6 +9,7 @@
 
 pub mod cluster;
 pub mod http;
+pub mod machines;
 pub mod processes;
 pub mod shared;
 pub mod streams;

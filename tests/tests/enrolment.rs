@@ -3,57 +3,16 @@
 
 use ashlar_identity::{Authority, Fingerprint, Identity, Role, Token};
 use ashlar_tests::cluster::{START_LIMIT, binary, free_port};
+use ashlar_tests::machines::{COMPLETIONS, Machine, answer, first_token, open_cluster, token_in};
 use ashlar_tests::{Cluster, Ended, eventually, processes, run_to_end, until};
-use serde_json::{Value, json};
+use serde_json::json;
 use std::fs::{self, File};
-use std::net::TcpListener;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::time::{Duration, SystemTime};
-use tempfile::TempDir;
 
-const COMPLETIONS: &str = "/v1/completions";
 /// A process that is refused ends at once.
 const REFUSED_LIMIT: Duration = Duration::from_secs(60);
-
-/// A port with a free one above it, for the scheduler.
-fn join_port() -> u16 {
-    let found = until(START_LIMIT, || {
-        let port = free_port();
-        let above = TcpListener::bind(("0.0.0.0", port.checked_add(1)?));
-        (above.is_ok() && TcpListener::bind(("0.0.0.0", port)).is_ok()).then_some(port)
-    });
-    found.expect("two free ports in a row")
-}
-
-/// A cluster that machines may join at a port on every address of this machine.
-fn open_cluster(args: &[&str]) -> (Cluster, u16) {
-    let port = join_port();
-    let listen = format!("0.0.0.0:{port}");
-    let args: Vec<&str> =
-        [&["--join-listen", &listen, "--memory", "512MiB", "--threads", "1"], args].concat();
-    (Cluster::launch(&args), port)
-}
-
-/// The token in a line that says what to run, which names this port.
-#[track_caller]
-fn token_in(said: &str, port: u16) -> String {
-    let line = said
-        .lines()
-        .find(|line| line.trim_start().starts_with("ashlar node --join "))
-        .expect("a line to paste");
-    let words: Vec<&str> = line.split_whitespace().collect();
-    let ["ashlar", "node", "--join", address, "--token", token, ..] = words[..] else { panic!("{line}") };
-    assert!(address.ends_with(&format!(":{port}")), "{line}");
-    token.to_owned()
-}
-
-/// The token that `up` prints.
-#[track_caller]
-fn first_token(cluster: &Cluster, port: u16) -> String {
-    until(START_LIMIT, || cluster.up_said().contains("--token").then_some(())).expect("a token");
-    token_in(&cluster.up_said(), port)
-}
 
 /// A token that `ashlar token create` prints.
 #[track_caller]
@@ -63,66 +22,6 @@ fn another_token(cluster: &Cluster, port: u16, args: &[&str]) -> String {
     let made = run_to_end(&args, &[], REFUSED_LIMIT);
     assert!(made.status.is_some_and(|status| status.success()), "{}", made.said);
     token_in(&made.said, port)
-}
-
-/// `ashlar node` as it runs on another machine. Dropping it kills it.
-struct Machine {
-    node: Child,
-    folder: TempDir,
-}
-
-impl Machine {
-    fn join(port: u16, token: &str, name: &str) -> Machine {
-        let address = format!("127.0.0.1:{port}");
-        let folder = tempfile::tempdir().unwrap();
-        Machine::start(folder, &["--join", &address, "--token", token, "--name", name])
-    }
-
-    /// With the state in `folder`.
-    fn start(folder: TempDir, args: &[&str]) -> Machine {
-        let log = File::options().create(true).append(true).open(folder.path().join("stderr")).unwrap();
-        let node = Command::new(binary())
-            .args(["node", "--memory", "512MiB", "--threads", "1", "--state"])
-            .arg(folder.path().join("state"))
-            .args(args)
-            .env("ASHLAR_SUPERVISED", "1")
-            .env_remove("ASHLAR_LOG")
-            .stdin(Stdio::piped())
-            .stdout(Stdio::null())
-            .stderr(log)
-            .spawn()
-            .unwrap();
-        Machine { node, folder }
-    }
-
-    fn said(&self) -> String {
-        fs::read_to_string(self.folder.path().join("stderr")).unwrap_or_default()
-    }
-
-    #[track_caller]
-    fn says(&self, what: &str) {
-        if until(START_LIMIT, || self.said().contains(what).then_some(())).is_none() {
-            panic!("never said `{what}`:\n{}", self.said());
-        }
-    }
-
-    /// Kills it, as a power cut would; what is left is its disk.
-    fn killed(mut self) -> TempDir {
-        self.node.kill().unwrap();
-        self.node.wait().unwrap();
-        let empty = tempfile::tempdir().unwrap();
-        std::mem::replace(&mut self.folder, empty)
-    }
-}
-
-impl Drop for Machine {
-    fn drop(&mut self) {
-        let _ = self.node.kill();
-        let _ = self.node.wait();
-        if std::thread::panicking() {
-            eprintln!("--- a machine that joined\n{}", self.said());
-        }
-    }
 }
 
 /// Joining that must not succeed: what it says. It is not worth another try.
@@ -139,17 +38,6 @@ fn refused_in(folder: &Path, args: &[&str]) -> String {
     let Ended { status, said } = run_to_end(&args, &[], REFUSED_LIMIT);
     assert_eq!(status.and_then(|status| status.code()), Some(2), "{said}");
     said
-}
-
-/// What the model answers, with everything that could differ.
-#[track_caller]
-fn answer(cluster: &Cluster) -> Value {
-    let asked = json!({
-        "prompt": "The capital of France is", "temperature": 1, "seed": 3, "max_tokens": 24, "ignore_eos": true,
-        "logprobs": 5,
-    });
-    let mut answered = cluster.post(COMPLETIONS, &asked).ok();
-    answered["choices"].take()
 }
 
 #[test]

@@ -340,6 +340,8 @@ impl Cluster {
                     allow_plaintext: false,
                     state: state.to_owned(),
                     model: None,
+                    fetch: Default::default(),
+                    models: None,
                     blobs: Some(blobs.clone()),
                     cache: cache.clone().map(CacheConfig::from),
                     memory_bytes: Some(memory),

@@ -9,11 +9,16 @@ use crate::weights::{self, WeightError};
 use ashlar_gguf::GgufFiles;
 use ashlar_vocabulary::{FloatType, ModelDigest, Precision, ids::NUMERIC_VERSION};
 use std::fs::File;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 const SAMPLES: u64 = 256;
 const SAMPLE_BYTES: u64 = 4096;
+/// So much of a GGUF file counts as its header: metadata and names lie in front, the tokenizer's lists among them.
+pub(crate) const GGUF_HEADER_BYTES: u64 = 16 << 20;
+/// Most that counts as the header of any other.
+const HEADER_BYTES_MAX: u64 = 128 << 20;
 
 /// Digest of the model in `directory`, served in `precision`.
 pub fn model_digest(directory: &Path, precision: impl Into<Precision>) -> Result<ModelDigest, WeightError> {
@@ -32,8 +37,7 @@ pub fn model_digest(directory: &Path, precision: impl Into<Precision>) -> Result
     }
     if let Some(file) = gguf::file_of(directory) {
         for path in GgufFiles::open(&file)?.paths() {
-            // Metadata and names lie in front, the tokenizer's lists among them.
-            sample_file(&mut hasher, path, 16 << 20)?;
+            sample_file(&mut hasher, path)?;
         }
         return Ok(ModelDigest(*hasher.finalize().as_bytes()));
     }
@@ -42,35 +46,38 @@ pub fn model_digest(directory: &Path, precision: impl Into<Precision>) -> Result
     hasher.update(&(text.len() as u64).to_le_bytes());
     hasher.update(&text);
     for name in weights::file_names(directory)? {
-        let path = directory.join(name);
-        let read = |source| WeightError::Read { path: path.clone(), source };
-        let mut prefix = [0u8; 8];
-        File::open(&path).and_then(|file| file.read_exact_at(&mut prefix, 0)).map_err(read)?;
-        let header = u64::from_le_bytes(prefix).saturating_add(8);
-        sample_file(&mut hasher, &path, header.min(128 << 20))?;
+        sample_file(&mut hasher, &directory.join(name))?;
     }
     Ok(ModelDigest(*hasher.finalize().as_bytes()))
 }
 
-/// The file's length, its first `header` bytes, and samples of the rest.
-fn sample_file(hasher: &mut blake3::Hasher, path: &Path, header: u64) -> Result<(), WeightError> {
+/// The file's length, its header, and samples of the rest.
+fn sample_file(hasher: &mut blake3::Hasher, path: &Path) -> Result<(), WeightError> {
+    let read = |source| WeightError::Read { path: path.to_owned(), source };
+    let file = File::open(path).map_err(read)?;
+    hasher.update(&file.metadata().map_err(read)?.len().to_le_bytes());
+    for range in sampled_ranges(path)? {
+        let mut buffer = vec![0u8; (range.end - range.start) as usize];
+        file.read_exact_at(&mut buffer, range.start).map_err(read)?;
+        hasher.update(&buffer);
+    }
+    Ok(())
+}
+
+/// What the digest looks at in the file with weights at `path`: its header, which must be there, and samples.
+pub(crate) fn sampled_ranges(path: &Path) -> Result<Vec<Range<u64>>, WeightError> {
     let read = |source| WeightError::Read { path: path.to_owned(), source };
     let file = File::open(path).map_err(read)?;
     let length = file.metadata().map_err(read)?.len();
-    hasher.update(&length.to_le_bytes());
+    let header = if path.extension().is_some_and(|extension| extension == "gguf") {
+        GGUF_HEADER_BYTES
+    } else {
+        let mut prefix = [0u8; 8];
+        file.read_exact_at(&mut prefix, 0).map_err(read)?;
+        u64::from_le_bytes(prefix).saturating_add(8).min(HEADER_BYTES_MAX)
+    };
     let header = header.min(length);
     let stride = ((length - header) / SAMPLES).max(SAMPLE_BYTES);
-    let mut sample = |start: u64, end: u64| -> Result<(), WeightError> {
-        let mut buffer = vec![0u8; (end - start) as usize];
-        file.read_exact_at(&mut buffer, start).map_err(read)?;
-        hasher.update(&buffer);
-        Ok(())
-    };
-    sample(0, header)?;
-    let mut at = header;
-    while at < length {
-        sample(at, (at + SAMPLE_BYTES).min(length))?;
-        at += stride;
-    }
-    Ok(())
+    let samples = (header..length).step_by(stride as usize);
+    Ok([0..header].into_iter().chain(samples.map(|at| at..(at + SAMPLE_BYTES).min(length))).collect())
 }

@@ -89,6 +89,9 @@ pub(crate) fn architecture_of(config: &ModelConfig) -> &'static str {
 /// divide by the factors in `rope_freqs.weight`, and not every f32 frequency is a quotient of f32 numbers.
 pub(crate) const LLAMA3_KEY: &str = "ashlar.rope.llama3";
 
+/// The tensor with divisors of rotary frequencies, where there is one: a part of the configuration.
+pub(crate) const ROPE_FACTORS: &str = "rope_freqs.weight";
+
 /// Where row `row` of heads of size `head_dim`, first halves before second ones, lies in an interleaved tensor.
 pub(crate) fn interleaved_row(row: usize, head_dim: usize) -> usize {
     let (head, within) = (row / head_dim * head_dim, row % head_dim);
@@ -235,8 +238,8 @@ fn rope_scaling(files: &GgufFiles, architecture: &str, head_dim: usize) -> Resul
             _ => Err(ConfigError::Inconsistent(format!("`{LLAMA3_KEY}` is not four positive numbers"))),
         };
     }
-    if files.has("rope_freqs.weight") {
-        let factors = files.tensor("rope_freqs.weight")?.dequantize_rows(0..1)?;
+    if files.has(ROPE_FACTORS) {
+        let factors = files.tensor(ROPE_FACTORS)?.dequantize_rows(0..1)?;
         if factors.len() != head_dim / 2 || !factors.iter().all(|factor| factor.is_finite() && *factor > 0.0)
         {
             return Err(ConfigError::Inconsistent("rope_freqs.weight does not fit the heads".into()));

@@ -2,9 +2,13 @@
 //!
 //! Honours `HF_ENDPOINT`, `HF_HOME`, `HF_TOKEN` and `HF_HUB_OFFLINE`; a revision is pinned with `id@revision`.
 
-use hf_hub::api::sync::{ApiBuilder, ApiError};
+use hf_hub::api::sync::{Api, ApiBuilder, ApiError};
 use hf_hub::{Cache, Repo, RepoType};
 use std::path::{Path, PathBuf};
+
+mod ranges;
+
+pub use ranges::HubFiles;
 
 /// Why a model could not be found.
 #[derive(Debug, thiserror::Error)]
@@ -49,39 +53,57 @@ pub fn resolve(model: &str, progress: &mut dyn FnMut(&str)) -> Result<PathBuf, H
     if let Some(file) = crate::gguf::file_of(path) {
         return Ok(file);
     }
-    let (id, revision) = model.split_once('@').unwrap_or((model, "main"));
-    let valid = id.split('/').count() == 2
-        && id.split('/').all(|part| {
-            !part.is_empty()
-                && !part.starts_with('.')
-                && part.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'))
-        });
-    if path.exists() || !valid {
-        return Err(HubError::NotAModel(model.to_owned()));
+    match id_of(model) {
+        Some((id, revision)) if !path.exists() => fetch(id, revision, Some(progress)),
+        _ => Err(HubError::NotAModel(model.to_owned())),
     }
-    fetch(id, revision, progress)
 }
 
-fn fetch(id: &str, revision: &str, progress: &mut dyn FnMut(&str)) -> Result<PathBuf, HubError> {
+/// [`resolve`], but only what is whole on this machine: no network, and nothing is written.
+pub fn local(model: &str) -> Option<PathBuf> {
+    let path = Path::new(model);
+    if path.join("config.json").is_file() {
+        return Some(path.to_owned());
+    }
+    let cached = || {
+        let (id, revision) = id_of(model).filter(|_| !path.exists())?;
+        fetch(id, revision, None).ok()
+    };
+    crate::gguf::file_of(path).or_else(cached)
+}
+
+/// Whether `model` is a name on a hub and nothing on this machine.
+pub fn is_id(model: &str) -> bool {
+    id_of(model).is_some() && !Path::new(model).exists()
+}
+
+/// Id and revision, if `model` is shaped like them.
+fn id_of(model: &str) -> Option<(&str, &str)> {
+    let (id, revision) = model.split_once('@').unwrap_or((model, "main"));
+    let valid = id.split('/').count() == 2 && id.split('/').all(crate::weights::is_plain);
+    valid.then_some((id, revision))
+}
+
+/// The files of `id`, from the hub's cache and, where there is somebody to report to, from the hub.
+fn fetch(id: &str, revision: &str, mut progress: Option<&mut dyn FnMut(&str)>) -> Result<PathBuf, HubError> {
     let repo = Repo::with_revision(id.to_owned(), RepoType::Model, revision.to_owned());
     let cache = Cache::from_env();
-    let offline = std::env::var("HF_HUB_OFFLINE").is_ok_and(|v| !matches!(v.as_str(), "" | "0" | "false"));
-    let mut builder = ApiBuilder::from_env().with_progress(false);
-    if let Ok(token) = std::env::var("HF_TOKEN") {
-        builder = builder.with_token(Some(token));
-    }
     let fail = |file: &str, reason: String| HubError::Fetch { id: id.into(), file: file.into(), reason };
-    let api = builder.build().map_err(|error| fail("config.json", error.to_string()))?.repo(repo.clone());
+    let api = match progress {
+        Some(_) => Some(api().map_err(|error| fail("config.json", error.to_string()))?.repo(repo.clone())),
+        None => None,
+    };
+    let api = api.filter(|_| !is_offline());
     let mut get = |file: &str, required: bool| -> Result<Option<PathBuf>, HubError> {
         if let Some(path) = cache.repo(repo.clone()).get(file) {
             return Ok(Some(path));
         }
-        if offline {
+        let (Some(api), Some(progress)) = (&api, &mut progress) else {
             return match required {
                 true => Err(HubError::Offline { id: id.into(), cache: cache.path().clone() }),
                 false => Ok(None),
             };
-        }
+        };
         progress(file);
         match api.get(file) {
             Ok(path) => Ok(Some(path)),
@@ -105,6 +127,24 @@ fn fetch(id: &str, revision: &str, progress: &mut dyn FnMut(&str)) -> Result<Pat
         get("model.safetensors", true)?;
     }
     Ok(directory_of(config.as_deref()))
+}
+
+fn is_offline() -> bool {
+    std::env::var("HF_HUB_OFFLINE").is_ok_and(|v| !matches!(v.as_str(), "" | "0" | "false"))
+}
+
+fn token() -> Option<String> {
+    std::env::var("HF_TOKEN").ok()
+}
+
+/// The hub's client.
+fn api() -> Result<Api, ApiError> {
+    let builder = ApiBuilder::from_env().with_progress(false);
+    match token() {
+        Some(token) => builder.with_token(Some(token)),
+        None => builder,
+    }
+    .build()
 }
 
 fn directory_of(file: Option<&Path>) -> PathBuf {

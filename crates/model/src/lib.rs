@@ -5,6 +5,7 @@
 //! * [`gguf`]: the same from GGUF files.
 //! * [`hub`]: a directory or hub id becomes a local directory.
 //! * [`weights`]: safetensors files, read by position; a rank reads only its slice.
+//! * [`partial`]: files of which only a slice's bytes are here: which these are, and a journal of what there is.
 //! * [`digest`]: what identifies a model's bits.
 //! * [`slice`]: which rows and columns of which tensor belong to a rank.
 //! * `source`: where a stage's weights come from; `pack`: from tensors, which become packed products, quantised where
@@ -34,6 +35,7 @@ pub mod head;
 pub mod hub;
 pub mod kv;
 mod pack;
+pub mod partial;
 pub mod peft;
 pub mod slice;
 mod source;

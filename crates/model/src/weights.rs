@@ -5,23 +5,30 @@
 
 use crate::config::ModelConfig;
 use crate::gguf;
-use crate::pack::{tensor_type, weight_type};
+use crate::pack::weight_type;
+use crate::partial::{PresentError, RangeSet, read_present};
 use crate::stage::LoadError;
-use ashlar_gguf::{BlockError, GgufError, GgufFiles, dequantize};
-use ashlar_kernels::FileRows;
+use ashlar_gguf::{GgufError, GgufFiles};
 use ashlar_vocabulary::{Precision, WeightType};
-use half::{bf16, f16};
 use safetensors::Dtype;
 use safetensors::tensor::Metadata;
 use serde::Deserialize;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
-use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+mod tensor;
+
+use tensor::Source;
+pub use tensor::TensorReader;
+pub(crate) use tensor::widen;
+
+/// The index of a model whose weights are in several files.
+pub(crate) const INDEX_FILE: &str = "model.safetensors.index.json";
+
 /// Longest safetensors header accepted, in bytes.
-const HEADER_BYTES_MAX: u64 = 100 << 20;
+pub(crate) const HEADER_BYTES_MAX: u64 = 100 << 20;
 
 /// What is wrong with a model's weights.
 #[derive(Debug, thiserror::Error)]
@@ -56,6 +63,23 @@ pub enum WeightError {
     /// A GGUF file that cannot be used.
     #[error(transparent)]
     Gguf(#[from] GgufError),
+    /// The journal of a file of which only a part is here.
+    #[error(transparent)]
+    Present(#[from] PresentError),
+    /// That part of the file is not here.
+    #[error(
+        "bytes {start} to {end} of {path} (tensor `{name}`) were not fetched: this node has only what its slice takes"
+    )]
+    NotFetched {
+        /// Which file.
+        path: PathBuf,
+        /// The tensor.
+        name: String,
+        /// The first byte asked for.
+        start: u64,
+        /// The one behind the last.
+        end: u64,
+    },
     /// A tensor that the architecture needs is absent.
     #[error("tensor `{name}` is missing from {directory}")]
     NoTensor {
@@ -88,37 +112,12 @@ pub enum WeightError {
     },
 }
 
-/// Widens stored weights to f32: floats exactly, blocks as their format defines.
-pub(crate) fn widen(kind: WeightType, bytes: &[u8], out: &mut [f32]) -> Result<(), BlockError> {
-    match kind {
-        WeightType::F32 => {
-            for (value, b) in out.iter_mut().zip(bytes.chunks_exact(4)) {
-                *value = f32::from_le_bytes([b[0], b[1], b[2], b[3]]);
-            }
-            Ok(())
-        }
-        WeightType::F16 => {
-            for (value, b) in out.iter_mut().zip(bytes.chunks_exact(2)) {
-                *value = f16::from_le_bytes([b[0], b[1]]).to_f32();
-            }
-            Ok(())
-        }
-        WeightType::Bf16 => {
-            for (value, b) in out.iter_mut().zip(bytes.chunks_exact(2)) {
-                let wide = bf16::from_le_bytes([b[0], b[1]]).to_f32();
-                // Subnormal brain floats are zero, as in products: a tied table and a head agree.
-                *value = if wide.abs() < f32::MIN_POSITIVE { 0f32.copysign(wide) } else { wide };
-            }
-            Ok(())
-        }
-        kind => dequantize(tensor_type(kind), bytes, out),
-    }
-}
-
 #[derive(Debug)]
 struct WeightFile {
     path: PathBuf,
     file: File,
+    /// What is here of it, if not all.
+    present: Option<RangeSet>,
 }
 
 #[derive(Debug, Clone)]
@@ -137,6 +136,8 @@ pub struct WeightFiles {
     tensors: BTreeMap<String, Entry>,
     /// Where the model is in GGUF files, and not in safetensors.
     gguf: Option<GgufFiles>,
+    /// What is here of each of these, if not all.
+    gguf_present: Vec<Option<RangeSet>>,
 }
 
 #[derive(Deserialize)]
@@ -152,9 +153,12 @@ impl WeightFiles {
             files: Vec::new(),
             tensors: BTreeMap::new(),
             gguf: None,
+            gguf_present: Vec::new(),
         };
         if let Some(file) = gguf::file_of(directory) {
-            weights.gguf = Some(GgufFiles::open(&file)?);
+            let files = GgufFiles::open(&file)?;
+            weights.gguf_present = files.paths().map(read_present).collect::<Result<_, _>>()?;
+            weights.gguf = Some(files);
             return Ok(weights);
         }
         for name in file_names(directory)? {
@@ -199,7 +203,8 @@ impl WeightFiles {
                 Entry { file: self.files.len(), dtype: info.dtype, shape: info.shape.clone(), offset: start };
             self.tensors.insert(name.clone(), entry);
         }
-        self.files.push(WeightFile { path, file });
+        let present = read_present(&path)?;
+        self.files.push(WeightFile { path, file, present });
         Ok(())
     }
 
@@ -211,6 +216,15 @@ impl WeightFiles {
         let mut config = ModelConfig::from_gguf(files)?;
         config.serve_in(precision);
         Ok(config)
+    }
+
+    /// The name of one of the files, in the order in which they were opened.
+    pub(crate) fn file_name(&self, index: usize) -> String {
+        let path = match &self.gguf {
+            Some(files) => files.paths().nth(index),
+            None => self.files.get(index).map(|file| file.path.as_path()),
+        };
+        path.and_then(Path::file_name).unwrap_or_default().to_string_lossy().into_owned()
     }
 
     /// Where the files are.
@@ -262,6 +276,8 @@ impl WeightFiles {
         let source = Source::Safetensors { file: &file.file, offset: entry.offset };
         Ok(TensorReader {
             source,
+            file: entry.file,
+            present: file.present.as_ref(),
             path: &file.path,
             name: name.to_owned(),
             kind,
@@ -293,6 +309,8 @@ impl WeightFiles {
         }
         Ok(TensorReader {
             source: Source::Gguf(reader),
+            file: reader.info().file,
+            present: self.gguf_present.get(reader.info().file).and_then(Option::as_ref),
             path: &self.directory,
             kind: weight_type(reader.info().tensor_type),
             columns: reader.info().columns(),
@@ -303,122 +321,9 @@ impl WeightFiles {
     }
 }
 
-/// Where a tensor's bytes are.
-#[derive(Debug)]
-enum Source<'a> {
-    Safetensors { file: &'a File, offset: u64 },
-    Gguf(ashlar_gguf::TensorReader<'a>),
-}
-
-/// Reads rows of one tensor; a vector counts as one row.
-#[derive(Debug)]
-pub struct TensorReader<'a> {
-    source: Source<'a>,
-    path: &'a Path,
-    name: String,
-    kind: WeightType,
-    columns: usize,
-    /// The size of the heads whose rows the file interleaves.
-    interleaved: Option<usize>,
-    is_vector: bool,
-}
-
-impl TensorReader<'_> {
-    /// Type in the file.
-    pub fn kind(&self) -> WeightType {
-        self.kind
-    }
-
-    /// Inputs of a row in the file.
-    pub fn columns(&self) -> usize {
-        self.columns
-    }
-
-    /// Raw bytes of `columns` (whole blocks) of the rows `rows`, row after row; whole rows are one read where the file has
-    /// them in order.
-    pub fn read_bytes(&self, rows: Range<usize>, columns: Range<usize>) -> Result<Vec<u8>, WeightError> {
-        let (width, stride) = (self.stored_bytes(columns.len()), self.stored_bytes(self.columns));
-        let mut bytes = vec![0u8; rows.len() * width];
-        if let (Some(head_dim), true) = (self.interleaved, self.is_vector && self.kind == WeightType::F32) {
-            // Of a bias the elements are what a matrix has as rows.
-            for (element, chunk) in columns.zip(bytes.chunks_exact_mut(4)) {
-                self.read_at(chunk, 4 * gguf::interleaved_row(element, head_dim) as u64)?;
-            }
-        } else if columns.len() == self.columns && self.interleaved.is_none() {
-            self.read_at(&mut bytes, (rows.start * stride) as u64)?;
-        } else {
-            for (row, chunk) in rows.zip(bytes.chunks_exact_mut(width.max(1))) {
-                let row = self.interleaved.map_or(row, |head_dim| gguf::interleaved_row(row, head_dim));
-                self.read_at(chunk, (row * stride + self.stored_bytes(columns.start)) as u64)?;
-            }
-        }
-        Ok(bytes)
-    }
-
-    /// Appends `columns` (whole blocks) of the rows `rows` to `to`; whole rows that lie near each other are one read.
-    pub(crate) fn append_rows(
-        &self,
-        rows: Range<usize>,
-        columns: Range<usize>,
-        to: &mut FileRows,
-    ) -> Result<(), WeightError> {
-        let (width, stride) = (self.stored_bytes(columns.len()), self.stored_bytes(self.columns));
-        let stored = |row| self.interleaved.map_or(row, |head_dim| gguf::interleaved_row(row, head_dim));
-        let (first, last) =
-            rows.clone().map(stored).fold((usize::MAX, 0), |(a, b), row| (a.min(row), b.max(row)));
-        // Of interleaved heads every second row is wanted, or all of them in another order.
-        if columns.len() == self.columns && last < first.saturating_add(2 * rows.len()) {
-            let (start, bytes) = to.grow((last + 1 - first) * stride);
-            self.read_at(bytes, (first * stride) as u64)?;
-            rows.for_each(|row| to.push(start + (stored(row) - first) * stride));
-            return Ok(());
-        }
-        for row in rows {
-            let (start, bytes) = to.grow(width);
-            self.read_at(bytes, (stored(row) * stride + self.stored_bytes(columns.start)) as u64)?;
-            to.push(start);
-        }
-        Ok(())
-    }
-
-    /// Bytes of `columns` weights of a row.
-    fn stored_bytes(&self, columns: usize) -> usize {
-        columns / self.kind.block_len() * self.kind.block_bytes()
-    }
-
-    /// The weights `columns` (whole blocks) of the rows `rows`, widened to f32.
-    pub fn read(&self, rows: Range<usize>, columns: Range<usize>) -> Result<Vec<f32>, WeightError> {
-        let mut values = vec![0f32; rows.len() * columns.len()];
-        widen(self.kind, &self.read_bytes(rows, columns)?, &mut values)
-            .map_err(|error| self.unusable(&error))?;
-        Ok(values)
-    }
-
-    /// The error for blocks that cannot be what they should.
-    pub(crate) fn unusable(&self, error: &BlockError) -> WeightError {
-        WeightError::Corrupt {
-            path: self.path.to_owned(),
-            reason: format!("tensor `{}`: {error}", self.name),
-        }
-    }
-
-    fn read_at(&self, buffer: &mut [u8], relative: u64) -> Result<(), WeightError> {
-        match &self.source {
-            Source::Gguf(reader) => Ok(reader.read_bytes_at(relative, buffer)?),
-            Source::Safetensors { file, offset } => {
-                let offset = offset + relative;
-                file.read_exact_at(buffer, offset).map_err(|source| WeightError::Corrupt {
-                    path: self.path.to_owned(),
-                    reason: format!("tensor `{}` at byte {offset}: {source}", self.name),
-                })
-            }
-        }
-    }
-}
-
 /// File names of the weights in `directory`: the single file, or the shards its index names.
 pub(crate) fn file_names(directory: &Path) -> Result<Vec<String>, WeightError> {
-    let index = directory.join("model.safetensors.index.json");
+    let index = directory.join(INDEX_FILE);
     if !index.exists() {
         return if directory.join("model.safetensors").exists() {
             Ok(vec!["model.safetensors".into()])
@@ -426,20 +331,25 @@ pub(crate) fn file_names(directory: &Path) -> Result<Vec<String>, WeightError> {
             Err(WeightError::Missing(directory.to_owned()))
         };
     }
-    let text = std::fs::read_to_string(&index)
-        .map_err(|source| WeightError::Read { path: index.clone(), source })?;
-    let parsed: ShardIndex = serde_json::from_str(&text)
+    let text = std::fs::read(&index).map_err(|source| WeightError::Read { path: index.clone(), source })?;
+    let names = index_names(&text)
         .map_err(|error| WeightError::Corrupt { path: index.clone(), reason: error.to_string() })?;
-    let mut names: Vec<String> = parsed.weight_map.into_values().collect();
-    names.sort();
-    names.dedup();
     for name in &names {
-        let plain = !name.is_empty()
-            && !name.starts_with('.')
-            && name.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'));
-        if !plain {
+        if !is_plain(name) {
             return Err(WeightError::UnsafeName { path: index, name: name.clone() });
         }
     }
-    Ok(names)
+    Ok(names.into_iter().collect())
+}
+
+/// The files that an index names, whatever they are called.
+pub(crate) fn index_names(index: &[u8]) -> Result<BTreeSet<String>, serde_json::Error> {
+    Ok(serde_json::from_slice::<ShardIndex>(index)?.weight_map.into_values().collect())
+}
+
+/// Whether `name` names a file in its own folder, and nothing hidden.
+pub(crate) fn is_plain(name: &str) -> bool {
+    !name.is_empty()
+        && !name.starts_with('.')
+        && name.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'))
 }

@@ -46,6 +46,8 @@ pub enum LinkPurpose {
         /// The connecting rank's slice.
         index: u32,
     },
+    /// Files of the model, see [`crate::files`].
+    Files,
 }
 
 /// What a data connection of a fine-tuning session carries.

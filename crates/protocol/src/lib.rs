@@ -9,6 +9,7 @@
 //! * [`step`]: scheduler → ranks → scheduler, every step (plans and results).
 //! * [`data`]: rank ↔ rank (activations between stages, partial sums within a tensor-parallel group, slices of the logits).
 //! * [`group`]: rank ↔ rank (how a tensor-parallel group will exchange), once per layout.
+//! * [`files`]: node ↔ node (files of the model, for a node that has none).
 //! * [`enrolment`]: a machine that joins ↔ the enrolment endpoint, once per machine.
 //! * [`frame`]: length, checksum and version around all of it, for asynchronous and blocking sockets.
 //!
@@ -20,6 +21,7 @@
 pub mod admin;
 pub mod data;
 pub mod enrolment;
+pub mod files;
 pub mod frame;
 pub mod group;
 pub mod membership;

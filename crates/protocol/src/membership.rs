@@ -255,4 +255,9 @@ pub struct Assignment {
     pub head: Option<HeadSlice>,
     /// Data address of rank 0 of the last stage, for ranks of earlier stages that hold rows of the head.
     pub sampler: Option<String>,
+    /// Data addresses of other nodes that may have the model's files, likely ones first; at most [`SOURCES_MAX`].
+    pub sources: Vec<String>,
 }
+
+/// How many nodes an assignment names that may have the model's files.
+pub const SOURCES_MAX: usize = 8;

@@ -257,7 +257,7 @@ impl Node {
                     Some(place) => {
                         match purpose {
                             LinkPurpose::Head { .. } => place.sampler = Some(connection),
-                            LinkPurpose::Training { .. } => {}
+                            LinkPurpose::Training { .. } | LinkPurpose::Files => {}
                             LinkPurpose::Activations | LinkPurpose::Group { .. } => {
                                 place.next = Some(connection)
                             }
@@ -536,7 +536,7 @@ impl Node {
             }
             match hello.purpose {
                 LinkPurpose::Head { index } => drop(place.head_ranks.insert(index, *connection)),
-                LinkPurpose::Training { .. } => {}
+                LinkPurpose::Training { .. } | LinkPurpose::Files => {}
                 LinkPurpose::Activations | LinkPurpose::Group { .. } => place.previous = Some(*connection),
             }
             false

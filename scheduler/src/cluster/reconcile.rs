@@ -5,7 +5,7 @@ use super::quarantine::LinkWatch;
 use super::{Cluster, Effect, LASTING_FAILURES, REVISIONS_PER_TERM, costs, held};
 use crate::engine::ReplicaUp;
 use crate::time::Millis;
-use ashlar_protocol::membership::Assignment;
+use ashlar_protocol::membership::{Assignment, SOURCES_MAX};
 use ashlar_protocol::prefix::BlockHash;
 use ashlar_shard_plan::{DeviceReport, Layout, plan};
 use ashlar_vocabulary::{BlockId, HeadSlice, NodeId, ReplicaId, ReplicaRevision};
@@ -194,6 +194,7 @@ impl Cluster {
             next: if earlier { address(stage + 1, rank) } else { None },
             head,
             sampler: if earlier && head.is_some() { address(stages - 1, 0) } else { None },
+            sources: sources(replica, &self.nodes, &seat.node),
         }
     }
 
@@ -279,6 +280,17 @@ fn kept_by_all(replica: &Replica, nodes: &BTreeMap<NodeId, Node>) -> Vec<(BlockI
     let Some(first) = kept.next() else { return Vec::new() };
     let others: Vec<_> = kept.collect();
     first.iter().filter(|block| others.iter().all(|other| other.contains(block))).copied().collect()
+}
+
+/// Where `node` may find files of the model that it does not have: at nodes that have weights in memory, of its replica first, then
+/// at any.
+fn sources(replica: &Replica, nodes: &BTreeMap<NodeId, Node>, node: &NodeId) -> Vec<String> {
+    let mut others: Vec<&Node> = nodes.values().filter(|other| other.join.node != *node).collect();
+    let likely = |other: &&Node| {
+        (other.holds.is_none(), !replica.seats.iter().any(|seat| seat.node == other.join.node))
+    };
+    others.sort_by_key(likely);
+    others.into_iter().take(SOURCES_MAX).map(|other| other.join.data_address.clone()).collect()
 }
 
 pub(super) fn device_report(node: &Node) -> DeviceReport {

@@ -404,3 +404,20 @@ fn a_node_that_comes_back_after_a_crash_tells_the_engine_of_it() {
         "it computed nothing here"
     );
 }
+
+#[test]
+fn an_assignment_names_others_that_may_have_the_files_likely_ones_first() {
+    let (mut test, _, b) = Test::up();
+    for standby in 'c'..='m' {
+        test.join(&standby.to_string());
+    }
+    let mut effects = test.lose(b);
+    effects.extend(test.tick(10_000));
+    let assigned = assignments(&effects);
+    let [(_, first), (_, second), ..] = &assigned[..] else { panic!("{assigned:?}") };
+    for (own, other) in [(first, second), (second, first)] {
+        let own_address = &own.group[0];
+        assert!(own.sources.len() == 8 && !own.sources.contains(own_address), "{:?}", own.sources);
+        assert_eq!(own.sources[0], other.group[0], "who is of the replica");
+    }
+}

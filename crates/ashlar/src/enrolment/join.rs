@@ -7,13 +7,13 @@
 use super::{as_host, own_address_towards};
 use crate::demo;
 use crate::plan::parse_bytes;
-use crate::roles::{permanent, resolve};
+use crate::roles::permanent;
 use anyhow::{Context, Result, anyhow, bail};
 use ashlar_identity::token::SECRET_BYTES;
 use ashlar_identity::{
     CertificateRequest, Credentials, Fingerprint, Identity, KeyPair, Role, TlsError, Token, name, transport,
 };
-use ashlar_model::digest;
+use ashlar_model::{digest, hub};
 use ashlar_protocol::enrolment::{
     ClusterFacts, ENROLMENT_BYTES_MAX, EnrolmentAnswer, EnrolmentRequest, ModelSource, Welcome,
 };
@@ -21,7 +21,7 @@ use ashlar_protocol::frame::{self, FrameError};
 use ashlar_service_kit::Addresses;
 use ashlar_service_kit::lock::{HeldFile, LockError};
 use ashlar_shard_node::NodeConfig;
-use ashlar_shard_node::config::Pin;
+use ashlar_shard_node::config::{FetchPolicy, Pin};
 use ashlar_vocabulary::{Bytes, NodeId};
 use clap::Args;
 use serde::{Deserialize, Serialize};
@@ -54,9 +54,13 @@ pub(crate) struct JoinArgs {
     /// Where this node keeps its identity and its state.
     #[arg(long, default_value = "./.ashlar-node", value_name = "DIR", conflicts_with = "config")]
     state: PathBuf,
-    /// The cluster's model on this machine: a directory, a GGUF file or a hub id; default: as the cluster names it.
+    /// The cluster's model on this machine: a directory, a GGUF file or a hub id; default: as the cluster names it. Where it is not on
+    /// this machine, the node fetches what it needs.
     #[arg(long, value_name = "DIR|HUB_ID", conflicts_with = "config")]
     model: Option<String>,
+    /// Fetch what this node needs of the model even if it is on this machine.
+    #[arg(long, conflicts_with_all = ["config", "model"])]
+    fetch: bool,
     /// Memory to offer, for example 8GiB; default: nine tenths of what is available.
     #[arg(long, value_name = "SIZE", value_parser = parse_bytes, conflicts_with = "config")]
     memory: Option<Bytes>,
@@ -249,10 +253,17 @@ fn explain(error: FrameError, token: &Token) -> anyhow::Error {
     }
 }
 
-/// Refuses another model before the cluster does.
+/// Refuses another model before the cluster does. One that is not on this machine is checked when it is fetched.
 fn check_model(args: &JoinArgs, state: &Path, facts: &ClusterFacts) -> Result<()> {
     let Some(model) = own_model(args, state, facts)? else { return Ok(()) };
-    let directory = resolve(&model)?;
+    let Some(directory) = hub::local(&model) else {
+        if hub::is_id(&model) {
+            return Ok(());
+        }
+        bail!(
+            "{model} is no model: give --model with a copy of the cluster's, or leave it out, and it is fetched"
+        );
+    };
     let digest = digest::model_digest(&directory, facts.precision)?;
     if digest != facts.model_digest {
         bail!(
@@ -264,20 +275,17 @@ fn check_model(args: &JoinArgs, state: &Path, facts: &ClusterFacts) -> Result<()
     Ok(())
 }
 
-/// Where this machine has the cluster's model, unless it is where the cluster names it.
+/// Where this machine has the cluster's model, unless it is where the cluster names it, or nowhere.
 fn own_model(args: &JoinArgs, state: &Path, facts: &ClusterFacts) -> Result<Option<String>> {
     Ok(match (&args.model, &facts.model) {
         (Some(model), _) => Some(match Path::new(model).exists() {
             true => fs::canonicalize(model)?.to_string_lossy().into_owned(),
             false => model.clone(),
         }),
+        (None, _) if args.fetch => None,
         (None, ModelSource::Demo) => Some(demo::unpack(state)?.to_string_lossy().into_owned()),
         (None, ModelSource::Hub(id)) => Some(id.clone()),
-        (None, ModelSource::Directory(directory)) if Path::new(directory).exists() => None,
-        (None, ModelSource::Directory(directory)) => bail!(
-            "the cluster serves the model in {directory}, which is not on this machine: bring it here, and run this again with \
-             --model DIR"
-        ),
+        (None, ModelSource::Directory(_)) => None,
     })
 }
 
@@ -307,6 +315,8 @@ fn configuration(
         allow_plaintext: false,
         state: state.to_owned(),
         model: own_model(args, state, facts)?,
+        fetch: if args.fetch { FetchPolicy::Always } else { FetchPolicy::Missing },
+        models: None,
         blobs: facts.blobs.clone(),
         cache: None,
         memory_bytes: args.memory.map(|memory| memory.0),

@@ -32,6 +32,8 @@ pub(super) struct Header {
     pub(super) metadata: Metadata,
     /// In the file's order, with offsets from the file's start.
     pub(super) tensors: Vec<TensorInfo>,
+    /// Where the tensors' data begin, in bytes: there is nothing of the header behind.
+    pub(super) data_start: u64,
 }
 
 /// Reads the header of file number `file_index`, which is `length` bytes long.
@@ -83,7 +85,7 @@ pub(super) fn read(file: &File, path: &Path, length: u64, file_index: usize) -> 
         info.offset += data_start;
     }
     check_overlap(&cursor, &tensors)?;
-    Ok(Header { metadata, tensors })
+    Ok(Header { metadata, tensors, data_start })
 }
 
 fn check_version(cursor: &mut HeaderCursor<'_>, path: &Path) -> Result<(), GgufError> {

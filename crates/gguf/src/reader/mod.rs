@@ -117,6 +117,15 @@ impl GgufFiles {
     }
 }
 
+/// Bytes of the header of the file at `path`, which may be one of several of a model: all before its tensors' data. What lies
+/// behind them is not read.
+///
+/// # Errors
+/// [`GgufError`], where they are no header.
+pub fn header_bytes(path: &Path) -> Result<u64, GgufError> {
+    Ok(open(path, 0)?.1.data_start)
+}
+
 fn open(path: &Path, index: usize) -> Result<(OpenFile, header::Header), GgufError> {
     let read = |source| GgufError::Read { path: path.to_owned(), source };
     // Before it is opened, because opening a FIFO waits for somebody to write.

@@ -86,6 +86,7 @@ pub(super) fn connect(
         next: place.next,
         head: slice.head,
         sampler: place.sampler,
+        sources: Vec::new(),
     };
     let samples = slice.last && slice.tensor_rank == 0;
     let slices = slice.head.filter(|_| samples).map_or(0, |head| head.of - slice.tensor_parallel_size);
