@@ -153,16 +153,14 @@ async fn conduct(args: DrillArgs) -> Result<()> {
         bar.inc(1);
         log.fault(record)?;
     }
+    let noticed = load.stop(log.records.len()).await;
+    // Alone, the last jobs have not long to go.
     bar.set_message("letting the last jobs end");
     let jobs = match jobs {
         None => None,
-        // Streams go on meanwhile: nothing about the load changes for the last job.
-        Some(jobs) => Some(match log.records.len() < args.faults {
-            true => jobs.cancel().await,
-            false => jobs.finish().await,
-        }),
+        Some(jobs) if log.records.len() < args.faults => Some(jobs.cancel().await),
+        Some(jobs) => Some(jobs.finish().await),
     };
-    let noticed = load.stop(log.records.len()).await;
     log.rest(Rest { noticed, jobs })?;
     bar.finish_and_clear();
     let report = Report::of(&log.records);
