@@ -38,6 +38,12 @@ const OUTBOUND_QUEUE: usize = 256;
 const GREETING_TIMEOUT: Duration = Duration::from_secs(2);
 /// Data connections that have not said yet who they are, at a time; each has seconds to do so.
 const STRANGERS_MAX: usize = 64;
+/// A scheduler that says nothing for so long is left for another one, …
+const SILENCE: Duration = Duration::from_secs(1);
+/// … looked at so many times in between.
+const SILENT_LOOKS: u32 = 5;
+/// Where there is no other one, only its host's death is worth noticing: so many times as much.
+const ALONE_FACTOR: u32 = 5;
 const RECONNECT_MIN: Duration = Duration::from_millis(50);
 const RECONNECT_MAX: Duration = Duration::from_millis(200);
 
@@ -448,25 +454,26 @@ impl Session<'_> {
                 }
             }
         });
+        // Counted, so that a node that stood still itself does not hold that against the scheduler.
+        let mut looks = tokio::time::interval(SILENCE / SILENT_LOOKS);
+        looks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let silent_looks_max =
+            if self.config.scheduler.count() > 1 { SILENT_LOOKS } else { ALONE_FACTOR * SILENT_LOOKS };
+        let mut silent_looks = 0;
         let ended = loop {
             tokio::select! {
-                message = arrived.recv() => match message.unwrap_or(Err(FrameError::Closed)) {
-                    Err(error) => break Err(error),
-                    Ok(ToNode::Closing(reason)) => break Err(FrameError::Refused(reason)),
-                    Ok(ToNode::Rejected(reason)) => break Ok(Some(NodeError::Rejected(reason))),
-                    Ok(ToNode::Dismissed) => if self.leaving.is_ending() {
-                        break Ok(None);
-                    } else {
-                        info!("this node is drained: it holds nothing");
-                    },
-                    Ok(ToNode::Drain(drained)) => {
-                        self.leaving.drained.store(drained, Ordering::Relaxed);
-                        self.leaving.news.notify_one();
+                _ = looks.tick() => {
+                    silent_looks += 1;
+                    if silent_looks > silent_looks_max && arrived.is_empty() {
+                        break Err(FrameError::Io(std::io::ErrorKind::TimedOut.into()));
                     }
-                    Ok(message) => if !self.dispatch(message) {
-                        break Err(FrameError::Io(std::io::ErrorKind::ResourceBusy.into()));
-                    },
-                },
+                }
+                message = arrived.recv() => {
+                    silent_looks = 0;
+                    if let Some(ended) = self.heed(message.unwrap_or(Err(FrameError::Closed))) {
+                        break ended;
+                    }
+                }
                 () = self.leaving.news.notified() => {
                     let leaving = FromNode::Leaving(self.leaving.is_leaving());
                     if let Err(error) = frame::write(&mut writer, &leaving).await {
@@ -485,6 +492,27 @@ impl Session<'_> {
         };
         reading.abort();
         ended
+    }
+
+    /// Does what the scheduler says; how the connection ended, if that was its end.
+    fn heed(&self, message: Result<ToNode, FrameError>) -> Option<Result<Option<NodeError>, FrameError>> {
+        match message {
+            Err(error) => return Some(Err(error)),
+            Ok(ToNode::Closing(reason)) => return Some(Err(FrameError::Refused(reason))),
+            Ok(ToNode::Rejected(reason)) => return Some(Ok(Some(NodeError::Rejected(reason)))),
+            Ok(ToNode::Dismissed) if self.leaving.is_ending() => return Some(Ok(None)),
+            Ok(ToNode::Dismissed) => info!("this node is drained: it holds nothing"),
+            Ok(ToNode::Drain(drained)) => {
+                self.leaving.drained.store(drained, Ordering::Relaxed);
+                self.leaving.news.notify_one();
+            }
+            Ok(message) => {
+                if !self.dispatch(message) {
+                    return Some(Err(FrameError::Io(std::io::ErrorKind::ResourceBusy.into())));
+                }
+            }
+        }
+        None
     }
 
     /// Hands a message to the compute thread; `false` if its queue is full, which an honest scheduler never causes.
@@ -514,7 +542,11 @@ impl Session<'_> {
                 Command::LoadAdapter { revision, adapter, load }
             }
             ToNode::UnloadAdapter { adapter } => Command::UnloadAdapter(adapter),
-            ToNode::Closing(_) | ToNode::Rejected(_) | ToNode::Dismissed | ToNode::Drain(_) => return true,
+            ToNode::Beat
+            | ToNode::Closing(_)
+            | ToNode::Rejected(_)
+            | ToNode::Dismissed
+            | ToNode::Drain(_) => return true,
         };
         self.commands.try_send(command).is_ok()
     }

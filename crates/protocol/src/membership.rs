@@ -210,6 +210,9 @@ pub enum ToNode {
         /// What to do.
         work: TrainingWork,
     },
+    /// The scheduler lives: sent at least every [`SCHEDULER_BEAT_MS`](crate::serving::SCHEDULER_BEAT_MS), so that a node leaves one
+    /// that it does not hear any more.
+    Beat,
     /// The connection is closed after this; why, for the node's log. It may come back.
     Closing(String),
     /// This node cannot join; the reason is for the operator. The connection is closed afterwards.

@@ -427,7 +427,7 @@ impl Node {
                 self.tell(FromNode::Leaving(self.is_leaving()), actions);
             }
             ToNode::Dismissed => self.end(actions),
-            ToNode::Closing(_) | ToNode::Rejected(_) => {}
+            ToNode::Beat | ToNode::Closing(_) | ToNode::Rejected(_) => {}
         }
         Ok(())
     }

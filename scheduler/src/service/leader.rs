@@ -227,6 +227,9 @@ impl Leader {
             self.last_beat_at = self.now();
             let beat = encode(&FromScheduler::Beat);
             self.tell_all_gateways(&beat);
+            let beat = encode(&ToNode::Beat);
+            let nodes: Vec<NodeConnection> = self.nodes.keys().copied().collect();
+            nodes.into_iter().for_each(|node| self.tell_node(node, beat.clone()));
         }
     }
 
