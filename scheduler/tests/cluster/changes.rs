@@ -47,7 +47,7 @@ fn pass(test: &mut Test, nodes: &[NodeConnection], ms: u64) -> Vec<Effect> {
     let mut effects = Vec::new();
     for _ in 0..ms.div_ceil(100) {
         for connection in nodes {
-            test.send(Event::Heard { connection: *connection, spent: Spent::Nothing });
+            effects.extend(test.send(Event::Heard { connection: *connection, spent: Spent::Nothing }));
         }
         effects.extend(test.tick(100));
     }

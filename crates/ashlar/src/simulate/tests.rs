@@ -69,7 +69,7 @@ fn a_running_cluster_gives_its_nodes_and_its_cut() {
     let trained = serde_json::to_value(ashlar_protocol::training::TrainingTiming::default()).unwrap();
     let node = |name: &str, place: serde_json::Value, start: usize, end: usize| {
         json!({"node": name, "memory": 1u64 << 34, "bandwidth_bytes_per_s": 4e10, "flops_per_s": 3e11, "place": place,
-               "layers": {"start": start, "end": end}, "loaded": 1.0, "reserved": 0, "adapters": 0, "jobs": 0,
+               "layers": {"start": start, "end": end}, "loaded": 1.0, "leaving": false, "quarantined": null, "reserved": 0, "adapters": 0, "jobs": 0,
                "resident": 0, "busy": timing, "trained": trained})
     };
     let cluster = json!({"model": "m", "max_context_tokens": 2048, "nodes": [
