@@ -137,12 +137,13 @@ fn after_every_fault_every_running_stream_goes_on() {
         fault(20, Role::Scheduler, 0, FaultKind::Kill),
         fault(27, Role::Scheduler, 0, freeze),
     ];
-    let report = run(&Plan { faults, ..settings(3, 2, requests(80, 400)) });
-    assert_eq!((report.finished, report.faults.len()), (80, 4));
+    let report = run(&Plan { faults, ..settings(3, 2, requests(30, 1_500)) });
+    assert_eq!((report.finished, report.faults.len()), (30, 4));
     assert!(report.failed.is_empty() && report.replica_losses >= 2);
     for fault in &report.faults {
         assert!(fault.streams > 0 && fault.lost == 0, "{fault:?}");
-        assert!(fault.recovery_ms.unwrap() < 5_000.0, "{fault:?}");
+        // Computing a stream's tokens again takes such a cluster the better part of a second, one after the other.
+        assert!(fault.recovery_ms.unwrap() < 2_500.0 + 1_000.0 * fault.streams as f64, "{fault:?}");
     }
     // A node that stands still is noticed after a second, one that is killed at once; with it, its KV cache is gone.
     let recovery = |index: usize| report.faults[index].recovery_ms.unwrap();
