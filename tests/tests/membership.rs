@@ -114,7 +114,7 @@ fn an_operator_drains_a_node_and_uses_it_again() {
     let other = seated(&cluster).remove(0);
     let refused = drain(&cluster, &other);
     assert_eq!(refused.status, 409, "{}", refused.text());
-    assert!(refused.text().contains("let another node join first"), "{}", refused.text());
+    assert!(refused.text().contains(&format!("node {other} is needed")), "{}", refused.text());
     let unknown = drain(&cluster, "nobody");
     assert_eq!(unknown.status, 404, "{}", unknown.text());
 
