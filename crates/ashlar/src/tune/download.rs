@@ -6,6 +6,10 @@ use indicatif::ProgressBar;
 use serde_json::{Value, json};
 use std::fs::{self, File};
 use std::path::Path;
+use std::time::{Duration, Instant};
+
+/// How long a file that the job names may not be there yet.
+const LATE_MAX: Duration = Duration::from_secs(10);
 
 /// Writes what `job`, which has succeeded, has left to `directory`, which is made if need be. Files of the same names are replaced,
 /// each only once the new one is whole.
@@ -17,7 +21,7 @@ pub(super) async fn download(client: &Client, job: &Value, directory: &Path, jso
     }
     fs::create_dir_all(directory).with_context(|| format!("cannot make {}", directory.display()))?;
     for id in files {
-        let file = client.get_ok(&format!("/v1/files/{id}")).await?;
+        let file = described(client, id).await?;
         let name = plain_name(file["filename"].as_str().unwrap_or_default())?;
         let bar = ProgressBar::new_spinner().with_message(format!("fetching {name}"));
         let (to, part) = (directory.join(name), directory.join(format!(".{name}.part")));
@@ -27,6 +31,19 @@ pub(super) async fn download(client: &Client, job: &Value, directory: &Path, jso
         show(&to, bytes, json);
     }
     Ok(())
+}
+
+/// A file's record. A table of results is written once the job has ended, and may be a moment late.
+async fn described(client: &Client, id: &str) -> Result<Value> {
+    let path = format!("/v1/files/{id}");
+    let asked = Instant::now();
+    loop {
+        match client.get(&path).await? {
+            (404, _) if asked.elapsed() < LATE_MAX => tokio::time::sleep(LATE_MAX / 50).await,
+            (200, file) => return Ok(file),
+            _ => return client.get_ok(&path).await,
+        }
+    }
 }
 
 async fn fetch(client: &Client, id: &str, part: &Path) -> Result<u64> {
