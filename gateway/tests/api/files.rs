@@ -161,7 +161,7 @@ async fn a_scheduler_that_refuses_has_its_status() {
 async fn damaged_content_never_looks_whole() {
     let world = World::tuning().await;
     // More than fits into the buffers on its way: what is sent first has left when the damage is seen.
-    const BYTES: usize = 3_000_000;
+    const BYTES: usize = 1_000_000;
     let id = world.upload(&vec![b'a'; BYTES]).await;
     let mut found = Vec::new();
     files_below(world.blobs_path(), &mut found);
