@@ -28,9 +28,11 @@ use serde::{Deserialize, Serialize};
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::net::TcpStream;
 
+/// How long nobody may listen there yet.
+const REFUSED_MAX: Duration = Duration::from_secs(5);
 /// From a connection to the answer.
 const LIMIT: Duration = Duration::from_secs(15);
 /// The same, for a node that knows the cluster already.
@@ -229,7 +231,9 @@ async fn ask(
     secret: Option<[u8; SECRET_BYTES]>,
     request: CertificateRequest,
 ) -> Result<EnrolmentAnswer, FrameError> {
-    let socket = TcpStream::connect(address).await?;
+    // Whoever is given a token by a cluster that is just being started may be faster than that.
+    let patience = if secret.is_some() { REFUSED_MAX } else { Duration::ZERO };
+    let socket = reach(address, patience).await?;
     frame::tune(&socket)?;
     let mut stream = transport::connect_to_enrol(socket, cluster).await?;
     frame::greet(&mut stream, "node that joins").await?;
@@ -238,6 +242,19 @@ async fn ask(
 }
 
 /// What is wrong with an endpoint, in terms of the token.
+/// Connects, for as long as it takes until somebody listens there.
+async fn reach(address: &str, patience: Duration) -> io::Result<TcpStream> {
+    let asked = Instant::now();
+    loop {
+        match TcpStream::connect(address).await {
+            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused && asked.elapsed() < patience => {
+                tokio::time::sleep(REFUSED_MAX / 25).await;
+            }
+            outcome => return outcome,
+        }
+    }
+}
+
 fn explain(error: FrameError, token: &Token) -> anyhow::Error {
     match error {
         FrameError::Tls(TlsError::Stranger) => anyhow!(
