@@ -1,46 +1,21 @@
 //! Who may speak to a scheduler that has an identity.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
+mod model;
+
 use ashlar_identity::{Authority, Identity, Role, Stream, Tls, TlsError, Transport};
 use ashlar_protocol::frame::{self, FrameError};
 use ashlar_protocol::membership::{FromNode, Join, ToNode};
 use ashlar_protocol::serving::FromScheduler;
-use ashlar_scheduler::{ModelCard, Scheduler, SchedulerConfig};
-use ashlar_vocabulary::{
-    Bytes, FloatType, LayerVectors, LeaseTerm, ModelDigest, ModelShape, NodeId, Precision, WeightType,
-    WeightTypes,
-};
+use ashlar_scheduler::{Scheduler, SchedulerConfig};
+use ashlar_vocabulary::{Bytes, LeaseTerm, NodeId};
+use model::card;
 use std::net::SocketAddr;
 use std::path::Path;
 use std::time::Duration;
 use tokio::net::TcpStream;
 
 const LIMIT: Duration = Duration::from_secs(20);
-
-fn model() -> ModelCard {
-    let shape = ModelShape {
-        hidden_size: 64,
-        intermediate_size: 256,
-        num_layers: 8,
-        num_heads: 8,
-        num_kv_heads: 8,
-        head_dim: 8,
-        vocab_size: 1024,
-        max_position_embeddings: 512,
-        tied_head: true,
-        weights: WeightTypes::uniform(WeightType::F32, 8),
-        kv_cache: FloatType::F32,
-        activations: FloatType::F32,
-        vectors: LayerVectors::default(),
-    };
-    ModelCard {
-        source: "demo".into(),
-        precision: Precision::default(),
-        digest: ModelDigest([1; 32]),
-        shape,
-        max_context_tokens: 512,
-    }
-}
 
 fn transport(authority: &Authority, role: Role, name: &str) -> Transport {
     let identity = Identity::new(role, name).unwrap();
@@ -59,7 +34,7 @@ async fn start(state: &Path, authority: &Authority) -> (SocketAddr, SocketAddr) 
         store: format!("redb:{}", state.join("scheduler.redb").display()),
         ..SchedulerConfig::new("demo")
     };
-    let scheduler = Scheduler::bind(config, model()).await.unwrap();
+    let scheduler = Scheduler::bind(config, card()).await.unwrap();
     let addresses = (scheduler.nodes_address().unwrap(), scheduler.gateways_address().unwrap());
     tokio::spawn(scheduler.run(std::future::pending()));
     addresses
@@ -164,7 +139,7 @@ async fn a_scheduler_without_an_identity_does_not_listen_beyond_its_machine() {
         store: format!("redb:{}", folder.path().join("scheduler.redb").display()),
         ..SchedulerConfig::new("demo")
     };
-    let error = Scheduler::bind(config(false), model()).await.err().unwrap().to_string();
+    let error = Scheduler::bind(config(false), card()).await.err().unwrap().to_string();
     assert!(error.contains("identity") && error.contains("allow_plaintext"), "{error}");
-    assert!(Scheduler::bind(config(true), model()).await.is_ok());
+    assert!(Scheduler::bind(config(true), card()).await.is_ok());
 }

@@ -1,6 +1,7 @@
 //! The shell over real sockets: nodes and gateways of our own, everything else as it runs.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
+mod model;
 #[allow(dead_code, reason = "shared with the engine's tests")]
 #[path = "engine/rank.rs"]
 mod rank;
@@ -11,11 +12,9 @@ use ashlar_protocol::serving::{
     ChoiceId, ClusterSnapshot, FailureKind, FromScheduler, RequestFailure, Submit, ToScheduler,
 };
 use ashlar_protocol::step::StepTiming;
-use ashlar_scheduler::{ModelCard, Scheduler, SchedulerConfig};
-use ashlar_vocabulary::{
-    Bytes, FloatType, LayerVectors, LeaseTerm, ModelDigest, ModelShape, NodeId, Precision, RequestId,
-    SamplingParams, TokenId, WeightType, WeightTypes,
-};
+use ashlar_scheduler::{Scheduler, SchedulerConfig};
+use ashlar_vocabulary::{Bytes, LeaseTerm, NodeId, RequestId, SamplingParams, TokenId};
+use model::{DIGEST, card};
 use rank::{Rank, oracle};
 use std::net::SocketAddr;
 use std::path::Path;
@@ -23,33 +22,6 @@ use std::time::{Duration, Instant};
 use tokio::net::TcpStream;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
-
-const DIGEST: ModelDigest = ModelDigest([1; 32]);
-
-fn model() -> ModelCard {
-    let shape = ModelShape {
-        hidden_size: 64,
-        intermediate_size: 256,
-        num_layers: 8,
-        num_heads: 8,
-        num_kv_heads: 8,
-        head_dim: 8,
-        vocab_size: 1024,
-        max_position_embeddings: 512,
-        tied_head: true,
-        weights: WeightTypes::uniform(WeightType::F32, 8),
-        kv_cache: FloatType::F32,
-        activations: FloatType::F32,
-        vectors: LayerVectors::default(),
-    };
-    ModelCard {
-        source: "demo".into(),
-        precision: Precision::default(),
-        digest: DIGEST,
-        shape,
-        max_context_tokens: 512,
-    }
-}
 
 struct Running {
     nodes: SocketAddr,
@@ -69,7 +41,7 @@ async fn start(state: &Path) -> Running {
         repair_patience_ms: 3000,
         ..SchedulerConfig::new("demo")
     };
-    let scheduler = Scheduler::bind(config, model()).await.unwrap();
+    let scheduler = Scheduler::bind(config, card()).await.unwrap();
     let (nodes, gateways) = (scheduler.nodes_address().unwrap(), scheduler.gateways_address().unwrap());
     let (stop, stopped) = oneshot::channel();
     let ended = tokio::spawn(async move {
@@ -438,7 +410,7 @@ async fn strangers_and_garbage_concern_only_their_own_connection() {
 #[test]
 fn a_configuration_that_makes_no_sense_is_refused_with_the_key() {
     let bad = SchedulerConfig { max_num_seqs: 1000, ..SchedulerConfig::new("demo") };
-    let error = bad.validate(&model()).unwrap_err().to_string();
+    let error = bad.validate(&card()).unwrap_err().to_string();
     assert!(error.contains("max_num_batched_tokens"), "{error}");
-    assert!(SchedulerConfig::new("demo").validate(&model()).is_ok());
+    assert!(SchedulerConfig::new("demo").validate(&card()).is_ok());
 }

@@ -1,6 +1,8 @@
 //! Jobs through the shell: real sockets, the embedded store, blobs in a directory. The ranks compute nothing.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
+mod model;
+
 use ashlar_protocol::admin::{
     AdminFailureKind, AdminReply, AdminRequest, DataReport, FileRecord, JobAction, JobEvent, JobRecord,
     JobRequest, JobStatus, LoadAdapter, Page, PreparedJob,
@@ -12,12 +14,10 @@ use ashlar_protocol::training::{
     LoraSettings, StepMetrics, TrainingMethod, TrainingReport, TrainingSettings, TrainingTiming,
     TrainingWork, ValidationData,
 };
-use ashlar_scheduler::{ModelCard, Scheduler, SchedulerConfig};
+use ashlar_scheduler::{Scheduler, SchedulerConfig};
 use ashlar_store::blobs::{self, BlobOptions};
-use ashlar_vocabulary::{
-    AdapterId, BlobId, Bytes, Decay, FileId, FloatType, JobId, LayerVectors, LeaseTerm, ModelDigest,
-    ModelShape, NodeId, Precision, Schedule, WeightType, WeightTypes,
-};
+use ashlar_vocabulary::{AdapterId, BlobId, Bytes, Decay, FileId, JobId, LeaseTerm, NodeId, Schedule};
+use model::{DIGEST, card};
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::Path;
@@ -26,7 +26,6 @@ use tokio::net::TcpStream;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
-const DIGEST: ModelDigest = ModelDigest([1; 32]);
 /// A number whose nearest shorter decimal is another one: it must come back from the store to the bit.
 const RATE: f64 = 1.000_000_000_000_000_4e-4;
 
@@ -38,28 +37,6 @@ struct Running {
 }
 
 async fn start(state: &Path, with_blobs: bool) -> Running {
-    let shape = ModelShape {
-        hidden_size: 64,
-        intermediate_size: 256,
-        num_layers: 8,
-        num_heads: 8,
-        num_kv_heads: 8,
-        head_dim: 8,
-        vocab_size: 1024,
-        max_position_embeddings: 512,
-        tied_head: true,
-        weights: WeightTypes::uniform(WeightType::F32, 8),
-        kv_cache: FloatType::F32,
-        activations: FloatType::F32,
-        vectors: LayerVectors::default(),
-    };
-    let model = ModelCard {
-        source: "demo".into(),
-        precision: Precision::default(),
-        digest: DIGEST,
-        shape,
-        max_context_tokens: 512,
-    };
     let config = SchedulerConfig {
         listen_nodes: "127.0.0.1:0".into(),
         listen_gateways: "127.0.0.1:0".into(),
@@ -69,7 +46,7 @@ async fn start(state: &Path, with_blobs: bool) -> Running {
         replicas: Some(1),
         ..SchedulerConfig::new("demo")
     };
-    let scheduler = Scheduler::bind(config, model).await.unwrap();
+    let scheduler = Scheduler::bind(config, card()).await.unwrap();
     let (nodes, gateways) = (scheduler.nodes_address().unwrap(), scheduler.gateways_address().unwrap());
     let (stop, stopped) = oneshot::channel();
     let ended = tokio::spawn(async move {

@@ -8,7 +8,7 @@ use crate::files::{Files, Shelf};
 use crate::head::{HeadService, Wake};
 use crate::links::{Inbound, LinkBreaker, LinkSettings, Links, PendingLinks, Waiting, Wish};
 use crate::sampling::Samplers;
-use crate::sequencer::{Effect, Event, Row, Sequencer, StepWork};
+use crate::sequencer::{self, Effect, Event, Row, Sequencer, StepWork};
 use crate::slices::Slices;
 use crate::spans::Spans;
 use crate::training::{self, Sessions};
@@ -272,7 +272,7 @@ impl Executor {
             Ok(false) => return self.send(FromNode::Refused { revision, term: self.fence.term() }),
             Err(error) => return self.fail(revision, format!("cannot persist the lease term: {error}")),
         }
-        self.former.take_if(|(former, _)| !is_same_cache(former, &assignment));
+        self.former.take_if(|(former, _)| !sequencer::is_same_cache(former, &assignment));
         let mut effects = Vec::new();
         let event = Event::Assigned {
             term: assignment.term,
@@ -587,17 +587,6 @@ fn not_finite(given: Option<&[f32]>, made: &[f32], rows: &[Row], adapters: &Adap
         }
     }
     sequences
-}
-
-/// Whether what the cache of one place holds is what the other place's would: of the same layers and heads of the same model, and
-/// as large.
-fn is_same_cache(one: &Assignment, other: &Assignment) -> bool {
-    let of = |assignment: &Assignment| {
-        let Assignment { model_digest, precision, layers, kv_blocks, .. } = assignment;
-        let rank = (assignment.tensor_rank, assignment.tensor_parallel_size);
-        (*model_digest, *precision, *layers, rank, *kv_blocks)
-    };
-    of(one) == of(other)
 }
 
 fn wanted_logits(sequencer: &Sequencer, scored: &BTreeSet<SequenceId>, work: &StepWork) -> Vec<WantedLogits> {

@@ -29,6 +29,7 @@ pub mod activations;
 mod adapters;
 pub mod beat;
 pub mod config;
+mod control;
 mod copies;
 pub mod executor;
 pub mod fence;

@@ -3,6 +3,7 @@
 //! `handle` takes an event and yields effects; the executor performs them. No I/O, clock or randomness, so that the
 //! simulation runs exactly this.
 
+use ashlar_protocol::membership::Assignment;
 use ashlar_protocol::prefix::BlockHash;
 use ashlar_protocol::step::{NewSequence, SequenceSlice, StepPlan};
 use ashlar_vocabulary::{AdapterId, BlockId, LeaseTerm, ReplicaRevision, SequenceId, StepId, TokenId};
@@ -265,6 +266,17 @@ impl Sequencer {
             }
         }
     }
+}
+
+/// Whether what the cache of one place holds is what the other place's would: of the same layers and heads of the same model, and
+/// as large.
+pub fn is_same_cache(one: &Assignment, other: &Assignment) -> bool {
+    let of = |assignment: &Assignment| {
+        let Assignment { model_digest, precision, layers, kv_blocks, .. } = assignment;
+        let rank = (assignment.tensor_rank, assignment.tensor_parallel_size);
+        (*model_digest, *precision, *layers, rank, *kv_blocks)
+    };
+    of(one) == of(other)
 }
 
 #[cfg(test)]

@@ -12,7 +12,7 @@ use ashlar_protocol::data::{LinkHello, LinkPurpose};
 use ashlar_protocol::membership::{Assignment, BEAT_INTERVAL_MS, FromNode, HeldSlice, Join, ToNode};
 use ashlar_protocol::step::StepPlan;
 use ashlar_shard_node::fence::{self, Verdict};
-use ashlar_shard_node::sequencer::{Event, Sequencer, StepWork};
+use ashlar_shard_node::sequencer::{self, Event, Sequencer, StepWork};
 use ashlar_vocabulary::{AdapterId, Bytes, LeaseTerm, NodeId, ReplicaRevision, SequenceId};
 use kv::Kv;
 use std::collections::{BTreeMap, VecDeque};
@@ -451,10 +451,7 @@ impl Node {
             return self.tell(refusal, actions);
         }
         self.fence = asked;
-        let same = |former: &Assignment| {
-            plan::slice_of(former) == plan::slice_of(&assignment) && former.kv_blocks == assignment.kv_blocks
-        };
-        self.former.take_if(|(former, _)| !same(former));
+        self.former.take_if(|(former, _)| !sequencer::is_same_cache(former, &assignment));
         let assigned = Event::Assigned {
             term: assignment.term,
             revision: assignment.revision,

@@ -6,6 +6,7 @@
 
 use super::events::{ClusterConfig, Effect, NodeConnection};
 use super::place::{Node, Observed, Phase, Replica};
+use super::reconcile::device_report;
 use super::{Cluster, LOADING_SILENCE_MS, costs, held};
 use crate::time::Millis;
 use ashlar_shard_plan::{DeviceReport, Layout, PlanRequest, plan};
@@ -17,8 +18,6 @@ use std::collections::{BTreeMap, BTreeSet};
 const BETTER_BY: f64 = 1.25;
 /// And no worse by more than this in the other respect.
 const WORSE_BY_MAX: f64 = 1.1;
-/// After a change that could not be prepared.
-const CHANGE_PAUSE_MS: u64 = 30_000;
 
 /// A layout on its way.
 #[derive(Debug, Clone)]
@@ -62,11 +61,14 @@ impl Cluster {
 
     /// Moves the layout towards what the nodes that stay can do best.
     pub(super) fn change_layout(&mut self, now: Millis, effects: &mut Vec<Effect>) {
-        if self.change.as_ref().is_some_and(|change| now.since(change.heard) > LOADING_SILENCE_MS) {
-            self.change_due = now.plus(CHANGE_PAUSE_MS);
+        if let Some(change) = &self.change
+            && now.since(change.heard) > LOADING_SILENCE_MS
+        {
+            let silent: Vec<NodeConnection> = change.preparing.keys().copied().collect();
+            silent.into_iter().for_each(|connection| self.cannot_prepare(connection));
             self.abandon_change(effects);
         }
-        if self.change.is_none() && self.change_due <= now {
+        if self.change.is_none() {
             let change = match std::mem::take(&mut self.reconsider) {
                 true => self.replace_leaving(now, effects),
                 false => None,
@@ -110,12 +112,16 @@ impl Cluster {
                 change.heard = now;
             }
             Err(_) => {
-                let node = self.connections.get(&connection).and_then(|name| self.nodes.get_mut(name));
-                node.into_iter().for_each(|node| node.unfit = true);
-                self.change_due = now.plus(CHANGE_PAUSE_MS);
+                self.cannot_prepare(connection);
                 self.abandon_change(effects);
             }
         }
+    }
+
+    /// A node is not asked again, as long as it is connected: others are.
+    fn cannot_prepare(&mut self, connection: NodeConnection) {
+        let node = self.connections.get(&connection).and_then(|name| self.nodes.get_mut(name));
+        node.into_iter().for_each(|node| node.unfit = true);
     }
 
     /// A node has got further with what it prepares.
@@ -212,7 +218,6 @@ impl Cluster {
             seat.taken = false;
             gone.push(seat.node.clone());
         }
-        replica.draining = false;
         let trouble = format!("node {} left", join_names(&gone));
         self.stop(Some(id), Phase::Vacant { since: now }, trouble, effects);
         self.abandon_change(effects);
@@ -278,7 +283,7 @@ impl Cluster {
                 let gone = join_names(&gone_from(replica, leaving));
                 WayOut::Change(self.instead_of_all(&layout, format!("node {gone} leaves")))
             }
-            Err(problem) => WayOut::None(problem),
+            Err(problem) => WayOut::None(format!("without it the model cannot be laid out: {problem}")),
         }
     }
 
@@ -331,7 +336,9 @@ impl Cluster {
         let all = self.layout(&self.devices(|node| !leaving.contains(&node.join.node)), &request).ok()?;
         let stages = self.replicas.values().next().map(|replica| replica.num_stages);
         let present = PlanRequest { stages, replicas: Some(self.replicas.len()), ..request };
-        let seated = self.layout(&self.devices(|node| node.place.is_some()), &present).ok()?;
+        let seated: Vec<DeviceReport> =
+            self.nodes.values().filter(|node| node.place.is_some()).map(device_report).collect();
+        let seated = self.layout(&seated, &present).ok()?;
         is_better(&all, &seated).then(|| self.instead_of_all(&all, "nodes have joined".to_owned()))
     }
 
@@ -345,8 +352,9 @@ impl Cluster {
         self.config.stages.is_none() || self.config.replicas.is_none()
     }
 
+    /// Nodes of this kind on which something could be prepared.
     fn devices(&self, which: impl Fn(&Node) -> bool) -> Vec<DeviceReport> {
-        self.nodes.values().filter(|node| which(node)).map(super::reconcile::device_report).collect()
+        self.nodes.values().filter(|node| which(node) && !node.unfit).map(device_report).collect()
     }
 
     fn layout(&self, devices: &[DeviceReport], request: &PlanRequest) -> Result<Layout, String> {

@@ -65,8 +65,6 @@ pub struct Cluster {
     last_tick: Option<Millis>,
     /// Another layout that is being prepared: one at a time.
     change: Option<Change>,
-    /// When one that failed may be tried again.
-    change_due: Millis,
     /// Whether nodes that leave are to be looked at again.
     reconsider: bool,
     suspicions: Suspicions,
@@ -89,7 +87,6 @@ impl Cluster {
             lasting_problem: false,
             last_tick: None,
             change: None,
-            change_due: Millis(0),
             reconsider: false,
             suspicions: Suspicions::default(),
         }
@@ -97,6 +94,7 @@ impl Cluster {
 
     /// Applies one event, then closes what difference between intent and observation can be closed.
     pub fn handle(&mut self, now: Millis, event: Event, effects: &mut Vec<Effect>) {
+        let is_routine = matches!(event, Event::Heard { .. });
         match event {
             Event::Join { connection, join } => self.join(now, connection, *join, effects),
             Event::Lost { connection, reason } => {
@@ -138,7 +136,10 @@ impl Cluster {
             }
             Event::Tick { slowest_step_ms } => self.tick(now, slowest_step_ms, effects),
         }
-        self.reconcile(now, effects);
+        // Thousands of these per second change nothing but figures; what time brings comes with a tick.
+        if !is_routine || self.reconsider {
+            self.reconcile(now, effects);
+        }
     }
 
     /// The connections of a replica's ranks, to which its step plans go.
@@ -288,6 +289,8 @@ impl Cluster {
     /// A replica does not serve any more, or not yet.
     fn stop(&mut self, id: Option<ReplicaId>, phase: Phase, trouble: String, effects: &mut Vec<Effect>) {
         let Some(replica) = id.and_then(|id| self.replicas.get_mut(&id)) else { return };
+        // Whoever had to drain has done so: what comes up again is another layout.
+        replica.draining = false;
         if replica.phase == Phase::Up {
             effects.push(Effect::ReplicaDown { replica: replica.id, reason: trouble.clone() });
         }

@@ -152,16 +152,37 @@ fn a_standby_that_is_lost_while_it_prepares_is_replaced_by_another_one() {
 }
 
 #[test]
-fn a_standby_that_cannot_prepare_is_not_asked_again() {
+fn a_standby_that_cannot_prepare_is_not_asked_again_and_another_one_is_at_once() {
     let (mut test, a, b) = Test::up();
     let (c, _) = test.join("c");
-    let (connection, revision) = orders(&leave(&mut test, b))[0];
-    let outcome = Err("the disk cannot be read".to_owned());
-    let effects = test.send(Event::Prepared { connection, revision, outcome });
-    assert_eq!(down(&effects), None);
-    let effects = pass(&mut test, &[a, b, c], 31_000);
+    let (d, _) = test.join("d");
+    let fail = |test: &mut Test, (connection, revision): (NodeConnection, ReplicaRevision)| {
+        let outcome = Err("the disk cannot be read".to_owned());
+        test.send(Event::Prepared { connection, revision, outcome })
+    };
+    let first = orders(&leave(&mut test, b))[0];
+    let effects = fail(&mut test, first);
+    assert_eq!((first.0, down(&effects)), (c, None));
+    let second = orders(&effects)[0];
+    assert_eq!(second.0, d);
+    let effects = fail(&mut test, second);
     assert!(orders(&effects).is_empty());
-    assert_eq!(drains(&effects), Some(true));
+    assert_eq!(drains(&effects), Some(true), "nobody is left");
+    assert!(orders(&pass(&mut test, &[a, b, c, d], 2_000)).is_empty());
+}
+
+#[test]
+fn a_replica_that_drained_and_was_lost_meanwhile_drains_again_once_it_is_back() {
+    let (mut test, a, b) = Test::up();
+    leave(&mut test, b);
+    test.lose(a);
+    assert!(test.cluster.draining().is_empty());
+    // Without anything to serve the one that leaves is not held back.
+    assert!(dismissed(&test.seen.clone(), b));
+    test.send(Event::Leaving { connection: b, leaving: false });
+    let (_, effects) = test.join("a");
+    assert!(came_up(&all_ready(&mut test, &effects)));
+    assert_eq!(drains(&leave(&mut test, b)), Some(true));
 }
 
 #[test]

@@ -6,38 +6,25 @@
 
 mod changes;
 mod membership;
+#[allow(dead_code, reason = "shared with tests that start schedulers")]
+#[path = "../model/mod.rs"]
+mod model;
 mod quarantine;
 
 use ashlar_protocol::membership::{Assignment, HeldSlice, Join};
 use ashlar_scheduler::cluster::{Cluster, ClusterConfig, Effect, Event, NodeConnection};
 use ashlar_scheduler::time::Millis;
 use ashlar_shard_plan::Links;
-use ashlar_vocabulary::{
-    Bytes, FloatType, LayerVectors, LeaseTerm, ModelDigest, ModelShape, NodeId, Precision, ReplicaRevision,
-    WeightType, WeightTypes,
-};
+use ashlar_vocabulary::{Bytes, LeaseTerm, NodeId, Precision, ReplicaRevision};
+use model::{CONTEXT_TOKENS, DIGEST, shape};
 
 fn config() -> ClusterConfig {
     ClusterConfig {
         model: "demo".into(),
         precision: Precision::default(),
-        model_digest: ModelDigest([1; 32]),
-        shape: ModelShape {
-            hidden_size: 64,
-            intermediate_size: 256,
-            num_layers: 8,
-            num_heads: 8,
-            num_kv_heads: 8,
-            head_dim: 8,
-            vocab_size: 1024,
-            max_position_embeddings: 512,
-            tied_head: true,
-            weights: WeightTypes::uniform(WeightType::F32, 8),
-            kv_cache: FloatType::F32,
-            activations: FloatType::F32,
-            vectors: LayerVectors::default(),
-        },
-        max_context_tokens: 512,
+        model_digest: DIGEST,
+        shape: shape(),
+        max_context_tokens: CONTEXT_TOKENS,
         term: LeaseTerm(3),
         holder: "test".into(),
         stages: Some(2),
