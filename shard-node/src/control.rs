@@ -8,6 +8,7 @@ use crate::training::Sessions;
 use ashlar_identity::{Role, Transport};
 use ashlar_protocol::frame::{self, FrameError};
 use ashlar_protocol::membership::{FromNode, Join, ToNode};
+use ashlar_service_kit::Retries;
 use std::future::Future;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::SyncSender;
@@ -16,8 +17,6 @@ use tokio::net::TcpStream;
 use tokio::sync::{Notify, mpsc};
 use tracing::{info, warn};
 
-/// How long connecting to the scheduler may take.
-const GREETING_TIMEOUT: Duration = Duration::from_secs(2);
 /// A scheduler that says nothing for so long is left for another one, …
 const SILENCE: Duration = Duration::from_secs(1);
 /// … looked at so many times in between.
@@ -93,19 +92,18 @@ impl Membership<'_> {
     /// Keeps a connection to the scheduler; returns when that refuses this node for good, or when this node has been asked to
     /// end and nobody needs it.
     async fn keep(&self, outbound: &mut mpsc::Receiver<FromNode>) -> Result<(), NodeError> {
-        let mut pause = RECONNECT_MIN;
-        for attempt in 0_usize.. {
-            let address = self.config.scheduler.of_attempt(attempt);
-            match self.connect_and_serve(address, outbound, &mut pause).await {
+        let mut retries = Retries::new(self.config.scheduler.clone(), RECONNECT_MIN, RECONNECT_MAX);
+        loop {
+            match self.connect_and_serve(&mut retries, outbound).await {
                 Ok(last) => return last.map_or(Ok(()), Err),
                 Err(_) if self.leaving.is_ending() => return Ok(()),
-                Err(error) => warn!("scheduler {address}: {error}; reconnecting"),
+                Err(error) => warn!("scheduler {}: {error}; reconnecting", retries.address()),
             }
             self.breaker.supersede();
             self.sessions.end_all("the scheduler was lost");
             let _ = self.commands.try_send(Command::Release { for_now: true });
             // What the compute thread says without a scheduler is of no use; drain it so that it never blocks.
-            let deadline = tokio::time::sleep(pause);
+            let deadline = tokio::time::sleep(retries.over());
             tokio::pin!(deadline);
             loop {
                 tokio::select! {
@@ -118,30 +116,25 @@ impl Membership<'_> {
                     },
                 }
             }
-            // Only when none of them leads is there a reason to wait longer.
-            if (attempt + 1).is_multiple_of(self.config.scheduler.count()) {
-                pause = (pause * 2).min(RECONNECT_MAX);
-            }
         }
-        unreachable!("attempts do not end")
     }
 
     async fn connect_and_serve(
         &self,
-        address: &str,
+        retries: &mut Retries,
         outbound: &mut mpsc::Receiver<FromNode>,
-        pause: &mut Duration,
     ) -> Result<Option<NodeError>, FrameError> {
         // A scheduler that stands by accepts the connection but does not greet: try again rather than wait for ever.
         let speaker = format!("node {}", self.config.name);
+        let address = retries.address().to_owned();
         let greeting = async {
-            let socket = TcpStream::connect(address).await?;
+            let socket = TcpStream::connect(&address).await?;
             frame::tune(&socket)?;
             let mut socket = self.transport.connect(socket, Role::Scheduler).await?;
             frame::greet(&mut socket, &speaker).await?;
             Ok::<_, FrameError>(socket)
         };
-        let greeted = tokio::time::timeout(GREETING_TIMEOUT, greeting).await;
+        let greeted = tokio::time::timeout(retries.patience(), greeting).await;
         let mut socket = greeted.map_err(|_| FrameError::Io(std::io::ErrorKind::TimedOut.into()))??;
         let leaving = self.leaving.is_leaving();
         let mut join = Join { holds: self.shared.held(), leaving, ..self.join.clone() };
@@ -151,7 +144,7 @@ impl Membership<'_> {
         frame::write(&mut socket, &FromNode::Join(Box::new(join))).await?;
         self.crash_told.store(true, Ordering::Relaxed);
         info!(scheduler = %address, "joined");
-        *pause = RECONNECT_MIN;
+        retries.succeeded();
         let (mut reader, mut writer) = socket.into_split();
         // Reading is not cancellation-safe, so it has a task of its own.
         let (deliver, mut arrived) = mpsc::channel::<Result<ToNode, FrameError>>(64);
@@ -167,8 +160,7 @@ impl Membership<'_> {
         // Counted, so that a node that stood still itself does not hold that against the scheduler.
         let mut looks = tokio::time::interval(SILENCE / SILENT_LOOKS);
         looks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        let silent_looks_max =
-            if self.config.scheduler.count() > 1 { SILENT_LOOKS } else { ALONE_FACTOR * SILENT_LOOKS };
+        let silent_looks_max = if retries.has_others() { SILENT_LOOKS } else { ALONE_FACTOR * SILENT_LOOKS };
         let mut silent_looks = 0;
         let ended = loop {
             tokio::select! {

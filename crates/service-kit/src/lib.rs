@@ -1,6 +1,6 @@
 //! What the process shell of every role shares.
 //!
-//! Layout: [`config`] (files to validated structs), [`addresses`] (one or several in a configuration), [`telemetry`] (logs and traces, with [`trace_context`] for our own
+//! Layout: [`config`] (files to validated structs), [`addresses`] (one or several in a configuration), [`retries`] (attempts to reach one of them), [`telemetry`] (logs and traces, with [`trace_context`] for our own
 //! wire messages), [`drain`] (signals to an orderly end), [`health`] (is this process ready), [`clock`] (time for the
 //! shells around pure cores), [`lock`] (files that one process holds), [`memory`] (what the process uses and may use), [`watchdog`] (signs of life to a supervisor).
 //!
@@ -14,6 +14,7 @@ pub mod drain;
 pub mod health;
 pub mod lock;
 pub mod memory;
+pub mod retries;
 pub mod telemetry;
 pub mod trace_context;
 pub mod watchdog;
@@ -26,6 +27,7 @@ pub use config::ConfigError;
 pub use drain::{Shutdown, ShutdownReason};
 pub use health::{Health, Readiness};
 pub use memory::{available_memory, resident_bytes};
+pub use retries::Retries;
 pub use telemetry::{TelemetryConfig, TelemetryError, TelemetryGuard};
 pub use trace_context::{current_traceparent, set_parent};
 pub use watchdog::Watchdog;

@@ -9,6 +9,7 @@ use ashlar_protocol::frame::{self, FrameError};
 use ashlar_protocol::serving::{
     ChoiceId, ClusterSnapshot, CompareAdapters, FromScheduler, PrepareJob, SCHEDULER_BEAT_MS, ToScheduler,
 };
+use ashlar_service_kit::Retries;
 use ashlar_vocabulary::LeaseTerm;
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
@@ -22,7 +23,6 @@ const LAST_WORD_TIMEOUT: Duration = Duration::from_secs(1);
 /// Messages that may wait for a scheduler that does not read.
 const OUTBOX_MESSAGES_MAX: usize = 8_192;
 const INBOX_MESSAGES_MAX: usize = 256;
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 /// A scheduler that says nothing for this long is lost.
 const SILENCE_MAX: Duration = Duration::from_millis(5 * SCHEDULER_BEAT_MS);
 const RECONNECT_MIN: Duration = Duration::from_millis(20);
@@ -37,8 +37,8 @@ pub(super) struct Actor {
     terms: Terms,
     /// Since when there is no scheduler.
     lost: Option<Instant>,
-    /// Attempts to connect so far; each is to the next address.
-    attempts: usize,
+    /// Of connecting; each is to the next address.
+    retries: Retries,
 }
 
 struct InFlight {
@@ -82,6 +82,7 @@ impl Actor {
         commands: mpsc::UnboundedReceiver<Command>,
         publish: watch::Sender<Link>,
     ) -> Actor {
+        let retries = Retries::new(settings.addresses.clone(), RECONNECT_MIN, settings.reconnect_max);
         Actor {
             settings,
             commands,
@@ -91,19 +92,18 @@ impl Actor {
             last_call: 0,
             terms: Terms::default(),
             lost: Some(Instant::now()),
-            attempts: 0,
+            retries,
         }
     }
 
     /// Runs until every handle is gone.
     pub(super) async fn run(mut self) {
-        let mut wait = RECONNECT_MIN;
         let mut last_problem = String::new();
         loop {
             let problem = match self.connect().await {
                 Ok(Some(connection)) => {
                     last_problem.clear();
-                    wait = RECONNECT_MIN;
+                    self.retries.succeeded();
                     match self.relay(connection).await {
                         Some(error) => error.to_string(),
                         None => return,
@@ -113,29 +113,25 @@ impl Actor {
                 Err(error) => error.to_string(),
             };
             self.disconnected(&problem);
-            self.attempts += 1;
-            // Only when none of them leads is there a reason to wait longer.
-            let all_tried = self.attempts.is_multiple_of(self.settings.addresses.count());
+            let pause = self.retries.over();
             if problem != last_problem {
                 tracing::warn!(%problem, "no scheduler; trying again");
                 last_problem = problem;
             }
-            if !self.keep_until(tokio::time::sleep(wait)).await {
+            if !self.keep_until(tokio::time::sleep(pause)).await {
                 return;
-            }
-            if all_tried {
-                wait = (wait * 2).min(self.settings.reconnect_max.max(RECONNECT_MIN));
             }
         }
     }
 
     /// Connects and greets, keeping choices meanwhile; `None` when every handle is gone.
     async fn connect(&mut self) -> Result<Option<Connection>, LinkError> {
-        let address = self.address().to_owned();
+        let address = self.retries.address().to_owned();
+        let patience = self.retries.patience();
         let transport = self.settings.transport.clone();
         let (done, mut socket) = tokio::sync::oneshot::channel();
         let attempt = async move {
-            let _ = done.send(tokio::time::timeout(CONNECT_TIMEOUT, open(&address, &transport)).await);
+            let _ = done.send(tokio::time::timeout(patience, open(&address, &transport)).await);
         };
         if !self.keep_until(attempt).await {
             return Ok(None);
@@ -143,16 +139,12 @@ impl Actor {
         match socket.try_recv() {
             Ok(Ok(Ok(socket))) => Ok(Some(Connection::start(socket))),
             Ok(Ok(Err(error))) => Err(self.connect_error(error.to_string())),
-            _ => Err(self.connect_error(format!("no answer within {} s", CONNECT_TIMEOUT.as_secs()))),
+            _ => Err(self.connect_error(format!("no answer within {} ms", patience.as_millis()))),
         }
     }
 
     fn connect_error(&self, reason: String) -> LinkError {
-        LinkError::Connect { address: self.address().to_owned(), reason }
-    }
-
-    fn address(&self) -> &str {
-        self.settings.addresses.of_attempt(self.attempts)
+        LinkError::Connect { address: self.retries.address().to_owned(), reason }
     }
 
     /// Drives `until`, keeping choices as they come and refusing calls; false when every handle is gone.
