@@ -176,11 +176,17 @@ fn a_slow_link_makes_a_job_slow_and_changes_nothing_else() {
     let learnt = |args: &[&str]| {
         let cluster = Cluster::start(args);
         let file = tuning::uploaded(&cluster, &tuning::examples(24));
-        let digest = tuning::learnt(&cluster, &tuning::create(&cluster, &file, "slow"));
+        let job = tuning::create(&cluster, &file, "slow");
+        let digest = tuning::learnt(&cluster, &job);
         assert_no_panic(&cluster);
-        digest
+        let said = tuning::events(&cluster, &job);
+        let slow = |event: &&Value| {
+            event["message"].as_str().is_some_and(|text| text.contains("a link between them is slow"))
+        };
+        (digest, said.iter().filter(slow).count())
     };
-    let calm = learnt(&["--stages", "2"]);
+    let (calm, told) = learnt(&["--stages", "2"]);
+    assert_eq!(told, 0);
     // Fifty milliseconds before each message from rank to rank.
-    assert_eq!(learnt(&["--stages", "2", "--set-node", "link_faults.delay_us=50000"]), calm);
+    assert_eq!(learnt(&["--stages", "2", "--set-node", "link_faults.delay_us=50000"]), (calm, 1));
 }

@@ -98,6 +98,36 @@ fn the_demo_model_learns_to_prefer_one_answer_to_another() {
 }
 
 #[test]
+fn preferences_are_learnt_from_the_command_line_to_the_same_adapter_whoever_dies() {
+    let cluster = Cluster::start(&["--stages", "2"]);
+    let made = tempfile::tempdir().expect("a directory");
+    let file = made.path().join("preferences.jsonl");
+    std::fs::write(&file, preferences(40)).expect("a file");
+    let file = file.to_str().expect("a path");
+    let url = format!("http://{}", cluster.address());
+    let tune = || {
+        let args = ["tune", file, "--url", &url, "--method", "dpo", "--beta", "0.2", "--epochs", "4"];
+        let more = ["--batch-size", "4", "--rank", "4", "--lr", "1e-3", "--watch"];
+        let ended = run_to_end(&[&args[..], &more].concat(), &[], JOB_LIMIT);
+        assert!(ended.status.is_some_and(|status| status.success()), "{}\n{}", ended.said, cluster.said());
+        let jobs = cluster.get("/v1/fine_tuning/jobs").ok();
+        jobs["data"][0]["ashlar"]["adapter"].as_str().expect("an adapter").to_owned()
+    };
+    let undisturbed = tune();
+    std::thread::scope(|scope| {
+        let disturbed = scope.spawn(tune);
+        let steps = || {
+            let jobs = http::get(cluster.address(), "/v1/fine_tuning/jobs").ok()?;
+            let job = jobs.json()["data"][0].clone();
+            (job["status"] == "running").then(|| job["ashlar"]["steps"].as_u64())?
+        };
+        wait::eventually("three steps", JOB_LIMIT, || steps().is_some_and(|steps| steps >= 3));
+        assert!(processes::signal(cluster.pid("node-1"), "KILL"));
+        assert_eq!(disturbed.join().expect("a job"), undisturbed);
+    });
+}
+
+#[test]
 fn what_cannot_be_trained_fails_with_its_reason_and_the_cluster_serves_on() {
     let cluster = Cluster::start(&["--stages", "2"]);
     let before = ask(&cluster, "ashlar-demo");

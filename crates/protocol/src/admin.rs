@@ -457,6 +457,8 @@ pub enum JobEventKind {
     },
     /// Ranks were lost or their session ended; it goes on from its committed step.
     Interrupted(String),
+    /// Its steps take far longer than they should: a node is slow, or a link is.
+    Slowed(String),
     /// By its owner.
     Paused,
     /// By its owner.

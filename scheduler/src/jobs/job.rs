@@ -53,7 +53,7 @@ pub(super) enum Phase {
     /// It trains, but has no session; the next is opened then.
     Waiting { due: Millis },
     /// It trains.
-    Training(Session),
+    Training(Box<Session>),
     /// It is trained; its adapter is about to be served.
     Publishing { asked: bool, due: Millis, attempts: u32 },
     /// It is trained; its adapter is served only if it is better than what is.

@@ -25,6 +25,7 @@ pub mod results;
 mod room;
 mod saving;
 mod session;
+mod stragglers;
 mod training;
 
 pub use events::{CHUNK_EVENTS, Effect, Event, JobsConfig, Loaded, Progress, References, SaveId, StoredJob};

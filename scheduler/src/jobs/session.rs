@@ -1,6 +1,8 @@
 //! A job's stay on a set of ranks: what they do now, and who has voted.
 
+use super::replicas::TrainingReplica;
 use super::room::Allotment;
+use super::stragglers::Stragglers;
 use crate::cluster::NodeConnection;
 use crate::time::Millis;
 use ashlar_protocol::membership::ToNode;
@@ -18,6 +20,8 @@ pub(super) struct Session {
     /// What it has reserved.
     pub(super) allotment: Allotment,
     pub(super) doing: Doing,
+    /// Who makes it slow.
+    pub(super) stragglers: Stragglers,
     /// When it began to do so, or a rank last said something.
     pub(super) heard: Millis,
 }
@@ -50,11 +54,21 @@ impl Session {
     pub(super) fn new(
         id: SessionId,
         ranks: Vec<NodeConnection>,
-        replicas: Vec<ReplicaId>,
+        replicas: &[&TrainingReplica],
         allotment: Allotment,
         now: Millis,
     ) -> Session {
-        Session { id, ranks, replicas, allotment, doing: Doing::Opening(BTreeSet::new()), heard: now }
+        let nodes = replicas.iter().flat_map(|replica| &replica.ranks);
+        let nodes = nodes.map(|rank| (rank.connection, rank.room.node.clone())).collect();
+        Session {
+            id,
+            ranks,
+            replicas: replicas.iter().map(|replica| replica.replica).collect(),
+            allotment,
+            doing: Doing::Opening(BTreeSet::new()),
+            stragglers: Stragglers::new(nodes),
+            heard: now,
+        }
     }
 
     pub(super) fn has(&self, connection: NodeConnection) -> bool {

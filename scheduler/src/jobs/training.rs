@@ -52,8 +52,8 @@ impl Jobs {
         };
         let messages = replicas::open(&replicas, (session, id), &settings, &start);
         let ranks = messages.iter().map(|(connection, _)| *connection).collect();
-        let replicas = replicas.iter().map(|replica| replica.replica).collect();
-        job.phase = Phase::Training(Session::new(session, ranks, replicas, allotment, self.now));
+        let stay = Session::new(session, ranks, &replicas, allotment, self.now);
+        job.phase = Phase::Training(Box::new(stay));
         self.sessions.insert(session, id);
         self.room_changes += 1;
         let to_one = |(connection, message)| Effect::ToNodes(vec![connection], Box::new(message));
@@ -195,8 +195,9 @@ impl Jobs {
                     self.advance(id);
                 }
             }
-            TrainingReport::Prepared { step, shard, metrics, timing: _ } => match &open.doing {
+            TrainingReport::Prepared { step, shard, metrics, timing } => match &open.doing {
                 Doing::Step(votes) if votes.step == step => {
+                    open.stragglers.take(from, timing);
                     if let Some((votes, shards)) = open.vote(from, shard, metrics) {
                         self.step_is_done(id, votes.metrics, shards, now.since(votes.since));
                     }
@@ -248,6 +249,10 @@ impl Jobs {
         job.held = Some(Held { metrics, shards, took_ms });
         if let Phase::Training(session) = &mut job.phase {
             session.doing = Doing::Idle;
+            if let Some(why) = session.stragglers.step_is_done() {
+                self.effects.push(Effect::Warn(format!("job {id} is slowed down: {why}")));
+                job.happened(self.unix_s, JobEventKind::Slowed(job::short(why)));
+            }
         }
         self.commit(id);
     }

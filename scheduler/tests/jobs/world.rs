@@ -785,6 +785,7 @@ impl World {
             JobEventKind::Succeeded => "succeeded".into(),
             JobEventKind::Cancelled => "cancelled".into(),
             JobEventKind::Failed(error) => format!("failed {}", error.code),
+            JobEventKind::Slowed(_) => "slowed".into(),
             JobEventKind::WaitsForMemory(_) => "waits".into(),
             JobEventKind::Comparing { generation, .. } => format!("comparing {generation}"),
             JobEventKind::Compared(outcome) => format!("compared {}", outcome.is_promoted()),

@@ -238,6 +238,7 @@ fn tell(job: &JobRecord, what: &JobEventKind) -> (&'static str, String, Value) {
         JobEventKind::Interrupted(why) => {
             warn(format!("Fine-tuning interrupted, going on from the last step: {why}"))
         }
+        JobEventKind::Slowed(why) => warn(format!("Fine-tuning job is slowed down: {why}")),
         JobEventKind::WaitsForMemory(why) => info(format!("Fine-tuning job waits for memory: {why}")),
         JobEventKind::Paused => info("Fine-tuning job paused".to_owned()),
         JobEventKind::Resumed => info("Fine-tuning job resumed".to_owned()),
