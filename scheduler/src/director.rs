@@ -6,6 +6,7 @@
 mod effects;
 
 use crate::adapters::{self, AdapterRecord, Adapters, AdaptersConfig, Caller};
+use crate::audit::{self, Audits, Finding};
 use crate::cluster::{self, Cluster, ClusterConfig, NodeConnection};
 use crate::engine::{self, Engine, EngineConfig, GatewayId, ReplicaUp};
 use crate::jobs::{self, Jobs, JobsConfig};
@@ -14,7 +15,7 @@ use crate::time::Millis;
 use ashlar_protocol::admin::{AdminFailure, AdminFailureKind, AdminReply, AdminRequest, DrainNode};
 use ashlar_protocol::membership::{FromNode, ToNode};
 use ashlar_protocol::responses::ResponseRecord;
-use ashlar_protocol::serving::{ClusterSnapshot, FromScheduler, ToScheduler};
+use ashlar_protocol::serving::{AuditCounters, ClusterSnapshot, FromScheduler, ToScheduler};
 use ashlar_protocol::training::TrainingReport;
 use ashlar_vocabulary::{AdapterId, Bytes, JobId, LeaseTerm, NodeId, ReplicaId, RequestId};
 use std::collections::BTreeMap;
@@ -71,6 +72,8 @@ pub enum Output {
     Problem(Option<String>),
     /// For the log: others are to take this node's place, and why.
     Quarantined(NodeId, String),
+    /// For the log: two computations of one sequence have other bits.
+    Differ(Finding),
     /// Store what has been served under a name, or forget it; answered by [`Input::AdapterPersisted`].
     PersistAdapter(String, Option<AdapterRecord>),
     /// Store a response's record, or forget it; answered by [`Input::ResponsePersisted`].
@@ -100,6 +103,8 @@ pub struct Director {
     jobs: Jobs,
     adapters: Adapters,
     responses: Responses,
+    audits: Audits,
+    audit_effects: Vec<audit::Effect>,
     response_effects: Vec<responses::Effect>,
     adapter_effects: Vec<adapters::Effect>,
     /// What jobs want of adapters, by number.
@@ -141,6 +146,8 @@ impl Director {
             jobs: Jobs::new(jobs),
             adapters: Adapters::new(adapters),
             responses: Responses::new(responses),
+            audits: Audits::default(),
+            audit_effects: Vec::new(),
             response_effects: Vec::new(),
             adapter_effects: Vec::new(),
             wishes: BTreeMap::new(),
@@ -242,6 +249,7 @@ impl Director {
     pub fn snapshot(&self) -> ClusterSnapshot {
         let mut snapshot =
             ClusterSnapshot { adapters: self.adapters.views(), ..self.cluster.snapshot(&self.engine) };
+        snapshot.counters.audits = self.audits();
         (snapshot.counters.training_steps, snapshot.counters.trained_tokens) = self.jobs.trained();
         for node in &mut snapshot.nodes {
             if let Some((replica, ..)) = node.place {
@@ -262,6 +270,11 @@ impl Director {
     /// The engine, to look at.
     pub fn engine(&self) -> &Engine {
         &self.engine
+    }
+
+    /// How audits went.
+    pub fn audits(&self) -> AuditCounters {
+        self.audits.counters()
     }
 
     /// Responses that are kept.
@@ -367,6 +380,12 @@ impl Director {
             FromNode::NotFinite { revision, sequences } => {
                 Event::NotFinite { connection, revision, sequences }
             }
+            FromNode::Digests { revision, digests } => {
+                if let Some((replica, _)) = self.cluster.place_of(connection) {
+                    self.audit_event(audit::Event::Digests { replica, revision, digests });
+                }
+                Event::Heard { connection, spent: Spent::Nothing }
+            }
             FromNode::Leaving(leaving) => Event::Leaving { connection, leaving },
             FromNode::Prepared { revision, outcome } => Event::Prepared { connection, revision, outcome },
             FromNode::Beat => Event::Heard { connection, spent: Spent::Nothing },
@@ -404,6 +423,10 @@ impl Director {
 
     fn job_event(&mut self, now: Millis, event: jobs::Event) {
         self.jobs.handle(now, event, &mut self.job_effects);
+    }
+
+    fn audit_event(&mut self, event: audit::Event) {
+        self.audits.handle(event, &mut self.audit_effects);
     }
 
     fn response_event(&mut self, now: Millis, event: responses::Event) {

@@ -75,6 +75,27 @@ pub struct NodeConfig {
     /// Deliberate trouble on this node's data links, for tests and drills.
     #[serde(default)]
     pub link_faults: LinkFaults,
+    /// Deliberate trouble in what this node computes, for tests and drills.
+    #[serde(default)]
+    pub compute_faults: ComputeFaults,
+}
+
+/// Deliberate trouble in what a node computes: as from memory that does not keep its bits.
+#[derive(Debug, Default, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ComputeFaults {
+    /// Flip the lowest bit of one value of every row in each n-th step (0: never).
+    pub flip_bit_every: u64,
+    /// On this node only, where several are configured alike.
+    pub node: Option<NodeId>,
+}
+
+impl ComputeFaults {
+    /// Whether there is trouble in the `number`-th step that node `name` computes.
+    pub fn hit(&self, name: &NodeId, number: u64) -> bool {
+        let here = self.node.as_ref().is_none_or(|node| node == name);
+        here && self.flip_bit_every > 0 && number.is_multiple_of(self.flip_bit_every)
+    }
 }
 
 /// When a node fetches its model.
@@ -203,6 +224,8 @@ mod tests {
             toml::from_str(&[EXAMPLE, &uncommented("links"), &uncommented("link_faults")].concat()).unwrap();
         assert_eq!(config.links, LinkConfig { shared_memory: true, spin_us: Some(200) });
         assert_eq!(config.link_faults, LinkFaults::default());
+        let config: NodeConfig = toml::from_str(&[EXAMPLE, &uncommented("compute_faults")].concat()).unwrap();
+        assert_eq!(config.compute_faults, ComputeFaults::default());
     }
 
     #[test]

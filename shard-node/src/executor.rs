@@ -3,6 +3,7 @@
 use crate::adapters::{AdapterLoad, Adapters};
 use crate::beat::Beat;
 use crate::config::NodeConfig;
+use crate::digests::Digests;
 use crate::fence::Fence;
 use crate::files::{Files, Shelf};
 use crate::head::{HeadService, Wake};
@@ -98,6 +99,8 @@ struct Place {
     samplers: Samplers,
     /// Sequences whose prompt tokens are scored; every rank of the last stage must agree on the rows it multiplies.
     scored: BTreeSet<SequenceId>,
+    /// Of sequences that are audited.
+    digests: Digests,
     spans: Spans,
     links: PlaceLinks,
 }
@@ -130,6 +133,8 @@ pub struct Executor {
     /// The cache of keys and values of the place before, while the same slice may be assigned again: what its blocks hold has
     /// not changed by that.
     former: Option<(Assignment, KvCache)>,
+    /// Steps with rows, for deliberate trouble.
+    steps_computed: u64,
 }
 
 impl Executor {
@@ -172,6 +177,7 @@ impl Executor {
             sessions,
             place: None,
             former: None,
+            steps_computed: 0,
         }
     }
 
@@ -324,6 +330,7 @@ impl Executor {
             input: Vec::new(),
             samplers: Samplers::new(model.config().shape.vocab_size, loaded.compiler.clone()),
             scored: BTreeSet::new(),
+            digests: Digests::default(),
             spans: Spans::default(),
             links: PlaceLinks::Pending(Box::new(links), Instant::now()),
             assignment,
@@ -412,6 +419,7 @@ impl Executor {
                         return self.fail(revision, reason);
                     }
                     place.spans.begin(&new, &place.assignment);
+                    place.digests.begin(&new);
                     if new.sampling.prompt_logprobs {
                         place.scored.insert(new.id);
                     }
@@ -425,6 +433,7 @@ impl Executor {
                     place.samplers.end(id);
                     place.spans.end(id);
                     place.scored.remove(&id);
+                    place.digests.end(id);
                 }
                 Effect::Compute(work) => match self.compute(&work) {
                     Ok(message) => {
@@ -515,12 +524,19 @@ impl Executor {
                     },
                 )
                 .map_err(|error| error.to_string())?;
+            self.steps_computed += 1;
+            if self.config.compute_faults.hit(&self.config.name, self.steps_computed) {
+                spoil(place.work.activations_mut(rows.len()), rows.len());
+            }
             let made = place.work.activations(rows.len());
             let given = previous.is_some().then_some(place.input.as_slice());
             let sequences = not_finite(given, made, &work.rows, &self.adapters);
             if !sequences.is_empty() {
                 warn!(%revision, %step, "what was computed of {} sequences is not finite", sequences.len());
                 let _ = self.out.blocking_send(FromNode::NotFinite { revision, sequences });
+            }
+            if place.assignment.tensor_rank.0 == 0 {
+                place.digests.see_rows(place.assignment.layers.end as u32, &work.rows, made);
             }
             served.map_err(|error| format!("lost the rank that samples: {error}"))?;
             if let Some(next) = next {
@@ -529,7 +545,7 @@ impl Executor {
                     .map_err(|error| format!("lost the next stage: {error}"))?;
                 timing.send_us = sending.elapsed().as_micros() as u64;
             } else {
-                let wanted = wanted_logits(&self.sequencer, &place.scored, work);
+                let wanted = wanted_logits(&self.sequencer, &place.scored, &place.digests, work);
                 for chunk in wanted.chunks(LOGIT_ROWS_MAX) {
                     let picked: Vec<usize> = chunk.iter().map(|wanted| wanted.row).collect();
                     let logits = model
@@ -539,6 +555,7 @@ impl Executor {
                     let vocab = model.config().shape.vocab_size;
                     for (wanted, logits) in chunk.iter().zip(logits.chunks_exact_mut(vocab)) {
                         let row = work.rows[wanted.row];
+                        place.digests.see_logits(row, logits);
                         sample_row(&self.kernels, &mut place.samplers, row, wanted, logits, &mut result);
                     }
                 }
@@ -550,6 +567,10 @@ impl Executor {
         let spent = (started.elapsed() + head_before).as_micros() as u64;
         timing.compute_us = spent.saturating_sub(timing.wait_us + timing.collective_us + timing.send_us);
         result.timing = timing;
+        let digests = place.digests.take();
+        if !digests.is_empty() {
+            let _ = self.out.blocking_send(FromNode::Digests { revision, digests });
+        }
         if !place.spans.is_empty() {
             let ids: BTreeSet<SequenceId> = work.rows.iter().map(|row| row.sequence).collect();
             ids.into_iter().for_each(|id| place.spans.step(id, &timing));
@@ -564,8 +585,25 @@ impl Executor {
 /// A row whose logits are needed.
 struct WantedLogits {
     row: usize,
-    /// The prompt token that follows, to be scored; `None` to sample.
-    score: Option<TokenId>,
+    purpose: Purpose,
+}
+
+/// What logits are needed for.
+enum Purpose {
+    /// To choose the next token.
+    Sample,
+    /// To score the prompt token that follows.
+    Score(TokenId),
+    /// For their digest alone.
+    Audit,
+}
+
+/// Flips the lowest bit of the first value of every row.
+fn spoil(made: &mut [f32], rows: usize) {
+    let width = made.len() / rows.max(1);
+    for row in made.chunks_exact_mut(width.max(1)) {
+        row[0] = f32::from_bits(row[0].to_bits() ^ 1);
+    }
 }
 
 /// Sequences without an adapter of which rows were `made` that are not finite, though those that were `given` are.
@@ -589,18 +627,32 @@ fn not_finite(given: Option<&[f32]>, made: &[f32], rows: &[Row], adapters: &Adap
     sequences
 }
 
-fn wanted_logits(sequencer: &Sequencer, scored: &BTreeSet<SequenceId>, work: &StepWork) -> Vec<WantedLogits> {
+/// Every rank of the last stage comes to the same rows, from the plan alone: they multiply them together.
+fn wanted_logits(
+    sequencer: &Sequencer,
+    scored: &BTreeSet<SequenceId>,
+    digests: &Digests,
+    work: &StepWork,
+) -> Vec<WantedLogits> {
     let mut wanted: Vec<WantedLogits> = Vec::new();
-    if !scored.is_empty() {
-        for (index, row) in work.rows.iter().enumerate().filter(|(_, row)| scored.contains(&row.sequence)) {
+    if !(scored.is_empty() && digests.is_idle()) {
+        for (index, row) in work.rows.iter().enumerate() {
             let next = row.position as usize + 1;
-            let follower = sequencer.sequence(row.sequence).filter(|s| next < s.prompt_len);
-            if let Some(sequence) = follower {
-                wanted.push(WantedLogits { row: index, score: sequence.tokens.get(next).copied() });
+            let sequence = sequencer.sequence(row.sequence).filter(|sequence| next < sequence.prompt_len);
+            let follower = sequence.and_then(|sequence| sequence.tokens.get(next).copied());
+            let scored = follower.filter(|_| scored.contains(&row.sequence));
+            let sampled = || work.samples.iter().any(|(_, row)| *row == index);
+            match scored {
+                Some(token) => wanted.push(WantedLogits { row: index, purpose: Purpose::Score(token) }),
+                None if digests.wants_logits(*row) && !sampled() => {
+                    wanted.push(WantedLogits { row: index, purpose: Purpose::Audit });
+                }
+                None => {}
             }
         }
     }
-    wanted.extend(work.samples.iter().map(|&(_, row)| WantedLogits { row, score: None }));
+    let samples = work.samples.iter();
+    wanted.extend(samples.map(|&(_, row)| WantedLogits { row, purpose: Purpose::Sample }));
     wanted
 }
 
@@ -612,21 +664,23 @@ fn sample_row(
     logits: &mut [f32],
     result: &mut StepResult,
 ) {
-    if let Some(token) = wanted.score {
-        let Some(logprobs) = samplers.score(kernels, row.sequence, logits, token) else { return };
-        match result.prompt_logprobs.last_mut() {
-            Some(run) if run.id == row.sequence => run.logprobs.push(logprobs),
-            _ => result.prompt_logprobs.push(PromptLogprobs {
-                id: row.sequence,
-                position: row.position + 1,
-                logprobs: vec![logprobs],
-            }),
+    match wanted.purpose {
+        Purpose::Audit => {}
+        Purpose::Sample => match samplers.sample(kernels, row.sequence, row.position, logits) {
+            Ok(sampled) => result.sampled.push(sampled),
+            Err(failed) => result.failed.push(failed),
+        },
+        Purpose::Score(token) => {
+            let Some(logprobs) = samplers.score(kernels, row.sequence, logits, token) else { return };
+            match result.prompt_logprobs.last_mut() {
+                Some(run) if run.id == row.sequence => run.logprobs.push(logprobs),
+                _ => result.prompt_logprobs.push(PromptLogprobs {
+                    id: row.sequence,
+                    position: row.position + 1,
+                    logprobs: vec![logprobs],
+                }),
+            }
         }
-        return;
-    }
-    match samplers.sample(kernels, row.sequence, row.position, logits) {
-        Ok(sampled) => result.sampled.push(sampled),
-        Err(failed) => result.failed.push(failed),
     }
 }
 

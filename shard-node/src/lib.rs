@@ -31,6 +31,7 @@ pub mod beat;
 pub mod config;
 mod control;
 mod copies;
+mod digests;
 pub mod executor;
 pub mod fence;
 mod files;

@@ -330,6 +330,7 @@ mod tests {
             generated: vec![],
             sampling: SamplingParams::default(),
             traceparent: None,
+            audit_logits_from: None,
         };
         let first = SequenceSlice { new_blocks: vec![BlockId(2)], sample: true, ..slice(0, 3) };
         StepPlan { new_sequences: vec![new], slices: vec![first], ..plan(1) }

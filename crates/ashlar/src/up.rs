@@ -58,6 +58,7 @@ const DEFAULT_CONTEXT_MAX: u32 = 8192;
   ashlar up --model ./llama-3.2-1b --quantize q4_k_m --cache
                                                    packed once: later starts read what the first one packed
   ashlar up --replicas 2 --nodes 5                 two replicas of two stages and one standby
+  ashlar up --replicas 3 --audit 0.1%              of a thousand answers one is computed again elsewhere, bit for bit
   ashlar up --join-listen --stages 2 --nodes 1     half of the model here, half on a machine that joins
   ashlar up --separate --nodes 3                   for drills that cut roles off from each other")]
 pub(crate) struct UpArgs {
@@ -129,6 +130,9 @@ pub(crate) struct UpArgs {
     /// in the state directory.
     #[arg(long, value_name = "ADDRESS")]
     blobs: Option<String>,
+    /// Compute this share of the answers again on another replica and compare the bits, for example 0.1%.
+    #[arg(long, value_name = "SHARE", value_parser = parse_share)]
+    audit: Option<f64>,
     /// Send traces there (OTLP over HTTP), for example http://127.0.0.1:4318.
     #[arg(long, value_name = "URL")]
     otlp_endpoint: Option<String>,
@@ -146,6 +150,18 @@ pub(crate) struct UpArgs {
 /// How many of something: at least one, and no more than one machine could ever start.
 fn count() -> clap::builder::RangedU64ValueParser<usize> {
     clap::builder::RangedU64ValueParser::new().range(1..=1024)
+}
+
+/// A share from 0 to 1, or in percent.
+fn parse_share(text: &str) -> Result<f64, String> {
+    let (number, unit) = match text.strip_suffix('%') {
+        Some(percent) => (percent, 0.01),
+        None => (text, 1.0),
+    };
+    let share = number.trim().parse::<f64>().ok().map(|number| number * unit);
+    share
+        .filter(|share| (0.0..=1.0).contains(share))
+        .ok_or_else(|| format!("{text:?} is not a share: write 0.1% or 0.001, at most 100%"))
 }
 
 pub(crate) fn run(mut args: UpArgs) -> Result<()> {
@@ -286,6 +302,7 @@ impl Cluster {
         scheduler.replicas = args.replicas.or(args.nodes.is_none().then_some(1));
         scheduler.expected_nodes = Some(nodes.max(needed));
         scheduler.otlp_endpoint = args.otlp_endpoint.clone();
+        scheduler.audit_share = args.audit.unwrap_or_default();
         let blobs = args.blobs.clone().unwrap_or_else(|| state.join("blobs").to_string_lossy().into_owned());
         scheduler.blobs = Some(blobs.clone());
         let adapters = args.adapters.clone().unwrap_or_else(|| state.join("adapters"));
@@ -353,6 +370,7 @@ impl Cluster {
                     otlp_endpoint: args.otlp_endpoint.clone(),
                     links: Default::default(),
                     link_faults: Default::default(),
+                    compute_faults: Default::default(),
                 };
                 let config = toml::Table::try_from(&config).context("a node's configuration")?;
                 roles.write(&name, "node", &with_settings(config, &args.node_settings, "--set-node")?)

@@ -108,6 +108,11 @@ impl Workspace {
         &self.x[..rows * self.hidden]
     }
 
+    /// [`activations`](Self::activations), to spoil them on purpose.
+    pub fn activations_mut(&mut self, rows: usize) -> &mut [f32] {
+        &mut self.x[..rows * self.hidden]
+    }
+
     /// Reserved memory.
     pub fn bytes(&self) -> Bytes {
         let buffers = [

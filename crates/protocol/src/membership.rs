@@ -4,7 +4,7 @@
 //! connection *is* the membership: when it ends, the node has left.
 
 use crate::prefix::BlockHash;
-use crate::step::{StepPlan, StepResult, StepTiming};
+use crate::step::{RowDigests, StepPlan, StepResult, StepTiming};
 use crate::training::{OpenSession, TrainingReport, TrainingWork};
 use ashlar_vocabulary::{
     AdapterId, BlockId, Bytes, HeadSlice, LayerRange, LeaseTerm, ModelDigest, NodeId, Precision, ReplicaId,
@@ -72,6 +72,13 @@ pub enum FromNode {
         revision: ReplicaRevision,
         /// Of these sequences.
         sequences: Vec<SequenceId>,
+    },
+    /// What rank 0 of a stage has computed of audited sequences in a step; before it says that the step is done.
+    Digests {
+        /// The assignment's revision.
+        revision: ReplicaRevision,
+        /// Of their rows.
+        digests: Vec<RowDigests>,
     },
     /// From rank 0 of the last stage only.
     StepResult(StepResult),

@@ -385,4 +385,19 @@ pub struct SchedulerCounters {
     pub training_steps: u64,
     /// Tokens that they computed.
     pub trained_tokens: u64,
+    /// How audits went.
+    pub audits: AuditCounters,
+}
+
+/// Sampled sequences that were computed again to compare the bits.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AuditCounters {
+    /// With the same bits.
+    pub passed: u64,
+    /// With other bits.
+    pub differed: u64,
+    /// Of these, those in which nobody could tell who is wrong.
+    pub undecided: u64,
+    /// Not completed: the sequence was cancelled, or lost with its replica.
+    pub dropped: u64,
 }

@@ -11,6 +11,7 @@ use ashlar_vocabulary::{
     TokenLogprobs,
 };
 use serde::{Deserialize, Serialize};
+use std::fmt;
 
 /// One step of one replica: what each rank computes, in this order of rows.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -46,6 +47,8 @@ pub struct NewSequence {
     pub sampling: SamplingParams,
     /// W3C trace context of the request, if it is traced.
     pub traceparent: Option<String>,
+    /// Whether it is audited: ranks then tell [digests](RowDigests) of its rows, and of its logits from this position on.
+    pub audit_logits_from: Option<u32>,
 }
 
 /// The work of one sequence in a step.
@@ -66,6 +69,37 @@ pub struct SequenceSlice {
     pub count: u32,
     /// Whether the last computed position is the last known token and its successor shall be sampled.
     pub sample: bool,
+}
+
+/// Where rows are looked at for an audit: by the numeric contract they have the same bits there, whatever the layout.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum Boundary {
+    /// After so many layers of the model.
+    Layers(u32),
+    /// What the head makes of them.
+    Logits,
+}
+
+impl fmt::Display for Boundary {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Boundary::Layers(layers) => write!(f, "the rows after layer {layers}"),
+            Boundary::Logits => f.write_str("the logits"),
+        }
+    }
+}
+
+/// Digests of rows of one audited sequence.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RowDigests {
+    /// Which sequence.
+    pub id: SequenceId,
+    /// Where.
+    pub boundary: Boundary,
+    /// Position of the first row.
+    pub start: u32,
+    /// One per consecutive position.
+    pub digests: Vec<u64>,
 }
 
 /// What the last stage answers for one step.

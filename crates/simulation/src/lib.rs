@@ -72,6 +72,8 @@ pub struct Report {
     pub tokens: u64,
     /// Steps completed.
     pub steps: u64,
+    /// Sequences that were computed again, with the same bits.
+    pub audits: u64,
     /// Sequences preempted.
     pub preemptions: u64,
     /// Prompt tokens found in the prefix cache.
@@ -117,6 +119,7 @@ impl Report {
             left: self.left + other.left,
             tokens: self.tokens + other.tokens,
             steps: self.steps + other.steps,
+            audits: self.audits + other.audits,
             preemptions: self.preemptions + other.preemptions,
             cached_tokens: self.cached_tokens + other.cached_tokens,
             head_slices: self.head_slices + other.head_slices,

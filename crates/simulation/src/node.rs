@@ -15,7 +15,7 @@ use ashlar_shard_node::fence::{self, Verdict};
 use ashlar_shard_node::sequencer::{self, Event, Sequencer, StepWork};
 use ashlar_vocabulary::{AdapterId, Bytes, LeaseTerm, NodeId, ReplicaRevision, SequenceId};
 use kv::Kv;
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 
 /// A node process, and what survives its death on disk.
@@ -64,6 +64,8 @@ struct Place {
     head_ranks: BTreeMap<u32, Connection>,
     kv: Kv,
     seeds: BTreeMap<SequenceId, u64>,
+    /// Sequences that are audited.
+    audited: BTreeSet<SequenceId>,
     adapters: Shelf,
     /// What the scheduler wants, in order: an adapter is forgotten after every step sent before.
     orders: VecDeque<Order>,
@@ -492,6 +494,7 @@ impl Node {
             head_ranks: BTreeMap::new(),
             kv: self.former.take().map(|(_, kv)| kv).unwrap_or_default(),
             seeds: BTreeMap::new(),
+            audited: BTreeSet::new(),
             adapters: Shelf::default(),
             orders: VecDeque::new(),
             arrived: VecDeque::new(),

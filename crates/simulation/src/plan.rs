@@ -326,6 +326,7 @@ impl Plan {
 
     pub(crate) fn engine(&self) -> EngineConfig {
         EngineConfig {
+            audit_per_million: 0,
             // Of the simulated tokens, not of the model's.
             vocab_size: VOCAB_SIZE,
             enable_prefix_caching: self.limits.enable_prefix_caching,

@@ -281,6 +281,8 @@ impl Scenario {
             return plan.engine();
         }
         EngineConfig {
+            // One sequence in five.
+            audit_per_million: 200_000,
             vocab_size: VOCAB_SIZE,
             enable_prefix_caching: true,
             model_digest: DIGEST,

@@ -209,6 +209,9 @@ impl Scheduler {
     /// Looks at everything that must hold of the cores.
     pub(crate) fn check(&self) -> Result<(), String> {
         self.director.engine().check().map_err(|why| format!("the engine is inconsistent: {why}"))?;
+        if self.director.audits().differed > 0 {
+            return Err("an audit has found other bits although every rank computes the same".to_owned());
+        }
         self.director.jobs().check().map_err(|why| format!("the jobs are inconsistent: {why}"))?;
         let responses = self.director.responses();
         responses.check().map_err(|why| format!("the responses are inconsistent: {why}"))
@@ -285,7 +288,10 @@ impl Scheduler {
             Output::Up(_) => self.ups += 1,
             Output::Down(..) => self.downs += 1,
             // Clients here keep no records.
-            Output::Problem(_) | Output::Quarantined(..) | Output::PersistResponse(..) => {}
+            Output::Problem(_)
+            | Output::Quarantined(..)
+            | Output::Differ(_)
+            | Output::PersistResponse(..) => {}
             Output::Snapshot => {
                 self.gateways().for_each(|gateway| self.send_snapshot(gateway, actions));
             }

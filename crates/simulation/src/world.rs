@@ -248,6 +248,7 @@ impl World {
     fn count_life(&mut self) {
         let counters = self.scheduler.director.engine().counters();
         self.report.steps += counters.steps;
+        self.report.audits += self.scheduler.director.audits().passed;
         self.report.preemptions += counters.preemptions;
         self.report.cached_tokens += counters.prefix_cache_hits;
         self.report.replica_losses += self.scheduler.downs;

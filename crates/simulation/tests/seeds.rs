@@ -31,7 +31,7 @@ fn whatever_breaks_tokens_are_exact_blocks_are_conserved_and_every_request_ends(
         assert!(sum.finished > 8 * count && sum.failed > count, "{sum:?}");
         assert!(2 * sum.preemptions > count && sum.cached_tokens > 50 * count, "{sum:?}");
         assert!(sum.replica_losses > count && sum.duplicated > 10 * count, "{sum:?}");
-        assert!(sum.head_slices > 20 * count, "{sum:?}");
+        assert!(sum.head_slices > 20 * count && sum.audits > count, "{sum:?}");
         assert!(10 * sum.lost > count && 10 * sum.reordered > count, "{sum:?}");
     }
 }

@@ -30,6 +30,31 @@ pub(super) fn render(snapshot: &ClusterSnapshot, model_name: &str) -> String {
         "Sequences taken up again after their replica was lost.",
         counters.replays as f64,
     );
+    let audits = &counters.audits;
+    page.plain(
+        "ashlar_audits_passed_total",
+        "counter",
+        "Answers computed again, with the same bits.",
+        audits.passed as f64,
+    );
+    page.plain(
+        "ashlar_audits_differed_total",
+        "counter",
+        "Answers computed again, with other bits.",
+        audits.differed as f64,
+    );
+    page.plain(
+        "ashlar_audits_undecided_total",
+        "counter",
+        "Of these, those in which nobody could tell who is wrong.",
+        audits.undecided as f64,
+    );
+    page.plain(
+        "ashlar_audits_dropped_total",
+        "counter",
+        "Audits that could not be completed.",
+        audits.dropped as f64,
+    );
     page.plain("ashlar_lease_term", "gauge", "The scheduler's lease term.", snapshot.term.0 as f64);
     page.plain("ashlar_nodes", "gauge", "Joined nodes.", snapshot.nodes.len() as f64);
     page.plain(

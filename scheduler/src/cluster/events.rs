@@ -7,8 +7,8 @@ use ashlar_protocol::step::StepTiming;
 use ashlar_protocol::training::TrainingTiming;
 use ashlar_shard_plan::Links;
 use ashlar_vocabulary::{
-    BlockId, Bytes, LeaseTerm, ModelDigest, ModelShape, NodeId, Precision, ReplicaId, ReplicaRevision,
-    SequenceId, StepId,
+    BlockId, Bytes, LayerRange, LeaseTerm, ModelDigest, ModelShape, NodeId, Precision, ReplicaId,
+    ReplicaRevision, SequenceId, StepId,
 };
 
 /// Names one connection of a node; never reused. A node that reconnects has another one.
@@ -157,6 +157,15 @@ pub enum Event {
         revision: ReplicaRevision,
         /// Of these sequences.
         sequences: Vec<SequenceId>,
+    },
+    /// A replica has computed other bits than others, of layers in this range or, if it is empty, in the head.
+    Differs {
+        /// Which.
+        replica: ReplicaId,
+        /// In which layout.
+        revision: ReplicaRevision,
+        /// What was computed between the rows that are right and those that are not.
+        layers: LayerRange,
     },
     /// A replica that [drains](Effect::ReplicaDrains) has nothing left to do.
     Drained {

@@ -127,6 +127,7 @@ impl Cluster {
                 self.prepared(now, connection, revision, outcome, effects);
             }
             Event::Drained { replica } => self.drained(now, replica, effects),
+            Event::Differs { replica, revision, layers } => self.differs(replica, revision, layers, effects),
             Event::NotFinite { connection, revision, sequences } => {
                 self.not_finite(connection, revision, sequences, effects);
             }

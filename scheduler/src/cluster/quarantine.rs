@@ -1,13 +1,13 @@
-//! Nodes that are there but do harm: they compute numbers that are none, or a link to them is slow.
+//! Nodes that are there but do harm: they compute numbers that are none, or others than the contract says, or a link to them is slow.
 //!
 //! Another node takes the place of such a one where that is possible, and it stands by as the last resort; otherwise it serves
 //! on, for a slow answer is better than none. A restart of the scheduler, or an operator, lifts it.
 
 use super::events::{Effect, NodeConnection};
-use super::place::Replica;
+use super::place::{Replica, Seat};
 use super::{Cluster, change};
 use ashlar_protocol::step::StepTiming;
-use ashlar_vocabulary::{LayerRange, NodeId, ReplicaRevision, SequenceId, StepId};
+use ashlar_vocabulary::{LayerRange, NodeId, ReplicaId, ReplicaRevision, SequenceId, StageIndex, StepId};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// So many sequences whose numbers are none are no accident.
@@ -34,6 +34,8 @@ pub(super) struct Suspicions {
 enum Charge {
     /// Its numbers were none, of these layers.
     NotFinite(LayerRange),
+    /// What it computed of these layers, or in the head, has other bits than what others did.
+    Differs(LayerRange),
     /// The link between it and this node is slow.
     SlowLink(NodeId),
 }
@@ -56,6 +58,12 @@ impl Suspicions {
         Some(match self.quarantined.get(node)? {
             Charge::NotFinite(layers) => {
                 format!("what it computed of layers {layers} was repeatedly not finite")
+            }
+            Charge::Differs(layers) if layers.is_empty() => {
+                "what it computed in the head has other bits than what others computed".to_owned()
+            }
+            Charge::Differs(layers) => {
+                format!("what it computed of layers {layers} has other bits than what others computed")
             }
             Charge::SlowLink(other) => format!("the link between it and node {other} is slow"),
         })
@@ -124,6 +132,36 @@ impl Cluster {
             return;
         }
         self.quarantine(name, Charge::NotFinite(place.layers), effects);
+    }
+
+    /// A replica has computed other bits than others, of these layers or in the head. The ranks of a stage cannot be told from one
+    /// another, and those of several stages are not accused together.
+    pub(super) fn differs(
+        &mut self,
+        id: ReplicaId,
+        revision: ReplicaRevision,
+        layers: LayerRange,
+        effects: &mut Vec<Effect>,
+    ) {
+        let current = |replica: &&Replica| replica.revision == revision;
+        let Some(replica) = self.replicas.get(&id).filter(current) else { return };
+        let did = |seat: &&Seat| {
+            let held = seat.place.layers;
+            match layers.is_empty() {
+                true => seat.place.stage.0 as usize + 1 == replica.num_stages || replica.spread_head,
+                false => held.start < layers.end && layers.start < held.end,
+            }
+        };
+        let seats: Vec<&Seat> = replica.seats.iter().filter(did).collect();
+        let stages: BTreeSet<StageIndex> = seats.iter().map(|seat| seat.place.stage).collect();
+        if stages.len() != 1 {
+            return;
+        }
+        let nodes: Vec<NodeId> =
+            seats.iter().filter(|seat| seat.taken).map(|seat| seat.node.clone()).collect();
+        for node in nodes {
+            self.quarantine(node, Charge::Differs(layers), effects);
+        }
     }
 
     /// A rank has spent this on a step.

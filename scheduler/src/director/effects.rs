@@ -2,6 +2,7 @@
 
 use super::{Director, Output, Wish};
 use crate::adapters::{self, Caller};
+use crate::audit;
 use crate::cluster::{self, NodeConnection};
 use crate::engine::{self, GatewayId};
 use crate::time::Millis;
@@ -9,7 +10,8 @@ use crate::{jobs, responses};
 use ashlar_protocol::admin::{AdminFailure, AdminFailureKind, AdminReply};
 use ashlar_protocol::membership::{Assignment, ToNode};
 use ashlar_protocol::serving::FromScheduler;
-use ashlar_vocabulary::Bytes;
+use ashlar_protocol::step::Boundary;
+use ashlar_vocabulary::{Bytes, LayerRange};
 
 impl Director {
     fn response_effect(&mut self, now: Millis, effect: responses::Effect, outputs: &mut Vec<Output>) {
@@ -29,6 +31,26 @@ impl Director {
                 outputs.push(Output::ToGateway(gateway, Box::new(FromScheduler::Admin { call, reply })));
             }
             Effect::Persist { id, record } => outputs.push(Output::PersistResponse(id, record)),
+        }
+    }
+
+    fn audit_effect(&mut self, now: Millis, effect: audit::Effect, outputs: &mut Vec<Output>) {
+        match effect {
+            audit::Effect::Repeat { audit, replica, submit, logits_from } => {
+                self.engine_event(now, engine::Event::Repeat { audit, replica, submit, logits_from });
+            }
+            audit::Effect::Found(finding) => {
+                if let Some((replica, revision)) = finding.wrong {
+                    let start = finding.same_until_layer as usize;
+                    let end = match finding.boundary {
+                        Boundary::Layers(layers) => layers as usize,
+                        Boundary::Logits => start,
+                    };
+                    let layers = LayerRange { start, end };
+                    self.cluster_event(now, cluster::Event::Differs { replica, revision, layers });
+                }
+                outputs.push(Output::Differ(finding));
+            }
         }
     }
 
@@ -76,8 +98,12 @@ impl Director {
             && self.cluster_effects.is_empty()
             && self.adapter_effects.is_empty()
             && self.response_effects.is_empty()
+            && self.audit_effects.is_empty()
             && self.job_effects.is_empty())
         {
+            for effect in std::mem::take(&mut self.audit_effects) {
+                self.audit_effect(now, effect, outputs);
+            }
             for effect in std::mem::take(&mut self.response_effects) {
                 self.response_effect(now, effect, outputs);
             }
@@ -93,6 +119,8 @@ impl Director {
                         let connections = self.cluster.connections_of(replica);
                         outputs.push(Output::ToNodes(connections, Box::new(ToNode::Step(plan))));
                     }
+                    engine::Effect::Audit(event) => self.audit_event(event),
+                    engine::Effect::ToGateway { gateway: GatewayId::AUDITOR, .. } => {}
                     engine::Effect::ToGateway { gateway: GatewayId::KEPT, message } => {
                         self.response_event(now, responses::Event::Said(message));
                     }
@@ -139,6 +167,7 @@ impl Director {
                         let (replica, revision) = (up.replica, up.revision);
                         let ranks = self.cluster.connections_of(replica);
                         self.engine_event(now, engine::Event::ReplicaUp(up));
+                        self.audit_event(audit::Event::ReplicaUp { replica });
                         self.adapter_event(now, adapters::Event::ReplicaUp { replica, revision, ranks });
                     }
                     cluster::Effect::ReplicaDown { replica, reason } => {
@@ -146,6 +175,7 @@ impl Director {
                         let down = jobs::Event::ReplicaDown { replica, reason: reason.clone() };
                         self.job_event(now, down);
                         self.engine_event(now, engine::Event::ReplicaDown { replica, reason });
+                        self.audit_event(audit::Event::ReplicaDown { replica });
                         self.adapter_event(now, adapters::Event::ReplicaDown { replica });
                     }
                     cluster::Effect::ReplicaCrashed { replica, reason } => {

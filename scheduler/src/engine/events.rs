@@ -1,6 +1,7 @@
 //! What the engine is told, and what it wants done. Both are closed enums.
 
 use super::budget::StageCost;
+use crate::audit::{self, AuditId};
 use ashlar_protocol::prefix::BlockHash;
 use ashlar_protocol::serving::{ChoiceId, FromScheduler, Submit};
 use ashlar_protocol::step::{StepPlan, StepResult, StepTiming};
@@ -17,6 +18,8 @@ pub struct GatewayId(pub u64);
 impl GatewayId {
     /// No connection: who submits choices that are kept, on behalf of gateways that come and go.
     pub const KEPT: GatewayId = GatewayId(u64::MAX);
+    /// No connection: who has sequences computed again to audit them, and needs no answer.
+    pub const AUDITOR: GatewayId = GatewayId(u64::MAX - 1);
 }
 
 impl fmt::Display for GatewayId {
@@ -38,6 +41,8 @@ pub struct EngineConfig {
     pub max_num_seqs: usize,
     /// Most rows in one step.
     pub max_num_batched_tokens: u32,
+    /// Of a million sequences so many are audited.
+    pub audit_per_million: u32,
     /// Whether computed blocks are kept for sequences that begin the same.
     pub enable_prefix_caching: bool,
     /// No stage shall take longer than this for one step, in milliseconds.
@@ -60,6 +65,17 @@ pub enum Event {
         gateway: GatewayId,
         /// The choice.
         submit: Box<Submit>,
+    },
+    /// A sequence is to be computed again, on one replica alone, without what is cached there.
+    Repeat {
+        /// For which audit.
+        audit: AuditId,
+        /// Where.
+        replica: ReplicaId,
+        /// All that was known of it as the prompt.
+        submit: Box<Submit>,
+        /// From where on digests of logits are wanted.
+        logits_from: u32,
     },
     /// A gateway cancels a choice.
     Cancel {
@@ -189,6 +205,8 @@ pub enum Effect {
         /// What.
         message: FromScheduler,
     },
+    /// Something has become of an audited sequence.
+    Audit(audit::Event),
     /// A sequence could run but for its adapter, which is not loaded there.
     WantAdapter {
         /// On this replica.

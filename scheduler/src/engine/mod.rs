@@ -24,6 +24,7 @@ pub use events::{Effect, EngineConfig, Event, GatewayId, ReplicaUp};
 pub use prefix_cache::BLOCK_TOKENS;
 
 use crate::adapters::{Usage, Users};
+use crate::audit::{self, AuditId};
 use crate::time::Millis;
 use ashlar_protocol::serving::{
     ChoiceId, FailureKind, FromScheduler, RequestFailure, SchedulerCounters, Submit,
@@ -32,7 +33,7 @@ use ashlar_vocabulary::{AdapterId, ReplicaId, SequenceId};
 use planner::Planner;
 use queue::{Enqueued, Order, Queue};
 use replica::Replica;
-use sequence::{CRASHES_MAX, Sequence, State};
+use sequence::{Audited, CRASHES_MAX, Sequence, State};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 /// How many ended choices are remembered, so that a repeated submission does not start them anew.
@@ -71,6 +72,8 @@ pub struct Engine {
     last_end: Millis,
     /// Replicas to which something has happened since they were planned.
     touched: Touched,
+    /// Audited sequences that were taken out before they were complete; to be told.
+    audits_ended: Vec<SequenceId>,
 }
 
 /// Which replicas may have a step to send: all that were planned before and have heard nothing since have none, as long as
@@ -102,6 +105,7 @@ impl Engine {
             end_interval_ms: 1_000.0,
             last_end: Millis(0),
             touched: Touched::All,
+            audits_ended: Vec::new(),
         }
     }
 
@@ -125,7 +129,23 @@ impl Engine {
             (_, touched) => *touched = Touched::All,
         }
         match event {
-            Event::Submit { gateway, submit } => self.submit(now, gateway, submit, effects),
+            Event::Submit { gateway, submit } => {
+                let logits_from = submit.prompt.len().saturating_sub(1) as u32;
+                let audited = is_sampled(submit.id, self.config.audit_per_million)
+                    .then_some(Audited { logits_from, only_on: None });
+                if let Some(id) = self.submit(now, gateway, submit, audited, effects) {
+                    self.begin_audit(id, None, effects);
+                }
+            }
+            Event::Repeat { audit, replica, submit, logits_from } => {
+                let audited = Audited { logits_from, only_on: Some(replica) };
+                let up = self.replicas.contains_key(&replica);
+                let id = up.then(|| self.submit(now, GatewayId::AUDITOR, submit, Some(audited), effects));
+                match id.flatten() {
+                    Some(id) => self.begin_audit(id, Some(audit), effects),
+                    None => effects.push(Effect::Audit(audit::Event::Refused { audit })),
+                }
+            }
             Event::Cancel { gateway, id } => self.cancel(gateway, id),
             Event::GatewayGone { gateway } => self.gateway_gone(gateway),
             Event::ReplicaUp(up) => {
@@ -175,6 +195,9 @@ impl Engine {
             self.down_since = None;
         }
         self.expire(now, effects);
+        let ended = self.audits_ended.drain(..);
+        effects
+            .extend(ended.map(|sequence| Effect::Audit(audit::Event::Ended { sequence, transcript: None })));
     }
 
     /// Sends every step that may be sent now.
@@ -207,22 +230,30 @@ impl Engine {
         }
     }
 
-    fn submit(&mut self, now: Millis, gateway: GatewayId, submit: Box<Submit>, effects: &mut Vec<Effect>) {
+    /// Takes a choice in; its sequence, if it is new and was not refused.
+    fn submit(
+        &mut self,
+        now: Millis,
+        gateway: GatewayId,
+        submit: Box<Submit>,
+        audit: Option<Audited>,
+        effects: &mut Vec<Effect>,
+    ) -> Option<SequenceId> {
         let choice = submit.id;
         // Whoever keeps choices knows which have ended, and has one computed again only where it wants that.
         if gateway != GatewayId::KEPT && self.ended.contains(&(gateway, choice)) {
-            return;
+            return None;
         }
         if let Some(&known) = self.by_choice.get(&choice) {
             if self.sequences.get(&known).is_some_and(|sequence| sequence.gateway == gateway) {
-                return;
+                return None;
             }
             // The gateway came back on another connection before the old one was seen to end.
             self.remove(known);
         }
         if let Err(error) = self.check_submit(now, &submit) {
             effects.push(Effect::ToGateway { gateway, message: FromScheduler::Failed { id: choice, error } });
-            return;
+            return None;
         }
         self.last_sequence += 1;
         let id = SequenceId(self.last_sequence);
@@ -244,11 +275,12 @@ impl Engine {
                     gateway,
                     message: FromScheduler::Failed { id: choice, error },
                 });
-                return;
+                return None;
             }
         }
         let digest = &self.config.model_digest;
         let sequence = Sequence::new(id, gateway, submit, order, (now, deadline), digest);
+        let sequence = Sequence { audit, ..sequence };
         let nothing_wanted = sequence.submit.max_new_tokens == 0 && sequence.submit.sampling.prompt_logprobs;
         self.sequences.insert(id, sequence);
         self.by_choice.insert(choice, id);
@@ -256,6 +288,14 @@ impl Engine {
         // A replay may be complete already.
         if let Some(reason) = self.end_reason(id, false).filter(|_| !nothing_wanted) {
             self.finish(now, id, reason, effects);
+            return None;
+        }
+        Some(id)
+    }
+
+    fn begin_audit(&self, id: SequenceId, repeats: Option<AuditId>, effects: &mut Vec<Effect>) {
+        if self.sequences.get(&id).is_some_and(|sequence| sequence.audit.is_some()) {
+            effects.push(Effect::Audit(audit::Event::Begun { sequence: id, repeats }));
         }
     }
 
@@ -390,6 +430,13 @@ impl Engine {
             sequence.lose_replica(oldest.is_some() && last_step >= oldest);
             self.queue.put_back(sequence.order, sequence.id);
             self.counters.replays += 1;
+        }
+        // What was to be computed there alone is of no use elsewhere.
+        let only_there = |sequence: &&Sequence| sequence.only_on() == Some(id);
+        let repeats: Vec<SequenceId> =
+            self.sequences.values().filter(only_there).map(|sequence| sequence.id).collect();
+        for sequence in repeats {
+            self.remove(sequence);
         }
         // The one with room may come back.
         self.refuse_too_long(now, FailureKind::Unavailable, effects);
@@ -572,6 +619,16 @@ impl Engine {
         }
         Ok(())
     }
+}
+
+/// Whether a choice is among those that are audited: by its name, so that it is again when it is submitted again.
+fn is_sampled(choice: ChoiceId, per_million: u32) -> bool {
+    let request = choice.request.0;
+    let folded = (request ^ (request >> 64)) as u64 ^ u64::from(choice.choice);
+    // The finaliser of SplitMix64: names need not be evenly distributed.
+    let mixed = (folded ^ (folded >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    (mixed ^ (mixed >> 31)) % 1_000_000 < u64::from(per_million)
 }
 
 fn too_long(tokens: usize, capacity: usize) -> String {

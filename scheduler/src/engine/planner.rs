@@ -287,7 +287,11 @@ impl Planner<'_> {
     /// Whether a waiting sequence is to be computed here.
     fn belongs(&self, sequence: &Sequence) -> bool {
         let here = match &sequence.state {
-            State::Waiting => !self.replica.draining && self.attracts(sequence),
+            State::Waiting if self.replica.draining => false,
+            State::Waiting => match sequence.only_on() {
+                Some(only) => only == self.replica.id,
+                None => self.attracts(sequence),
+            },
             State::Preempted(preempted) => {
                 preempted.replica == self.replica.id && preempted.sampling.is_none()
             }
@@ -371,6 +375,7 @@ impl Planner<'_> {
                     generated: sequence.generated.clone(),
                     sampling: sequence.submit.sampling.clone(),
                     traceparent: sequence.submit.traceparent.clone(),
+                    audit_logits_from: sequence.audit.map(|audit| audit.logits_from),
                 });
                 Vec::new()
             }

@@ -4,6 +4,7 @@ use super::Engine;
 use super::events::Effect;
 use super::replica::InFlight;
 use super::sequence::{Sequence, State};
+use crate::audit::{self, Transcript};
 use crate::time::Millis;
 use ashlar_protocol::serving::{FailureKind, FinishReason, FromScheduler, RequestFailure, TokenEvent};
 use ashlar_protocol::step::{PromptLogprobs, SampledToken, StepResult, StepTiming};
@@ -161,8 +162,17 @@ impl Engine {
         reason: FinishReason,
         effects: &mut Vec<Effect>,
     ) {
-        let Some(sequence) = self.remove(id) else { return };
+        let replica = self.sequences.get(&id).and_then(Sequence::replica);
+        let Some(sequence) = self.take_out(id) else { return };
         self.note_end(now, &sequence);
+        if sequence.audit.is_some() {
+            let transcript = replica.map(|replica| Transcript {
+                replica,
+                submit: sequence.submit.clone(),
+                generated: sequence.generated.clone(),
+            });
+            effects.push(Effect::Audit(audit::Event::Ended { sequence: id, transcript }));
+        }
         let message =
             FromScheduler::Finished { id: sequence.submit.id, reason, receipt: sequence.receipt(now) };
         effects.push(Effect::ToGateway { gateway: sequence.gateway, message });
@@ -183,8 +193,17 @@ impl Engine {
         effects.push(Effect::ToGateway { gateway: sequence.gateway, message });
     }
 
-    /// Takes a sequence out of every list; its blocks go back, and its ranks will be told.
+    /// Takes a sequence out of every list before it is complete.
     pub(super) fn remove(&mut self, id: SequenceId) -> Option<Sequence> {
+        let sequence = self.take_out(id)?;
+        if sequence.audit.is_some() {
+            self.audits_ended.push(id);
+        }
+        Some(sequence)
+    }
+
+    /// Takes a sequence out of every list; its blocks go back, and its ranks will be told.
+    fn take_out(&mut self, id: SequenceId) -> Option<Sequence> {
         let mut sequence = self.sequences.remove(&id)?;
         self.by_choice.remove(&sequence.submit.id);
         self.deadlines.remove(&(sequence.deadline, id));

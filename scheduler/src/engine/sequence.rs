@@ -39,6 +39,17 @@ pub struct Sequence {
     pub lost_with: Option<ReplicaId>,
     /// Replicas that crashed while they computed it, since its last token.
     pub crashes: u32,
+    /// Whether it is audited, and as what.
+    pub audit: Option<Audited>,
+}
+
+/// What an audited sequence is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Audited {
+    /// Digests of logits are wanted from this position on.
+    pub logits_from: u32,
+    /// The replica on which it repeats another one, for that one's audit; without it, it is a client's.
+    pub only_on: Option<ReplicaId>,
 }
 
 /// Where a sequence stands.
@@ -125,6 +136,7 @@ impl Sequence {
             prompt_logprobs_from: 0,
             lost_with: None,
             crashes: 0,
+            audit: None,
             submit,
         };
         sequence.extend_chain();
@@ -154,11 +166,16 @@ impl Sequence {
     }
 
     /// Most blocks that may come from the prefix cache: the last known token is always computed, and so is every
-    /// prompt token whose log-probabilities are still owed.
+    /// prompt token whose log-probabilities are still owed, and all of what repeats another sequence.
     pub fn hittable_blocks(&self) -> usize {
         let owed = self.submit.sampling.prompt_logprobs
             && (self.prompt_logprobs_from as usize) < self.submit.prompt.len();
-        if owed { 0 } else { (self.len() - 1) / BLOCK_TOKENS }
+        if owed || self.only_on().is_some() { 0 } else { (self.len() - 1) / BLOCK_TOKENS }
+    }
+
+    /// The one replica that is to compute it, if it repeats another sequence.
+    pub fn only_on(&self) -> Option<ReplicaId> {
+        self.audit.and_then(|audit| audit.only_on)
     }
 
     /// Its running state, if it runs.

@@ -88,6 +88,9 @@ pub struct SchedulerConfig {
     /// Most rows in one step of one replica, at least `max_num_seqs`.
     #[serde(default = "default_max_num_batched_tokens")]
     pub max_num_batched_tokens: u32,
+    /// Which share of the answers is computed again on another replica to compare the bits, 0…1; 0 for none.
+    #[serde(default)]
+    pub audit_share: f64,
     /// Whether computed KV blocks are kept for requests of the same tenant that begin the same.
     #[serde(default = "default_enable_prefix_caching")]
     pub enable_prefix_caching: bool,
@@ -178,6 +181,7 @@ impl SchedulerConfig {
             settle_ms: default_settle_ms(),
             max_num_seqs: default_max_num_seqs(),
             max_num_batched_tokens: default_max_num_batched_tokens(),
+            audit_share: 0.0,
             enable_prefix_caching: default_enable_prefix_caching(),
             step_target_ms: default_step_target_ms(),
             queue_max: default_queue_max(),
@@ -215,6 +219,10 @@ impl SchedulerConfig {
             (
                 self.kv_memory_share > 0.0 && self.kv_memory_share <= 1.0,
                 "kv_memory_share must be greater than 0 and at most 1",
+            ),
+            (
+                (0.0..=1.0).contains(&self.audit_share),
+                "audit_share must be at least 0 and at most 1: 0.001 is one answer of a thousand",
             ),
             (self.silence_ms_max >= 500, "silence_ms_max must be at least 500: nodes beat every 200 ms"),
             (self.lease_ttl_ms >= 1_000, "lease_ttl_ms must be at least 1000"),

@@ -346,6 +346,10 @@ impl Leader {
                 tracing::warn!(%node, %reason, "others are to take its place");
                 self.snapshot_due = true;
             }
+            Output::Differ(finding) => {
+                tracing::error!("an audit has found other bits: {finding}");
+                self.snapshot_due = true;
+            }
             Output::PersistAdapter(name, record) => {
                 match record.as_ref().and_then(|record| record.generations.last()) {
                     Some(view) => {

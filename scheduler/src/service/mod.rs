@@ -299,6 +299,7 @@ impl Scheduler {
             max_context_tokens: self.model.max_context_tokens,
             max_num_seqs: self.config.max_num_seqs,
             max_num_batched_tokens: self.config.max_num_batched_tokens,
+            audit_per_million: (self.config.audit_share * 1e6).round() as u32,
             enable_prefix_caching: self.config.enable_prefix_caching,
             step_target_ms: self.config.step_target_ms,
             queue_max: self.config.queue_max,

@@ -3,7 +3,7 @@
 use super::{Test, assignments, config, down};
 use ashlar_protocol::step::StepTiming;
 use ashlar_scheduler::cluster::{ClusterConfig, Effect, Event, NodeConnection, Spent};
-use ashlar_vocabulary::{NodeId, ReplicaRevision, SequenceId, StepId};
+use ashlar_vocabulary::{LayerRange, NodeId, ReplicaId, ReplicaRevision, SequenceId, StepId};
 
 fn quarantined(effects: &[Effect]) -> Option<(NodeId, String)> {
     effects.iter().find_map(|effect| match effect {
@@ -150,4 +150,36 @@ fn a_slow_link_without_an_alternative_is_put_up_with() {
     let (first, last) = stages(&test);
     let effects = serve(&mut test, (first, last), 1..200, 50_000);
     assert!(quarantined(&effects).is_none() && down(&effects).is_none());
+}
+
+#[test]
+fn a_stage_whose_bits_are_others_is_replaced_and_no_other_stage() {
+    let (mut test, a, b) = Test::up();
+    let (c, _) = test.join("c");
+    let (first, _) = stages(&test);
+    let (replica, revision) = (ReplicaId(0), revision(&test));
+    let split = assignments(&test.seen).iter().map(|(_, assignment)| assignment.layers.start).max().unwrap();
+    let differs =
+        |revision, start, end| Event::Differs { replica, revision, layers: LayerRange { start, end } };
+    // Of both stages together nothing is known, nor of a layout that is gone.
+    assert_eq!(quarantined(&test.send(differs(revision, 0, 8))), None);
+    assert_eq!(quarantined(&test.send(differs(ReplicaRevision(99), 0, split))), None);
+    let effects = test.send(differs(revision, 0, split));
+    let (node, reason) = quarantined(&effects).expect("a quarantine");
+    assert_eq!(node.0, if first == a { "a" } else { "b" });
+    assert!(reason.contains(&format!("0..{split}")), "{reason}");
+    assert_eq!(ordered(&effects).iter().map(|(connection, _)| *connection).collect::<Vec<_>>(), [c]);
+    let _ = b;
+}
+
+#[test]
+fn other_logits_accuse_the_stage_that_has_the_head() {
+    let (mut test, a, _) = Test::up();
+    test.join("c");
+    let (first, _) = stages(&test);
+    let layers = LayerRange { start: 8, end: 8 };
+    let event = Event::Differs { replica: ReplicaId(0), revision: revision(&test), layers };
+    let (node, reason) = quarantined(&test.send(event)).expect("a quarantine");
+    assert_eq!(node.0, if first == a { "b" } else { "a" });
+    assert!(reason.contains("head"), "{reason}");
 }

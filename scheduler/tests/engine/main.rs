@@ -8,5 +8,6 @@ mod preemption;
 mod prefix;
 mod random;
 mod rank;
+mod repeats;
 mod replays;
 mod world;

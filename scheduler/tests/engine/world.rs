@@ -3,6 +3,7 @@
 use crate::rank::Rank;
 use ashlar_protocol::serving::{ChoiceId, FinishReason, FromScheduler, Receipt, RequestFailure, Submit};
 use ashlar_protocol::step::{StepPlan, StepResult};
+use ashlar_scheduler::audit;
 pub(crate) use ashlar_scheduler::engine::EngineConfig;
 use ashlar_scheduler::engine::{Effect, Engine, Event, GatewayId, ReplicaUp, StageCost};
 use ashlar_scheduler::time::Millis;
@@ -47,6 +48,8 @@ pub(crate) struct World {
     pub(crate) replicas: BTreeMap<u32, Replica>,
     pub(crate) heard: BTreeMap<ChoiceId, Heard>,
     pub(crate) faults: Vec<String>,
+    /// What was said of audited sequences.
+    pub(crate) audits: Vec<audit::Event>,
     /// Adapters that were asked for, by replica.
     pub(crate) wants: Vec<(u32, AdapterId)>,
     /// Time of a stage for a step of this many rows.
@@ -55,6 +58,7 @@ pub(crate) struct World {
 
 pub(crate) fn config() -> EngineConfig {
     EngineConfig {
+        audit_per_million: 0,
         vocab_size: u32::MAX,
         enable_prefix_caching: true,
         model_digest: DIGEST,
@@ -103,6 +107,7 @@ impl World {
             replicas: BTreeMap::new(),
             heard: BTreeMap::new(),
             faults: Vec::new(),
+            audits: Vec::new(),
             wants: Vec::new(),
             stage_ms: |_| 10,
         }
@@ -162,6 +167,8 @@ impl World {
         for effect in effects {
             match effect {
                 Effect::SendStep { replica, plan } => self.execute(replica.0, *plan),
+                Effect::Audit(event) => self.audits.push(event),
+                Effect::ToGateway { gateway: GatewayId::AUDITOR, .. } => {}
                 Effect::ToGateway { gateway, message } => {
                     assert_eq!(gateway, GATEWAY);
                     self.hear(message);

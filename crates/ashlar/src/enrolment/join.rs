@@ -345,6 +345,7 @@ fn configuration(
         otlp_endpoint: None,
         links: Default::default(),
         link_faults: Default::default(),
+        compute_faults: Default::default(),
     })
 }
 

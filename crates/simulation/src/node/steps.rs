@@ -5,7 +5,7 @@ use crate::durable::Wish;
 use crate::oracle;
 use crate::process::{Action, Activations, Connection, Errand, Logits, Message, Timer};
 use ashlar_protocol::membership::FromNode;
-use ashlar_protocol::step::{SampledToken, StepResult, StepTiming};
+use ashlar_protocol::step::{Boundary, RowDigests, SampledToken, StepResult, StepTiming};
 use ashlar_shard_node::sequencer::{BLOCK_TOKENS, Effect, Event, StepWork};
 use ashlar_vocabulary::SequenceId;
 use std::collections::BTreeMap;
@@ -85,6 +85,9 @@ impl Node {
                 match effect {
                     Effect::Begin(new) => {
                         place.seeds.insert(new.id, new.sampling.seed);
+                        if new.audit_logits_from.is_some() {
+                            place.audited.insert(new.id);
+                        }
                         if new.adapter.is_some_and(|adapter| !place.adapters.bind(new.id, adapter)) {
                             let what = format!("sequence {} begins with an adapter that is not here", new.id);
                             return Err(Trouble::Violation(what));
@@ -92,6 +95,7 @@ impl Node {
                     }
                     Effect::End(id) => {
                         place.seeds.remove(&id);
+                        place.audited.remove(&id);
                         place.adapters.unbind(id);
                     }
                     Effect::Observe(..) => {}
@@ -215,6 +219,18 @@ impl Node {
                 grammar_complete: false,
             })
         });
+        let boundary = Boundary::Layers(assignment.layers.end as u32);
+        let rows_audited =
+            work.rows.iter().zip(&rows).filter(|(row, _)| place.audited.contains(&row.sequence));
+        let digests: Vec<RowDigests> = rows_audited
+            .filter(|_| assignment.tensor_rank.0 == 0)
+            .map(|(row, state)| RowDigests {
+                id: row.sequence,
+                boundary,
+                start: row.position,
+                digests: vec![*state],
+            })
+            .collect();
         let last = assignment.stage.0 + 1 == assignment.num_stages;
         let message = if last && assignment.tensor_rank.0 == 0 {
             FromNode::StepResult(StepResult {
@@ -231,6 +247,9 @@ impl Node {
         };
         if let Some(next) = place.next.filter(|_| !rows.is_empty()) {
             actions.push(Action::Send(next, Message::Activations(Activations { revision, step, rows })));
+        }
+        if !digests.is_empty() {
+            self.tell(FromNode::Digests { revision, digests }, actions);
         }
         self.tell(message, actions);
     }
