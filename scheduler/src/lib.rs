@@ -13,10 +13,11 @@ pub mod adapters;
 pub mod cluster;
 pub mod director;
 pub mod engine;
+pub mod fleet;
 pub mod jobs;
 pub mod responses;
 pub mod service;
 mod shelf;
 pub mod time;
 
-pub use service::{ModelCard, Scheduler, SchedulerConfig, SchedulerError, serve};
+pub use service::{ModelCard, ModelOpener, Scheduler, SchedulerConfig, SchedulerError, serve};

@@ -25,6 +25,7 @@ pub mod files;
 pub mod frame;
 pub mod group;
 pub mod membership;
+pub mod models;
 pub mod prefix;
 pub mod responses;
 pub mod serving;
@@ -32,4 +33,4 @@ pub mod step;
 pub mod training;
 
 /// Version of all messages here. Two processes that differ refuse each other, naming both versions.
-pub const WIRE_VERSION: u32 = 10;
+pub const WIRE_VERSION: u32 = 11;

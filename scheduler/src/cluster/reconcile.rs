@@ -56,7 +56,7 @@ impl Cluster {
         let sizes = [config.stages, config.tensor_parallel_size, config.replicas];
         let needed: usize = sizes.iter().map(|size| size.unwrap_or(1)).product();
         // Those who are about to leave have come, and only the first layout waits for all.
-        let expected = config.expected_nodes.filter(|_| self.revisions == 0).unwrap_or(1);
+        let expected = config.expected_nodes.filter(|_| !self.begun).unwrap_or(1);
         let mut staying: Vec<&Node> = self.nodes.values().filter(|node| !node.leaving).collect();
         let harmless = |node: &&Node| !self.suspicions.is_quarantined(&node.join.node);
         // One that does harm is better than nobody.
@@ -270,6 +270,7 @@ impl Cluster {
 
     pub(super) fn new_revision(&mut self) -> ReplicaRevision {
         self.revisions += 1;
+        self.begun = true;
         ReplicaRevision(self.config.term.0 * REVISIONS_PER_TERM + self.revisions)
     }
 }
