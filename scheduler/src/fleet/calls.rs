@@ -162,7 +162,8 @@ impl Fleet {
         };
         let own = of(&|fact| fact.at.is_none() && !fact.leaving);
         if !own.is_empty() {
-            said.push_str(&format!("; the scheduler's own model has {own}"));
+            let serves = if facts.own_serves { "" } else { ", which does not serve," };
+            said.push_str(&format!("; the scheduler's own model{serves} has {own}"));
         }
         for name in self.models.keys() {
             let theirs = of(&|fact| fact.at.as_deref() == Some(name) && !fact.leaving);

@@ -2,7 +2,8 @@
 //!
 //! Layout: [`config`](SchedulerConfig) (what it is told), `leader` (the one task that owns both cores: select, handle,
 //! perform), `connection` (a reader and a writer task per socket), `lease` (under which term it leads), `archive` (jobs' records in the
-//! store, in order) with `keeper` (blobs), `records` (adapters and responses, in the store), `spans` (traces).
+//! store, in order) with `keeper` (blobs), `records` (adapters, responses and deployed models, in the store), `models` (cores of models that are deployed beside the scheduler's own),
+//! `spans` (traces).
 //!
 //! Nodes and gateways connect to addresses of their own ([`SchedulerConfig::listen_nodes`],
 //! [`SchedulerConfig::listen_gateways`]): what may speak to which is then a matter of the network, too. A gateway's first
