@@ -1,4 +1,6 @@
-//! What operators want of the cluster: empty a node, use it again.
+//! What operators want of the cluster: empty a node, use it again; serve other models ([`models`]).
+
+pub(crate) mod models;
 
 use crate::app::App;
 use crate::openai::error::ApiError;

@@ -2,6 +2,7 @@
 
 use crate::config::GatewayConfig;
 use crate::metrics::Metrics;
+use crate::models::{self, Deployed};
 use crate::openai::error::ApiError;
 use crate::openai::responses::Responses;
 use crate::scheduler_client::SchedulerClient;
@@ -51,6 +52,8 @@ pub(crate) struct App {
     pub(crate) phase: watch::Receiver<Phase>,
     /// `None` where no place for files is configured.
     pub(crate) tuning: Option<Tuning>,
+    /// The models beside this one.
+    pub(crate) deployed: watch::Receiver<Arc<Deployed>>,
     /// Responses in progress, and where they are stored.
     pub(crate) responses: Responses,
     /// Unix seconds of the start.
@@ -66,7 +69,7 @@ impl App {
         text: Arc<ModelText>,
         scheduler: SchedulerClient,
         metrics: Metrics,
-        phase: watch::Receiver<Phase>,
+        (phase, deployed): (watch::Receiver<Phase>, watch::Receiver<Arc<Deployed>>),
         tuning: Option<Tuning>,
     ) -> App {
         let blobs = tuning.as_ref().map(|tuning| tuning.blobs.clone());
@@ -80,10 +83,30 @@ impl App {
             metrics,
             phase,
             tuning,
+            deployed,
             responses,
             created: unix_seconds(),
             origin: Instant::now(),
             workers: Arc::new(Semaphore::new(workers)),
+        }
+    }
+
+    /// What serves a deployed model: the same, but for what is the model's. Files, jobs, adapters and stored responses are this one's.
+    pub(crate) fn for_deployed(&self, name: &str, text: Arc<ModelText>, metrics: Metrics) -> App {
+        let (_, deployed) = watch::channel(Arc::default());
+        App {
+            config: self.config.clone(),
+            names: vec![name.to_owned()],
+            text,
+            scheduler: self.scheduler.of_model(name),
+            metrics,
+            phase: self.phase.clone(),
+            tuning: None,
+            deployed,
+            responses: Responses::new(None, self.config.choices_in_flight_max),
+            created: unix_seconds(),
+            origin: self.origin,
+            workers: self.workers.clone(),
         }
     }
 
@@ -115,21 +138,37 @@ impl App {
         match adapters.iter().find(|view| view.name == model) {
             Some(view) => Ok(ServedModel { name: view.name.clone(), adapter: Some(view.adapter) }),
             None => {
+                self.check_not_deployed(model)?;
                 let adapters = adapters.into_iter().map(|view| view.name);
-                Err(ApiError::unknown_model(
-                    model,
-                    &self.names.iter().cloned().chain(adapters).collect::<Vec<_>>(),
-                ))
+                let all = self.names.iter().cloned().chain(adapters).chain(models::names(self));
+                Err(ApiError::unknown_model(model, &all.collect::<Vec<_>>()))
             }
+        }
+    }
+
+    /// Refuses a deployed model where it is of no use.
+    fn check_not_deployed(&self, model: &str) -> Result<(), ApiError> {
+        match models::view_of(self, model) {
+            None => Ok(()),
+            Some(_) => Err(ApiError::field(
+                "model",
+                format!(
+                    "`{model}` is deployed beside {}: it answers /v1/chat/completions, /v1/completions, /tokenize and /detokenize; stored \
+                     responses and fine-tuning are for {} alone",
+                    self.model_name(),
+                    self.model_name()
+                ),
+            )),
         }
     }
 
     /// Refuses a model that is not the one that weights are served of.
     pub(crate) fn check_base_model(&self, model: &str) -> Result<(), ApiError> {
-        match self.names.iter().any(|name| name == model) {
-            true => Ok(()),
-            false => Err(ApiError::unknown_model(model, &self.names)),
+        if self.is_base(model) {
+            return Ok(());
         }
+        self.check_not_deployed(model)?;
+        Err(ApiError::unknown_model(model, &self.names))
     }
 
     /// The cluster, or 503. A scheduler that is away for a moment is waited for.

@@ -4,7 +4,7 @@
 //! ids, traces), [`openai`] (the schema: requests, answers, errors), `text` (tokenizer, templates, grammars),
 //! `generation` (a request in flight), [`transcript`] (one choice, pure), [`scheduler_client`] (the connection),
 //! `tuning` (fine-tuning's files: uploads become blobs, a job's files samples),
-//! `import` (adapters, from files to blobs), `metrics` and `system` (what operators see), `admin` (what they want).
+//! `import` (adapters, from files to blobs), `models` (those beside the scheduler's own one), `metrics` and `system` (what operators see), `admin` (what they want).
 //!
 //! **Invariants:** only this crate knows OpenAI's schema; it knows no tensor and no placement. [`transcript`] has no
 //! clock, no I/O and no async, so that the simulation runs exactly it. Bad input never becomes a 500, and never
@@ -20,6 +20,7 @@ mod error;
 mod generation;
 mod import;
 mod metrics;
+mod models;
 pub mod openai;
 mod router;
 pub mod scheduler_client;
@@ -31,4 +32,5 @@ mod tuning;
 
 pub use config::GatewayConfig;
 pub use error::GatewayError;
+pub use models::ModelFinder;
 pub use server::{Gateway, serve};

@@ -1,9 +1,12 @@
 //! What `/metrics` shows: vLLM's names with vLLM's buckets, OpenTelemetry's GenAI names, and the cluster under
 //! `ashlar_`.
 //!
-//! Every label value comes from a closed set: the served name, finish reasons, joined nodes and replicas.
+//! Every label value comes from a closed set: names of served models, finish reasons, joined nodes and replicas.
 
 mod cluster;
+mod page;
+
+pub(crate) use page::MetricsPage;
 
 use crate::error::GatewayError;
 use crate::transcript::End;
@@ -87,12 +90,19 @@ impl Metrics {
     }
 
     /// The page for Prometheus.
-    pub(crate) fn render(&self, cluster: Option<&ClusterSnapshot>) -> String {
+    pub(crate) fn render(&self, cluster: Option<&ClusterSnapshot>) -> MetricsPage {
         self.handle.run_upkeep();
-        let mut page = self.handle.render();
+        let mut page = MetricsPage::new(&self.handle.render());
         if let Some(cluster) = cluster {
-            page.push_str(&cluster::render(cluster, &self.model_name));
+            page.add(&MetricsPage::new(&cluster::render(cluster, &self.model_name, false)));
         }
+        page
+    }
+
+    /// What a page says of a deployed model: as for the scheduler's own, with its name where that has no labels.
+    pub(crate) fn render_deployed(&self, cluster: &ClusterSnapshot) -> MetricsPage {
+        let mut page = self.render(None);
+        page.add(&MetricsPage::new(&cluster::render(cluster, &self.model_name, true)));
         page
     }
 

@@ -57,6 +57,11 @@ pub(crate) fn router(app: Arc<App>) -> Router {
         .route("/metrics", get(system::metrics))
         .route("/admin/cluster", get(system::cluster))
         .route("/admin/nodes/{node}/drain", post(admin::drain).delete(admin::undrain))
+        .route("/admin/models", get(admin::models::list).post(admin::models::deploy))
+        .route(
+            "/admin/models/{name}",
+            get(admin::models::show).patch(admin::models::scale).delete(admin::models::remove),
+        )
         .route("/", get(system::index))
         .fallback(system::unknown_path)
         .method_not_allowed_fallback(system::wrong_method)

@@ -176,6 +176,26 @@ impl SchedulerClient {
         self.link.clone()
     }
 
+    /// A handle for those who ask for a deployed model: what it knows of the cluster is that model's part.
+    pub fn of_model(&self, name: &str) -> SchedulerClient {
+        let name = name.to_owned();
+        let (publish, link) = watch::channel(self.link().of_model(&name));
+        let mut whole = self.link.clone();
+        tokio::spawn(async move {
+            loop {
+                tokio::select! {
+                    () = publish.closed() => return,
+                    changed = whole.changed() => if changed.is_err() {
+                        return;
+                    },
+                }
+                let part = whole.borrow_and_update().of_model(&name);
+                publish.send_replace(part);
+            }
+        });
+        SchedulerClient { link, ..self.clone() }
+    }
+
     /// Submits all choices of a request. `unread_max` bounds the events that may wait to be read.
     pub fn submit(&self, choices: Vec<Submit>, unread_max: usize) -> Result<RequestEvents, RequestFailure> {
         let mut permits = u32::try_from(choices.len())

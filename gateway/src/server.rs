@@ -7,6 +7,7 @@ use crate::app::{App, Phase};
 use crate::config::GatewayConfig;
 use crate::error::GatewayError;
 use crate::metrics::Metrics;
+use crate::models::{Deployed, ModelFinder, follow};
 use crate::openai::responses::{ADOPTIONS_WAITING_MAX, take_up};
 use crate::router::router;
 use crate::scheduler_client::{SchedulerClient, SchedulerClientSettings};
@@ -51,6 +52,8 @@ pub struct Gateway {
     listener: TcpListener,
     address: SocketAddr,
     phase: watch::Sender<Phase>,
+    deployed: watch::Sender<Arc<Deployed>>,
+    find: Finder,
     /// What runs beside requests; it ends with the gateway.
     background: JoinSet<()>,
 }
@@ -101,13 +104,20 @@ impl Gateway {
             background.spawn(Validator { blobs, text, scheduler }.run(waiting));
         }
         let (phase, seen) = watch::channel(Phase::Serving);
-        let app = Arc::new(App::new(config, names, text, scheduler, metrics, seen, tuning));
+        let (publish, deployed) = watch::channel(Arc::default());
+        let app = Arc::new(App::new(config, names, text, scheduler, metrics, (seen, deployed), tuning));
         background.spawn(count_steps(app.clone()));
         background.spawn(take_up(app.clone(), offered));
         background.spawn(async {
             Watchdog::from_environment().keep_beating().await;
         });
-        Ok(Gateway { app, listener, address, phase, background })
+        Ok(Gateway { app, listener, address, phase, deployed: publish, find: Finder::default(), background })
+    }
+
+    /// Lets it serve models that are deployed beside the scheduler's own one, whose files are found by `find`; by default they are
+    /// where the scheduler says.
+    pub fn finding(self, find: ModelFinder) -> Gateway {
+        Gateway { find: Finder(find), ..self }
     }
 
     /// Where it listens; tells the port that the system chose for port 0.
@@ -117,7 +127,8 @@ impl Gateway {
 
     /// Serves until `shutdown` is requested, then drains.
     pub async fn run(self, shutdown: Shutdown) {
-        let Gateway { app, listener, address, phase, mut background } = self;
+        let Gateway { app, listener, address, phase, deployed, find, mut background } = self;
+        background.spawn(follow(app.clone(), deployed, find.0));
         tracing::info!(%address, model = app.model_name(), "gateway listens");
         let mut connections = JoinSet::new();
         let reason = {
@@ -137,6 +148,24 @@ impl Gateway {
         }
         connections.shutdown().await;
         background.shutdown().await;
+    }
+}
+
+/// Where models are on this machine.
+struct Finder(ModelFinder);
+
+impl Default for Finder {
+    fn default() -> Finder {
+        Finder(Arc::new(|model| match Path::new(model) {
+            path if path.exists() => Ok(path.to_owned()),
+            _ => Err(format!("`{model}` is not on this machine")),
+        }))
+    }
+}
+
+impl std::fmt::Debug for Finder {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Finder")
     }
 }
 

@@ -35,7 +35,16 @@ fn readiness(app: &App) -> Result<(), String> {
 /// Prometheus' text format.
 pub(crate) async fn metrics(State(app): State<Arc<App>>) -> Response {
     let link = app.scheduler.link();
-    let page = app.metrics.render(link.cluster.as_deref());
+    let mut page = app.metrics.render(link.cluster.as_deref());
+    let deployed = app.deployed.borrow().clone();
+    for (view, model) in
+        link.models.deployed.iter().filter_map(|view| Some((view, deployed.get(&view.request.name)?)))
+    {
+        if let Some(model) = model.app() {
+            page.add(&model.metrics.render_deployed(&view.cluster));
+        }
+    }
+    let page = page.text();
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], page).into_response()
 }
 
@@ -49,11 +58,17 @@ pub(crate) async fn cluster(State(app): State<Arc<App>>) -> Result<Json<Value>, 
         // 32 numbers say less than the hexadecimal form that logs use.
         cluster["model_digest"] = Value::from(snapshot.model_digest.to_string());
     }
+    let mut models = serde_json::to_value(&link.models.deployed)
+        .map_err(|error| ApiError::internal(format!("the models cannot be shown: {error}")))?;
+    for (model, view) in models.as_array_mut().into_iter().flatten().zip(&link.models.deployed) {
+        model["cluster"]["model_digest"] = Value::from(view.cluster.model_digest.to_string());
+    }
     Ok(Json(json!({
         "connected": link.connected,
         "ready": link.ready().is_ok(),
         "problem": link.ready().err(),
         "cluster": cluster,
+        "models": models,
     })))
 }
 

@@ -90,6 +90,7 @@ impl TranscriptEvent {
             FromScheduler::Failed { error, .. } if error.kind == FailureKind::Leaving => None,
             FromScheduler::Failed { id, error } => Some((id, TranscriptEvent::Failed(error))),
             FromScheduler::Cluster(_)
+            | FromScheduler::Models(_)
             | FromScheduler::Beat
             | FromScheduler::Admin { .. }
             | FromScheduler::Prepare(_)

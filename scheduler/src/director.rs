@@ -267,6 +267,16 @@ impl Director {
         self.engine.is_idle()
     }
 
+    /// The nodes and their layout, to look at.
+    pub fn cluster(&self) -> &Cluster {
+        &self.cluster
+    }
+
+    /// See [`Cluster::share_revisions`].
+    pub fn share_revisions(&mut self, used: &mut u64) {
+        self.cluster.share_revisions(used);
+    }
+
     /// The engine, to look at.
     pub fn engine(&self) -> &Engine {
         &self.engine

@@ -192,7 +192,12 @@ impl Executor {
                     self.adapters.clear();
                     self.slices.withdraw();
                 }
-                Ok(Command::Prepare(assignment)) => self.slices.prepare(assignment),
+                Ok(Command::Prepare(assignment)) => {
+                    if let Some(ordered) = assignment.as_ref().filter(|_| self.place.is_none()) {
+                        self.slices.forget_other_model(ordered);
+                    }
+                    self.slices.prepare(assignment);
+                }
                 Ok(Command::Step(plan)) => self.step(*plan),
                 Ok(Command::LoadAdapter { revision, adapter, load }) => {
                     self.load_adapter(revision, adapter, load);

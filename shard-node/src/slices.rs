@@ -119,6 +119,14 @@ impl Slices {
         Ok(())
     }
 
+    /// Lets go of what is in memory of another model than the one of which a slice is ordered: the node has come from that one, and has
+    /// no place.
+    pub(crate) fn forget_other_model(&mut self, ordered: &Assignment) {
+        if self.serving.take_if(|loaded| loaded.digest != ordered.model_digest).is_some() {
+            self.shared.set(None);
+        }
+    }
+
     /// Begins to bring a slice into memory beside the one that serves, on a thread of its own.
     pub(crate) fn prepare(&mut self, assignment: Option<Box<Assignment>>) {
         self.withdraw();

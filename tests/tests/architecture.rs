@@ -140,6 +140,7 @@ fn pure_cores_have_no_runtime_clock_randomness_or_io() {
         "scheduler/src/cluster",
         "scheduler/src/jobs",
         "scheduler/src/adapters",
+        "scheduler/src/fleet",
         "scheduler/src/director.rs",
         "gateway/src/transcript",
         "gateway/src/transcript.rs",

@@ -61,8 +61,14 @@ async fn drain(args: DrainArgs) -> Result<()> {
     let started = Instant::now();
     loop {
         let cluster = client.get_ok("/admin/cluster").await?;
-        let nodes = cluster["cluster"]["nodes"].as_array().map(Vec::as_slice).unwrap_or_default();
-        match nodes.iter().find(|node| node["node"] == args.node.as_str()) {
+        // It may belong to a model that is deployed beside the first.
+        let deployed = cluster["models"].as_array().into_iter().flatten().map(|model| &model["cluster"]);
+        let mut nodes = [&cluster["cluster"]]
+            .into_iter()
+            .chain(deployed)
+            .filter_map(|part| part["nodes"].as_array())
+            .flatten();
+        match nodes.find(|node| node["node"] == args.node.as_str()) {
             None => bail!("node {} has left", args.node),
             Some(node) if node["leaving"] == true && node["place"].is_null() => break,
             Some(_) => {}

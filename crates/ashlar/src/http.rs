@@ -93,6 +93,11 @@ impl Client {
         json_of(ok(self.send(Method::POST, path, Some(body)).await?).await?).await
     }
 
+    /// PATCH: the JSON; an error status becomes an error with the service's message.
+    pub(crate) async fn patch(&self, path: &str, body: &Value) -> Result<Value> {
+        json_of(ok(self.send(Method::PATCH, path, Some(body)).await?).await?).await
+    }
+
     /// DELETE: the JSON; an error status becomes an error with the service's message.
     pub(crate) async fn delete(&self, path: &str) -> Result<Value> {
         json_of(ok(self.send(Method::DELETE, path, None).await?).await?).await

@@ -2,7 +2,7 @@
 //!
 //! Layout: [`up`] (a small real cluster as supervised children), [`roles`] (gateway, scheduler, node),
 //! machines that join ([`enrolment`]), client commands
-//! ([`chat`], [`tune`], [`bench`], [`drain`], [`drill`], [`replay`]), and what needs no cluster ([`plan`], [`simulate`], [`quantize`], [`synth`]). [`demo`] holds the demo model,
+//! ([`chat`], [`tune`], [`bench`], [`model`], [`drain`], [`drill`], [`replay`]), and what needs no cluster ([`plan`], [`simulate`], [`quantize`], [`synth`]). [`demo`] holds the demo model,
 //! [`http`] a plain HTTP client, [`supervisor`] a child process kept alive, [`processes`] which ones there are, [`network`] networks of their own for
 //! them.
 #![forbid(unsafe_code)]
@@ -15,6 +15,7 @@ mod drain;
 mod drill;
 mod enrolment;
 mod http;
+mod model;
 mod network;
 mod plan;
 mod port;
@@ -78,6 +79,8 @@ enum Command {
     Simulate(Box<simulate::SimulateArgs>),
     /// Measure: a model on this machine, layouts against each other, or a running service.
     Bench(bench::BenchArgs),
+    /// Serve several models on one cluster: deploy, scale and remove them.
+    Model(model::ModelArgs),
     /// Have others take a node's place, so that its machine can be taken away.
     Drain(drain::DrainArgs),
     /// Kill, freeze and cut off processes of a running cluster under load, and say what clients noticed.
@@ -105,6 +108,7 @@ fn main() -> ExitCode {
         Command::Plan(args) => plan::run(args),
         Command::Simulate(args) => simulate::run(*args),
         Command::Bench(args) => bench::run(args),
+        Command::Model(args) => model::run(args),
         Command::Drain(args) => drain::run(args),
         Command::Drill(args) => drill::run(args),
         Command::Replay(args) => replay::run(args),

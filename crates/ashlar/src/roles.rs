@@ -4,15 +4,17 @@ use crate::enrolment::endpoint::{self, EnrolmentConfig};
 use crate::enrolment::join::{self, JoinArgs};
 use crate::tune;
 use anyhow::{Context, Result};
-use ashlar_gateway::GatewayConfig;
+use ashlar_gateway::{Gateway, GatewayConfig};
 use ashlar_model::{ModelConfig, digest, hub};
-use ashlar_scheduler::{ModelCard, SchedulerConfig, SchedulerError};
+use ashlar_protocol::models::DeployModel;
+use ashlar_scheduler::{ModelCard, Scheduler, SchedulerConfig, SchedulerError};
 use ashlar_service_kit::telemetry::{self, TelemetryConfig, TelemetryGuard};
 use ashlar_service_kit::{Shutdown, config};
 use ashlar_shard_node::{NodeConfig, NodeError};
 use ashlar_vocabulary::Precision;
 use clap::Args;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// Exit code of a process that will fail the same way when started again: a supervisor gives up.
 pub(crate) const EXIT_PERMANENT: u8 = 2;
@@ -96,7 +98,10 @@ pub(crate) fn gateway(args: &RoleArgs) -> Result<()> {
     let directory = resolve(&config.model)?;
     runtime()?.block_on(async {
         let shutdown = Shutdown::listen().context("cannot listen to signals")?;
-        permanent(ashlar_gateway::serve(config, directory, shutdown).await.map_err(anyhow::Error::from))
+        let bound = Gateway::bind(config, &directory).await;
+        let gateway = permanent(bound.map_err(anyhow::Error::from))?;
+        gateway.finding(Arc::new(find)).run(shutdown).await;
+        Ok(())
     })
 }
 
@@ -109,7 +114,12 @@ pub(crate) fn scheduler(args: &RoleArgs) -> Result<()> {
         let asked = async move {
             shutdown.requested().await;
         };
-        match ashlar_scheduler::serve(config, card, asked).await {
+        let (precision, context) = (config.precision(), config.max_context_tokens);
+        let opener =
+            move |wish: &DeployModel| open(wish, precision, context).map_err(|error| format!("{error:#}"));
+        let serving =
+            async { Scheduler::bind(config, card).await?.opening(Arc::new(opener)).run(asked).await };
+        match serving.await {
             // A store that is away for a moment is worth another start.
             Err(SchedulerError::Store(error)) if error.is_retryable() => {
                 Err(anyhow::Error::new(SchedulerError::Store(error)))
@@ -154,6 +164,23 @@ pub(crate) fn enrolment(args: &RoleArgs) -> Result<()> {
         };
         endpoint::serve(config, asked).await
     })
+}
+
+/// Where the files of a model are on this machine; those of a hub are fetched.
+fn find(model: &str) -> Result<PathBuf, String> {
+    hub::resolve(model, &mut |file| tracing::info!("fetching {file} of {model}"))
+        .map_err(|error| error.to_string())
+}
+
+/// What the scheduler must know of a model that is to be deployed beside its own, which has this precision and this limit.
+fn open(wish: &DeployModel, own: Precision, context: Option<u32>) -> Result<ModelCard> {
+    let precision = Precision { quantization: wish.quantize, ..own };
+    // Other processes run elsewhere: a directory has one name for all of them.
+    let model = match Path::new(&wish.model) {
+        path if path.exists() => std::fs::canonicalize(path)?.to_string_lossy().into_owned(),
+        _ => wish.model.clone(),
+    };
+    model_card(&model, precision, wish.max_context_tokens.or(context))
 }
 
 /// What the scheduler must know of a model, read from its files.

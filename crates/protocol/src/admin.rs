@@ -3,6 +3,7 @@
 //!
 //! Times are seconds since 1970. Lists are newest first. Ids are made by the gateway, so that a call may be sent twice.
 
+use crate::models::{DeployModel, ModelView, ScaleModel};
 use crate::responses::{ResponseCall, ResponseRecord};
 use crate::training::{ExportedFile, StepMetrics, TrainingSettings};
 use ashlar_vocabulary::{AdapterId, BlobId, FileId, JobId, ModelDigest, NodeId};
@@ -36,6 +37,15 @@ pub enum AdminRequest {
     Response(ResponseCall),
     /// Empty a node, or use it again.
     DrainNode(DrainNode),
+    /// Serve another model beside the others. The same wish may be sent twice.
+    DeployModel(Box<DeployModel>),
+    /// Give a model more nodes, or fewer.
+    ScaleModel(ScaleModel),
+    /// Serve a deployed model no longer: requests in progress end, then its nodes are free.
+    RemoveModel {
+        /// The name.
+        name: String,
+    },
     /// Serve an adapter under a name: as its first generation, or as a new one.
     LoadAdapter(LoadAdapter),
     /// Serve it no longer. Requests in flight keep it.
@@ -97,6 +107,8 @@ pub enum AdminReply {
     Adapter(AdapterView),
     /// A response.
     Response(ResponseRecord),
+    /// A deployed model as it is now.
+    Model(Box<ModelView>),
     /// Refused.
     Refused(AdminFailure),
 }

@@ -25,6 +25,7 @@ pub mod files;
 pub mod frame;
 pub mod group;
 pub mod membership;
+pub mod models;
 pub mod prefix;
 pub mod responses;
 pub mod serving;

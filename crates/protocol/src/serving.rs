@@ -7,6 +7,7 @@ use crate::admin::{
     AdapterView, AdminReply, AdminRequest, Comparison, FileRecord, JobError, JobRequest, PreparedJob,
     PromotionMetric,
 };
+use crate::models::ModelsView;
 use crate::responses::ResponseRecord;
 use ashlar_vocabulary::{
     AdapterId, BlobId, Bytes, JobId, LayerRange, LeaseTerm, ModelDigest, NodeId, ReplicaId, ReplicaRevision,
@@ -103,6 +104,8 @@ pub struct Submit {
 pub enum FromScheduler {
     /// The cluster as it is now: first message, and again on each change (at most a few times per second).
     Cluster(Box<ClusterSnapshot>),
+    /// The other models of the cluster: before the first [`Cluster`](Self::Cluster) where there are any, and again on each change.
+    Models(Box<ModelsView>),
     /// The scheduler lives. Sent at least every [`SCHEDULER_BEAT_MS`], whatever else there is to say.
     Beat,
     /// The answer to a call.

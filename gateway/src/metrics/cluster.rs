@@ -4,9 +4,11 @@
 use ashlar_protocol::serving::{ClusterSnapshot, NodeView};
 use std::fmt::Write;
 
-/// Renders `snapshot` for the model served as `model_name`.
-pub(super) fn render(snapshot: &ClusterSnapshot, model_name: &str) -> String {
-    let mut page = Page { text: String::new(), model: escaped(model_name) };
+/// Renders `snapshot` for the model served as `model_name`; where that is `deployed` beside others, all is labelled with it.
+pub(super) fn render(snapshot: &ClusterSnapshot, model_name: &str, deployed: bool) -> String {
+    let model = escaped(model_name);
+    let labels = if deployed { format!("{{model_name=\"{model}\"}}") } else { String::new() };
+    let mut page = Page { text: String::new(), model, labels };
     let counters = &snapshot.counters;
     page.model("vllm:num_requests_running", "gauge", "Sequences being computed.", counters.running as f64);
     page.model("vllm:num_requests_waiting", "gauge", "Sequences waiting for room.", counters.waiting as f64);
@@ -141,6 +143,8 @@ type NodeSeries = (&'static str, &'static str, fn(&NodeView) -> f64);
 struct Page {
     text: String,
     model: String,
+    /// Of series that have no others.
+    labels: String,
 }
 
 impl Page {
@@ -156,7 +160,7 @@ impl Page {
 
     fn plain(&mut self, name: &str, kind: &str, help: &str, value: f64) {
         self.head(name, kind, help);
-        let _ = writeln!(self.text, "{name} {value}");
+        let _ = writeln!(self.text, "{name}{} {value}", self.labels);
     }
 
     fn nodes(&mut self, nodes: &[NodeView], kind: &str, (name, help, value): NodeSeries) {

@@ -13,6 +13,7 @@ use super::usage::{receipt_json, usage_json};
 use crate::app::{App, ServedModel, unix_seconds};
 use crate::context::RequestContext;
 use crate::generation::{Generation, GenerationSpec, Output, PromptSpec};
+use crate::models;
 use crate::text::ModelText;
 use crate::transcript::{End, OutputToken};
 use ashlar_protocol::serving::FinishReason;
@@ -71,6 +72,7 @@ pub(crate) async fn chat_completions(
     let (parts, body) = request.into_parts();
     let body = read_body(&app, &parts.headers, body).await?;
     app.first_contact().await;
+    let app = models::of_body(app, &body).await?;
     let worker = app.clone();
     let Prepared { request, served, prompt, constraint, reading } =
         app.work(move || Prepared::new(&body, &worker)).await?;

@@ -10,6 +10,7 @@ use super::usage::{receipt_json, usage_json};
 use crate::app::App;
 use crate::context::RequestContext;
 use crate::generation::{Generation, GenerationSpec, Output, PromptSpec, TokenCounts};
+use crate::models;
 use crate::text::ModelText;
 use crate::transcript::{End, OutputToken};
 use ashlar_protocol::serving::FinishReason;
@@ -43,6 +44,7 @@ pub(crate) async fn completions(
     let (parts, body) = request.into_parts();
     let body = read_body(&app, &parts.headers, body).await?;
     app.first_contact().await;
+    let app = models::of_body(app, &body).await?;
     let worker = app.clone();
     let (request, served) = app
         .work(move || {

@@ -1,8 +1,10 @@
-//! `GET /v1/models` and `/v1/models/{id}`: the base model under its names, and the adapters on it.
+//! `GET /v1/models` and `/v1/models/{id}`: the base model under its names, the adapters on it, and the models beside it.
 
 use super::error::ApiError;
 use crate::app::App;
+use crate::models::view_of;
 use ashlar_protocol::admin::AdapterView;
+use ashlar_protocol::models::ModelView;
 use axum::Json;
 use axum::extract::rejection::PathRejection;
 use axum::extract::{Path, State};
@@ -12,6 +14,7 @@ use std::sync::Arc;
 pub(crate) async fn list_models(State(app): State<Arc<App>>) -> Json<Value> {
     let mut cards: Vec<Value> = app.names.iter().map(|name| base_card(&app, name)).collect();
     cards.extend(app.adapters().iter().filter(|view| !app.is_base(&view.name)).map(|view| card(&app, view)));
+    cards.extend(app.scheduler.link().models.deployed.iter().map(deployed_card));
     Json(json!({"object": "list", "data": cards}))
 }
 
@@ -20,6 +23,9 @@ pub(crate) async fn show_model(
     path: Result<Path<String>, PathRejection>,
 ) -> Result<Json<Value>, ApiError> {
     let id = model_in(path)?;
+    if let Some(view) = view_of(&app, &id).filter(|_| !app.is_base(&id)) {
+        return Ok(Json(deployed_card(&view)));
+    }
     app.served(Some(&id))?;
     let adapter = app.adapters().into_iter().find(|view| view.name == id && !app.is_base(&id));
     Ok(Json(adapter.map_or_else(|| base_card(&app, &id), |view| card(&app, &view))))
@@ -42,6 +48,18 @@ fn base_card(app: &App, name: &str) -> Value {
         "root": cluster.map_or(app.model_name(), |cluster| &cluster.model),
         "parent": null,
         "max_model_len": cluster.map(|cluster| cluster.max_context_tokens),
+    })
+}
+
+fn deployed_card(view: &ModelView) -> Value {
+    json!({
+        "id": view.request.name,
+        "object": "model",
+        "created": view.created_at,
+        "owned_by": "ashlar",
+        "root": view.cluster.model,
+        "parent": null,
+        "max_model_len": view.cluster.max_context_tokens,
     })
 }
 

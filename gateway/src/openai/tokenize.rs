@@ -8,6 +8,7 @@ use super::fields::Fields;
 use super::respond::{add_warning, read_body};
 use super::sampling::token_id;
 use crate::app::{App, unix_seconds};
+use crate::models;
 use ashlar_vocabulary::TokenId;
 use axum::Json;
 use axum::extract::{Request, State};
@@ -16,8 +17,8 @@ use serde_json::{Value, json};
 use std::sync::Arc;
 
 pub(crate) async fn tokenize(State(app): State<Arc<App>>, request: Request) -> Result<Response, ApiError> {
-    let max_model_len = app.scheduler.link().cluster.map(|cluster| cluster.max_context_tokens);
-    answer(app, request, move |app, fields| {
+    answer(app, request, |app, fields| {
+        let max_model_len = app.scheduler.link().cluster.map(|cluster| cluster.max_context_tokens);
         let tokens = tokens_of(app, fields)?;
         let texts: Option<Vec<String>> = fields
             .bool("return_token_strs")?
@@ -74,6 +75,7 @@ async fn answer(
 ) -> Result<Response, ApiError> {
     let (parts, body) = request.into_parts();
     let body = read_body(&app, &parts.headers, body).await?;
+    let app = models::of_body(app, &body).await?;
     let worker = app.clone();
     let (value, unknown) = app
         .work(move || {

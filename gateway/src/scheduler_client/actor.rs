@@ -6,6 +6,7 @@ use ashlar_identity::stream::{ReadHalf, Stream, WriteHalf};
 use ashlar_identity::{Role, Transport};
 use ashlar_protocol::admin::JobError;
 use ashlar_protocol::frame::{self, FrameError};
+use ashlar_protocol::models::ModelsView;
 use ashlar_protocol::serving::{
     ChoiceId, ClusterSnapshot, CompareAdapters, FromScheduler, PrepareJob, SCHEDULER_BEAT_MS, ToScheduler,
 };
@@ -35,6 +36,8 @@ pub(super) struct Actor {
     calls: HashMap<u64, CallAnswer>,
     last_call: u64,
     terms: Terms,
+    /// Deployed models of which the scheduler has told before its first snapshot.
+    models: Option<Arc<ModelsView>>,
     /// Since when there is no scheduler.
     lost: Option<Instant>,
     /// Of connecting; each is to the next address.
@@ -91,6 +94,7 @@ impl Actor {
             calls: HashMap::new(),
             last_call: 0,
             terms: Terms::default(),
+            models: None,
             lost: Some(Instant::now()),
             retries,
         }
@@ -267,6 +271,10 @@ impl Actor {
     fn message(&mut self, message: FromScheduler, connection: &mut Connection) -> Result<(), LinkError> {
         match message {
             FromScheduler::Cluster(snapshot) => self.cluster(*snapshot),
+            FromScheduler::Models(models) => {
+                self.models(Arc::new(*models));
+                Ok(())
+            }
             FromScheduler::Admin { call, reply } => {
                 if let Some(answer) = self.calls.remove(&call) {
                     let _ = answer.send(Ok(*reply));
@@ -317,16 +325,29 @@ impl Actor {
         self.terms.hear(snapshot.term).map_err(stale)?;
         // The first snapshot over a connection makes it one that is used.
         let new = self.lost.take().is_some();
+        let models = self.models.take().or(new.then(Arc::default));
         self.publish.send_modify(|link| {
             (link.connected, link.given_up) = (true, false);
             link.cluster = Some(Arc::new(snapshot));
+            if let Some(models) = models {
+                link.models = models;
+            }
             link.problem.clear();
             link.epoch += u64::from(new);
         });
         Ok(())
     }
 
+    fn models(&mut self, models: Arc<ModelsView>) {
+        match self.lost {
+            // What they were with the scheduler before stands until all is known of this one.
+            Some(_) => self.models = Some(models),
+            None => self.publish.send_modify(|link| link.models = models),
+        }
+    }
+
     fn disconnected(&mut self, problem: &str) {
+        self.models = None;
         let given_up = self.lost.get_or_insert_with(Instant::now).elapsed() >= self.settings.patience;
         self.publish.send_modify(|link| {
             (link.connected, link.given_up) = (false, given_up);

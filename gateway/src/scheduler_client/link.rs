@@ -1,5 +1,6 @@
 //! What the gateway knows of the scheduler and the cluster behind it.
 
+use ashlar_protocol::models::ModelsView;
 use ashlar_protocol::serving::ClusterSnapshot;
 use ashlar_service_kit::Addresses;
 use std::sync::Arc;
@@ -11,6 +12,8 @@ pub struct Link {
     pub connected: bool,
     /// The last snapshot; kept when the connection is lost.
     pub cluster: Option<Arc<ClusterSnapshot>>,
+    /// The models beside the scheduler's own one, as last told.
+    pub models: Arc<ModelsView>,
     /// Why the connection does not stand.
     pub problem: String,
     /// Counts the connections that have stood: with each new one, what was submitted before has to be submitted again.
@@ -25,10 +28,21 @@ impl Link {
         Link {
             connected: false,
             cluster: None,
+            models: Arc::default(),
             problem: format!("connecting to the scheduler at {addresses}"),
             epoch: 0,
             given_up: false,
         }
+    }
+
+    /// The same as whoever asks for a deployed model sees it: the cluster is that model's part.
+    pub fn of_model(&self, name: &str) -> Link {
+        let view = self.models.deployed.iter().find(|view| view.request.name == name);
+        let problem = match view {
+            None if self.connected => format!("the model `{name}` has been removed"),
+            _ => self.problem.clone(),
+        };
+        Link { cluster: view.map(|view| Arc::new(view.cluster.clone())), problem, ..self.clone() }
     }
 
     /// The cluster, while the connection stands.

@@ -17,6 +17,7 @@ mod reconcile;
 mod snapshot;
 
 pub use events::{ClusterConfig, Effect, Event, NodeConnection, Spent};
+pub use snapshot::{Member, could_hold};
 
 use crate::jobs::{RankRoom, TrainingRank, TrainingReplica};
 use crate::time::Millis;
@@ -52,6 +53,8 @@ pub struct Cluster {
     connections: BTreeMap<NodeConnection, NodeId>,
     replicas: BTreeMap<ReplicaId, Replica>,
     revisions: u64,
+    /// Whether there has been a layout.
+    begun: bool,
     /// When the set of nodes last changed.
     changed: Millis,
     /// Whether it has changed since the last attempt to plan.
@@ -79,6 +82,7 @@ impl Cluster {
             connections: BTreeMap::new(),
             replicas: BTreeMap::new(),
             revisions: 0,
+            begun: false,
             changed: Millis(0),
             unplanned: false,
             plan_problem: None,

@@ -8,7 +8,7 @@ use crate::time::Millis;
 use ashlar_protocol::membership::{Assignment, SOURCES_MAX};
 use ashlar_protocol::prefix::BlockHash;
 use ashlar_shard_plan::{DeviceReport, Layout, plan};
-use ashlar_vocabulary::{BlockId, HeadSlice, NodeId, ReplicaId, ReplicaRevision};
+use ashlar_vocabulary::{BlockId, HeadSlice, ModelDigest, NodeId, ReplicaId, ReplicaRevision};
 use std::collections::BTreeMap;
 
 impl Cluster {
@@ -56,7 +56,7 @@ impl Cluster {
         let sizes = [config.stages, config.tensor_parallel_size, config.replicas];
         let needed: usize = sizes.iter().map(|size| size.unwrap_or(1)).product();
         // Those who are about to leave have come, and only the first layout waits for all.
-        let expected = config.expected_nodes.filter(|_| self.revisions == 0).unwrap_or(1);
+        let expected = config.expected_nodes.filter(|_| !self.begun).unwrap_or(1);
         let mut staying: Vec<&Node> = self.nodes.values().filter(|node| !node.leaving).collect();
         let harmless = |node: &&Node| !self.suspicions.is_quarantined(&node.join.node);
         // One that does harm is better than nobody.
@@ -194,7 +194,7 @@ impl Cluster {
             next: if earlier { address(stage + 1, rank) } else { None },
             head,
             sampler: if earlier && head.is_some() { address(stages - 1, 0) } else { None },
-            sources: sources(replica, &self.nodes, &seat.node),
+            sources: sources(config.model_digest, replica, &self.nodes, &seat.node),
         }
     }
 
@@ -270,6 +270,7 @@ impl Cluster {
 
     pub(super) fn new_revision(&mut self) -> ReplicaRevision {
         self.revisions += 1;
+        self.begun = true;
         ReplicaRevision(self.config.term.0 * REVISIONS_PER_TERM + self.revisions)
     }
 }
@@ -284,10 +285,16 @@ fn kept_by_all(replica: &Replica, nodes: &BTreeMap<NodeId, Node>) -> Vec<(BlockI
 
 /// Where `node` may find files of the model that it does not have: at nodes that have weights in memory, of its replica first, then
 /// at any.
-fn sources(replica: &Replica, nodes: &BTreeMap<NodeId, Node>, node: &NodeId) -> Vec<String> {
+fn sources(
+    model: ModelDigest,
+    replica: &Replica,
+    nodes: &BTreeMap<NodeId, Node>,
+    node: &NodeId,
+) -> Vec<String> {
     let mut others: Vec<&Node> = nodes.values().filter(|other| other.join.node != *node).collect();
     let likely = |other: &&Node| {
-        (other.holds.is_none(), !replica.seats.iter().any(|seat| seat.node == other.join.node))
+        let holds = other.holds.as_ref().is_some_and(|holds| holds.model_digest == model);
+        (!holds, !replica.seats.iter().any(|seat| seat.node == other.join.node))
     };
     others.sort_by_key(likely);
     others.into_iter().take(SOURCES_MAX).map(|other| other.join.data_address.clone()).collect()

@@ -1,12 +1,61 @@
-//! What gateways and operators may know about the cluster.
+//! What gateways and operators may know about the cluster, and what those may who share nodes out between several.
 
-use super::Cluster;
-use super::place::{Observed, Phase};
+use super::place::{Node, Observed, Phase};
+use super::{Cluster, ClusterConfig, NodeConnection, costs};
 use crate::engine::Engine;
 use ashlar_protocol::serving::{ClusterSnapshot, NodeView, ReplicaView};
-use ashlar_vocabulary::Bytes;
+use ashlar_shard_plan::{DeviceReport, plan};
+use ashlar_vocabulary::{Bytes, ModelDigest, NodeId};
+
+/// A joined node, as whoever shares nodes out between models sees it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Member {
+    /// Its connection.
+    pub connection: NodeConnection,
+    /// What it offers.
+    pub device: DeviceReport,
+    /// Whether it has a place.
+    pub seated: bool,
+    /// Whether it is taken for harmless.
+    pub sound: bool,
+    /// Of which model it has a slice in memory.
+    pub holds: Option<ModelDigest>,
+}
+
+/// Whether these nodes could hold a model as it is to be laid out.
+///
+/// # Errors
+/// Why not, with the bytes that are missing.
+pub fn could_hold(config: &ClusterConfig, devices: &[DeviceReport]) -> Result<(), String> {
+    let layout = plan(&config.shape, devices, &config.links, &costs::plan_request(config));
+    layout.map(|_| ()).map_err(|error| error.to_string())
+}
 
 impl Cluster {
+    /// Every joined node, by name.
+    pub fn members(&self) -> Vec<Member> {
+        let member = |(name, node): (&NodeId, &Node)| Member {
+            connection: node.connection,
+            device: super::reconcile::device_report(node),
+            seated: node.place.is_some(),
+            sound: !self.suspicions.is_quarantined(name),
+            holds: node.holds.as_ref().map(|holds| holds.model_digest),
+        };
+        self.nodes.iter().map(member).collect()
+    }
+
+    /// Whether a replica serves.
+    pub fn serves(&self) -> bool {
+        self.replicas.values().any(|replica| replica.phase == Phase::Up)
+    }
+
+    /// Has several clusters under one lease count their revisions together: no two of them ever use the same, and a node that goes
+    /// from one to another only sees higher ones. To be called before and after each event.
+    pub fn share_revisions(&mut self, used: &mut u64) {
+        self.revisions = self.revisions.max(*used);
+        *used = self.revisions;
+    }
+
     /// The cluster as it is now, with the engine's numbers; what adapters and jobs take is others' to say.
     pub fn snapshot(&self, engine: &Engine) -> ClusterSnapshot {
         let nodes = self.nodes.iter().map(|(name, node)| NodeView {

@@ -61,6 +61,9 @@ impl Jobs {
             | R::UnloadAdapter { .. }
             | R::RollBackAdapter { .. }
             | R::Response(_)
+            | R::DeployModel(_)
+            | R::ScaleModel(_)
+            | R::RemoveModel { .. }
             | R::DrainNode(_) => {
                 return;
             }
@@ -107,6 +110,9 @@ impl Jobs {
             | R::UnloadAdapter { .. }
             | R::RollBackAdapter { .. }
             | R::Response(_)
+            | R::DeployModel(_)
+            | R::ScaleModel(_)
+            | R::RemoveModel { .. }
             | R::DrainNode(_) => {}
         }
     }

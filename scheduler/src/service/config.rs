@@ -6,8 +6,8 @@ use ashlar_vocabulary::{FloatType, ModelDigest, ModelShape, Precision, Quantizat
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
-/// The model that a scheduler serves. Whoever starts it has opened the model; the scheduler itself never does.
-#[derive(Debug, Clone, PartialEq)]
+/// A model that a scheduler serves. Whoever starts it has opened the model; the scheduler itself never does.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct ModelCard {
     /// Directory or hub id, as nodes will open it.
     pub source: String,

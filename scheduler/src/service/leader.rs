@@ -3,6 +3,7 @@
 use super::archive::{Answer, Archive};
 use super::connection::{Arrival, Frame, GatewayArrival, NodeArrival, Peer};
 use super::keeper::Keeper;
+use super::models::{Models, Opened};
 use super::records::{Records, Written};
 use super::spans::Spans;
 use crate::adapters::{AdapterRecord, AdaptersConfig};
@@ -14,6 +15,7 @@ use crate::responses::ResponsesConfig;
 use crate::time::Millis;
 use ashlar_protocol::frame;
 use ashlar_protocol::membership::{FromNode, ToNode};
+use ashlar_protocol::models::ModelsView;
 use ashlar_protocol::responses::ResponseRecord;
 use ashlar_protocol::serving::{ClusterSnapshot, FromScheduler, SCHEDULER_BEAT_MS, ToScheduler};
 use ashlar_service_kit::{Clock, SystemClock, Watchdog};
@@ -39,6 +41,7 @@ pub(super) enum Ended {
 }
 
 /// What each core is told.
+#[derive(Clone)]
 pub(super) struct CoresConfig {
     pub(super) cluster: ClusterConfig,
     pub(super) engine: EngineConfig,
@@ -54,6 +57,8 @@ pub(super) struct Sources {
     pub(super) answers: mpsc::Receiver<Answer>,
     pub(super) adapters_written: mpsc::Receiver<Written>,
     pub(super) responses_written: mpsc::Receiver<Written>,
+    pub(super) models_written: mpsc::Receiver<Written>,
+    pub(super) models_opened: mpsc::Receiver<Opened>,
 }
 
 /// Who does what takes time.
@@ -67,19 +72,21 @@ pub(super) struct Performers {
 /// The director and its connections.
 pub(super) struct Leader {
     clock: SystemClock,
-    director: Director,
+    pub(super) director: Director,
+    /// The models beside that one.
+    pub(super) models: Models,
     nodes: BTreeMap<NodeConnection, Peer>,
     gateways: BTreeMap<GatewayId, Peer>,
-    outputs: Vec<Output>,
+    pub(super) outputs: Vec<Output>,
     spans: Spans,
     fenced: Option<LeaseTerm>,
     performers: Performers,
     /// Another scheduler has written what is ours, or the archive cannot follow.
     superseded: bool,
-    unix_s: u64,
+    pub(super) unix_s: u64,
     last_snapshot: Option<ClusterSnapshot>,
     last_snapshot_at: Millis,
-    snapshot_due: bool,
+    pub(super) snapshot_due: bool,
     last_beat_at: Millis,
 }
 
@@ -88,6 +95,7 @@ impl Leader {
     pub(super) fn new(
         config: CoresConfig,
         performers: Performers,
+        models: Models,
         stored_adapters: Vec<(String, AdapterRecord)>,
         stored_responses: Vec<ResponseRecord>,
     ) -> Leader {
@@ -95,6 +103,7 @@ impl Leader {
         let mut leader = Leader {
             clock: SystemClock::new(),
             director: Director::new(cluster, engine, adapters, jobs, responses),
+            models,
             nodes: BTreeMap::new(),
             gateways: BTreeMap::new(),
             outputs: Vec::new(),
@@ -112,6 +121,7 @@ impl Leader {
         leader.tell_date();
         leader.apply(Input::StoredAdapters(stored_adapters));
         leader.apply(Input::StoredResponses(stored_responses));
+        leader.begin_models();
         leader
     }
 
@@ -143,6 +153,8 @@ impl Leader {
                 Some(answer) = sources.answers.recv() => self.answer(answer),
                 Some(written) = sources.adapters_written.recv() => self.adapter_written(written),
                 Some(written) = sources.responses_written.recv() => self.response_written(&written),
+                Some(written) = sources.models_written.recv() => self.model_written(written),
+                Some(opened) = sources.models_opened.recv() => self.model_opened(opened),
                 () = &mut lease_lost => {
                     // A shutdown that has begun is not begun again under another term.
                     let ended = if drain_until.is_some() { Ended::Drained } else { Ended::LeaseLost };
@@ -150,7 +162,7 @@ impl Leader {
                 }
                 () = &mut shutdown, if drain_until.is_none() => {
                     drain_until = Some(self.now().plus(drain_grace.as_millis() as u64));
-                    self.apply(Input::Drain);
+                    self.apply_to_all(&Input::Drain);
                 }
             }
             for _ in 0..BATCH_MAX {
@@ -170,7 +182,7 @@ impl Leader {
             if let Some(term) = self.fenced.filter(|_| drain_until.is_none()) {
                 return self.end(Ended::Fenced(term), watchdog).await;
             }
-            if drain_until.is_some_and(|until| self.director.is_idle() || until <= self.now()) {
+            if drain_until.is_some_and(|until| self.is_idle() || until <= self.now()) {
                 return self.end(Ended::Drained, watchdog).await;
             }
         }
@@ -194,12 +206,12 @@ impl Leader {
         }
     }
 
-    fn now(&self) -> Millis {
+    pub(super) fn now(&self) -> Millis {
         Millis(self.clock.now().0)
     }
 
-    fn apply(&mut self, input: Input) {
-        self.director.apply(self.now(), input, &mut self.outputs);
+    fn is_idle(&self) -> bool {
+        self.director.is_idle() && self.models.are_idle()
     }
 
     fn answer(&mut self, answer: Answer) {
@@ -220,6 +232,7 @@ impl Leader {
     fn tick(&mut self) {
         self.tell_date();
         self.apply(Input::Tick);
+        self.tick_models();
         if self.now().since(self.last_snapshot_at) >= SNAPSHOT_INTERVAL_MS {
             self.snapshot_due = true;
         }
@@ -240,20 +253,25 @@ impl Leader {
             }
             Arrival::Closed(connection, reason) => {
                 self.nodes.remove(&connection);
-                self.apply(Input::NodeClosed(connection, reason));
+                self.node_closed(connection, reason);
             }
-            Arrival::Message(connection, message) => {
-                if let FromNode::Join(join) = &message {
+            Arrival::Message(connection, message) => match message {
+                FromNode::Join(join) => {
                     tracing::info!(node = %join.node, address = %join.data_address, memory = %join.memory, "joined");
+                    self.joins(connection, join);
                 }
-                self.apply(Input::Node(connection, Box::new(message)));
-            }
+                message => self.node_says(connection, message),
+            },
         }
     }
 
     fn gateway(&mut self, arrival: GatewayArrival) {
         match arrival {
             Arrival::Opened(gateway, peer) => {
+                let models = self.models_view();
+                if models != ModelsView::default() {
+                    peer.send(encode(&FromScheduler::Models(Box::new(models))));
+                }
                 let snapshot = self.director.snapshot();
                 peer.send(encode(&FromScheduler::Cluster(Box::new(snapshot))));
                 self.gateways.insert(gateway, peer);
@@ -273,7 +291,7 @@ impl Leader {
                     | ToScheduler::Compared { .. }
                     | ToScheduler::Refused { .. } => {}
                 }
-                self.apply(Input::Gateway(gateway, message));
+                self.gateway_says(gateway, message);
             }
         }
     }
@@ -293,13 +311,13 @@ impl Leader {
     fn drop_gateway(&mut self, gateway: GatewayId) {
         self.gateways.remove(&gateway);
         self.spans.gateway_gone(gateway);
-        self.apply(Input::GatewayClosed(gateway));
+        self.gateway_gone(gateway);
     }
 
     /// Performs until the director wants nothing more.
     fn perform(&mut self) {
         loop {
-            self.director.plan(self.now(), &mut self.outputs);
+            self.plan();
             if self.outputs.is_empty() {
                 break;
             }
@@ -321,6 +339,7 @@ impl Leader {
             }
             Output::CloseNode(connection, reason) => {
                 tracing::warn!(%reason, "closing a node's connection");
+                self.forget_node(connection);
                 if let Some(peer) = self.nodes.remove(&connection) {
                     // Where it does not read any more, it learns nothing.
                     let _ = peer.send(encode(&ToNode::Closing(reason)));
@@ -407,11 +426,11 @@ impl Leader {
         let sent = self.nodes.get(&connection).is_some_and(|peer| peer.send(frame));
         if !sent && self.nodes.remove(&connection).is_some() {
             let reason = "it does not read what it is sent".to_owned();
-            self.apply(Input::NodeClosed(connection, reason));
+            self.node_closed(connection, reason);
         }
     }
 
-    fn tell_gateway(&mut self, gateway: GatewayId, message: &FromScheduler) {
+    pub(super) fn tell_gateway(&mut self, gateway: GatewayId, message: &FromScheduler) {
         self.spans.observe(message);
         let Some(peer) = self.gateways.get(&gateway) else { return };
         if !peer.send(encode(message)) {
@@ -423,6 +442,7 @@ impl Leader {
     fn send_snapshot(&mut self) {
         self.snapshot_due = false;
         self.last_snapshot_at = self.now();
+        self.send_models();
         let snapshot = self.director.snapshot();
         if self.last_snapshot.as_ref() == Some(&snapshot) {
             return;
@@ -432,7 +452,7 @@ impl Leader {
         self.tell_all_gateways(&frame);
     }
 
-    fn tell_all_gateways(&mut self, frame: &Frame) {
+    pub(super) fn tell_all_gateways(&mut self, frame: &Frame) {
         let slow: Vec<GatewayId> = self
             .gateways
             .iter()
@@ -453,6 +473,6 @@ fn log_assignment(message: &ToNode) {
     }
 }
 
-fn encode<M: serde::Serialize>(message: &M) -> Frame {
+pub(super) fn encode<M: serde::Serialize>(message: &M) -> Frame {
     frame::encode(message).into()
 }

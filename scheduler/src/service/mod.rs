@@ -2,7 +2,8 @@
 //!
 //! Layout: [`config`](SchedulerConfig) (what it is told), `leader` (the one task that owns both cores: select, handle,
 //! perform), `connection` (a reader and a writer task per socket), `lease` (under which term it leads), `archive` (jobs' records in the
-//! store, in order) with `keeper` (blobs), `records` (adapters and responses, in the store), `spans` (traces).
+//! store, in order) with `keeper` (blobs), `records` (adapters, responses and deployed models, in the store), `models` (cores of models that are deployed beside the scheduler's own),
+//! `spans` (traces).
 //!
 //! Nodes and gateways connect to addresses of their own ([`SchedulerConfig::listen_nodes`],
 //! [`SchedulerConfig::listen_gateways`]): what may speak to which is then a matter of the network, too. A gateway's first
@@ -17,14 +18,17 @@ mod connection;
 mod keeper;
 mod leader;
 mod lease;
+mod models;
 mod records;
 mod spans;
 
 pub use config::{ModelCard, SchedulerConfig};
+pub use models::ModelOpener;
 
 use crate::adapters::{AdapterRecord, AdaptersConfig};
 use crate::cluster::{ClusterConfig, NodeConnection};
 use crate::engine::{EngineConfig, GatewayId};
+use crate::fleet::FleetRecord;
 use crate::jobs::JobsConfig;
 use crate::responses::ResponsesConfig;
 use ashlar_identity::{ListenError, Role, TlsError, Transport};
@@ -35,6 +39,7 @@ use ashlar_store::{Lease, Store, StoreError};
 use ashlar_vocabulary::{Bytes, LeaseTerm};
 use connection::{Door, INBOX_MESSAGES_MAX, Numbers, accept, turn_away};
 use leader::{CoresConfig, Ended, Leader, Performers, Sources};
+use models::{ModelPerformers, Models};
 use records::{Opened, Records};
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -96,6 +101,8 @@ pub async fn serve(
 pub struct Scheduler {
     config: SchedulerConfig,
     model: ModelCard,
+    /// Reads the files of models that are to be deployed.
+    opener: Option<ModelOpener>,
     transport: Transport,
     store: Arc<dyn Store>,
     blobs: Option<Blobs>,
@@ -129,7 +136,12 @@ impl Scheduler {
             Some(address) => Some(blobs::open(address, &BlobOptions::default()).await?),
             None => None,
         };
-        Ok(Scheduler { config, model, transport, store, blobs, nodes, gateways })
+        Ok(Scheduler { config, model, opener: None, transport, store, blobs, nodes, gateways })
+    }
+
+    /// Lets other models be deployed beside its own, whose files are read by `opener`.
+    pub fn opening(self, opener: ModelOpener) -> Scheduler {
+        Scheduler { opener: Some(opener), ..self }
     }
 
     /// Where nodes connect.
@@ -191,9 +203,16 @@ impl Scheduler {
     /// One term of leading. Connections do not outlive it: peers come back and meet the next term.
     async fn lead(&self, lease: &Lease, watchdog: &Watchdog, shutdown: impl Future<Output = ()>) -> Ended {
         // Before anybody is served: a request for an adapter is not to be refused as unknown.
-        let opening =
-            async { (Records::open(self.store.clone()).await, Records::open(self.store.clone()).await) };
-        let (adapters, responses): (Opened<AdapterRecord>, Opened<ResponseRecord>) = tokio::select! {
+        let opening = async {
+            let (adapters, responses) =
+                (Records::open(self.store.clone()).await, Records::open(self.store.clone()).await);
+            (adapters, responses, Records::open(self.store.clone()).await)
+        };
+        let (adapters, responses, models): (
+            Opened<AdapterRecord>,
+            Opened<ResponseRecord>,
+            Opened<FleetRecord>,
+        ) = tokio::select! {
             opened = opening => opened,
             never = watchdog.keep_beating() => match never {},
         };
@@ -217,7 +236,7 @@ impl Scheduler {
         let keeper = keeper::Keeper::start(self.store.clone(), self.blobs.clone(), answer);
         let performers =
             Performers { archive, keeper, adapters: adapters.records, responses: responses.records };
-        let config = CoresConfig {
+        let mut config = CoresConfig {
             cluster: self.cluster_config(lease),
             engine: self.engine_config(),
             adapters: self.adapters_config(),
@@ -225,10 +244,26 @@ impl Scheduler {
             responses: self.responses_config(),
         };
         let stored_responses = responses.stored.into_iter().map(|(_, record)| record).collect();
-        let leader = Leader::new(config, performers, adapters.stored, stored_responses);
+        let (opened, models_opened) = mpsc::channel(models::OPENED_MAX);
+        let model_performers =
+            ModelPerformers { opener: self.opener.clone(), opened, records: models.records };
+        let models_written = models.written;
+        let models = Models::new(config.clone(), model_performers, models.stored);
+        // Nodes that belong to others will not come.
+        config.cluster.expected_nodes =
+            config.cluster.expected_nodes.map(|nodes| nodes.saturating_sub(models.nodes_deployed()).max(1));
+        let leader = Leader::new(config, performers, models, adapters.stored, stored_responses);
         let grace = Duration::from_millis(self.config.drain_grace_ms);
         let (adapters_written, responses_written) = (adapters.written, responses.written);
-        let sources = Sources { nodes, gateways, answers, adapters_written, responses_written };
+        let sources = Sources {
+            nodes,
+            gateways,
+            answers,
+            adapters_written,
+            responses_written,
+            models_written,
+            models_opened,
+        };
         let ended = leader.lead(sources, watchdog, lease_lost, shutdown, grace).await;
         stop_keeping.abort();
         ended

@@ -54,6 +54,7 @@ impl Spans {
                 }
             }
             FromScheduler::Cluster(_)
+            | FromScheduler::Models(_)
             | FromScheduler::Beat
             | FromScheduler::Admin { .. }
             | FromScheduler::Prepare(_)
