@@ -8,18 +8,19 @@ use crate::fence::Fence;
 use crate::files::{Files, Shelf};
 use crate::head::{HeadService, Wake};
 use crate::links::{Inbound, LinkBreaker, LinkSettings, Links, PendingLinks, Waiting, Wish};
+use crate::logits::{sample_row, wanted_logits};
+use crate::rows::{adapted_rows, contexts, not_finite, spoil};
 use crate::sampling::Samplers;
-use crate::sequencer::{self, Effect, Event, Row, Sequencer, StepWork};
+use crate::sequencer::{self, Effect, Event, Sequencer, StepWork};
 use crate::slices::Slices;
 use crate::spans::Spans;
 use crate::training::{self, Sessions};
 use ashlar_identity::Transport;
-use ashlar_kernels::{Kernels, RowContext};
-use ashlar_model::adapter::AdaptedRows;
+use ashlar_kernels::Kernels;
 use ashlar_model::stage::LOGIT_ROWS_MAX;
 use ashlar_model::{KvCache, StageInput, Workspace};
 use ashlar_protocol::membership::{Assignment, FromNode, HeldSlice, KEPT_BLOCKS_MAX};
-use ashlar_protocol::step::{PromptLogprobs, StepPlan, StepResult, StepTiming};
+use ashlar_protocol::step::{StepPlan, StepResult, StepTiming};
 use ashlar_vocabulary::{AdapterId, Bytes, ReplicaRevision, SequenceId, StepId, TokenId};
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -585,131 +586,4 @@ impl Executor {
             false => FromNode::StepDone { revision, step, timing },
         })
     }
-}
-
-/// A row whose logits are needed.
-struct WantedLogits {
-    row: usize,
-    purpose: Purpose,
-}
-
-/// What logits are needed for.
-enum Purpose {
-    /// To choose the next token.
-    Sample,
-    /// To score the prompt token that follows.
-    Score(TokenId),
-    /// For their digest alone.
-    Audit,
-}
-
-/// Flips the lowest bit of the first value of every row.
-fn spoil(made: &mut [f32], rows: usize) {
-    let width = made.len() / rows.max(1);
-    for row in made.chunks_exact_mut(width.max(1)) {
-        row[0] = f32::from_bits(row[0].to_bits() ^ 1);
-    }
-}
-
-/// Sequences without an adapter of which rows were `made` that are not finite, though those that were `given` are.
-fn not_finite(given: Option<&[f32]>, made: &[f32], rows: &[Row], adapters: &Adapters) -> Vec<SequenceId> {
-    let width = made.len() / rows.len().max(1);
-    let is_finite = |values: &[f32]| values.iter().all(|value| value.is_finite());
-    if is_finite(made) {
-        return Vec::new();
-    }
-    let mut sequences: Vec<SequenceId> = Vec::new();
-    for (index, row) in rows.iter().enumerate() {
-        let of = |values: &[f32]| values.get(index * width..(index + 1) * width).is_none_or(is_finite);
-        let made_here = !of(made) && given.is_none_or(of);
-        if made_here
-            && sequences.last() != Some(&row.sequence)
-            && adapters.of_sequence(row.sequence).is_none()
-        {
-            sequences.push(row.sequence);
-        }
-    }
-    sequences
-}
-
-/// Every rank of the last stage comes to the same rows, from the plan alone: they multiply them together.
-fn wanted_logits(
-    sequencer: &Sequencer,
-    scored: &BTreeSet<SequenceId>,
-    digests: &Digests,
-    work: &StepWork,
-) -> Vec<WantedLogits> {
-    let mut wanted: Vec<WantedLogits> = Vec::new();
-    if !(scored.is_empty() && digests.is_idle()) {
-        for (index, row) in work.rows.iter().enumerate() {
-            let next = row.position as usize + 1;
-            let sequence = sequencer.sequence(row.sequence).filter(|sequence| next < sequence.prompt_len);
-            let follower = sequence.and_then(|sequence| sequence.tokens.get(next).copied());
-            let scored = follower.filter(|_| scored.contains(&row.sequence));
-            let sampled = || work.samples.iter().any(|(_, row)| *row == index);
-            match scored {
-                Some(token) => wanted.push(WantedLogits { row: index, purpose: Purpose::Score(token) }),
-                None if digests.wants_logits(*row) && !sampled() => {
-                    wanted.push(WantedLogits { row: index, purpose: Purpose::Audit });
-                }
-                None => {}
-            }
-        }
-    }
-    let samples = work.samples.iter();
-    wanted.extend(samples.map(|&(_, row)| WantedLogits { row, purpose: Purpose::Sample }));
-    wanted
-}
-
-fn sample_row(
-    kernels: &Kernels,
-    samplers: &mut Samplers,
-    row: Row,
-    wanted: &WantedLogits,
-    logits: &mut [f32],
-    result: &mut StepResult,
-) {
-    match wanted.purpose {
-        Purpose::Audit => {}
-        Purpose::Sample => match samplers.sample(kernels, row.sequence, row.position, logits) {
-            Ok(sampled) => result.sampled.push(sampled),
-            Err(failed) => result.failed.push(failed),
-        },
-        Purpose::Score(token) => {
-            let Some(logprobs) = samplers.score(kernels, row.sequence, logits, token) else { return };
-            match result.prompt_logprobs.last_mut() {
-                Some(run) if run.id == row.sequence => run.logprobs.push(logprobs),
-                _ => result.prompt_logprobs.push(PromptLogprobs {
-                    id: row.sequence,
-                    position: row.position + 1,
-                    logprobs: vec![logprobs],
-                }),
-            }
-        }
-    }
-}
-
-/// Runs of rows that one adapter changes.
-fn adapted_rows<'a>(adapters: &'a Adapters, rows: &[Row]) -> Vec<AdaptedRows<'a>> {
-    let mut runs: Vec<AdaptedRows<'a>> = Vec::new();
-    if !adapters.any_sequence() {
-        return runs;
-    }
-    for (index, row) in rows.iter().enumerate() {
-        let Some(adapter) = adapters.of_sequence(row.sequence) else { continue };
-        match runs.last_mut() {
-            Some(run) if run.rows.end == index && std::ptr::eq(run.adapter, adapter) => run.rows.end += 1,
-            _ => runs.push(AdaptedRows { rows: index..index + 1, adapter }),
-        }
-    }
-    runs
-}
-
-fn contexts<'a>(sequencer: &'a Sequencer, rows: &[Row]) -> Vec<RowContext<'a>> {
-    rows.iter()
-        .map(|row| RowContext {
-            position: row.position,
-            block_table: sequencer.sequence(row.sequence).map_or(&[], |s| s.block_table.as_slice()),
-        })
-        .collect()
 }

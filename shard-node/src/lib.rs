@@ -38,6 +38,8 @@ mod files;
 pub mod group;
 pub mod head;
 pub mod links;
+mod logits;
+mod rows;
 pub mod sampling;
 pub mod sequencer;
 pub mod service;
