@@ -65,7 +65,7 @@ struct Addressed {
 /// # Errors
 /// If that cannot be served yet, or not any more.
 pub(crate) async fn of_body(app: Arc<App>, body: &bytes::Bytes) -> Result<Arc<App>, ApiError> {
-    if app.deployed.borrow().is_empty() {
+    if app.scheduler.link().models.deployed.is_empty() {
         return Ok(app);
     }
     let body = body.clone();

@@ -10,8 +10,8 @@ use ashlar_scheduler::fleet::{Caller, Effect, Event, Facts, Fleet, FleetRecord, 
 use ashlar_scheduler::time::Millis;
 use ashlar_shard_plan::{DeviceReport, Links};
 use ashlar_vocabulary::{
-    Bytes, FloatType, LayerVectors, LeaseTerm, ModelDigest, ModelShape, NodeId, Precision, WeightType,
-    WeightTypes,
+    Bytes, FloatType, LayerVectors, LeaseTerm, ModelDigest, ModelShape, NodeId, Precision, ReplicaId,
+    WeightType, WeightTypes,
 };
 use proptest::prelude::*;
 use std::collections::{BTreeMap, BTreeSet};
@@ -148,21 +148,21 @@ impl World {
 
     /// What each model's cores would do: the own one seats two, the others all that they have.
     fn seat(&mut self) {
-        let mut own = self.nodes.values().filter(|fact| fact.at.is_none() && fact.seated).count();
+        let mut own = self.nodes.values().filter(|fact| fact.at.is_none() && fact.seated()).count();
         for fact in self.nodes.values_mut() {
             let withheld = self.withheld.contains(&fact.device.node);
-            if fact.seated && withheld {
-                fact.seated = false;
+            if fact.seated() && withheld {
+                fact.replica = None;
                 own -= usize::from(fact.at.is_none());
-            } else if !fact.seated && !withheld && (fact.at.is_some() || own < 2) {
-                fact.seated = true;
+            } else if !fact.seated() && !withheld && (fact.at.is_some() || own < 2) {
+                fact.replica = Some(ReplicaId(0));
                 own += usize::from(fact.at.is_none());
             }
         }
     }
 
     fn facts(&self) -> Facts {
-        let own = self.nodes.values().filter(|fact| fact.at.is_none() && fact.seated).count();
+        let own = self.nodes.values().filter(|fact| fact.at.is_none() && fact.seated()).count();
         let idle = if self.busy { BTreeSet::new() } else { self.started.clone() };
         Facts { nodes: self.nodes.clone(), own_serves: own >= 2, idle, unix_s: 7 }
     }
@@ -193,7 +193,7 @@ impl World {
                     Effect::Stop(name) => assert!(self.started.remove(&name)),
                     Effect::Move { node, .. } => {
                         let fact = self.nodes.remove(&node).unwrap();
-                        let taken = fact.at.is_none() && fact.seated && !self.withheld.contains(&node);
+                        let taken = fact.at.is_none() && fact.seated() && !self.withheld.contains(&node);
                         assert!(!taken, "{node} has a place with the own model");
                         self.moves += 1;
                         self.join(fact.device);
@@ -215,7 +215,7 @@ impl World {
             record.members.iter().for_each(|node| assert!(members.insert(node), "{node} belongs twice"));
         }
         for (node, fact) in &self.nodes {
-            assert!(fact.at.is_none() || fact.at.as_deref() == self.fleet.route(node) || fact.seated);
+            assert!(fact.at.is_none() || fact.at.as_deref() == self.fleet.route(node) || fact.seated());
         }
     }
 
@@ -252,7 +252,7 @@ impl World {
     fn places(&self) -> String {
         let place = |fact: &NodeFact| {
             let at = fact.at.as_deref().unwrap_or("-");
-            if fact.seated { at.to_uppercase() } else { at.to_owned() }
+            if fact.seated() { at.to_uppercase() } else { at.to_owned() }
         };
         self.nodes.values().map(place).collect()
     }
@@ -274,7 +274,7 @@ fn device(number: usize) -> DeviceReport {
 fn a_model_takes_nodes_that_stand_by_and_gives_them_back() {
     let mut world = World::new(5);
     assert_eq!(world.places(), "-----");
-    assert_eq!(world.nodes.values().filter(|fact| fact.seated).count(), 2);
+    assert_eq!(world.nodes.values().filter(|fact| fact.seated()).count(), 2);
     assert_eq!(world.deploy("a", 2), Ok(Some("a".into())));
     world.settle();
     assert_eq!(world.places(), "--AA-");

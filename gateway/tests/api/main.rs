@@ -11,6 +11,7 @@ mod faults;
 mod files;
 mod http;
 mod jobs;
+mod models;
 mod responses;
 mod scheduler;
 mod system;

@@ -4,6 +4,7 @@ use crate::admin::Admin;
 use crate::world::EOS;
 use ashlar_protocol::admin::{AdminReply, AdminRequest};
 use ashlar_protocol::frame;
+use ashlar_protocol::models::ModelsView;
 use ashlar_protocol::serving::{
     ChoiceId, ClusterSnapshot, CompareAdapters, FailureKind, FinishReason, FromScheduler, NodeView, Receipt,
     ReplicaView, RequestFailure, SCHEDULER_BEAT_MS, SchedulerCounters, Submit, ToScheduler, TokenEvent,
@@ -160,6 +161,14 @@ impl FakeScheduler {
         let gateways = self.state.gateways.lock().unwrap().clone();
         for gateway in gateways {
             let _ = gateway.send(Out::say(FromScheduler::Prepare(prepare.clone()))).await;
+        }
+    }
+
+    /// Tells every gateway of the models beside its own.
+    pub(crate) async fn tell_models(&self, models: ModelsView) {
+        let gateways = self.state.gateways.lock().unwrap().clone();
+        for gateway in gateways {
+            let _ = gateway.send(Out::say(FromScheduler::Models(Box::new(models.clone())))).await;
         }
     }
 
@@ -356,7 +365,7 @@ async fn play(submit: Submit, script: Script, sender: mpsc::Sender<Out>, mut gat
     }
 }
 
-fn cluster() -> ClusterSnapshot {
+pub(crate) fn cluster() -> ClusterSnapshot {
     ClusterSnapshot {
         adapters: Vec::new(),
         term: LeaseTerm(3),

@@ -5,7 +5,7 @@ use super::{Cluster, ClusterConfig, NodeConnection, costs};
 use crate::engine::Engine;
 use ashlar_protocol::serving::{ClusterSnapshot, NodeView, ReplicaView};
 use ashlar_shard_plan::{DeviceReport, plan};
-use ashlar_vocabulary::{Bytes, ModelDigest, NodeId};
+use ashlar_vocabulary::{Bytes, ModelDigest, NodeId, ReplicaId};
 
 /// A joined node, as whoever shares nodes out between models sees it.
 #[derive(Debug, Clone, PartialEq)]
@@ -14,8 +14,8 @@ pub struct Member {
     pub connection: NodeConnection,
     /// What it offers.
     pub device: DeviceReport,
-    /// Whether it has a place.
-    pub seated: bool,
+    /// The replica in which it has a place.
+    pub replica: Option<ReplicaId>,
     /// Whether it is taken for harmless.
     pub sound: bool,
     /// Of which model it has a slice in memory.
@@ -37,7 +37,7 @@ impl Cluster {
         let member = |(name, node): (&NodeId, &Node)| Member {
             connection: node.connection,
             device: super::reconcile::device_report(node),
-            seated: node.place.is_some(),
+            replica: node.place.map(|place| place.replica),
             sound: !self.suspicions.is_quarantined(name),
             holds: node.holds.as_ref().map(|holds| holds.model_digest),
         };

@@ -6,7 +6,7 @@ use crate::engine::GatewayId;
 use ashlar_protocol::admin::AdminFailure;
 use ashlar_protocol::models::{DeployModel, ScaleModel};
 use ashlar_shard_plan::DeviceReport;
-use ashlar_vocabulary::{ModelDigest, NodeId};
+use ashlar_vocabulary::{ModelDigest, NodeId, ReplicaId};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -47,14 +47,21 @@ pub struct NodeFact {
     pub device: DeviceReport,
     /// The deployed model that it has joined; `None` is the scheduler's own.
     pub at: Option<String>,
-    /// Whether it has a place there.
-    pub seated: bool,
+    /// The replica in which it has a place there.
+    pub replica: Option<ReplicaId>,
     /// Whether it leaves because its process ends, or because an operator wants it empty.
     pub leaving: bool,
     /// Whether it is taken for harmless.
     pub sound: bool,
     /// Of which model it has a slice in memory.
     pub holds: Option<ModelDigest>,
+}
+
+impl NodeFact {
+    /// Whether it has a place.
+    pub fn seated(&self) -> bool {
+        self.replica.is_some()
+    }
 }
 
 /// How the cluster is, all at once.

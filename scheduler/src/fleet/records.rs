@@ -1,6 +1,6 @@
 //! What is durable: every record is written anew whenever it differs from what is stored, one write of a name at a time.
 
-use super::events::{Caller, Effect, FleetRecord};
+use super::events::{Caller, DeployedRecord, Effect, FleetRecord};
 use super::{Fleet, OWN};
 use crate::time::Millis;
 use ashlar_protocol::admin::{AdminFailure, AdminFailureKind};
@@ -28,9 +28,20 @@ impl Writing {
 }
 
 impl Fleet {
-    /// Whether a model's record has been stored.
-    pub(super) fn is_stored(&self, name: &str) -> bool {
-        self.writing.get(name).is_some_and(|writing| writing.stored.is_some())
+    /// What is stored of a model: what is wished beyond that is not done yet.
+    pub(super) fn stored(&self, name: &str) -> Option<&DeployedRecord> {
+        match self.writing.get(name)?.stored.as_ref()? {
+            FleetRecord::Deployed(record) => Some(record),
+            FleetRecord::Own { .. } => None,
+        }
+    }
+
+    /// The nodes that the scheduler's own model is to have at most, as that is stored.
+    pub(super) fn stored_own_nodes(&self) -> Option<u32> {
+        match self.writing.get(OWN)?.stored.as_ref()? {
+            FleetRecord::Own { nodes } => Some(*nodes),
+            FleetRecord::Deployed(_) => None,
+        }
     }
 
     /// Answers a call once what it wished is stored.

@@ -32,7 +32,7 @@ impl Fleet {
     fn start(&mut self, effects: &mut Vec<Effect>) {
         let names: Vec<String> = self.models.keys().cloned().collect();
         for name in names {
-            let stored = self.is_stored(&name);
+            let stored = self.stored(&name).is_some();
             let Some(model) = self.models.get_mut(&name).filter(|model| stored && !model.started) else {
                 continue;
             };
@@ -54,10 +54,11 @@ impl Fleet {
     /// Fewer nodes: first those that are not there, then those without a place, then others. They stay members until they
     /// hold nothing.
     fn give_back(&mut self, name: &str, facts: &Facts) {
-        let Some(model) = self.models.get_mut(name).filter(|model| !model.record.removing) else { return };
-        let wanted = model.record.request.nodes as usize;
+        let stored = self.stored(name).filter(|stored| !stored.removing);
+        let Some(wanted) = stored.map(|stored| stored.request.nodes as usize) else { return };
+        let Some(model) = self.models.get_mut(name) else { return };
         let seated = |node: &NodeId| {
-            facts.nodes.get(node).is_some_and(|fact| fact.at.as_deref() == Some(name) && fact.seated)
+            facts.nodes.get(node).is_some_and(|fact| fact.at.as_deref() == Some(name) && fact.seated())
         };
         let (members, parting) = (&mut model.record.members, &mut model.parting);
         parting.retain(|node| members.contains(node));
@@ -69,8 +70,11 @@ impl Fleet {
         }
         while members.len() - parting.len() > wanted {
             let staying = members.iter().filter(|node| !parting.contains(*node));
-            let victim =
-                staying.min_by_key(|node| (facts.nodes.contains_key(*node), seated(node), Reverse(*node)));
+            // Whole replicas, as far as possible.
+            let victim = staying.min_by_key(|node| {
+                let replica = facts.nodes.get(*node).and_then(|fact| fact.replica);
+                (facts.nodes.contains_key(*node), seated(node), Reverse(replica), Reverse(*node))
+            });
             let Some(victim) = victim.cloned() else { break };
             parting.insert(victim);
         }
@@ -86,14 +90,13 @@ impl Fleet {
     /// More nodes: those that stand by, instead of nobody or of members that do not come back.
     fn claim(&mut self, now: Millis, name: &str, facts: &Facts) {
         loop {
-            let Some(model) = self.models.get(name).filter(|model| model.started && !model.record.removing)
-            else {
-                return;
-            };
+            let stored = self.stored(name).filter(|stored| !stored.removing);
+            let Some(wanted) = stored.map(|stored| stored.request.nodes as usize) else { return };
+            let Some(model) = self.models.get(name).filter(|model| !model.record.removing) else { return };
             let lost =
                 |node: &&NodeId| self.absent.get(*node).is_some_and(|since| now.since(*since) > ABSENT_MS);
             let staying = model.record.members.len() - model.parting.len();
-            let lost = match staying < model.record.request.nodes as usize {
+            let lost = match staying < wanted {
                 true => None,
                 false => match model.record.members.iter().find(lost) {
                     Some(lost) => Some(lost.clone()),
@@ -115,7 +118,7 @@ impl Fleet {
     /// model's weights already, with the most memory.
     pub(super) fn candidates<'a>(&self, digest: Option<ModelDigest>, facts: &'a Facts) -> Vec<&'a NodeFact> {
         let mut free = self.free_soon(digest, facts);
-        free.retain(|fact| !fact.seated);
+        free.retain(|fact| !fact.seated());
         free
     }
 
@@ -124,7 +127,7 @@ impl Fleet {
         let free = |fact: &&NodeFact| {
             let node = &fact.device.node;
             // One that the own model may need is left to it.
-            let stands_by = !fact.seated && self.own_nodes.is_none() && facts.own_serves;
+            let stands_by = !fact.seated() && self.stored_own_nodes().is_none() && facts.own_serves;
             let spare = self.withheld.contains(node) || stands_by;
             let claimed = self.models.values().any(|model| model.record.members.contains(node));
             fact.at.is_none() && !fact.leaving && fact.sound && spare && !claimed
@@ -141,7 +144,8 @@ impl Fleet {
     /// Models that are to go, and in whose name nothing is in progress any more.
     fn end_removed(&mut self, facts: &Facts, effects: &mut Vec<Effect>) {
         let over = |(name, model): (&String, &super::Model)| {
-            let over = model.record.removing && (!model.started || facts.idle.contains(name));
+            let removing = self.stored(name).is_some_and(|stored| stored.removing) && model.record.removing;
+            let over = removing && (!model.started || facts.idle.contains(name));
             over.then(|| name.clone())
         };
         let over: Vec<String> = self.models.iter().filter_map(over).collect();
@@ -169,7 +173,7 @@ impl Fleet {
     fn withhold(&mut self, facts: &Facts, effects: &mut Vec<Effect>) {
         let mut wanted: BTreeSet<NodeId> =
             self.models.values().flat_map(|model| &model.parting).cloned().collect();
-        if let Some(most) = self.own_nodes {
+        if let Some(most) = self.stored_own_nodes() {
             let surplus = self.own_by_rank(facts).into_iter().skip(most as usize);
             wanted.extend(surplus.map(|fact| fact.device.node.clone()));
             // One that comes back is not to be given a place before it is counted.
@@ -189,7 +193,8 @@ impl Fleet {
         let mut own: Vec<&NodeFact> = facts.nodes.values().filter(own).collect();
         own.sort_by_key(|fact| {
             let node = &fact.device.node;
-            (self.withheld.contains(node), !fact.seated, node.clone())
+            let holds = fact.holds == Some(self.template.model_digest);
+            (self.withheld.contains(node), !fact.seated(), fact.replica, !holds, node.clone())
         });
         own
     }

@@ -363,7 +363,7 @@ impl Leader {
                 let leaving = self.models.joined.get(&member.connection).is_some_and(|joined| joined.leaving);
                 let fact = NodeFact {
                     at: at.cloned(),
-                    seated: member.seated,
+                    replica: member.replica,
                     leaving,
                     sound: member.sound,
                     holds: member.holds,
