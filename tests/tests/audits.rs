@@ -29,7 +29,7 @@ fn seated(cluster: &Cluster, name: &str) -> bool {
 
 /// Requests of all kinds, some at once; their answers.
 fn answers(cluster: &Cluster) -> Vec<Value> {
-    let long = "tell me what seven plus twelve is, ".repeat(20);
+    let long = "tell me what seven plus twelve is, ".repeat(10);
     let chat = |content: &str, more: Value| {
         let mut body = json!({
             "messages": [{"role": "user", "content": content}], "max_tokens": 24, "seed": 5,
