@@ -73,7 +73,15 @@ async fn start(state: &Path, at: Option<(SocketAddr, SocketAddr)>) -> Running {
         "other" => Ok(card("other", OTHER)),
         _ => Err("no config.json is there".to_owned()),
     };
-    let scheduler = Scheduler::bind(config, card("own", OWN)).await.unwrap().opening(Arc::new(opener));
+    // The process before may not have let go of its ports yet.
+    let deadline = Instant::now() + Duration::from_secs(10);
+    let scheduler = loop {
+        match Scheduler::bind(config.clone(), card("own", OWN)).await {
+            Ok(scheduler) => break scheduler.opening(Arc::new(opener)),
+            Err(error) => assert!(Instant::now() < deadline, "{error}"),
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    };
     let (nodes, gateways) = (scheduler.nodes_address().unwrap(), scheduler.gateways_address().unwrap());
     let (stop, stopped) = oneshot::channel();
     let ended = tokio::spawn(async move {
