@@ -130,7 +130,7 @@ impl World {
     fn join(&mut self, device: DeviceReport) {
         let at = self.fleet.route(&device.node).map(str::to_owned);
         let fact =
-            NodeFact { at, seated: false, leaving: false, sound: true, holds: None, device: device.clone() };
+            NodeFact { at, replica: None, leaving: false, sound: true, holds: None, device: device.clone() };
         self.nodes.insert(device.node, fact);
     }
 

@@ -224,7 +224,8 @@ fn what_cannot_be_deployed_is_refused_with_the_reason_and_leaves_nothing_behind(
     fs::create_dir(&truncated).expect("a directory");
     for file in fs::read_dir(&one).expect("files").flatten() {
         let bytes = fs::read(file.path()).expect("a file");
-        let keep = if file.file_name() == "model.safetensors" { bytes.len() / 2 } else { bytes.len() };
+        // Not even the length of its header.
+        let keep = if file.file_name() == "model.safetensors" { 4 } else { bytes.len() };
         fs::write(truncated.join(file.file_name()), &bytes[..keep]).expect("a file");
     }
     refused(&deploy(&json!({"model": truncated})), 400, "cannot be served");

@@ -79,7 +79,7 @@ pub(crate) async fn scale(
 pub(crate) async fn remove(
     State(app): State<Arc<App>>,
     Path(name): Path<String>,
-) -> Result<Response, ApiError> {
+) -> Result<Json<Value>, ApiError> {
     if app.is_base(&name) {
         return Err(ApiError::conflict(format!(
             "`{name}` is the model that the scheduler is configured with, which cannot be removed: start the cluster with another \
@@ -87,8 +87,12 @@ pub(crate) async fn remove(
         )));
     }
     app.cluster()?;
-    let reply = app.scheduler.call(AdminRequest::RemoveModel { name: name.clone() }).await?;
-    Ok(answer(&app, reply, &[]))
+    let removed = match app.scheduler.call(AdminRequest::RemoveModel { name: name.clone() }).await? {
+        AdminReply::Model(view) => model_json(&view),
+        // Nothing was in progress.
+        _ => json!({"object": "ashlar.model", "name": name, "own": false, "status": "removed"}),
+    };
+    Ok(Json(removed))
 }
 
 async fn body(app: &App, request: Request) -> Result<Fields, ApiError> {

@@ -108,6 +108,8 @@ impl Fleet {
         }
         self.share_out(now, facts, effects);
         self.persist(now, effects);
+        // Whoever is answered sees what has been done.
+        effects.sort_by_key(|effect| matches!(effect, Effect::Reply(..)));
     }
 
     /// The deployed model to which a node belongs; `None` is the scheduler's own.
