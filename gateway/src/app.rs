@@ -137,8 +137,9 @@ impl App {
         let adapters = self.adapters();
         match adapters.iter().find(|view| view.name == model) {
             Some(view) => Ok(ServedModel { name: view.name.clone(), adapter: Some(view.adapter) }),
+            // Who asks for it has been taken for this model's: it was deployed a moment ago.
+            None if models::view_of(self, model).is_some() => Err(models::not_served_yet(model, models::NEW)),
             None => {
-                self.check_not_deployed(model)?;
                 let adapters = adapters.into_iter().map(|view| view.name);
                 let all = self.names.iter().cloned().chain(adapters).chain(models::names(self));
                 Err(ApiError::unknown_model(model, &all.collect::<Vec<_>>()))
@@ -147,7 +148,7 @@ impl App {
     }
 
     /// Refuses a deployed model where it is of no use.
-    fn check_not_deployed(&self, model: &str) -> Result<(), ApiError> {
+    pub(crate) fn check_not_deployed(&self, model: &str) -> Result<(), ApiError> {
         match models::view_of(self, model) {
             None => Ok(()),
             Some(_) => Err(ApiError::field(

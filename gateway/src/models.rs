@@ -91,13 +91,20 @@ fn of_name(app: Arc<App>, model: &str) -> Result<Arc<App>, ApiError> {
     }
     let deployed = app.deployed.borrow().get(model).cloned();
     let why = match deployed {
-        None => "it has just been deployed".to_owned(),
+        None => NEW.to_owned(),
         Some(DeployedModel { text: Text::Loading, .. }) => "its tokenizer is being read".to_owned(),
         Some(DeployedModel { text: Text::Failed(reason, _), .. }) => reason,
         Some(DeployedModel { text: Text::Ready(app), has_served: true, .. }) => return Ok(app),
         Some(_) => view.problem.unwrap_or_else(|| "no replica of it is ready yet".to_owned()),
     };
-    Err(ApiError::unavailable(format!("the model `{model}` is not served yet: {why}")))
+    Err(not_served_yet(model, &why))
+}
+
+/// Why a model is not served that nothing more is known of.
+pub(crate) const NEW: &str = "it has just been deployed";
+
+pub(crate) fn not_served_yet(model: &str, why: &str) -> ApiError {
+    ApiError::unavailable(format!("the model `{model}` is not served yet: {why}"))
 }
 
 /// A deployed model as the scheduler describes it.

@@ -421,6 +421,7 @@ fn what_cannot_be_stored_is_not_done() {
     assert!(world.scale(Some("a"), Some(2)).is_err());
     world.settle();
     assert_eq!(world.places(), "--A-");
+    world.now += 5_000;
     assert!(world.reply(Event::Remove(CALLER, "a".into())).is_err());
     world.settle();
     assert_eq!(world.places(), "--A-");

@@ -268,7 +268,10 @@ fn what_cannot_be_deployed_is_refused_with_the_reason_and_leaves_nothing_behind(
         "deployed beside ashlar-demo",
     );
     assert_eq!(remove("one").status, 200);
-    eventually("it is gone", CHANGE_LIMIT, || model(&cluster, "one").is_none());
+    eventually("it is gone, and its node is back", CHANGE_LIMIT, || {
+        model(&cluster, "one").is_none()
+            && cluster.view()["nodes"].as_array().is_some_and(|nodes| nodes.len() == 3)
+    });
     deploy(&json!({"model": two})).ok();
     await_serving(&cluster, "two", 1, 1);
     assert_no_panic(&cluster);

@@ -107,7 +107,7 @@ fn preferences_are_learnt_from_the_command_line_to_the_same_adapter_whoever_dies
     let url = format!("http://{}", cluster.address());
     let tune = || {
         let args = ["tune", file, "--url", &url, "--method", "dpo", "--beta", "0.2", "--epochs", "4"];
-        let more = ["--batch-size", "4", "--rank", "4", "--lr", "1e-3", "--watch"];
+        let more = ["--batch-size", "4", "--rank", "4", "--lr", "1e-3", "--seed", "7"];
         let ended = run_to_end(&[&args[..], &more].concat(), &[], JOB_LIMIT);
         assert!(ended.status.is_some_and(|status| status.success()), "{}\n{}", ended.said, cluster.said());
         let jobs = cluster.get("/v1/fine_tuning/jobs").ok();

@@ -97,6 +97,7 @@ pub(crate) async fn delete_model(
         let message = format!("`{id}` is the base model, which cannot be deleted: name an adapter");
         return Err(ApiError::field("model", message));
     }
+    app.check_not_deployed(&id)?;
     app.served(Some(&id))?;
     change(&app, AdminRequest::UnloadAdapter { name: id.clone(), expected_generation: None }).await?;
     Ok(Json(json!({"id": id, "object": "model", "deleted": true})))

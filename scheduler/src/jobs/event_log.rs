@@ -16,9 +16,12 @@ pub(super) struct EventLog {
 }
 
 impl EventLog {
-    /// The log of a stored job with `count` events. Later ones belong to a record that was never written.
+    /// The log of a stored job with `count` events. Later ones belong to a record that was never written. Where the last ones are gone (of
+    /// two leaders under one term, which a store that forgets has granted twice, one has written the chunk and the other the record),
+    /// the log goes on from those that are there.
     pub(super) fn stored(count: u64, mut tail: Vec<JobEvent>) -> EventLog {
         tail.retain(|event| event.number < count);
+        let count = tail.last().map_or(count, |last| last.number + 1);
         // Only what reaches up to the end without a gap is of use.
         let mut kept = VecDeque::new();
         for event in tail.into_iter().rev() {
@@ -110,6 +113,11 @@ mod tests {
         let events: Vec<JobEvent> = log(9).kept.into();
         let stored = EventLog::stored(7, events.clone());
         assert_eq!((stored.count(), stored.first_kept()), (7, 0));
+        // The end is gone: a chunk is saved without a gap nevertheless.
+        let mut short = EventLog::stored(9, events[..6].to_vec());
+        short.push(0, JobEventKind::Paused);
+        let saved = short.unsaved();
+        assert!(saved[0].1.iter().map(|event| event.number).eq(0..7), "{saved:?}");
         // A gap: what is before it is read from the store where it is wanted.
         let gap = events.into_iter().filter(|event| event.number != 4).collect();
         assert_eq!(EventLog::stored(9, gap).first_kept(), 5);

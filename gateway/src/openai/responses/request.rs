@@ -76,6 +76,7 @@ impl Prepared {
         let (name, adapter) = match stored.served.clone() {
             Some(settled) => settled,
             None => {
+                model.as_deref().map_or(Ok(()), |model| app.check_not_deployed(model))?;
                 let served = app.served(model.as_deref())?;
                 (served.name, served.adapter)
             }
