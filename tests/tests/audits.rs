@@ -2,7 +2,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
-use ashlar_tests::{Cluster, eventually, http};
+use ashlar_tests::{Cluster, eventually, http, run_to_end};
 use serde_json::{Value, json};
 use std::time::Duration;
 
@@ -106,6 +106,10 @@ fn a_node_that_flips_a_bit_now_and_then_is_found_out_and_replaced() {
         let drain = http::post(cluster.address(), "/admin/nodes/node-1/drain", b"").expect("an answer");
         drain.ok();
         eventually("it has a place", LIMIT, || seated(&cluster, "node-0"));
+        // It is to be free again.
+        let url = format!("http://{}", cluster.address());
+        let undone = run_to_end(&["drain", "node-1", "--undo", "--url", &url], &[], LIMIT);
+        assert!(undone.status.is_some_and(|status| status.success()), "{}", undone.said);
     }
     eventually("it is found out", LIMIT, || {
         answers(&cluster);
