@@ -5,7 +5,7 @@
 //! is left.
 
 use super::events::{ClusterConfig, Effect, NodeConnection};
-use super::place::{Node, Observed, Phase, Replica};
+use super::place::{Node, Observed, Phase, Replica, Seat};
 use super::reconcile::device_report;
 use super::{Cluster, LOADING_SILENCE_MS, costs, held};
 use crate::time::Millis;
@@ -142,7 +142,7 @@ impl Cluster {
     pub(super) fn drained(&mut self, now: Millis, id: ReplicaId, effects: &mut Vec<Effect>) {
         let leaving = self.leaving();
         if self.replicas.get(&id).is_some_and(|replica| replica.draining && leaves_with(replica, &leaving)) {
-            self.unseat(now, id, &leaving, effects);
+            self.unseat(now, id, &leaving, "left", effects);
         }
     }
 
@@ -182,12 +182,16 @@ impl Cluster {
             }
             let up = replica.phase == Phase::Up;
             if !leaves {
-                // One that does harm serves on until somebody can take its place.
-                if up
-                    && leaves_with(replica, &out)
-                    && let WayOut::Change(change) = self.way_out(id, &out)
-                {
-                    return Some(change);
+                // One that does harm serves on until somebody can take its place, unless its answers are wrong and others' are not.
+                if up && leaves_with(replica, &out) {
+                    if let WayOut::Change(change) = self.way_out(id, &out) {
+                        return Some(change);
+                    }
+                    if self.another_is_right(id) {
+                        let wrong =
+                            out.iter().filter(|node| self.suspicions.is_wrong(node)).cloned().collect();
+                        self.unseat(now, id, &wrong, "computed other bits", effects);
+                    }
                 }
                 continue;
             }
@@ -197,7 +201,7 @@ impl Cluster {
             }
             match up.then(|| self.way_out(id, &out)) {
                 // It does not serve, or others do.
-                None | Some(WayOut::OtherReplica) => self.unseat(now, id, &leaving, effects),
+                None | Some(WayOut::OtherReplica) => self.unseat(now, id, &leaving, "left", effects),
                 Some(WayOut::Change(change)) => return Some(change),
                 Some(WayOut::None(_)) => {
                     if let Some(replica) = self.replicas.get_mut(&id).filter(|replica| !replica.draining) {
@@ -210,15 +214,34 @@ impl Cluster {
         None
     }
 
-    fn unseat(&mut self, now: Millis, id: ReplicaId, leaving: &BTreeSet<NodeId>, effects: &mut Vec<Effect>) {
-        let revision = self.new_revision();
-        let Some(replica) = self.replicas.get_mut(&id) else { return };
+    /// Whether a replica other than this one serves, on nodes none of which is known to be wrong.
+    pub(super) fn another_is_right(&self, id: ReplicaId) -> bool {
+        let is_right = |replica: &Replica| {
+            let wrong = |seat: &Seat| self.suspicions.is_wrong(&seat.node);
+            replica.id != id && replica.phase == Phase::Up && !replica.seats.iter().any(wrong)
+        };
+        self.replicas.values().any(is_right)
+    }
+
+    /// Ends a replica for the sake of these nodes, if it has any of them, and takes them out of it.
+    fn unseat(
+        &mut self,
+        now: Millis,
+        id: ReplicaId,
+        leaving: &BTreeSet<NodeId>,
+        did: &str,
+        effects: &mut Vec<Effect>,
+    ) {
+        let Some(replica) = self.replicas.get_mut(&id).filter(|replica| leaves_with(replica, leaving)) else {
+            return;
+        };
         let mut gone = Vec::new();
         for seat in replica.seats.iter_mut().filter(|seat| seat.taken && leaving.contains(&seat.node)) {
             seat.taken = false;
             gone.push(seat.node.clone());
         }
-        let trouble = format!("node {} left", join_names(&gone));
+        let trouble = format!("node {} {did}", join_names(&gone));
+        let revision = self.new_revision();
         self.stop(Some(id), Phase::Vacant { since: now }, trouble, effects);
         self.abandon_change(effects);
         self.release(&gone, revision, effects);

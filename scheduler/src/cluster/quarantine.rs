@@ -1,7 +1,7 @@
 //! Nodes that are there but do harm: they compute numbers that are none, or others than the contract says, or a link to them is slow.
 //!
 //! Another node takes the place of such a one where that is possible, and it stands by as the last resort; otherwise it serves
-//! on, for a slow answer is better than none. A restart of the scheduler, or an operator, lifts it.
+//! on, for a slow answer is better than none. One that computes wrong bits does so only where no other replica serves. A restart of the scheduler, or an operator, lifts it.
 
 use super::events::{Effect, NodeConnection};
 use super::place::{Replica, Seat};
@@ -51,6 +51,11 @@ pub(super) struct LinkWatch {
 impl Suspicions {
     pub(super) fn is_quarantined(&self, node: &NodeId) -> bool {
         self.quarantined.contains_key(node)
+    }
+
+    /// Whether a node computes other bits than it should: worse than slowly, or nothing.
+    pub(super) fn is_wrong(&self, node: &NodeId) -> bool {
+        matches!(self.quarantined.get(node), Some(Charge::Differs(_)))
     }
 
     /// Why a node is to have no place, for operators.

@@ -104,16 +104,21 @@ impl Cluster {
 
     /// Fills a replica's vacant places: with who was there before, else with a standby that has the memory.
     fn seat(&mut self, id: ReplicaId) {
+        let another_is_right = self.another_is_right(id);
         let Some(replica) = self.replicas.get_mut(&id) else { return };
-        // One that does harm is the last resort.
+        // One that does harm is the last resort, and one that is wrong not even that as long as another replica is right.
         let ways = [(true, true), (false, true), (true, false), (false, false)];
         for (former, harmless) in ways {
+            let unwanted = |name: &NodeId| {
+                harmless && self.suspicions.is_quarantined(name)
+                    || another_is_right && self.suspicions.is_wrong(name)
+            };
             for seat in replica.seats.iter_mut().filter(|seat| !seat.taken) {
                 let fits = |node: &&mut Node| {
                     let insists = node.join.layers.is_some_and(|layers| layers != seat.place.layers);
                     node.place.is_none()
                         && !node.leaving
-                        && (!harmless || !self.suspicions.is_quarantined(&node.join.node))
+                        && !unwanted(&node.join.node)
                         && if former {
                             node.join.node == seat.node
                         } else {

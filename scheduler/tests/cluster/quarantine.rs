@@ -1,6 +1,6 @@
 //! Nodes that do harm: others take their place where that is possible.
 
-use super::{Test, assignments, config, down};
+use super::{Test, assignments, came_up, config, down};
 use ashlar_protocol::step::StepTiming;
 use ashlar_scheduler::cluster::{ClusterConfig, Effect, Event, NodeConnection, Spent};
 use ashlar_vocabulary::{LayerRange, NodeId, ReplicaId, ReplicaRevision, SequenceId, StepId};
@@ -182,4 +182,55 @@ fn other_logits_accuse_the_stage_that_has_the_head() {
     let (node, reason) = quarantined(&test.send(event)).expect("a quarantine");
     assert_eq!(node.0, if first == a { "b" } else { "a" });
     assert!(reason.contains("head"), "{reason}");
+}
+
+#[test]
+fn a_replica_that_is_wrong_serves_only_where_no_other_one_does() {
+    let mut test = Test::new(ClusterConfig { stages: Some(1), replicas: Some(2), ..config() });
+    let (a, _) = test.join("a");
+    let (b, _) = test.join("b");
+    let ready = |test: &mut Test, effects: &[Effect]| {
+        assignments(effects)
+            .iter()
+            .flat_map(|(node, order)| test.ready(*node, order.revision))
+            .collect::<Vec<_>>()
+    };
+    let seen = test.seen.clone();
+    assert!(came_up(&ready(&mut test, &seen)));
+    let (_, order) = assignments(&seen).into_iter().find(|(node, _)| *node == a).unwrap();
+    let layers = LayerRange { start: 0, end: 8 };
+    let effects = test.send(Event::Differs { replica: order.replica, revision: order.revision, layers });
+    assert!(down(&effects).unwrap().contains("node a computed other bits"), "{effects:?}");
+    // It is not taken again, however long nobody else comes.
+    assert!(assignments(&effects).is_empty());
+    test.ready(b, order.revision);
+    for _ in 0..20 {
+        test.send(Event::Heard { connection: a, spent: Spent::Nothing });
+        test.send(Event::Heard { connection: b, spent: Spent::Nothing });
+        assert!(assignments(&test.tick(200)).is_empty());
+    }
+    // Nobody else is left: an answer that may be wrong, and is known to be, is better than none.
+    let mut effects = test.lose(b);
+    effects.extend(test.tick(100));
+    assert_eq!(assignments(&effects)[0].0, a);
+    assert!(came_up(&ready(&mut test, &effects)));
+    // Until the other one is back, in whichever place.
+    let (b, mut effects) = test.join("b");
+    let mut released = false;
+    for _ in 0..10 {
+        let mut next = ready(&mut test, &effects);
+        for (connection, revision) in ordered(&effects) {
+            next.extend(test.send(Event::Prepared { connection, revision, outcome: Ok(()) }));
+        }
+        for connection in [a, b] {
+            next.extend(test.send(Event::Heard { connection, spent: Spent::Nothing }));
+        }
+        next.extend(test.tick(100));
+        released |= next
+            .iter()
+            .any(|effect| matches!(effect, Effect::Release { connection, .. } if *connection == a));
+        assert!(assignments(&next).iter().all(|(node, _)| *node == b), "{next:?}");
+        effects = next;
+    }
+    assert!(released);
 }
