@@ -361,8 +361,8 @@ impl Director {
             FromNode::Loading { revision, loaded, total } => {
                 Event::Loading { connection, revision, loaded, total }
             }
-            FromNode::Ready { revision, reserved, resident, kept } => {
-                Event::Ready { connection, revision, reserved, resident, kept }
+            FromNode::Ready { revision, reserved, resident, kept, logged } => {
+                Event::Ready { connection, revision, reserved, resident, kept, logged }
             }
             FromNode::Crashed => {
                 let reason = "a rank has crashed".to_owned();

@@ -1,6 +1,9 @@
 //! Which node serves which model, with made-up events and with random ones.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
+#[allow(dead_code, reason = "not all is used here")]
+mod model;
+
 use ashlar_protocol::admin::{AdminFailure, AdminFailureKind};
 use ashlar_protocol::models::{DeployModel, ScaleModel};
 use ashlar_scheduler::ModelCard;
@@ -9,41 +12,15 @@ use ashlar_scheduler::engine::GatewayId;
 use ashlar_scheduler::fleet::{Caller, Effect, Event, Facts, Fleet, FleetRecord, NodeFact};
 use ashlar_scheduler::time::Millis;
 use ashlar_shard_plan::{DeviceReport, Links};
-use ashlar_vocabulary::{
-    Bytes, FloatType, LayerVectors, LeaseTerm, ModelDigest, ModelShape, NodeId, Precision, ReplicaId,
-    WeightType, WeightTypes,
-};
+use ashlar_vocabulary::{Bytes, LeaseTerm, ModelDigest, NodeId, Precision, ReplicaId};
+use model::{card_of, shape};
 use proptest::prelude::*;
 use std::collections::{BTreeMap, BTreeSet};
 
 const CALLER: Caller = (GatewayId(1), 1);
 
-fn shape() -> ModelShape {
-    ModelShape {
-        hidden_size: 64,
-        intermediate_size: 256,
-        num_layers: 8,
-        num_heads: 8,
-        num_kv_heads: 8,
-        head_dim: 8,
-        vocab_size: 1024,
-        max_position_embeddings: 512,
-        tied_head: true,
-        weights: WeightTypes::uniform(WeightType::F32, 8),
-        kv_cache: FloatType::F32,
-        activations: FloatType::F32,
-        vectors: LayerVectors::default(),
-    }
-}
-
 fn card(number: u8) -> ModelCard {
-    ModelCard {
-        source: format!("/models/{number}"),
-        precision: Precision::default(),
-        digest: ModelDigest([number; 32]),
-        shape: shape(),
-        max_context_tokens: 512,
-    }
+    card_of(&format!("/models/{number}"), ModelDigest([number; 32]))
 }
 
 fn template() -> ClusterConfig {
@@ -65,6 +42,7 @@ fn template() -> ClusterConfig {
         max_num_batched_tokens: 128,
         kv_memory_share: 0.5,
         silence_ms_max: 1000,
+        boundary_log: true,
         replan_after_ms: 10_000,
         links: Links::default(),
     }

@@ -8,8 +8,7 @@ use crate::training::Sessions;
 use ashlar_identity::{Role, Transport};
 use ashlar_protocol::frame::{self, FrameError};
 use ashlar_protocol::membership::{FromNode, Join, ToNode};
-use ashlar_service_kit::Retries;
-use std::future::Future;
+use ashlar_service_kit::{Retries, ShutdownRequest};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::SyncSender;
 use std::time::Duration;
@@ -71,11 +70,11 @@ impl Membership<'_> {
     /// given.
     pub(crate) async fn keep_until(
         &self,
-        shutdown: impl Future<Output = ()>,
+        mut shutdown: ShutdownRequest,
         outbound: &mut mpsc::Receiver<FromNode>,
     ) -> Result<(), NodeError> {
         let keeping = self.keep(outbound);
-        tokio::pin!(keeping, shutdown);
+        tokio::pin!(keeping);
         tokio::select! {
             result = &mut keeping => return result,
             () = &mut shutdown => self.leaving.end(),

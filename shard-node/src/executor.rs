@@ -2,6 +2,7 @@
 
 use crate::adapters::{AdapterLoad, Adapters};
 use crate::beat::Beat;
+use crate::boundary_log::BoundaryLog;
 use crate::config::NodeConfig;
 use crate::digests::Digests;
 use crate::fence::Fence;
@@ -21,7 +22,7 @@ use ashlar_model::stage::LOGIT_ROWS_MAX;
 use ashlar_model::{KvCache, StageInput, Workspace};
 use ashlar_protocol::membership::{Assignment, FromNode, HeldSlice, KEPT_BLOCKS_MAX};
 use ashlar_protocol::step::{StepPlan, StepResult, StepTiming};
-use ashlar_vocabulary::{AdapterId, Bytes, ReplicaRevision, SequenceId, StepId, TokenId};
+use ashlar_vocabulary::{AdapterId, Bytes, ReplicaRevision, SequenceId, StageIndex, StepId, TokenId};
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender};
@@ -95,6 +96,8 @@ struct Place {
     assignment: Assignment,
     samples: bool,
     cache: KvCache,
+    /// What was handed on, where that is to be kept.
+    log: Option<BoundaryLog>,
     work: Workspace,
     input: Vec<f32>,
     samplers: Samplers,
@@ -104,6 +107,13 @@ struct Place {
     digests: Digests,
     spans: Spans,
     links: PlaceLinks,
+}
+
+/// What is left of a place: its cache of keys and values, and what it handed on.
+struct Former {
+    assignment: Assignment,
+    cache: KvCache,
+    log: Option<BoundaryLog>,
 }
 
 enum PlaceLinks {
@@ -131,9 +141,8 @@ pub struct Executor {
     sessions: Sessions,
     adapters: Adapters,
     place: Option<Place>,
-    /// The cache of keys and values of the place before, while the same slice may be assigned again: what its blocks hold has
-    /// not changed by that.
-    former: Option<(Assignment, KvCache)>,
+    /// The place before, while the same slice may be assigned again: what its blocks hold has not changed by that.
+    former: Option<Former>,
     /// Steps with rows, for deliberate trouble.
     steps_computed: u64,
 }
@@ -284,7 +293,7 @@ impl Executor {
             Ok(false) => return self.send(FromNode::Refused { revision, term: self.fence.term() }),
             Err(error) => return self.fail(revision, format!("cannot persist the lease term: {error}")),
         }
-        self.former.take_if(|(former, _)| !sequencer::is_same_cache(former, &assignment));
+        self.former.take_if(|former| !sequencer::is_same_cache(&former.assignment, &assignment));
         let mut effects = Vec::new();
         let event = Event::Assigned {
             term: assignment.term,
@@ -306,7 +315,8 @@ impl Executor {
     /// Leaves the place; its cache is kept in case that it `may` be of use `again`.
     fn vacate(&mut self, may_return: bool) {
         if let Some(place) = self.place.take() {
-            self.former = Some((place.assignment, place.cache));
+            let Place { assignment, cache, log, .. } = place;
+            self.former = Some(Former { assignment, cache, log });
         }
         if !may_return {
             self.former = None;
@@ -326,12 +336,19 @@ impl Executor {
             .map_err(|error| format!("cannot reach another rank: {error}"))?;
         let last = model.slice().last;
         let rows = assignment.max_num_batched_tokens as usize;
+        let blocks = assignment.kv_blocks as usize;
+        let (cache, log) = match self.former.take() {
+            Some(former) => (Some(former.cache), former.log),
+            None => (None, None),
+        };
+        let shape = &model.config().shape;
+        let row = (shape.activations, shape.hidden_size);
+        let new_log = || BoundaryLog::new(row, blocks, rows, cache.is_none());
+        let log = (assignment.boundary_log && !last).then(|| log.unwrap_or_else(new_log));
         Ok(Place {
             samples: last && assignment.tensor_rank.0 == 0,
-            cache: match self.former.take() {
-                Some((_, cache)) => cache,
-                None => model.kv_cache(assignment.kv_blocks as usize),
-            },
+            cache: cache.unwrap_or_else(|| model.kv_cache(blocks)),
+            log,
             work: model.workspace(rows),
             input: Vec::new(),
             samplers: Samplers::new(model.config().shape.vocab_size, loaded.compiler.clone()),
@@ -375,7 +392,9 @@ impl Executor {
                 let of_links = links.bytes();
                 place.links = PlaceLinks::Up(Box::new(links));
                 let weights = self.slices.serving().map_or(Bytes(0), |loaded| loaded.model.bytes());
-                let reserved = weights + place.cache.bytes() + place.work.bytes() + of_links;
+                let of_log = place.log.as_ref().map_or(Bytes(0), BoundaryLog::bytes);
+                let reserved = weights + place.cache.bytes() + of_log + place.work.bytes() + of_links;
+                let logged = place.log.as_ref().is_some_and(BoundaryLog::is_complete);
                 if let Some(loaded) = self.slices.serving() {
                     let assignment = &place.assignment;
                     self.sessions.enter(training::Place {
@@ -391,7 +410,7 @@ impl Executor {
                 self.place = Some(place);
                 let resident = ashlar_service_kit::memory::resident_bytes().unwrap_or_default();
                 let kept = self.sequencer.names().take(KEPT_BLOCKS_MAX).collect();
-                self.send(FromNode::Ready { revision, reserved, resident, kept });
+                self.send(FromNode::Ready { revision, reserved, resident, kept, logged });
             }
         }
     }
@@ -490,9 +509,15 @@ impl Executor {
             failed: Vec::new(),
             timing,
         };
-        if !work.rows.is_empty() {
-            let rows = contexts(&self.sequencer, &work.rows);
-            let tokens: Vec<TokenId> = work.rows.iter().map(|row| row.token).collect();
+        let stage = place.assignment.stage;
+        let own = work.rows_of(stage);
+        let wanted_next = match next {
+            Some(_) => work.rows_of(StageIndex(stage.0 + 1)),
+            None => &[],
+        };
+        if !own.is_empty() {
+            let rows = contexts(&self.sequencer, own);
+            let tokens: Vec<TokenId> = own.iter().map(|row| row.token).collect();
             let input = match previous {
                 None => StageInput::Tokens(&tokens),
                 Some(previous) => {
@@ -513,7 +538,7 @@ impl Executor {
             group.begin(step);
             head_ranks.begin(step);
             let mut served = Ok(());
-            let adapted = adapted_rows(&self.adapters, &work.rows);
+            let adapted = adapted_rows(&self.adapters, own);
             model
                 .forward_adapted(
                     &rows,
@@ -536,21 +561,16 @@ impl Executor {
             }
             let made = place.work.activations(rows.len());
             let given = previous.is_some().then_some(place.input.as_slice());
-            let sequences = not_finite(given, made, &work.rows, &self.adapters);
+            let sequences = not_finite(given, made, own, &self.adapters);
             if !sequences.is_empty() {
                 warn!(%revision, %step, "what was computed of {} sequences is not finite", sequences.len());
                 let _ = self.out.blocking_send(FromNode::NotFinite { revision, sequences });
             }
             if place.assignment.tensor_rank.0 == 0 {
-                place.digests.see_rows(place.assignment.layers.end as u32, &work.rows, made);
+                place.digests.see_rows(place.assignment.layers.end as u32, own, made);
             }
             served.map_err(|error| format!("lost the rank that samples: {error}"))?;
-            if let Some(next) = next {
-                let sending = Instant::now();
-                next.send(&self.kernels, step, place.work.activations(rows.len()))
-                    .map_err(|error| format!("lost the next stage: {error}"))?;
-                timing.send_us = sending.elapsed().as_micros() as u64;
-            } else {
+            if next.is_none() {
                 let wanted = wanted_logits(&self.sequencer, &place.scored, &place.digests, work);
                 for chunk in wanted.chunks(LOGIT_ROWS_MAX) {
                     let picked: Vec<usize> = chunk.iter().map(|wanted| wanted.row).collect();
@@ -567,6 +587,29 @@ impl Executor {
                 }
             }
             timing.collective_us = (group.spent() + head_ranks.spent()).as_micros() as u64;
+        }
+        if let Some(next) = next
+            && !wanted_next.is_empty()
+        {
+            let made = place.work.activations(own.len());
+            let handed_on = match wanted_next.get(own.len()..) {
+                // What only later stages compute was handed on before.
+                Some(again) if !again.is_empty() => {
+                    let log = place.log.as_mut().ok_or("plan refused: nothing that was handed on is kept")?;
+                    place.input.clear();
+                    place.input.extend_from_slice(made);
+                    log.read(&self.kernels, &self.sequencer, again, &mut place.input);
+                    &place.input
+                }
+                _ => made.get(..wanted_next.len() * model.config().shape.hidden_size).unwrap_or(made),
+            };
+            let sending = Instant::now();
+            next.send(&self.kernels, step, handed_on)
+                .map_err(|error| format!("lost the next stage: {error}"))?;
+            timing.send_us = sending.elapsed().as_micros() as u64;
+        }
+        if let Some(log) = place.log.as_mut().filter(|_| !own.is_empty()) {
+            log.keep(&self.kernels, &self.sequencer, own, place.work.activations(own.len()));
         }
         // Within this step it counts as computing already.
         let _ = head_service.as_mut().map(HeadService::take_spent);

@@ -28,6 +28,7 @@
 pub mod activations;
 mod adapters;
 pub mod beat;
+mod boundary_log;
 pub mod config;
 mod control;
 mod copies;

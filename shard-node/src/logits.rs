@@ -33,7 +33,7 @@ pub(crate) fn wanted_logits(
 ) -> Vec<WantedLogits> {
     let mut wanted: Vec<WantedLogits> = Vec::new();
     if !(scored.is_empty() && digests.is_idle()) {
-        for (index, row) in work.rows.iter().enumerate() {
+        for (index, row) in work.common_rows().iter().enumerate() {
             let next = row.position as usize + 1;
             let sequence = sequencer.sequence(row.sequence).filter(|sequence| next < sequence.prompt_len);
             let follower = sequence.and_then(|sequence| sequence.tokens.get(next).copied());

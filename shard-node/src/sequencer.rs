@@ -5,8 +5,10 @@
 
 use ashlar_protocol::membership::Assignment;
 use ashlar_protocol::prefix::BlockHash;
-use ashlar_protocol::step::{NewSequence, SequenceSlice, StepPlan};
-use ashlar_vocabulary::{AdapterId, BlockId, LeaseTerm, ReplicaRevision, SequenceId, StepId, TokenId};
+use ashlar_protocol::step::{NewSequence, SequenceSlice, StageRange, StepPlan};
+use ashlar_vocabulary::{
+    AdapterId, BlockId, LeaseTerm, ReplicaRevision, SequenceId, StageIndex, StepId, TokenId,
+};
 use std::collections::BTreeMap;
 
 /// What a rank keeps of a sequence: its tokens and where their keys and values are.
@@ -68,10 +70,30 @@ pub enum Effect {
 pub struct StepWork {
     /// The step.
     pub step: StepId,
-    /// Rows in order; a sequence's rows are consecutive.
+    /// Rows in order; a sequence's rows are consecutive. Those that only some stages compute come last.
     pub rows: Vec<Row>,
     /// Sequences to sample after this step, with the row that holds their last token.
     pub samples: Vec<(SequenceId, usize)>,
+    /// The stages that fill something again, and how many rows all stages compute before that: see [`StepPlan::refill`].
+    pub refill: Option<(StageRange, usize)>,
+}
+
+impl StepWork {
+    /// The rows that all stages compute.
+    pub fn common_rows(&self) -> &[Row] {
+        match self.refill {
+            Some((_, common)) => self.rows.get(..common).unwrap_or(&self.rows),
+            None => &self.rows,
+        }
+    }
+
+    /// The rows that this stage computes, and is sent by the one before it.
+    pub fn rows_of(&self, stage: StageIndex) -> &[Row] {
+        match self.refill {
+            Some((stages, _)) if stages.contains(stage) => &self.rows,
+            _ => self.common_rows(),
+        }
+    }
 }
 
 /// One row: a token of a sequence at its position.
@@ -189,9 +211,18 @@ impl Sequencer {
             }
             effects.push(Effect::Begin(Box::new(new)));
         }
-        let mut work = StepWork { step: plan.step, rows: Vec::new(), samples: Vec::new() };
+        let mut work = StepWork { step: plan.step, rows: Vec::new(), samples: Vec::new(), refill: None };
         for slice in plan.slices {
             self.apply_slice(slice, &mut work, effects)?;
+        }
+        if let Some(refill) = plan.refill {
+            work.refill = Some((refill.stages, work.rows.len()));
+            if refill.slices.iter().any(|slice| slice.sample) {
+                return Err("a row that only some stages compute is to be sampled".to_owned());
+            }
+            for slice in refill.slices {
+                self.apply_slice(slice, &mut work, effects)?;
+            }
         }
         if work.rows.len() > self.max_rows as usize {
             return Err(format!("a step of {} rows, at most {} were agreed", work.rows.len(), self.max_rows));
@@ -283,6 +314,7 @@ pub fn is_same_cache(one: &Assignment, other: &Assignment) -> bool {
 mod tests {
     use super::*;
     use ashlar_protocol::prefix::PrefixChain;
+    use ashlar_protocol::step::Refill;
     use ashlar_vocabulary::SamplingParams;
 
     fn assigned() -> Sequencer {
@@ -306,6 +338,7 @@ mod tests {
             new_sequences: vec![],
             slices: vec![],
             ended_sequences: vec![],
+            refill: None,
         }
     }
 
@@ -382,6 +415,31 @@ mod tests {
         assert!(diverges(&|p| p.slices[0].count = 4));
         assert!(diverges(&|p| p.slices[0].count = 2));
         assert!(diverges(&|p| p.slices[0].id = SequenceId(8)));
+        let one = StageRange { first: StageIndex(1), last: StageIndex(1) };
+        assert!(
+            diverges(&|p| p.refill = Some(Refill { stages: one, slices: std::mem::take(&mut p.slices) }))
+        );
+    }
+
+    #[test]
+    fn rows_that_are_filled_again_come_last_and_concern_some_stages() {
+        let mut sequencer = assigned();
+        let mut plan = long_plan();
+        let stages = StageRange { first: StageIndex(1), last: StageIndex(2) };
+        let slices = vec![SequenceSlice { new_blocks: vec![BlockId(0)], ..slice(0, 16) }];
+        plan.slices.clear();
+        plan.refill = Some(Refill { stages, slices });
+        let other = NewSequence { id: SequenceId(8), prompt: vec![1, 2], ..plan.new_sequences[0].clone() };
+        plan.new_sequences.push(other);
+        let slice =
+            SequenceSlice { id: SequenceId(8), new_blocks: vec![BlockId(3)], sample: true, ..slice(0, 2) };
+        plan.slices.push(slice);
+        let effects = run(&mut sequencer, plan);
+        let Some(Effect::Compute(work)) = effects.last() else { panic!("{effects:?}") };
+        assert_eq!([0, 1, 2, 3].map(|stage| work.rows_of(StageIndex(stage)).len()), [2, 18, 18, 2]);
+        assert_eq!((work.common_rows().len(), &work.samples[..]), (2, &[(SequenceId(8), 1)][..]));
+        sequencer.handle(Event::Computed(StepId(1)), &mut Vec::new());
+        assert_eq!(named(&sequencer), [0]);
     }
 
     #[test]

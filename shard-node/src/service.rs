@@ -17,7 +17,7 @@ use ashlar_protocol::frame::FrameError;
 use ashlar_protocol::membership::{FromNode, Join};
 use ashlar_service_kit::drain::CRASHED_VARIABLE;
 use ashlar_service_kit::lock::{HeldFile, LockError};
-use ashlar_service_kit::memory;
+use ashlar_service_kit::{Serving, ShutdownRequest, memory};
 use ashlar_store::blobs::{self, BlobError, BlobOptions};
 use ashlar_vocabulary::Bytes;
 use std::future::Future;
@@ -103,7 +103,15 @@ pub enum NodeError {
 }
 
 /// Runs a node until `shutdown` completes.
-pub async fn serve(config: NodeConfig, shutdown: impl Future<Output = ()>) -> Result<(), NodeError> {
+pub fn serve(config: NodeConfig, shutdown: impl Future<Output = ()> + Send + 'static) -> Serving<NodeError> {
+    boxed(config, Box::pin(shutdown))
+}
+
+fn boxed(config: NodeConfig, shutdown: ShutdownRequest) -> Serving<NodeError> {
+    Box::pin(serve_until(config, shutdown))
+}
+
+async fn serve_until(config: NodeConfig, shutdown: ShutdownRequest) -> Result<(), NodeError> {
     let _held = hold_state(&config)?;
     let transport = transport(&config)?;
     let kernels = Arc::new(threads::kernels(&config)?);

@@ -64,6 +64,7 @@ fn assignment(rank: usize, addresses: &[String]) -> Assignment {
         tensor_rank: TensorRank(rank as u32),
         tensor_parallel_size: addresses.len() as u32,
         kv_blocks: 0,
+        boundary_log: false,
         max_num_batched_tokens: 0,
         group: addresses.to_vec(),
         next: None,

@@ -75,6 +75,7 @@ fn assignment(stage: usize, addresses: &[String; 2]) -> Assignment {
         tensor_rank: TensorRank(0),
         tensor_parallel_size: 1,
         kv_blocks: 0,
+        boundary_log: false,
         max_num_batched_tokens: 0,
         group: vec![addresses[stage].clone()],
         next: (stage == 0).then(|| addresses[1].clone()),

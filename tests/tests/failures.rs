@@ -142,30 +142,71 @@ fn a_stream_outlives_a_killed_scheduler() {
     assert_no_panic(&cluster);
 }
 
+/// A prompt of 280 tokens, and more to come.
+fn long() -> Value {
+    json!({
+        "prompt": "Write a word. ".repeat(20), "max_tokens": 150, "ignore_eos": true, "temperature": 1, "seed": 3,
+        "stream": true,
+    })
+}
+
+fn text(events: &[Event]) -> String {
+    let part = |event: &Event| match event {
+        Event::Data(data) => {
+            serde_json::from_str::<Value>(data).ok()?["choices"][0]["text"].as_str().map(str::to_owned)
+        }
+        _ => None,
+    };
+    events.iter().filter_map(part).collect()
+}
+
+/// The other stages compute again only what is beyond the last full block.
+#[test]
+fn a_lost_stage_alone_computes_again_what_it_had() {
+    let _alone = alone();
+    for (arguments, lost) in [
+        (["--stages", "3", "--nodes", "3"], ["node-0", "node-1", "node-2"]),
+        (["--stages", "2", "--tp", "2"], ["node-0", "node-2", "node-3"]),
+    ] {
+        let cluster = Cluster::start(&arguments);
+        let expected = text(&cluster.stream(COMPLETIONS, &long()).rest());
+        let mut before = counted(&cluster, 150);
+        for (tokens, node) in (300..).step_by(150).zip(lost) {
+            let mut stream = cluster.stream(COMPLETIONS, &long());
+            let mut events: Vec<Event> = (0..20).map(|_| stream.next_event()).collect();
+            assert!(processes::signal(cluster.pid(node), "KILL"));
+            events.extend(stream.rest());
+            assert_eq!(text(&events), expected, "{node}\n{}", cluster.said());
+            let after = counted(&cluster, tokens);
+            let refilled = after.1 - before.1;
+            let by_all = after.0 - before.0 - refilled;
+            before = after;
+            assert!(refilled >= 280, "{node}: {refilled} refilled, {by_all} by all\n{}", cluster.said());
+            // The prompt was known; what is beyond a block, and what was on its way, is computed twice.
+            assert!(by_all < 150 + 64, "{node}: {refilled} refilled, {by_all} by all\n{}", cluster.said());
+        }
+        assert_no_panic(&cluster);
+    }
+}
+
+/// Positions computed, and those of them that only some stages computed, once so many tokens have been generated.
+fn counted(cluster: &Cluster, generated_tokens: u64) -> (u64, u64) {
+    let counter = |name: &str| cluster.view()["counters"][name].as_u64().unwrap_or_default();
+    eventually("all tokens are counted", RECOVERY_LIMIT, || counter("generated_tokens") >= generated_tokens);
+    (counter("scheduled_tokens"), counter("refilled_tokens"))
+}
+
 /// Of a sequence only what is beyond its last full block is computed again.
 #[test]
 fn what_ranks_have_kept_is_not_computed_again_under_another_scheduler() {
     let _alone = alone();
     let cluster = Cluster::start(&["--stages", "2", "--tp", "2", "--set-node", "link_faults.delay_us=500"]);
-    let body = json!({
-        "prompt": "Write a word. ".repeat(20), "max_tokens": 150, "ignore_eos": true, "temperature": 1, "seed": 3,
-        "stream": true,
-    });
-    let expected = cluster.stream(COMPLETIONS, &body).rest();
-    let mut stream = cluster.stream(COMPLETIONS, &body);
+    let expected = text(&cluster.stream(COMPLETIONS, &long()).rest());
+    let mut stream = cluster.stream(COMPLETIONS, &long());
     let mut events: Vec<Event> = (0..20).map(|_| stream.next_event()).collect();
     assert!(processes::signal(cluster.pid("scheduler"), "KILL"));
     events.extend(stream.rest());
-    let text = |events: &[Event]| {
-        let part = |event: &Event| match event {
-            Event::Data(data) => {
-                serde_json::from_str::<Value>(data).ok()?["choices"][0]["text"].as_str().map(str::to_owned)
-            }
-            _ => None,
-        };
-        events.iter().filter_map(part).collect::<String>()
-    };
-    assert_eq!(text(&events), text(&expected));
+    assert_eq!(text(&events), expected);
     // The one that leads now has seen nothing but the rest of this stream.
     let asked = cluster.metric("vllm:prefix_cache_queries_total");
     let found = cluster.metric("vllm:prefix_cache_hits_total");

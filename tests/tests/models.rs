@@ -220,15 +220,17 @@ fn what_cannot_be_deployed_is_refused_with_the_reason_and_leaves_nothing_behind(
     refused(&deploy(&json!({"model": one, "quantize": "q1_9"})), 400, "q1_9");
     refused(&deploy(&json!({"model": one, "nodes": 1, "stages": 2})), 400, "`nodes` must be at least 2");
     refused(&deploy(&json!({"model": one, "nodes": 2})), 409, "one wants 2 nodes, 1 is free (node-");
-    let truncated = directory.path().join("truncated");
-    fs::create_dir(&truncated).expect("a directory");
-    for file in fs::read_dir(&one).expect("files").flatten() {
-        let bytes = fs::read(file.path()).expect("a file");
-        // Not even the length of its header.
-        let keep = if file.file_name() == "model.safetensors" { 4 } else { bytes.len() };
-        fs::write(truncated.join(file.file_name()), &bytes[..keep]).expect("a file");
+    // Not even the length of its header; half of what the header promises.
+    for (name, kept, reason) in [("headless", 4, "cannot be served"), ("truncated", 100_000, "truncated")] {
+        let truncated = directory.path().join(name);
+        fs::create_dir(&truncated).expect("a directory");
+        for file in fs::read_dir(&one).expect("files").flatten() {
+            let bytes = fs::read(file.path()).expect("a file");
+            let kept = if file.file_name() == "model.safetensors" { kept } else { bytes.len() };
+            fs::write(truncated.join(file.file_name()), &bytes[..kept]).expect("a file");
+        }
+        refused(&deploy(&json!({"model": truncated})), 400, reason);
     }
-    refused(&deploy(&json!({"model": truncated})), 400, "cannot be served");
     let own = cluster.get("/admin/models").ok();
     assert_eq!(own["data"].as_array().map(Vec::len), Some(1), "{own}");
     assert_eq!((&own["data"][0]["name"], &own["data"][0]["own"]), (&json!(OWN), &json!(true)));

@@ -8,7 +8,7 @@ use async_openai::config::OpenAIConfig;
 use async_openai::types::responses::{CreateResponse, OutputItem, ResponseStreamEvent, Status};
 use futures::StreamExt;
 use serde_json::{Value, json};
-use std::process::{Command, Stdio};
+use std::net::SocketAddr;
 use std::time::Duration;
 
 const RESPONSES: &str = "/v1/responses";
@@ -344,34 +344,23 @@ async fn an_unmodified_client_understands_every_event() {
     assert!(serde_json::from_str::<Value>(&arguments).expect("JSON")["city"].is_string());
 }
 
-/// Two gateways of one cluster, the second started by hand: what one has begun is followed on at the other.
+/// What one gateway of a cluster has begun is followed on at the other.
 #[test]
 fn a_response_is_followed_on_at_another_gateway_when_its_own_is_dead() {
-    let cluster = Cluster::start(&["--stages", "2", "--set-node", "link_faults.delay_us=500"]);
+    let arguments = ["--stages", "2", "--gateways", "2", "--set-node", "link_faults.delay_us=500"];
+    let cluster = Cluster::start(&arguments);
     let expected = undisturbed(&cluster);
-    let other = format!("127.0.0.1:{}", ashlar_tests::cluster::free_port());
-    let config =
-        std::fs::read_to_string(cluster.state().join("config/gateway.toml")).expect("a configuration");
-    let moved = |line: &str| match line.starts_with("listen = ") {
-        true => format!("listen = \"{other}\"\n"),
-        false => format!("{line}\n"),
-    };
-    let file = cluster.state().join("config/other-gateway.toml");
-    std::fs::write(&file, config.lines().map(moved).collect::<String>()).expect("written");
-    let mut gateway = Command::new(ashlar_tests::cluster::binary())
-        .args(["gateway", "--config"])
-        .arg(&file)
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .spawn()
-        .expect("a second gateway");
+    let mut other: SocketAddr = cluster.address().parse().expect("an address");
+    other.set_port(other.port() + 1);
+    let other = other.to_string();
+    assert!(cluster.said().contains(&format!("and at http://{other}/v1")), "{}", cluster.said());
     eventually("it is ready", LIMIT, || {
         ashlar_tests::http::get(&other, "/ready").is_ok_and(|answer| answer.status == 200)
     });
 
     let mut follower = Follower::begin(&cluster, &long());
     follower.hear(100);
-    let own = cluster.pid("gateway");
+    let own = cluster.pid("gateway-0");
     // Stopped, so that nobody starts it again.
     assert!(processes::signal(own, "STOP"));
     let path =
@@ -381,6 +370,4 @@ fn a_response_is_followed_on_at_another_gateway_when_its_own_is_dead() {
     check_whole(&follower.events);
     assert_eq!(comparable(&follower.events), expected);
     assert!(processes::signal(own, "CONT"));
-    gateway.kill().expect("killed");
-    gateway.wait().expect("ended");
 }

@@ -214,7 +214,7 @@ fn print_layout(layout: &Layout, devices: &[DeviceReport]) {
     for (index, replica) in layout.replicas.iter().enumerate() {
         println!("\nreplica {index}: {} KV blocks of 16 tokens", replica.kv_blocks);
         println!(
-            "  {:<5} {:<4} {:<10} {:<8} {:>11} {:>11} {:>11} {:>11} {:>11} {:>11} {:>11}",
+            "  {:<5} {:<4} {:<10} {:<8} {:>11} {:>11} {:>11} {:>11} {:>11} {:>11} {:>11} {:>11}",
             "stage",
             "rank",
             "node",
@@ -223,6 +223,7 @@ fn print_layout(layout: &Layout, devices: &[DeviceReport]) {
             "embedding",
             "head",
             "kv cache",
+            "handed on",
             "activations",
             "total",
             "free"
@@ -230,12 +231,13 @@ fn print_layout(layout: &Layout, devices: &[DeviceReport]) {
         for (stage, layout) in replica.stages.iter().enumerate() {
             for (rank, (node, ledger)) in layout.ranks.iter().zip(&layout.ledgers).enumerate() {
                 println!(
-                    "  {stage:<5} {rank:<4} {node:<10} {:<8} {:>11} {:>11} {:>11} {:>11} {:>11} {:>11} {:>11}",
+                    "  {stage:<5} {rank:<4} {node:<10} {:<8} {:>11} {:>11} {:>11} {:>11} {:>11} {:>11} {:>11} {:>11}",
                     layout.layers,
                     ledger.weights,
                     ledger.embedding,
                     ledger.head,
                     ledger.kv_cache,
+                    ledger.boundary_log,
                     ledger.activations,
                     ledger.total,
                     ledger.free

@@ -5,7 +5,7 @@ use crate::enrolment::join::{self, JoinArgs};
 use crate::tune;
 use anyhow::{Context, Result};
 use ashlar_gateway::{Gateway, GatewayConfig};
-use ashlar_model::{ModelConfig, digest, hub};
+use ashlar_model::{ModelConfig, WeightFiles, digest, hub};
 use ashlar_protocol::models::DeployModel;
 use ashlar_scheduler::{ModelCard, Scheduler, SchedulerConfig, SchedulerError};
 use ashlar_service_kit::telemetry::{self, TelemetryConfig, TelemetryGuard};
@@ -180,7 +180,10 @@ fn open(wish: &DeployModel, own: Precision, context: Option<u32>) -> Result<Mode
         path if path.exists() => std::fs::canonicalize(path)?.to_string_lossy().into_owned(),
         _ => wish.model.clone(),
     };
-    model_card(&model, precision, wish.max_context_tokens.or(context))
+    let card = model_card(&model, precision, wish.max_context_tokens.or(context))?;
+    // What is cut short is told now, and not by nodes that have given up another place for it.
+    WeightFiles::open(&resolve(&model)?)?;
+    Ok(card)
 }
 
 /// What the scheduler must know of a model, read from its files.

@@ -58,6 +58,8 @@ const DEFAULT_CONTEXT_MAX: u32 = 8192;
   ashlar up --model ./llama-3.2-1b --quantize q4_k_m --cache
                                                    packed once: later starts read what the first one packed
   ashlar up --replicas 2 --nodes 5                 two replicas of two stages and one standby
+  ashlar up --gateways 2 --schedulers 2 --store redis://127.0.0.1:6379/0
+                                                   no role but Redis is there only once
   ashlar up --replicas 3 --audit 0.1%              of a thousand answers one is computed again elsewhere, bit for bit
   ashlar up --join-listen --stages 2 --nodes 1     half of the model here, half on a machine that joins
   ashlar up --separate --nodes 3                   for drills that cut roles off from each other")]
@@ -70,6 +72,9 @@ pub(crate) struct UpArgs {
     /// Scheduler processes, of which one leads; more than one need a Redis: --store redis://HOST:PORT.
     #[arg(long, default_value_t = 1, value_parser = count())]
     schedulers: usize,
+    /// Gateway processes: the first listens where --listen says, each other one on the port after that of the one before.
+    #[arg(long, default_value_t = 1, value_parser = count(), conflicts_with = "separate")]
+    gateways: usize,
     /// Node processes; default: stages × tp × replicas. More are standbys.
     #[arg(long, value_parser = count())]
     nodes: Option<usize>,
@@ -164,17 +169,17 @@ fn parse_share(text: &str) -> Result<f64, String> {
         .ok_or_else(|| format!("{text:?} is not a share: write 0.1% or 0.001, at most 100%"))
 }
 
-pub(crate) fn run(mut args: UpArgs) -> Result<()> {
+pub(crate) fn run(args: UpArgs) -> Result<()> {
     fs::create_dir_all(&args.state)
         .with_context(|| format!("cannot create the state directory {}", args.state.display()))?;
     let state = fs::canonicalize(&args.state)?;
     let _lock = lock(&state)?;
     // Ask for the port before anything is loaded: the commonest mistake should cost no time.
     // Kept from then on, or a node that takes any port may be given the gateway's before it listens.
-    let port = ReservedPort::at(args.listen)
-        .with_context(|| format!("cannot listen on {}: choose another address with --listen", args.listen))?;
+    let ports =
+        (0..args.gateways).map(|number| gateway_port(args.listen, number)).collect::<Result<Vec<_>>>()?;
     // Port 0 means any: whichever it is now, the gateway listens there.
-    args.listen = port.address();
+    let listen: Vec<SocketAddr> = ports.iter().map(ReservedPort::address).collect();
     let demo = args.model.is_none();
     let directory = match &args.model {
         None => demo::unpack(&state)?,
@@ -183,8 +188,21 @@ pub(crate) fn run(mut args: UpArgs) -> Result<()> {
             fs::canonicalize(&found)?
         }
     };
-    let plan = Cluster::prepare(&args, &state, &directory, demo)?;
-    roles::runtime()?.block_on(plan.run(args.listen))
+    let plan = Cluster::prepare(&args, &listen, &state, &directory, demo)?;
+    roles::runtime()?.block_on(plan.run(&listen))
+}
+
+/// Where a gateway listens.
+fn gateway_port(first: SocketAddr, number: usize) -> Result<ReservedPort> {
+    let port = match first.port() {
+        0 => Some(0),
+        port => u16::try_from(number).ok().and_then(|number| port.checked_add(number)),
+    };
+    let port =
+        port.with_context(|| format!("{first} has not as many ports above it as --gateways asks for"))?;
+    let address = SocketAddr::new(first.ip(), port);
+    ReservedPort::at(address)
+        .with_context(|| format!("cannot listen on {address}: choose another address with --listen"))
 }
 
 /// Holds the state directory for this process.
@@ -204,7 +222,7 @@ fn lock(state: &Path) -> Result<File> {
 struct Cluster {
     /// Where machines join, and what to run there.
     enrolment: Option<(Role, EnrolmentConfig)>,
-    gateway: Role,
+    gateways: Vec<Role>,
     schedulers: Vec<Role>,
     nodes: Vec<Role>,
     model_name: String,
@@ -220,12 +238,22 @@ fn scheduler_name(number: usize, schedulers: usize) -> String {
     if schedulers == 1 { "scheduler".to_owned() } else { format!("scheduler-{number}") }
 }
 
+fn gateway_name(number: usize, gateways: usize) -> String {
+    if gateways == 1 { "gateway".to_owned() } else { format!("gateway-{number}") }
+}
+
 fn node_name(number: usize) -> String {
     format!("node-{number}")
 }
 
 impl Cluster {
-    fn prepare(args: &UpArgs, state: &Path, directory: &Path, demo: bool) -> Result<Cluster> {
+    fn prepare(
+        args: &UpArgs,
+        listen_clients: &[SocketAddr],
+        state: &Path,
+        directory: &Path,
+        demo: bool,
+    ) -> Result<Cluster> {
         let model_name = args.model.clone().unwrap_or_else(|| "ashlar-demo".into());
         let served = Path::new(&model_name)
             .file_name()
@@ -321,11 +349,9 @@ impl Cluster {
             })
             .transpose()?;
         let gateway = GatewayConfig {
-            identity: identity(IdentityRole::Gateway, "gateway")?,
             blobs: scheduler.blobs.clone(),
             adapters: Some(fs::canonicalize(&adapters)?),
             model: directory.to_string_lossy().into_owned(),
-            listen: args.listen,
             scheduler: addresses(1)?,
             served_model_name: vec![served.clone()],
             otlp_endpoint: args.otlp_endpoint.clone(),
@@ -377,11 +403,18 @@ impl Cluster {
             })
             .collect::<Result<Vec<_>>>()?;
         Ok(Cluster {
-            gateway: {
-                let config = toml::Table::try_from(&gateway).context("the gateway's configuration")?;
-                let settings = with_settings(config, &args.gateway_settings, "--set-gateway")?;
-                roles.write("gateway", "gateway", &settings)?
-            },
+            gateways: listen_clients
+                .iter()
+                .enumerate()
+                .map(|(number, &listen)| {
+                    let name = gateway_name(number, args.gateways);
+                    let identity = identity(IdentityRole::Gateway, &name)?;
+                    let config = GatewayConfig { identity, listen, ..gateway.clone() };
+                    let config = toml::Table::try_from(&config).context("a gateway's configuration")?;
+                    let settings = with_settings(config, &args.gateway_settings, "--set-gateway")?;
+                    roles.write(&name, "gateway", &settings)
+                })
+                .collect::<Result<_>>()?,
             schedulers: listen
                 .iter()
                 .enumerate()
@@ -408,21 +441,22 @@ impl Cluster {
         })
     }
 
-    async fn run(self, listen: SocketAddr) -> Result<()> {
+    async fn run(self, listen: &[SocketAddr]) -> Result<()> {
         let shutdown = Shutdown::listen().context("cannot listen to signals")?;
         let (tell, mut notices) = mpsc::channel(64);
         let start = |role: &Role| Supervised::start(role.clone(), tell.clone());
         let schedulers: Vec<_> = self.schedulers.iter().map(start).collect();
         let nodes: Vec<_> = self.nodes.iter().map(start).collect();
         let enrolment = self.enrolment.as_ref().map(|(role, _)| start(role));
-        let gateway = start(&self.gateway);
+        let gateways: Vec<_> = self.gateways.iter().map(start).collect();
         if let Some((_, config)) = &self.enrolment {
             eprintln!("another machine may join, once, within an hour (`ashlar token create` lets more in):");
             eprintln!("  {}", enrolment::commands::first_token(config)?);
         }
-        let base = format!("http://{listen}");
-        let client = Client::new(&base, None)?;
-        let watching = self.watch(&client, &base, &mut notices);
+        let bases: Vec<String> = listen.iter().map(|listen| format!("http://{listen}")).collect();
+        let (base, others) = bases.split_first().context("at least one gateway")?;
+        let client = Client::new(base, None)?;
+        let watching = self.watch(&client, (base, others), &mut notices);
         let result = tokio::select! {
             reason = shutdown.requested() => {
                 eprintln!("\n{reason}: draining (again to stop at once)");
@@ -431,7 +465,10 @@ impl Cluster {
             failure = watching => failure,
         };
         // From the edge inwards: streams may still end while the cluster behind them is whole.
-        gateway.end(if result.is_ok() { DRAIN_GRACE } else { EXIT_GRACE }).await;
+        let grace = if result.is_ok() { DRAIN_GRACE } else { EXIT_GRACE };
+        let mut ending = tokio::task::JoinSet::new();
+        gateways.into_iter().for_each(|gateway| drop(ending.spawn(gateway.end(grace))));
+        ending.join_all().await;
         for role in schedulers.into_iter().chain(nodes).chain(enrolment) {
             role.end(EXIT_GRACE).await;
         }
@@ -439,7 +476,12 @@ impl Cluster {
     }
 
     /// Shows progress until the cluster is ready, then reports what happens to it. Returns only on failure.
-    async fn watch(&self, client: &Client, base: &str, notices: &mut mpsc::Receiver<Notice>) -> Result<()> {
+    async fn watch(
+        &self,
+        client: &Client,
+        (base, others): (&str, &[String]),
+        notices: &mut mpsc::Receiver<Notice>,
+    ) -> Result<()> {
         let bar = ProgressBar::new(1000).with_style(
             ProgressStyle::with_template("{msg:36} {bar:40} {percent:>3} %").context("progress bar")?,
         );
@@ -476,7 +518,7 @@ impl Cluster {
                     if ready_now {
                         ready = true;
                         bar.finish_and_clear();
-                        self.announce(base, cluster);
+                        self.announce(base, others, cluster);
                     }
                 }
             }
@@ -490,9 +532,12 @@ impl Cluster {
         }
     }
 
-    fn announce(&self, base: &str, cluster: &Value) {
+    fn announce(&self, base: &str, others: &[String], cluster: &Value) {
         let model = &self.model_name;
         eprintln!("\n{model} is ready at {base}/v1");
+        for other in others {
+            eprintln!("  and at {other}/v1");
+        }
         for node in cluster["nodes"].as_array().into_iter().flatten() {
             let name = node["node"].as_str().unwrap_or("?");
             let place = match node["place"].as_array() {

@@ -210,6 +210,7 @@ fn config(term: LeaseTerm) -> ClusterConfig {
         spread_head: None,
         kv_memory_share: 0.25,
         silence_ms_max: 1000,
+        boundary_log: true,
         replan_after_ms: 5000,
         links: Links::default(),
     }

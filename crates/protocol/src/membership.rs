@@ -44,6 +44,8 @@ pub enum FromNode {
         /// Blocks of its KV cache whose content it has kept from a former layout of the same slice, at most
         /// [`KEPT_BLOCKS_MAX`].
         kept: Vec<(BlockId, BlockHash)>,
+        /// Whether its boundary log has the rows of all these blocks.
+        logged: bool,
     },
     /// The assignment failed: weights missing, corrupt, too large, a peer lost… The node stays joined.
     Failed {
@@ -255,6 +257,8 @@ pub struct Assignment {
     pub tensor_parallel_size: u32,
     /// Blocks of KV cache to reserve.
     pub kv_blocks: u32,
+    /// Whether to keep, per block, the rows that go to the next stage: should that be lost, it alone computes again.
+    pub boundary_log: bool,
     /// Most rows in one step; workspaces are sized by it.
     pub max_num_batched_tokens: u32,
     /// Data addresses of this stage's ranks, by rank (this node's own included).

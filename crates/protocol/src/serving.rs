@@ -382,6 +382,8 @@ pub struct SchedulerCounters {
     pub steps: u64,
     /// Tokens computed so far (prompt and generated).
     pub scheduled_tokens: u64,
+    /// Of these, positions that only the stages that had been lost computed again.
+    pub refilled_tokens: u64,
     /// Tokens generated so far.
     pub generated_tokens: u64,
     /// Steps of fine-tuning jobs that this scheduler has committed.

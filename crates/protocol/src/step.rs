@@ -7,7 +7,7 @@
 use crate::prefix::BlockHash;
 use crate::serving::FailureKind;
 use ashlar_vocabulary::{
-    AdapterId, BlockId, LeaseTerm, ReplicaRevision, SamplingParams, SequenceId, StepId, TokenId,
+    AdapterId, BlockId, LeaseTerm, ReplicaRevision, SamplingParams, SequenceId, StageIndex, StepId, TokenId,
     TokenLogprobs,
 };
 use serde::{Deserialize, Serialize};
@@ -28,6 +28,34 @@ pub struct StepPlan {
     pub slices: Vec<SequenceSlice>,
     /// Sequences whose state may be dropped *before* this step (ended, cancelled). Blocks were freed by the scheduler.
     pub ended_sequences: Vec<SequenceId>,
+    /// What some stages have lost and compute again in this step, after `slices`.
+    pub refill: Option<Refill>,
+}
+
+/// Rows that only some stages compute, because all others still have what they would write. The stage before the first of them
+/// sends what its boundary log has of these rows. Nothing is sampled.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Refill {
+    /// The stages that compute.
+    pub stages: StageRange,
+    /// What: of sequences that have no other slice in this step.
+    pub slices: Vec<SequenceSlice>,
+}
+
+/// Consecutive stages of a replica, both ends included.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct StageRange {
+    /// The first.
+    pub first: StageIndex,
+    /// The last.
+    pub last: StageIndex,
+}
+
+impl StageRange {
+    /// Whether `stage` is one of them.
+    pub fn contains(self, stage: StageIndex) -> bool {
+        (self.first.0..=self.last.0).contains(&stage.0)
+    }
 }
 
 /// Everything a rank needs to know once about a sequence.

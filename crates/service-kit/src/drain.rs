@@ -4,7 +4,14 @@
 //! supervised child, the death of its parent, which it sees as the end of its standard input.
 
 use std::fmt;
+use std::pin::Pin;
 use tokio::sync::watch;
+
+/// Completes when a role is asked to end. Boxed, so that a role is compiled once and not wherever it is started.
+pub type ShutdownRequest = Pin<Box<dyn Future<Output = ()> + Send>>;
+
+/// What a role does until then.
+pub type Serving<E> = Pin<Box<dyn Future<Output = Result<(), E>> + Send>>;
 
 /// Set to `1` by a supervisor that holds the child's standard input open for as long as it lives.
 pub const SUPERVISED_VARIABLE: &str = "ASHLAR_SUPERVISED";

@@ -24,7 +24,7 @@ mod otlp_client;
 pub use addresses::Addresses;
 pub use clock::{Clock, Millis, SystemClock};
 pub use config::ConfigError;
-pub use drain::{Shutdown, ShutdownReason};
+pub use drain::{Serving, Shutdown, ShutdownReason, ShutdownRequest};
 pub use health::{Health, Readiness};
 pub use memory::{available_memory, resident_bytes};
 pub use retries::Retries;

@@ -31,6 +31,9 @@ pub struct ReplicaLayout {
     pub spread_head: bool,
     /// KV blocks that every rank of the replica has room for: what was wished for, or less where memory is short.
     pub kv_blocks: u32,
+    /// Whether every stage but the last keeps what it hands on, so that a stage that is lost is the only one that computes again:
+    /// where every rank has room for that, and there are several stages.
+    pub boundary_log: bool,
     /// How fast it should be.
     pub prediction: Prediction,
 }

@@ -26,6 +26,8 @@ pub struct MemoryLedger {
     pub head: Bytes,
     /// KV blocks.
     pub kv_cache: Bytes,
+    /// What was handed on to the next stage, beside the KV blocks of the same tokens.
+    pub boundary_log: Bytes,
     /// Buffers of the largest step.
     pub activations: Bytes,
     /// Sum of the lines above.
@@ -47,14 +49,26 @@ pub struct LedgerRow {
 
 impl MemoryLedger {
     /// The lines that add up to the total, in reading order.
-    pub fn rows(&self) -> [LedgerRow; 5] {
+    pub fn rows(&self) -> [LedgerRow; 6] {
         [
             LedgerRow { name: "weights", bytes: self.weights },
             LedgerRow { name: "embedding", bytes: self.embedding },
             LedgerRow { name: "head", bytes: self.head },
             LedgerRow { name: "activations", bytes: self.activations },
             LedgerRow { name: "kv_cache", bytes: self.kv_cache },
+            LedgerRow { name: "boundary_log", bytes: self.boundary_log },
         ]
+    }
+
+    /// The same with so much for a boundary log.
+    pub fn with_boundary_log(self, boundary_log: Bytes) -> MemoryLedger {
+        let total = self.without_log() + boundary_log;
+        MemoryLedger { boundary_log, total, free: self.capacity.saturating_sub(total), ..self }
+    }
+
+    /// What the rank cannot do without.
+    pub fn without_log(&self) -> Bytes {
+        self.total - self.boundary_log
     }
 
     /// Whether the total is within the capacity.
@@ -113,6 +127,11 @@ impl Piece {
     pub fn kv_bytes_per_token(&self, shape: &ModelShape) -> usize {
         let kv = shape.key_cut().rank(self.rank, self.tensor_parallel_size).len();
         self.layers.len() * 2 * kv * shape.kv_cache.bytes()
+    }
+
+    /// Bytes of the boundary log per token of context on this rank: a row as the next stage is sent it.
+    pub fn log_bytes_per_token(&self, shape: &ModelShape) -> usize {
+        if self.last { 0 } else { shape.hidden_size * shape.activations.bytes() }
     }
 
     /// Whether one copy of a tied table serves as embedding and head: one stage of one rank.
@@ -212,6 +231,7 @@ impl Piece {
             embedding,
             head,
             kv_cache,
+            boundary_log: Bytes(0),
             activations,
             total,
             capacity,

@@ -11,7 +11,7 @@ use crate::position::Position;
 use crate::request::{DeviceReport, Links, PlanRequest};
 use crate::shares::Shares;
 use crate::speeds::evened;
-use ashlar_vocabulary::{HeadSlice, LayerRange, ModelShape, NodeId};
+use ashlar_vocabulary::{Bytes, HeadSlice, LayerRange, ModelShape, NodeId};
 
 /// Above this many groups only the caller's order is searched, not also every other choice of the last group.
 const ROTATIONS_MAX: usize = 8;
@@ -470,6 +470,25 @@ impl<'a> Planner<'a> {
         })
     }
 
+    /// The same stages with boundary logs in their ledgers, if there is anything to keep and all fits.
+    fn with_boundary_logs(&self, stages: &[StageLayout], kv_blocks: usize) -> Option<Vec<StageLayout>> {
+        let with_log = |(index, stage): (usize, &StageLayout)| {
+            let ranks = stage.ranks.len();
+            let ledgers = stage.ledgers.iter().enumerate().map(|(rank, ledger)| {
+                let piece = self.position(index, stages.len()).piece(stage.layers, rank, ranks);
+                let (tokens, rows) =
+                    (kv_blocks * self.request.block_tokens, self.request.max_num_batched_tokens);
+                let row = piece.log_bytes_per_token(self.shape);
+                // The rows of a step on their way into it and, on the first stage, which is sent none, out of it.
+                let out = if index == 0 { rows * self.shape.hidden_size * size_of::<f32>() } else { 0 };
+                let log = Bytes(((tokens + rows) * row + out) as u64);
+                Some(ledger.with_boundary_log(log)).filter(MemoryLedger::fits)
+            });
+            Some(StageLayout { ledgers: ledgers.collect::<Option<_>>()?, ..stage.clone() })
+        };
+        if stages.len() < 2 { None } else { stages.iter().enumerate().map(with_log).collect() }
+    }
+
     /// Fills in nodes, ledgers and the prediction of a cut that fits, with as many KV blocks as are wished for and fit.
     pub(crate) fn lay_out(&self, cut: &[CutStage]) -> ReplicaLayout {
         let ledgers = |index: usize, kv_blocks: usize| {
@@ -492,8 +511,13 @@ impl<'a> Planner<'a> {
             ranks: self.groups[cut[index].group].iter().map(|device| device.node.clone()).collect(),
             ledgers: ledgers(index, kv_blocks as usize),
         });
+        let stages: Vec<StageLayout> = stages.collect();
+        // It is worth no KV block and no layer: it is kept where there is room left, on every rank that has one.
+        let logged =
+            self.with_boundary_logs(&stages, kv_blocks as usize).filter(|_| self.request.boundary_log);
         ReplicaLayout {
-            stages: stages.collect(),
+            boundary_log: logged.is_some(),
+            stages: logged.unwrap_or(stages),
             spread_head: self.cost.spread_head,
             kv_blocks: kv_blocks as u32,
             prediction: self.cost.predict(&self.loads(cut)),

@@ -87,6 +87,9 @@ pub struct PlanRequest {
     pub block_tokens: usize,
     /// Most tokens of one step; sizes the activations.
     pub max_num_batched_tokens: usize,
+    /// Whether every stage but the last shall keep what it hands on, for as many tokens as its KV cache has, where there is room for
+    /// that beside everything else (see [`ReplicaLayout::boundary_log`](crate::ReplicaLayout::boundary_log)).
+    pub boundary_log: bool,
 }
 
 impl Default for PlanRequest {
@@ -100,6 +103,7 @@ impl Default for PlanRequest {
             kv_tokens_wanted: 8192,
             block_tokens: 16,
             max_num_batched_tokens: 512,
+            boundary_log: true,
         }
     }
 }

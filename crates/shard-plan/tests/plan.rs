@@ -293,6 +293,33 @@ fn less_kv_cache_than_wished_is_taken_where_memory_is_short() {
 }
 
 #[test]
+fn what_is_handed_on_is_kept_where_there_is_room_beside_all_else_and_costs_no_kv_block() {
+    let request = |boundary_log| PlanRequest {
+        stages: Some(2),
+        replicas: Some(1),
+        boundary_log,
+        ..PlanRequest::default()
+    };
+    let planned = |memory, boundary_log| {
+        let layout = plan(&llama_1b(), &devices(2, memory), &Links::default(), &request(boundary_log));
+        layout.expect("planned").replicas.remove(0)
+    };
+    let roomy = planned(8 * GIB, true);
+    assert!(roomy.boundary_log && !planned(8 * GIB, false).boundary_log);
+    let [first, last] = [0, 1].map(|stage: usize| roomy.stages[stage].ledgers[0]);
+    // 512 blocks × 16 tokens × 2,048 × 4 bytes; and the rows of a step, once as they are kept and once as they are sent.
+    assert_eq!(first.boundary_log, Bytes((512 * 16 + 2 * 512) * 2048 * 4));
+    assert_eq!(last.boundary_log, Bytes(0));
+    assert_eq!(first.rows().iter().map(|row| row.bytes).sum::<Bytes>(), first.total);
+    assert_eq!(first.total + first.free, first.capacity);
+    // So much that all fits but that.
+    let memory = first.without_log().0.max(last.total.0) + (1 << 20);
+    let tight = planned(memory, true);
+    assert!(!tight.boundary_log);
+    assert_eq!((tight.kv_blocks, tight), (roomy.kv_blocks, planned(memory, false)));
+}
+
+#[test]
 fn ranges_fixed_by_hand_decide_alone() {
     let mut nodes = devices(4, 8 * GIB);
     nodes[2].layers = Some(LayerRange { start: 0, end: 5 });

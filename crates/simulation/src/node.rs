@@ -39,14 +39,21 @@ pub(crate) struct Node {
     plan: Option<Arc<Plan>>,
     /// What it has in memory there.
     held: Option<HeldSlice>,
-    /// The place before, and its KV cache, which is of use again if the same slice is assigned.
-    former: Option<(Assignment, Kv)>,
+    /// The place before, with its KV cache and what it handed on: of use again if the same slice is assigned.
+    former: Option<Former>,
     /// What it has prepared for a place to come, or is preparing, and whether it is there.
     prepared: Option<(Box<Assignment>, bool)>,
     /// Whether it was asked to end, and for how long it will be gone.
     ending_us: Option<u64>,
     /// Whether an operator wants it empty.
     drained: bool,
+}
+
+/// What is left of a place.
+struct Former {
+    assignment: Assignment,
+    kv: Kv,
+    log: Option<(Kv, bool)>,
 }
 
 /// How long a node that was asked to end waits until others have its place.
@@ -63,6 +70,8 @@ struct Place {
     /// On the rank that samples: from those ranks, by slice.
     head_ranks: BTreeMap<u32, Connection>,
     kv: Kv,
+    /// What was handed on to the next stage, and whether it has all that the cache has.
+    log: Option<(Kv, bool)>,
     seeds: BTreeMap<SequenceId, u64>,
     /// Sequences that are audited.
     audited: BTreeSet<SequenceId>,
@@ -453,7 +462,7 @@ impl Node {
             return self.tell(refusal, actions);
         }
         self.fence = asked;
-        self.former.take_if(|(former, _)| !sequencer::is_same_cache(former, &assignment));
+        self.former.take_if(|former| !sequencer::is_same_cache(&former.assignment, &assignment));
         let assigned = Event::Assigned {
             term: assignment.term,
             revision: assignment.revision,
@@ -484,6 +493,12 @@ impl Node {
         // For another slice it gives up what it has.
         self.held.take_if(|held| *held != plan::slice_of(&assignment));
         let pace = self.plan.as_ref().map(|plan| Pace::new(plan, &assignment));
+        let (kv, log) = match self.former.take() {
+            Some(former) => (Some(former.kv), former.log),
+            None => (None, None),
+        };
+        let logs = assignment.boundary_log && assignment.next.is_some();
+        let log = logs.then(|| log.unwrap_or_else(|| (Kv::default(), kv.is_none())));
         self.place = Some(Place {
             assignment,
             loaded: false,
@@ -492,7 +507,8 @@ impl Node {
             next: None,
             sampler: None,
             head_ranks: BTreeMap::new(),
-            kv: self.former.take().map(|(_, kv)| kv).unwrap_or_default(),
+            kv: kv.unwrap_or_default(),
+            log,
             seeds: BTreeMap::new(),
             audited: BTreeSet::new(),
             adapters: Shelf::default(),
@@ -507,7 +523,8 @@ impl Node {
         self.sessions.end_all(actions);
         if let Some(place) = self.place.take() {
             actions.extend(place.links().map(Action::Close));
-            self.former = Some((place.assignment, place.kv));
+            let Place { assignment, kv, log, .. } = place;
+            self.former = Some(Former { assignment, kv, log });
         }
     }
 
@@ -549,7 +566,8 @@ impl Node {
         if place.loaded && linked && !place.announced {
             place.announced = true;
             let kept = self.sequencer.names().collect();
-            let ready = FromNode::Ready { revision, reserved: Bytes(1), resident: Bytes(1), kept };
+            let logged = place.log.as_ref().is_some_and(|(_, complete)| *complete);
+            let ready = FromNode::Ready { revision, reserved: Bytes(1), resident: Bytes(1), kept, logged };
             self.tell(ready, actions);
         }
     }

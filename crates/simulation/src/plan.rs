@@ -319,6 +319,7 @@ impl Plan {
             max_num_batched_tokens: self.limits.max_num_batched_tokens,
             kv_memory_share: self.limits.kv_memory_share,
             silence_ms_max: self.limits.silence_ms_max,
+            boundary_log: true,
             replan_after_ms: self.limits.replan_after_ms,
             links: self.links.clone(),
         }

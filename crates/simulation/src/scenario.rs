@@ -271,6 +271,7 @@ impl Scenario {
             // So small a share leaves the blocks of one sequence of full length.
             kv_memory_share: if self.scarce_blocks { 1e-9 } else { 0.25 },
             silence_ms_max: 1_000,
+            boundary_log: true,
             replan_after_ms: 5_000,
             links: Links::default(),
         }

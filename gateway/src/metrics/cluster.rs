@@ -32,6 +32,12 @@ pub(super) fn render(snapshot: &ClusterSnapshot, model_name: &str, deployed: boo
         "Sequences taken up again after their replica was lost.",
         counters.replays as f64,
     );
+    page.plain(
+        "ashlar_refilled_tokens_total",
+        "counter",
+        "Positions that only the stages computed again which had been lost.",
+        counters.refilled_tokens as f64,
+    );
     let audits = &counters.audits;
     page.plain(
         "ashlar_audits_passed_total",

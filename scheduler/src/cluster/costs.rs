@@ -25,6 +25,7 @@ pub(super) fn plan_request(config: &ClusterConfig) -> PlanRequest {
         kv_tokens_wanted: config.max_num_seqs * context.min(TYPICAL_CONTEXT_TOKENS),
         block_tokens: BLOCK_TOKENS,
         max_num_batched_tokens: config.max_num_batched_tokens as usize,
+        boundary_log: config.boundary_log,
     }
 }
 

@@ -52,6 +52,8 @@ pub struct ClusterConfig {
     pub kv_memory_share: f64,
     /// Longest silence of a ready node, unless four predicted steps take longer.
     pub silence_ms_max: u64,
+    /// Whether stages keep what they hand on, where there is room: a stage that is lost is then the only one that computes again.
+    pub boundary_log: bool,
     /// How long a layout with a vacant place is kept before what is left is planned anew.
     pub replan_after_ms: u64,
     /// Assumed links between nodes.
@@ -109,6 +111,8 @@ pub enum Event {
         resident: Bytes,
         /// Blocks of KV cache that it has kept.
         kept: Vec<(BlockId, BlockHash)>,
+        /// Whether it has kept what it handed on of them, too.
+        logged: bool,
     },
     /// A node cannot fulfil its assignment.
     Failed {

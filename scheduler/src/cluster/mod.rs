@@ -14,6 +14,7 @@ mod held;
 mod place;
 mod quarantine;
 mod reconcile;
+mod salvage;
 mod snapshot;
 
 pub use events::{ClusterConfig, Effect, Event, NodeConnection, Spent};
@@ -113,11 +114,12 @@ impl Cluster {
                     node.observed = Observed::Loading { revision, share: share.clamp(0.0, 1.0) };
                 });
             }
-            Event::Ready { connection, revision, reserved, resident, kept } => {
+            Event::Ready { connection, revision, reserved, resident, kept, logged } => {
                 let replica = self.observe(now, connection, revision, |node| {
                     node.observed = Observed::Ready { revision };
                     (node.reserved, node.resident) = (reserved, resident);
                     node.kept = kept.into_iter().take(KEPT_BLOCKS_MAX).collect();
+                    node.logged = logged;
                 });
                 self.holds_its_slice(connection, replica);
             }
@@ -262,6 +264,7 @@ impl Cluster {
             observed: Observed::Standby,
             reserved: Bytes(0),
             kept: BTreeSet::new(),
+            logged: false,
             resident: Bytes(0),
             busy: StepTiming::default(),
             trained: TrainingTiming::default(),

@@ -34,6 +34,8 @@ pub(super) struct Node {
     pub(super) reserved: Bytes,
     /// Blocks of KV cache that it has kept, until its replica is up.
     pub(super) kept: BTreeSet<(BlockId, BlockHash)>,
+    /// Whether it has kept what it handed on of them, too.
+    pub(super) logged: bool,
     pub(super) resident: Bytes,
     pub(super) busy: StepTiming,
     /// Cumulated over its training sessions.
@@ -68,6 +70,8 @@ pub(super) struct Replica {
     /// Whether all stages share the head.
     pub(super) spread_head: bool,
     pub(super) kv_blocks: u32,
+    /// Whether its stages are to keep what they hand on, as far as those who are seated have room for that.
+    pub(super) boundary_log: bool,
     /// Stage by stage, rank by rank.
     pub(super) seats: Vec<Seat>,
     pub(super) phase: Phase,
@@ -130,6 +134,7 @@ impl Replica {
             tensor_parallel_size: layout.stages.first().map_or(1, |stage| stage.ranks.len()),
             spread_head: layout.spread_head,
             kv_blocks,
+            boundary_log: layout.boundary_log,
             seats: seats.collect(),
             phase: Phase::Vacant { since: now },
             draining: false,
@@ -143,6 +148,11 @@ impl Replica {
     /// Whether every place is taken.
     pub(super) fn complete(&self) -> bool {
         self.seats.iter().all(|seat| seat.taken)
+    }
+
+    /// The ranks of a stage.
+    pub(super) fn stage(&self, stage: usize) -> impl Iterator<Item = &Seat> {
+        self.seats.iter().filter(move |seat| seat.place.stage.0 as usize == stage)
     }
 
     /// A stage's place in it.

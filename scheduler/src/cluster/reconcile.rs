@@ -2,13 +2,12 @@
 
 use super::place::{Node, Observed, Phase, Replica, Seat};
 use super::quarantine::LinkWatch;
-use super::{Cluster, Effect, LASTING_FAILURES, REVISIONS_PER_TERM, costs, held};
+use super::{Cluster, Effect, LASTING_FAILURES, REVISIONS_PER_TERM, costs, held, salvage};
 use crate::engine::ReplicaUp;
 use crate::time::Millis;
 use ashlar_protocol::membership::{Assignment, SOURCES_MAX};
-use ashlar_protocol::prefix::BlockHash;
 use ashlar_shard_plan::{DeviceReport, Layout, plan};
-use ashlar_vocabulary::{BlockId, HeadSlice, ModelDigest, NodeId, ReplicaId, ReplicaRevision};
+use ashlar_vocabulary::{HeadSlice, ModelDigest, NodeId, ReplicaId, ReplicaRevision};
 use std::collections::BTreeMap;
 
 impl Cluster {
@@ -122,7 +121,7 @@ impl Cluster {
                         && if former {
                             node.join.node == seat.node
                         } else {
-                            node.join.memory >= seat.ledger.total && !insists
+                            node.join.memory >= seat.ledger.without_log() && !insists
                         }
                 };
                 if let Some(node) = self.nodes.values_mut().find(fits) {
@@ -165,6 +164,7 @@ impl Cluster {
                 node.heard = now;
                 (node.reserved, node.busy) = Default::default();
                 node.kept.clear();
+                node.logged = false;
             }
         }
     }
@@ -194,6 +194,7 @@ impl Cluster {
             tensor_rank: seat.place.rank,
             tensor_parallel_size: ranks as u32,
             kv_blocks: replica.kv_blocks,
+            boundary_log: replica.boundary_log && earlier && self.has_room(seat),
             max_num_batched_tokens: config.max_num_batched_tokens,
             group: (0..ranks).filter_map(|rank| address(stage, rank)).collect(),
             next: if earlier { address(stage + 1, rank) } else { None },
@@ -201,6 +202,11 @@ impl Cluster {
             sampler: if earlier && head.is_some() { address(stages - 1, 0) } else { None },
             sources: sources(config.model_digest, replica, &self.nodes, &seat.node),
         }
+    }
+
+    /// Whether who takes this place has the memory for all that the plan has in it.
+    fn has_room(&self, seat: &Seat) -> bool {
+        self.nodes.get(&seat.node).is_some_and(|node| node.join.memory >= seat.ledger.total)
     }
 
     /// A replica all of whose ranks are ready serves.
@@ -216,13 +222,14 @@ impl Cluster {
         if !all {
             return;
         }
-        let kept = kept_by_all(replica, &self.nodes);
+        let (kept, lost) = salvage::of(replica, &self.nodes);
         effects.push(Effect::ReplicaUp(ReplicaUp {
             replica: id,
             term: self.config.term,
             revision: replica.revision,
             kv_blocks: replica.kv_blocks,
             kept,
+            lost,
             stages: costs::stage_costs(&self.config, replica, &self.nodes),
         }));
         if let Some(replica) = self.replicas.get_mut(&id) {
@@ -278,14 +285,6 @@ impl Cluster {
         self.begun = true;
         ReplicaRevision(self.config.term.0 * REVISIONS_PER_TERM + self.revisions)
     }
-}
-
-/// Blocks whose content every rank still has: only these are of use.
-fn kept_by_all(replica: &Replica, nodes: &BTreeMap<NodeId, Node>) -> Vec<(BlockId, BlockHash)> {
-    let mut kept = replica.seats.iter().filter_map(|seat| nodes.get(&seat.node)).map(|node| &node.kept);
-    let Some(first) = kept.next() else { return Vec::new() };
-    let others: Vec<_> = kept.collect();
-    first.iter().filter(|block| others.iter().all(|other| other.contains(block))).copied().collect()
 }
 
 /// Where `node` may find files of the model that it does not have: at nodes that have weights in memory, of its replica first, then

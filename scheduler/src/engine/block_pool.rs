@@ -2,13 +2,14 @@
 //!
 //! A block is *free* (content worthless), *held* by one or more sequences, or *idle* (held by nobody, its content
 //! known by hash, so that a prompt with the same prefix may take it up again). Idle blocks are evicted least recently
-//! used first, and only once no block is free.
+//! used first, and only once no block is free. A block with a known content may be *unfilled*: some stages have lost it, and are
+//! made to compute it again before anything reads it.
 //!
 //! **Invariant:** every block is in exactly one of the three states; [`BlockPool::check`] verifies it.
 
 use super::prefix_cache::BlockHash;
 use ashlar_vocabulary::BlockId;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// The blocks of one replica.
 #[derive(Debug, Clone)]
@@ -19,6 +20,8 @@ pub struct BlockPool {
     idle: BTreeMap<u64, BlockId>,
     /// Every block whose content is known, held or idle.
     by_hash: BTreeMap<BlockHash, BlockId>,
+    /// Blocks, held or idle, whose content some stages have not.
+    unfilled: BTreeSet<BlockId>,
     tick: u64,
 }
 
@@ -38,14 +41,21 @@ impl BlockPool {
             free: (0..count).rev().map(BlockId).collect(),
             idle: BTreeMap::new(),
             by_hash: BTreeMap::new(),
+            unfilled: BTreeSet::new(),
             tick: 0,
         }
     }
 
-    /// A pool of `count` blocks, of which these have a content from before there was this pool: idle, to be hit.
-    pub fn with_kept(count: u32, kept: &[(BlockId, BlockHash)]) -> BlockPool {
+    /// A pool of `count` blocks, of which these have a content from before there was this pool: idle, to be hit. The `unfilled` ones
+    /// have it on some stages only.
+    pub fn with_kept(
+        count: u32,
+        kept: &[(BlockId, BlockHash)],
+        unfilled: &[(BlockId, BlockHash)],
+    ) -> BlockPool {
         let mut pool = BlockPool::new(count);
-        for &(block, hash) in kept {
+        let kept = kept.iter().map(|kept| (kept, false));
+        for (&(block, hash), unfilled) in kept.chain(unfilled.iter().map(|lost| (lost, true))) {
             let is_free = pool.states.get(block.0 as usize) == Some(&BlockState::Free);
             if !is_free || pool.by_hash.contains_key(&hash) {
                 continue;
@@ -53,6 +63,9 @@ impl BlockPool {
             pool.tick += 1;
             pool.idle.insert(pool.tick, block);
             pool.by_hash.insert(hash, block);
+            if unfilled {
+                pool.unfilled.insert(block);
+            }
             let since = pool.tick;
             pool.set(block, BlockState::Idle { since, hash });
         }
@@ -85,6 +98,7 @@ impl BlockPool {
                 if let BlockState::Idle { hash, .. } = self.state(block) {
                     self.by_hash.remove(&hash);
                 }
+                self.unfilled.remove(&block);
                 block
             }
         };
@@ -96,6 +110,26 @@ impl BlockPool {
     pub fn lookup(&self, hash: &BlockHash) -> Option<bool> {
         let block = *self.by_hash.get(hash)?;
         Some(matches!(self.states.get(block.0 as usize), Some(BlockState::Held { .. })))
+    }
+
+    /// Whether the block with this content can be read on every stage.
+    pub fn has_filled(&self, hash: &BlockHash) -> bool {
+        self.by_hash.get(hash).is_some_and(|block| self.is_filled(*block))
+    }
+
+    /// Whether no stage lacks what this block is known to hold.
+    pub fn is_filled(&self, block: BlockId) -> bool {
+        !self.unfilled.contains(&block)
+    }
+
+    /// Whether there is no block that a stage would have to compute again.
+    pub fn is_whole(&self) -> bool {
+        self.unfilled.is_empty()
+    }
+
+    /// A step computes this block on the stages that have lost it.
+    pub fn fill(&mut self, block: BlockId) {
+        self.unfilled.remove(&block);
     }
 
     /// Takes up the block with this content, once more.
@@ -142,6 +176,7 @@ impl BlockPool {
             }
             BlockState::Held { holders: 1, hash: None } => {
                 self.free.push(block);
+                self.unfilled.remove(&block);
                 BlockState::Free
             }
             BlockState::Held { holders, hash } => BlockState::Held { holders: holders - 1, hash },
@@ -191,6 +226,9 @@ impl BlockPool {
                     return Err(format!("block {block} has a hash that does not lead to it"));
                 }
             }
+        }
+        if let Some(block) = self.unfilled.iter().find(|block| self.state(**block) == BlockState::Free) {
+            return Err(format!("block {block} is to be filled with nothing known"));
         }
         if (free, idle, hashed) != (self.free.len(), self.idle.len(), self.by_hash.len()) {
             return Err(format!(
@@ -261,7 +299,7 @@ mod tests {
         let names = hashes(2);
         // A second block of that content, another content of that block, and a block that does not exist change nothing.
         let kept = [(1, 0), (2, 0), (1, 1), (7, 1)].map(|(block, name)| (BlockId(block), names[name]));
-        let mut pool = BlockPool::with_kept(3, &kept);
+        let mut pool = BlockPool::with_kept(3, &kept, &[]);
         assert!(pool.check(std::iter::empty()).is_ok());
         assert_eq!((pool.lookup(&names[0]), pool.lookup(&names[1])), (Some(false), None));
         assert_eq!(pool.share(&names[0]), Some(BlockId(1)));
@@ -269,6 +307,21 @@ mod tests {
             [pool.allocate(), pool.allocate(), pool.allocate()],
             [Some(BlockId(0)), Some(BlockId(2)), None]
         );
+    }
+
+    #[test]
+    fn what_a_stage_has_lost_is_unfilled_until_it_is_computed_or_given_to_others() {
+        let names = hashes(3);
+        let lost = [(0, 1), (2, 2)].map(|(block, name)| (BlockId(block), names[name]));
+        let mut pool = BlockPool::with_kept(3, &[(BlockId(1), names[0])], &lost);
+        assert!(pool.check(std::iter::empty()).is_ok());
+        assert!(names.iter().map(|name| pool.has_filled(name)).eq([true, false, false]));
+        pool.fill(BlockId(0));
+        assert!(pool.has_filled(&names[1]) && !pool.is_whole());
+        // New content is everywhere.
+        let given: Vec<_> = std::iter::from_fn(|| pool.allocate()).collect();
+        assert_eq!(given.len(), 3);
+        assert!(pool.is_whole() && given.iter().all(|block| pool.is_filled(*block)));
     }
 
     #[test]

@@ -4,7 +4,7 @@ use super::budget::StageCost;
 use crate::audit::{self, AuditId};
 use ashlar_protocol::prefix::BlockHash;
 use ashlar_protocol::serving::{ChoiceId, FromScheduler, Submit};
-use ashlar_protocol::step::{StepPlan, StepResult, StepTiming};
+use ashlar_protocol::step::{StageRange, StepPlan, StepResult, StepTiming};
 use ashlar_vocabulary::{
     AdapterId, BlockId, LeaseTerm, ModelDigest, ReplicaId, ReplicaRevision, StageIndex, StepId,
 };
@@ -184,8 +184,19 @@ pub struct ReplicaUp {
     pub kv_blocks: u32,
     /// Blocks whose content every rank has kept from a former layout.
     pub kept: Vec<(BlockId, BlockHash)>,
+    /// What only some stages have lost.
+    pub lost: Option<LostBlocks>,
     /// Predicted times, one per stage.
     pub stages: Vec<StageCost>,
+}
+
+/// Blocks that have to be filled again on some stages only.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LostBlocks {
+    /// The stages that have lost them.
+    pub stages: StageRange,
+    /// Blocks whose content all others have kept.
+    pub blocks: Vec<(BlockId, BlockHash)>,
 }
 
 /// What the engine wants done, in this order.

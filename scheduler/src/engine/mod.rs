@@ -20,7 +20,7 @@ mod results;
 pub mod sequence;
 
 pub use budget::StageCost;
-pub use events::{Effect, EngineConfig, Event, GatewayId, ReplicaUp};
+pub use events::{Effect, EngineConfig, Event, GatewayId, LostBlocks, ReplicaUp};
 pub use prefix_cache::BLOCK_TOKENS;
 
 use crate::adapters::{Usage, Users};

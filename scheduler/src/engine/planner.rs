@@ -3,10 +3,13 @@
 //! There are no phases: a sequence is computed from where it stands to the end of its known tokens, in as many slices as
 //! the budget makes of it, and the slice that reaches the end samples.
 //!
+//! What some stages have lost with a node is filled again by those alone, in the same steps: as chunks of prompts are, but the other
+//! stages have nothing to do with them.
+//!
 //! A [suspect](Sequence::is_suspect) gets steps of its own, with no other step in flight: should the replica be lost once more,
 //! it is known by what.
 
-use super::budget::Budget;
+use super::budget::{Budget, Work};
 use super::events::EngineConfig;
 use super::prefix_cache::{BLOCK_TOKENS, BlockHash, PrefixHit, blocks_for};
 use super::queue::{Order, Queue};
@@ -14,9 +17,10 @@ use super::replica::{InFlight, Replica};
 use super::sequence::{Sequence, State};
 use crate::time::Millis;
 use ashlar_protocol::serving::SchedulerCounters;
-use ashlar_protocol::step::{NewSequence, SequenceSlice, StepPlan};
+use ashlar_protocol::step::{NewSequence, Refill, SequenceSlice, StepPlan};
 use ashlar_vocabulary::{AdapterId, ReplicaId, SequenceId, StepId};
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 
 /// Least rows that a waiting prompt gets in a step, whatever is predicted.
 const CHUNK_MIN: usize = BLOCK_TOKENS;
@@ -49,6 +53,8 @@ struct Draft {
     budget: Budget,
     new_sequences: Vec<NewSequence>,
     slices: Vec<SequenceSlice>,
+    /// What only the stages compute that have lost it.
+    refills: Vec<SequenceSlice>,
     members: BTreeSet<SequenceId>,
     /// Blocks that this step fills; hittable by later steps only.
     filling: BTreeSet<BlockHash>,
@@ -60,6 +66,12 @@ impl Draft {
             Some(id) => sequence.id == id,
             None => !sequence.is_suspect(),
         }
+    }
+
+    /// Rows that a prompt gets whatever is predicted: the first one of a step, so that nothing starves.
+    fn least(&self) -> usize {
+        let prompts = self.slices.iter().any(|slice| slice.count > 1) || !self.refills.is_empty();
+        if prompts { 0 } else { CHUNK_MIN }
     }
 }
 
@@ -85,15 +97,16 @@ impl Planner<'_> {
         }
         let slots = self.replica.sampling_slots(self.decoding());
         let may_sample = sampling_steps < slots;
+        self.skip_what_is_filled();
         let alone = suspect.map(|_| self.draft(suspect, may_sample, slots));
         // It may lack blocks, or its adapter: then the others go on.
-        let draft = match alone.filter(|draft| !draft.slices.is_empty()) {
+        let draft = match alone.filter(|draft| !draft.members.is_empty()) {
             Some(draft) => draft,
             None => self.draft(None, may_sample, slots),
         };
         // Ended sequences alone are announced once nothing is in flight; otherwise the next plan does it.
         let announce = !self.replica.ended.is_empty() && self.replica.in_flight.is_empty();
-        (!draft.slices.is_empty() || announce).then(|| self.seal(draft))
+        (!draft.members.is_empty() || announce).then(|| self.seal(draft))
     }
 
     /// The most urgent suspect that runs here, or could.
@@ -119,6 +132,7 @@ impl Planner<'_> {
             ),
             new_sequences: Vec::new(),
             slices: Vec::new(),
+            refills: Vec::new(),
             members: BTreeSet::new(),
             filling: BTreeSet::new(),
         };
@@ -218,7 +232,14 @@ impl Planner<'_> {
         for id in prefilling {
             let Some(sequence) = self.sequences.get(&id) else { continue };
             let start = sequence.len() - sequence.remaining();
-            let count = self.chunk(draft, start, sequence.len());
+            let kept = sequence.running().map_or(0, |running| running.kept);
+            if fills_already(draft, sequence, start..kept) {
+                continue;
+            }
+            let count = match start < kept {
+                true => draft.budget.room(start, kept - start, draft.least()),
+                false => self.chunk(draft, start, sequence.len()),
+            };
             if count == 0 {
                 break;
             }
@@ -234,9 +255,7 @@ impl Planner<'_> {
             1 => wanted,
             stages => wanted.min(len.div_ceil(stages).max(PIPELINE_CHUNK_MIN)),
         };
-        // Only the first prompt of a step goes beyond the predicted time.
-        let prompts = draft.slices.iter().any(|slice| slice.count > 1);
-        draft.budget.room(start, pipelined, if prompts { 0 } else { CHUNK_MIN })
+        draft.budget.room(start, pipelined, draft.least())
     }
 
     /// Takes waiting sequences in, most urgent first, as long as there are places, blocks and budget.
@@ -259,15 +278,20 @@ impl Planner<'_> {
             }
             let hittable = self.hittable_blocks(sequence);
             let hit = PrefixHit::of(&sequence.chain, &self.replica.pool, hittable);
-            let cached = hit.blocks * BLOCK_TOKENS;
-            if self.soon_cached(draft, sequence, hit.blocks, hittable) {
+            let (cached, kept) = (hit.filled * BLOCK_TOKENS, hit.blocks * BLOCK_TOKENS);
+            if self.soon_cached(draft, sequence, hit.blocks, hittable)
+                || fills_already(draft, sequence, cached..kept)
+            {
                 continue;
             }
             let needed = blocks_for(sequence.len()) - hit.held;
             if needed + self.replica.watermark() > self.replica.pool.available() {
                 return;
             }
-            let count = self.chunk(draft, cached, sequence.len());
+            let count = match cached < kept {
+                true => draft.budget.room(cached, kept - cached, draft.least()),
+                false => self.chunk(draft, cached, sequence.len()),
+            };
             if count == 0 {
                 return;
             }
@@ -279,7 +303,7 @@ impl Planner<'_> {
                 }
                 continue;
             }
-            self.start(id, hit.blocks);
+            self.start(id, hit);
             self.push_slice(draft, id, count);
         }
     }
@@ -332,12 +356,34 @@ impl Planner<'_> {
         self.others.values().filter(admits).all(|other| own < score(other))
     }
 
-    /// Waiting or preempted → running, with its first `hit` blocks from the prefix cache.
-    fn start(&mut self, id: SequenceId, hit: usize) {
+    /// A sequence need not have filled again what another one has had filled meanwhile.
+    fn skip_what_is_filled(&mut self) {
+        if self.replica.lossy.is_none() {
+            return;
+        }
+        for id in self.replica.running.values() {
+            let Some(sequence) = self.sequences.get_mut(id).filter(|sequence| sequence.refills()) else {
+                continue;
+            };
+            let Some(running) = sequence.running_mut() else { continue };
+            let is_filled = |at: usize| {
+                running.blocks.get(at / BLOCK_TOKENS).is_some_and(|block| self.replica.pool.is_filled(*block))
+            };
+            let mut computed = running.computed;
+            while computed < running.kept && is_filled(computed) {
+                computed += BLOCK_TOKENS - computed % BLOCK_TOKENS;
+            }
+            running.computed = computed;
+            running.blocks_registered = running.blocks_registered.max(computed / BLOCK_TOKENS);
+        }
+    }
+
+    /// Waiting or preempted → running, with its first blocks from the prefix cache.
+    fn start(&mut self, id: SequenceId, hit: PrefixHit) {
         let Some(sequence) = self.sequences.get_mut(&id) else { return };
         let pool = &mut self.replica.pool;
         let mut blocks = Vec::with_capacity(blocks_for(sequence.len()));
-        for index in 0..hit {
+        for index in 0..hit.blocks {
             blocks.extend(sequence.chain.get(index).and_then(|hash| pool.share(hash)));
         }
         while blocks.len() < blocks_for(sequence.len())
@@ -345,7 +391,7 @@ impl Planner<'_> {
         {
             blocks.push(block);
         }
-        let cached = hit * BLOCK_TOKENS;
+        let cached = hit.filled * BLOCK_TOKENS;
         if sequence.history.first_step.is_none() {
             let cached_prompt = cached.min(sequence.submit.prompt.len());
             sequence.history.cached_tokens = cached_prompt as u32;
@@ -353,7 +399,7 @@ impl Planner<'_> {
             self.counters.prefix_cache_queries += sequence.submit.prompt.len() as u64;
             self.counters.prefix_cache_hits += cached_prompt as u64;
         }
-        sequence.admit(self.replica.id, blocks, cached);
+        sequence.admit(self.replica.id, blocks, (cached, hit.blocks * BLOCK_TOKENS));
         self.replica.used(sequence.submit.adapter, self.now);
         self.queue.remove(sequence.order);
         self.replica.running.insert(sequence.order, id);
@@ -383,22 +429,36 @@ impl Planner<'_> {
         let Some(running) = sequence.running_mut() else { return };
         let start = running.computed;
         let sample = start + count == len;
-        draft.slices.push(SequenceSlice {
+        let refills = start < running.kept;
+        // Ranks take what they are told of for new; what waits to be filled again is not.
+        let told_blocks = match refills {
+            true => blocks_for(start + count),
+            false => running.blocks.len(),
+        };
+        let slice = SequenceSlice {
             id,
             append,
             reset_blocks: std::mem::take(&mut running.reset_blocks),
-            new_blocks: running.blocks.get(running.blocks_told..).unwrap_or_default().to_vec(),
+            new_blocks: running.blocks.get(running.blocks_told..told_blocks).unwrap_or_default().to_vec(),
             start: start as u32,
             count: count as u32,
             sample,
-        });
+        };
+        if refills {
+            draft.refills.push(slice)
+        } else {
+            draft.slices.push(slice)
+        }
         running.told = Some(len);
-        running.blocks_told = running.blocks.len();
+        running.blocks_told = told_blocks;
         running.computed += count;
         running.last_step = draft.step;
         running.sampling = sample.then_some(draft.step);
-        let (registered, full) = (running.blocks_registered, running.computed / BLOCK_TOKENS);
-        draft.filling.extend((registered..full).filter_map(|index| sequence.chain.get(index)));
+        // Of a block that is filled again every row is written by one sequence alone.
+        let filled = if refills { blocks_for(running.computed) } else { running.computed / BLOCK_TOKENS };
+        draft
+            .filling
+            .extend((running.blocks_registered..filled).filter_map(|index| sequence.chain.get(index)));
         draft.members.insert(id);
         draft.budget.take(start, count);
     }
@@ -407,28 +467,42 @@ impl Planner<'_> {
     fn seal(&mut self, mut draft: Draft) -> StepPlan {
         // Rows of one adapter beside each other make one product of it; results do not depend on their order.
         let sequences = &*self.sequences;
-        draft
-            .slices
-            .sort_by_key(|slice| sequences.get(&slice.id).and_then(|sequence| sequence.submit.adapter));
+        let adapter =
+            |slice: &SequenceSlice| sequences.get(&slice.id).and_then(|sequence| sequence.submit.adapter);
+        draft.slices.sort_by_key(adapter);
+        draft.refills.sort_by_key(adapter);
+        let refilled: BTreeSet<SequenceId> = draft.refills.iter().map(|slice| slice.id).collect();
         for id in &draft.members {
             let Some(sequence) = self.sequences.get_mut(id) else { continue };
             let State::Running(running) = &mut sequence.state else { continue };
             let full = running.computed / BLOCK_TOKENS;
             for index in running.blocks_registered..full {
-                if let (Some(block), Some(hash)) = (running.blocks.get(index), sequence.chain.get(index)) {
-                    self.replica.pool.register(*block, *hash);
+                let (Some(block), Some(hash)) = (running.blocks.get(index), sequence.chain.get(index)) else {
+                    continue;
+                };
+                // What is filled again has its name, or has lost it for a reason.
+                match refilled.contains(id) {
+                    true => self.replica.pool.fill(*block),
+                    false => self.replica.pool.register(*block, *hash),
                 }
             }
             running.blocks_registered = running.blocks_registered.max(full);
         }
-        let work = draft.budget.work();
-        self.counters.scheduled_tokens += work.rows;
+        let of_slices = |slices: &[SequenceSlice]| {
+            let and = |work: Work, slice: &SequenceSlice| work.and(slice.start.into(), slice.count.into());
+            slices.iter().fold(Work::default(), and)
+        };
+        let refill = self.replica.lossy.filter(|_| !draft.refills.is_empty());
+        let all = draft.budget.work();
+        self.counters.scheduled_tokens += all.rows;
+        self.counters.refilled_tokens += of_slices(&draft.refills).rows;
         self.replica.last_step = draft.step;
         self.replica.in_flight.push_back(InFlight {
             step: draft.step,
             sent: self.now,
             sampling: draft.slices.iter().filter(|slice| slice.sample).map(|slice| slice.id).collect(),
-            work,
+            work: of_slices(&draft.slices),
+            refilling: refill.map(|stages| (stages, all)),
             predicted_us: draft.budget.predicted_us(),
         });
         StepPlan {
@@ -438,6 +512,13 @@ impl Planner<'_> {
             new_sequences: draft.new_sequences,
             slices: draft.slices,
             ended_sequences: std::mem::take(&mut self.replica.ended),
+            refill: refill.map(|stages| Refill { stages, slices: draft.refills }),
         }
     }
+}
+
+/// Whether this step fills some of these positions of a sequence already, for another one that begins the same.
+fn fills_already(draft: &Draft, sequence: &Sequence, positions: Range<usize>) -> bool {
+    let mut blocks = positions.start / BLOCK_TOKENS..positions.end / BLOCK_TOKENS;
+    blocks.any(|index| sequence.chain.get(index).is_some_and(|hash| draft.filling.contains(hash)))
 }

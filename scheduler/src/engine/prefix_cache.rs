@@ -15,6 +15,8 @@ pub struct PrefixHit {
     pub blocks: usize,
     /// How many of them other sequences hold at present: sharing these takes nothing from the pool.
     pub held: usize,
+    /// How many from the first on can be read as they are. The others have to be filled again on some stages.
+    pub filled: usize,
 }
 
 impl PrefixHit {
@@ -24,6 +26,8 @@ impl PrefixHit {
         for hash in chain.hashes().iter().take(blocks_max) {
             match pool.lookup(hash) {
                 Some(held) => {
+                    let readable = hit.filled == hit.blocks && pool.has_filled(hash);
+                    hit.filled += usize::from(readable);
                     hit.blocks += 1;
                     hit.held += usize::from(held);
                 }

@@ -6,7 +6,8 @@ use super::events::ReplicaUp;
 use super::prefix_cache::BLOCK_TOKENS;
 use super::queue::Order;
 use crate::time::Millis;
-use ashlar_vocabulary::{AdapterId, LeaseTerm, ReplicaId, ReplicaRevision, SequenceId, StepId};
+use ashlar_protocol::step::StageRange;
+use ashlar_vocabulary::{AdapterId, LeaseTerm, ReplicaId, ReplicaRevision, SequenceId, StageIndex, StepId};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 /// A replica that is up.
@@ -24,6 +25,8 @@ pub struct Replica {
     pub draining: bool,
     /// Its KV blocks.
     pub pool: BlockPool,
+    /// The stages that have lost what the pool's unfilled blocks are known to hold.
+    pub lossy: Option<StageRange>,
     /// Predicted step times.
     pub cost: CostModel,
     /// Sequences that hold blocks here, most urgent first.
@@ -53,20 +56,34 @@ pub struct InFlight {
     pub sampling: Vec<SequenceId>,
     /// What it asks of every stage.
     pub work: Work,
+    /// What it asks, all in all, of stages that fill something again.
+    pub refilling: Option<(StageRange, Work)>,
     /// How long its slowest stage should take.
     pub predicted_us: f64,
+}
+
+impl InFlight {
+    /// What it asks of a stage.
+    pub fn work_of(&self, stage: usize) -> Work {
+        match self.refilling {
+            Some((stages, work)) if stages.contains(StageIndex(stage as u32)) => work,
+            _ => self.work,
+        }
+    }
 }
 
 impl Replica {
     /// A replica that has executed nothing in this layout.
     pub fn new(up: &ReplicaUp) -> Replica {
+        let unfilled = up.lost.as_ref().map_or(&[][..], |lost| &lost.blocks);
         Replica {
             id: up.replica,
             term: up.term,
             revision: up.revision,
             num_stages: up.stages.len().max(1),
             draining: false,
-            pool: BlockPool::with_kept(up.kv_blocks, &up.kept),
+            pool: BlockPool::with_kept(up.kv_blocks, &up.kept, unfilled),
+            lossy: up.lost.as_ref().map(|lost| lost.stages),
             cost: CostModel::new(&up.stages),
             running: BTreeMap::new(),
             in_flight: VecDeque::new(),

@@ -35,7 +35,7 @@ impl Engine {
         let Some(flight) = replica.in_flight.pop_front() else { return };
         replica.steps += 1;
         let last_stage = replica.num_stages - 1;
-        replica.cost.observe(last_stage, flight.work, busy_us(&result.timing));
+        replica.cost.observe(last_stage, flight.work_of(last_stage), busy_us(&result.timing));
         self.counters.steps += 1;
         for logprobs in result.prompt_logprobs {
             self.prompt_logprobs(logprobs, effects);
@@ -64,9 +64,10 @@ impl Engine {
         let Some(replica) = self.replicas.get_mut(&id).filter(|replica| replica.revision == revision) else {
             return;
         };
-        let work = replica.in_flight.iter().find(|flight| flight.step == step).map(|flight| flight.work);
-        if let Some(work) = work {
-            replica.cost.observe(stage.0 as usize, work, busy_us(timing));
+        let stage = stage.0 as usize;
+        let flight = replica.in_flight.iter().find(|flight| flight.step == step);
+        if let Some(work) = flight.map(|flight| flight.work_of(stage)) {
+            replica.cost.observe(stage, work, busy_us(timing));
         }
     }
 

@@ -76,6 +76,8 @@ pub struct Running {
     pub blocks_registered: usize,
     /// Positions whose computation has been sent; their KV entries exist for every later step.
     pub computed: usize,
+    /// Positions that most stages have kept from a former layout: what of them is not computed yet is filled again by the others.
+    pub kept: usize,
     /// Tokens that the ranks know; `None` until the sequence has been introduced to them.
     pub told: Option<usize>,
     /// The ranks must forget its former block table.
@@ -199,6 +201,11 @@ impl Sequence {
         self.running().map_or(0, |running| self.len() - running.computed)
     }
 
+    /// Whether what it needs next is lost on some stages only.
+    pub fn refills(&self) -> bool {
+        self.running().is_some_and(|running| running.computed < running.kept)
+    }
+
     /// The replica that it is bound to.
     pub fn replica(&self) -> Option<ReplicaId> {
         match &self.state {
@@ -227,8 +234,13 @@ impl Sequence {
     }
 
     /// Waiting or preempted → running on `replica`, where `blocks` are its own and hold its first `computed` tokens
-    /// already. A sequence that runs, or whose next token is being sampled, is left as it is; the answer says which.
-    pub fn admit(&mut self, replica: ReplicaId, blocks: Vec<BlockId>, computed: usize) -> bool {
+    /// already; most stages have its first `kept`. A sequence that runs, or whose next token is being sampled, is left as it is; the answer says which.
+    pub fn admit(
+        &mut self,
+        replica: ReplicaId,
+        blocks: Vec<BlockId>,
+        (computed, kept): (usize, usize),
+    ) -> bool {
         let (told, reset_blocks) = match &self.state {
             State::Waiting => (None, false),
             State::Preempted(Preempted { told, sampling: None, .. }) => (*told, true),
@@ -240,6 +252,7 @@ impl Sequence {
             blocks_told: 0,
             blocks_registered: computed / BLOCK_TOKENS,
             computed,
+            kept,
             told,
             reset_blocks,
             sampling: None,

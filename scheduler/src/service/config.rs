@@ -94,6 +94,10 @@ pub struct SchedulerConfig {
     /// Whether computed KV blocks are kept for requests of the same tenant that begin the same.
     #[serde(default = "default_enable_prefix_caching")]
     pub enable_prefix_caching: bool,
+    /// Whether stages keep the rows that they hand on, where all nodes have room for that beside the plan: a stage that is lost is then
+    /// the only one that computes again.
+    #[serde(default = "default_boundary_log")]
+    pub boundary_log: bool,
     /// No stage shall take longer than this for one step, in milliseconds, as far as that can be predicted.
     #[serde(default = "default_step_target_ms")]
     pub step_target_ms: u64,
@@ -183,6 +187,7 @@ impl SchedulerConfig {
             max_num_batched_tokens: default_max_num_batched_tokens(),
             audit_share: 0.0,
             enable_prefix_caching: default_enable_prefix_caching(),
+            boundary_log: default_boundary_log(),
             step_target_ms: default_step_target_ms(),
             queue_max: default_queue_max(),
             max_adapters: default_max_adapters(),
@@ -257,6 +262,10 @@ fn default_max_jobs_running() -> usize {
 
 fn default_settle_ms() -> u64 {
     500
+}
+
+fn default_boundary_log() -> bool {
+    true
 }
 
 fn default_enable_prefix_caching() -> bool {

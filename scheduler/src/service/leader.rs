@@ -18,7 +18,7 @@ use ashlar_protocol::membership::{FromNode, ToNode};
 use ashlar_protocol::models::ModelsView;
 use ashlar_protocol::responses::ResponseRecord;
 use ashlar_protocol::serving::{ClusterSnapshot, FromScheduler, SCHEDULER_BEAT_MS, ToScheduler};
-use ashlar_service_kit::{Clock, SystemClock, Watchdog};
+use ashlar_service_kit::{Clock, ShutdownRequest, SystemClock, Watchdog};
 use ashlar_vocabulary::{LeaseTerm, RequestId};
 use std::collections::BTreeMap;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -131,12 +131,12 @@ impl Leader {
         mut sources: Sources,
         watchdog: &Watchdog,
         lease_lost: impl Future<Output = ()>,
-        shutdown: impl Future<Output = ()>,
+        shutdown: &mut ShutdownRequest,
         drain_grace: Duration,
     ) -> Ended {
         let mut ticks = tokio::time::interval(Duration::from_millis(TICK_MS));
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        tokio::pin!(lease_lost, shutdown);
+        tokio::pin!(lease_lost);
         let mut drain_until: Option<Millis> = None;
         let mut beat_due = self.now();
         loop {
@@ -160,7 +160,7 @@ impl Leader {
                     let ended = if drain_until.is_some() { Ended::Drained } else { Ended::LeaseLost };
                     return self.end(ended, watchdog).await;
                 }
-                () = &mut shutdown, if drain_until.is_none() => {
+                () = &mut *shutdown, if drain_until.is_none() => {
                     drain_until = Some(self.now().plus(drain_grace.as_millis() as u64));
                     self.apply_to_all(&Input::Drain);
                 }

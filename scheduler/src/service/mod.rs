@@ -33,7 +33,7 @@ use crate::jobs::JobsConfig;
 use crate::responses::ResponsesConfig;
 use ashlar_identity::{ListenError, Role, TlsError, Transport};
 use ashlar_protocol::responses::ResponseRecord;
-use ashlar_service_kit::Watchdog;
+use ashlar_service_kit::{Serving, ShutdownRequest, Watchdog};
 use ashlar_store::blobs::{self, BlobError, BlobOptions, Blobs};
 use ashlar_store::{Lease, Store, StoreError};
 use ashlar_vocabulary::{Bytes, LeaseTerm};
@@ -92,7 +92,7 @@ pub enum SchedulerError {
 pub async fn serve(
     config: SchedulerConfig,
     model: ModelCard,
-    shutdown: impl Future<Output = ()>,
+    shutdown: impl Future<Output = ()> + Send + 'static,
 ) -> Result<(), SchedulerError> {
     Scheduler::bind(config, model).await?.run(shutdown).await
 }
@@ -164,8 +164,15 @@ impl Scheduler {
     ///
     /// # Errors
     /// [`SchedulerError`], if the store refuses for good.
-    pub async fn run(self, shutdown: impl Future<Output = ()>) -> Result<(), SchedulerError> {
-        tokio::pin!(shutdown);
+    pub fn run(self, shutdown: impl Future<Output = ()> + Send + 'static) -> Serving<SchedulerError> {
+        self.boxed(Box::pin(shutdown))
+    }
+
+    fn boxed(self, shutdown: ShutdownRequest) -> Serving<SchedulerError> {
+        Box::pin(self.run_until(shutdown))
+    }
+
+    async fn run_until(self, mut shutdown: ShutdownRequest) -> Result<(), SchedulerError> {
         let holder = self.holder();
         let ttl = Duration::from_millis(self.config.lease_ttl_ms);
         let mut min_term = LeaseTerm(0);
@@ -201,7 +208,7 @@ impl Scheduler {
     }
 
     /// One term of leading. Connections do not outlive it: peers come back and meet the next term.
-    async fn lead(&self, lease: &Lease, watchdog: &Watchdog, shutdown: impl Future<Output = ()>) -> Ended {
+    async fn lead(&self, lease: &Lease, watchdog: &Watchdog, shutdown: &mut ShutdownRequest) -> Ended {
         // Before anybody is served: a request for an adapter is not to be refused as unknown.
         let opening = async {
             let (adapters, responses) =
@@ -296,6 +303,7 @@ impl Scheduler {
             spread_head: config.spread_head,
             kv_memory_share: config.kv_memory_share,
             silence_ms_max: config.silence_ms_max,
+            boundary_log: config.boundary_log,
             replan_after_ms: config.replan_after_ms,
             links: config.links.clone(),
         }

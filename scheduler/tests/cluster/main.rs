@@ -1,7 +1,7 @@
 //! Membership and layout, event by event.
 //!
 //! Layout: here what all tests share, `membership` (who is there, and where), `changes` (from one layout to another), `quarantine` (nodes
-//! that do harm).
+//! that do harm), `salvage` (what is left of KV caches).
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
 mod changes;
@@ -10,12 +10,14 @@ mod membership;
 #[path = "../model/mod.rs"]
 mod model;
 mod quarantine;
+mod salvage;
 
 use ashlar_protocol::membership::{Assignment, HeldSlice, Join};
+use ashlar_protocol::prefix::BlockHash;
 use ashlar_scheduler::cluster::{Cluster, ClusterConfig, Effect, Event, NodeConnection};
 use ashlar_scheduler::time::Millis;
 use ashlar_shard_plan::Links;
-use ashlar_vocabulary::{Bytes, LeaseTerm, NodeId, Precision, ReplicaRevision};
+use ashlar_vocabulary::{BlockId, Bytes, LeaseTerm, NodeId, Precision, ReplicaRevision};
 use model::{CONTEXT_TOKENS, DIGEST, shape};
 
 fn config() -> ClusterConfig {
@@ -37,6 +39,7 @@ fn config() -> ClusterConfig {
         spread_head: None,
         kv_memory_share: 0.25,
         silence_ms_max: 1000,
+        boundary_log: true,
         replan_after_ms: 5000,
         links: Links::default(),
     }
@@ -105,13 +108,21 @@ impl Test {
     }
 
     fn ready(&mut self, connection: NodeConnection, revision: ReplicaRevision) -> Vec<Effect> {
-        self.send(Event::Ready {
-            connection,
-            revision,
-            reserved: Bytes(1),
-            resident: Bytes(2),
-            kept: Vec::new(),
-        })
+        self.ready_with(connection, revision, &[], false)
+    }
+
+    /// With blocks that it has kept, named by numbers, and perhaps what it handed on of them.
+    fn ready_with(
+        &mut self,
+        connection: NodeConnection,
+        revision: ReplicaRevision,
+        kept: &[u32],
+        logged: bool,
+    ) -> Vec<Effect> {
+        let name = |block: u32| BlockHash::default().followed_by(|_| block);
+        let kept = kept.iter().map(|&block| (BlockId(block), name(block))).collect();
+        let (reserved, resident) = (Bytes(1), Bytes(2));
+        self.send(Event::Ready { connection, revision, reserved, resident, kept, logged })
     }
 
     fn lose(&mut self, connection: NodeConnection) -> Vec<Effect> {

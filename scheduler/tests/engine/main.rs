@@ -8,6 +8,7 @@ mod preemption;
 mod prefix;
 mod random;
 mod rank;
+mod refills;
 mod repeats;
 mod replays;
 mod world;

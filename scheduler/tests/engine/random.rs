@@ -7,10 +7,18 @@ use proptest::prelude::*;
 
 #[derive(Debug, Clone)]
 enum Action {
-    Submit { len: usize, salt: u32, tokens: u32, priority: i32, tenant: u64 },
+    Submit {
+        len: usize,
+        salt: u32,
+        tokens: u32,
+        priority: i32,
+        tenant: u64,
+    },
     Cancel(u128),
     Advance(usize),
     Wait(u64),
+    /// A stage is lost.
+    Lose(usize),
 }
 
 fn action() -> impl Strategy<Value = Action> {
@@ -22,6 +30,7 @@ fn action() -> impl Strategy<Value = Action> {
         1 => (0u128..40).prop_map(Action::Cancel),
         4 => (1usize..12).prop_map(Action::Advance),
         1 => (1u64..30).prop_map(Action::Wait),
+        1 => (0usize..4).prop_map(Action::Lose),
     ]
 }
 
@@ -33,7 +42,7 @@ proptest! {
         stages in 1usize..5,
         blocks in 10u32..40,
         seqs in 1usize..9,
-        rows in 16u32..80,
+        rows in 9u32..80,
         target in 1u64..30,
         second in any::<bool>(),
         actions in prop::collection::vec(action(), 1..60),
@@ -71,6 +80,7 @@ proptest! {
                     world.advance();
                 }),
                 Action::Wait(ms) => world.wait(ms),
+                Action::Lose(stage) => world.replace(0, stage % stages, (stages, blocks)),
             }
         }
         world.run();

@@ -1,9 +1,10 @@
-//! A rank whose "model" is a hash of all tokens before: it notices every misplaced, missing or foreign KV entry.
+//! Ranks whose "model" is a hash of all tokens before: they notice every misplaced, missing or foreign KV entry.
 
+use ashlar_protocol::prefix::{BlockHash, PrefixChain};
 use ashlar_protocol::serving::FailureKind;
 use ashlar_protocol::step::{SampledToken, StepPlan, StepResult, StepTiming};
 use ashlar_scheduler::engine::BLOCK_TOKENS;
-use ashlar_vocabulary::{SamplingParams, SequenceId, TokenId};
+use ashlar_vocabulary::{BlockId, SamplingParams, SequenceId, StageIndex, TokenId};
 use std::collections::BTreeMap;
 
 const VOCAB: u64 = 1000;
@@ -43,21 +44,60 @@ struct Known {
     tokens: Vec<TokenId>,
     table: Vec<u32>,
     sampling: SamplingParams,
+    root: BlockHash,
+}
+
+/// What a stage has written.
+#[derive(Default, Clone)]
+struct Kv {
+    /// By block and place.
+    states: BTreeMap<(u32, usize), u64>,
+    /// What full blocks hold.
+    names: BTreeMap<BlockId, BlockHash>,
 }
 
 /// All ranks of a replica at once.
-#[derive(Default)]
 pub(crate) struct Rank {
-    kv: BTreeMap<(u32, usize), u64>,
+    /// Of each stage.
+    kv: Vec<Kv>,
     sequences: BTreeMap<SequenceId, Known>,
     step: u64,
-    /// Positions computed so far.
+    /// Positions computed so far, by all stages or by some.
     pub(crate) computed: usize,
     /// The next sampling of this sequence fails.
     pub(crate) poison: Option<SequenceId>,
 }
 
+impl Default for Rank {
+    fn default() -> Rank {
+        Rank::of(1)
+    }
+}
+
 impl Rank {
+    pub(crate) fn of(stages: usize) -> Rank {
+        let kv = vec![Kv::default(); stages];
+        Rank { kv, sequences: BTreeMap::new(), step: 0, computed: 0, poison: None }
+    }
+
+    /// The same ranks in a new layout, in which another node has the place of this stage.
+    pub(crate) fn without(self, stage: usize) -> Rank {
+        let mut rank = Rank { kv: self.kv, ..Rank::of(1) };
+        rank.kv[stage] = Kv::default();
+        rank
+    }
+
+    /// Full blocks that all stages but this one have, and what they hold.
+    pub(crate) fn kept_but_by(&self, stage: usize) -> Vec<(BlockId, BlockHash)> {
+        let mut others =
+            self.kv.iter().enumerate().filter(|(other, _)| *other != stage).map(|(_, kv)| &kv.names);
+        let first = others.next().cloned().unwrap_or_default();
+        let others: Vec<_> = others.collect();
+        let kept =
+            |(block, name): &(BlockId, BlockHash)| others.iter().all(|other| other.get(block) == Some(name));
+        first.into_iter().filter(kept).collect()
+    }
+
     pub(crate) fn known(&self) -> usize {
         self.sequences.len()
     }
@@ -75,7 +115,8 @@ impl Rank {
         }
         for new in &plan.new_sequences {
             let tokens = new.prompt.iter().chain(&new.generated).copied().collect();
-            let known = Known { tokens, table: Vec::new(), sampling: new.sampling.clone() };
+            let (sampling, root) = (new.sampling.clone(), new.root);
+            let known = Known { tokens, table: Vec::new(), sampling, root };
             assert!(self.sequences.insert(new.id, known).is_none(), "sequence {} is new", new.id);
         }
         let mut result = StepResult {
@@ -88,7 +129,11 @@ impl Rank {
             timing: StepTiming::default(),
         };
         let mut seen = Vec::new();
-        for slice in &plan.slices {
+        let refills = plan
+            .refill
+            .iter()
+            .flat_map(|refill| refill.slices.iter().map(|slice| (slice, Some(refill.stages))));
+        for (slice, only) in plan.slices.iter().map(|slice| (slice, None)).chain(refills) {
             assert!(!seen.contains(&slice.id), "one slice per sequence");
             seen.push(slice.id);
             let known = self.sequences.get_mut(&slice.id).expect("sequence is known");
@@ -101,17 +146,29 @@ impl Rank {
             let (start, end) = (slice.start as usize, (slice.start + slice.count) as usize);
             assert!(slice.count > 0 && end <= states.len() && end <= known.table.len() * BLOCK_TOKENS);
             let place = |position: usize| (known.table[position / BLOCK_TOKENS], position % BLOCK_TOKENS);
-            for (position, state) in states.iter().enumerate().take(start) {
-                let found = self.kv.get(&place(position));
-                assert_eq!(found, Some(state), "{} reads foreign KV at {position}", slice.id);
-            }
-            for (position, state) in states.iter().enumerate().take(end).skip(start) {
-                self.kv.insert(place(position), *state);
+            let mut chain = PrefixChain::new(known.root);
+            chain.extend(known.tokens.len(), |position| known.tokens[position]);
+            for (stage, kv) in (0..).map(StageIndex).zip(&mut self.kv) {
+                let computes = only.is_none_or(|only| only.contains(stage));
+                let has = if computes { start } else { end };
+                for (position, state) in states.iter().enumerate().take(has) {
+                    let found = kv.states.get(&place(position));
+                    assert_eq!(found, Some(state), "{} reads foreign KV at {position}", slice.id);
+                }
+                kv.states.extend((has..end).map(|position| (place(position), states[position])));
+                for index in has / BLOCK_TOKENS..end.div_ceil(BLOCK_TOKENS) {
+                    let block = BlockId(known.table[index]);
+                    match chain.get(index).filter(|_| (index + 1) * BLOCK_TOKENS <= end) {
+                        Some(name) => drop(kv.names.insert(block, *name)),
+                        None => drop(kv.names.remove(&block)),
+                    }
+                }
             }
             self.computed += end - start;
             if !slice.sample {
                 continue;
             }
+            assert_eq!(only, None, "all stages compute what is sampled from");
             assert_eq!(end, states.len(), "the last token is sampled from");
             if self.poison == Some(slice.id) {
                 self.poison = None;

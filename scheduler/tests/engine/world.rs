@@ -2,13 +2,14 @@
 
 use crate::rank::Rank;
 use ashlar_protocol::serving::{ChoiceId, FinishReason, FromScheduler, Receipt, RequestFailure, Submit};
-use ashlar_protocol::step::{StepPlan, StepResult};
+use ashlar_protocol::step::{StageRange, StepPlan, StepResult};
 use ashlar_scheduler::audit;
 pub(crate) use ashlar_scheduler::engine::EngineConfig;
-use ashlar_scheduler::engine::{Effect, Engine, Event, GatewayId, ReplicaUp, StageCost};
+use ashlar_scheduler::engine::{Effect, Engine, Event, GatewayId, LostBlocks, ReplicaUp, StageCost};
 use ashlar_scheduler::time::Millis;
 use ashlar_vocabulary::{
-    AdapterId, LeaseTerm, ModelDigest, ReplicaId, ReplicaRevision, RequestId, SamplingParams, TokenId,
+    AdapterId, LeaseTerm, ModelDigest, ReplicaId, ReplicaRevision, RequestId, SamplingParams, StageIndex,
+    TokenId,
 };
 use std::collections::{BTreeMap, VecDeque};
 
@@ -121,8 +122,31 @@ impl World {
     }
 
     pub(crate) fn up(&mut self, replica: u32, stages: usize, kv_blocks: u32) {
+        self.up_with(replica, Rank::of(stages), (stages, kv_blocks), None);
+    }
+
+    /// Another node takes the place of a stage, which alone has lost its cache.
+    pub(crate) fn replace(&mut self, replica: u32, stage: usize, (stages, kv_blocks): (usize, u32)) {
+        let Some(Replica { rank, .. }) = self.replicas.remove(&replica) else { return };
+        self.down(replica, "node b was lost");
+        let rank = rank.without(stage);
+        let stage = StageIndex(stage as u32);
+        let lost = LostBlocks {
+            stages: StageRange { first: stage, last: stage },
+            blocks: rank.kept_but_by(stage.0 as usize),
+        };
+        self.up_with(replica, rank, (stages, kv_blocks), Some(lost));
+    }
+
+    fn up_with(
+        &mut self,
+        replica: u32,
+        rank: Rank,
+        (stages, kv_blocks): (usize, u32),
+        lost: Option<LostBlocks>,
+    ) {
         let state = Replica {
-            rank: Rank::default(),
+            rank,
             stages: vec![0; stages],
             results: VecDeque::new(),
             plans: Vec::new(),
@@ -137,6 +161,7 @@ impl World {
             revision: ReplicaRevision(self.now + 1),
             kv_blocks,
             kept: Vec::new(),
+            lost,
             stages: vec![cost; stages],
         }));
     }
@@ -182,7 +207,8 @@ impl World {
 
     fn execute(&mut self, replica: u32, plan: StepPlan) {
         let Some(state) = self.replicas.get_mut(&replica) else { return };
-        let rows = plan.slices.iter().map(|slice| slice.count as usize).sum();
+        let refilled = plan.refill.iter().flat_map(|refill| &refill.slices);
+        let rows = plan.slices.iter().chain(refilled).map(|slice| slice.count as usize).sum();
         let mut time = self.now;
         for free in &mut state.stages {
             time = time.max(*free) + (self.stage_ms)(rows);

@@ -26,12 +26,16 @@ pub(crate) fn shape() -> ModelShape {
     }
 }
 
-pub(crate) fn card() -> ModelCard {
+pub(crate) fn card_of(source: &str, digest: ModelDigest) -> ModelCard {
     ModelCard {
-        source: "demo".into(),
+        source: source.into(),
         precision: Precision::default(),
-        digest: DIGEST,
+        digest,
         shape: shape(),
         max_context_tokens: CONTEXT_TOKENS,
     }
+}
+
+pub(crate) fn card() -> ModelCard {
+    card_of("demo", DIGEST)
 }

@@ -47,7 +47,7 @@ impl Role {
 
     pub(super) fn of(name: &str) -> Role {
         match name {
-            "gateway" => Role::Gateway,
+            name if name.starts_with("gateway") => Role::Gateway,
             name if name.starts_with("scheduler") => Role::Scheduler,
             _ => Role::Node,
         }

@@ -212,6 +212,7 @@ fn is_next(sequencer: &Sequencer, message: ToRank) -> bool {
 /// A plan without rows: who may have it computed is what is modelled.
 fn plan(term: LeaseTerm, revision: ReplicaRevision, step: StepId) -> StepPlan {
     StepPlan {
+        refill: None,
         term,
         revision,
         step,

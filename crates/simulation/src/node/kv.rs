@@ -2,7 +2,7 @@
 
 use ashlar_shard_node::sequencer::BLOCK_TOKENS;
 
-/// Blocks, by number; those that nobody has written to yet take no memory.
+/// What belongs to places of blocks: keys and values, or what was handed on. Blocks, by number; those that nobody has written to yet take no memory.
 #[derive(Default)]
 pub(super) struct Kv(Vec<Option<Box<[Option<u64>; BLOCK_TOKENS]>>>);
 

@@ -7,7 +7,7 @@ use crate::process::{Action, Activations, Connection, Errand, Logits, Message, T
 use ashlar_protocol::membership::FromNode;
 use ashlar_protocol::step::{Boundary, RowDigests, SampledToken, StepResult, StepTiming};
 use ashlar_shard_node::sequencer::{BLOCK_TOKENS, Effect, Event, StepWork};
-use ashlar_vocabulary::SequenceId;
+use ashlar_vocabulary::{SequenceId, StageIndex};
 use std::collections::BTreeMap;
 
 impl Node {
@@ -115,7 +115,10 @@ impl Node {
             return Ok(());
         }
         let (revision, step) = (place.assignment.revision, current.work.step);
-        let expects = place.assignment.stage.0 > 0 && !current.work.rows.is_empty();
+        let stage = place.assignment.stage;
+        let own = current.work.rows_of(stage);
+        let wanted_next = current.work.rows_of(StageIndex(stage.0 + 1)).len();
+        let expects = stage.0 > 0 && !own.is_empty();
         let mut input = None;
         if expects {
             let Some(arrived) = place.arrived.pop_front() else { return Ok(()) };
@@ -152,6 +155,24 @@ impl Node {
                 }
                 known = Some((row.sequence, states));
             }
+            if rows.len() >= own.len() {
+                // Others fill again what this stage has kept.
+                let expected = known.as_ref().and_then(|(_, states)| states.get(position)).copied();
+                let kept = place_of(position).and_then(|at| place.kv.get(at));
+                if thorough && kept != expected {
+                    return Err(Trouble::Violation(format!(
+                        "step {step}: a stage is thought to have position {position} and has not"
+                    )));
+                }
+                if rows.len() < wanted_next && place.next.is_some() {
+                    let log = place.log.as_ref().map(|(log, _)| log);
+                    let handed_on = place_of(position).and_then(|at| log?.get(at));
+                    rows.push(handed_on.ok_or_else(|| {
+                        Trouble::Violation(format!("step {step}: position {position} is not in the log"))
+                    })?);
+                }
+                continue;
+            }
             let state = match thorough {
                 true => known.as_ref().and_then(|(_, states)| states.get(position)).copied(),
                 false => {
@@ -168,15 +189,18 @@ impl Node {
                 return Err(Trouble::Violation(format!("step {step}: position {position} has no place")));
             };
             place.kv.insert(at, state);
+            if let Some((log, _)) = &mut place.log {
+                log.insert(at, state);
+            }
             rows.push(state);
         }
-        if input.is_some_and(|input| input != rows) {
+        if input.is_some_and(|input| Some(&input[..]) != rows.get(..own.len())) {
             return Err(Trouble::Violation(format!("step {step}: the stages disagree about its rows")));
         }
         let after_us = match &place.pace {
-            Some(pace) => pace.step_us(&current.work),
-            None if rows.is_empty() => 10,
-            None => self.step_us + 20 * rows.len() as u64,
+            Some(pace) => pace.step_us(own),
+            None if own.is_empty() => 10,
+            None => self.step_us + 20 * own.len() as u64,
         };
         current.compute_us = if place.pace.is_some() { after_us } else { self.step_us };
         current.rows = Some(rows);
@@ -206,7 +230,9 @@ impl Node {
     /// Passes a computed step on: to the next stage, and to the scheduler.
     fn complete(&mut self, actions: &mut Vec<Action>) {
         let Some(place) = &mut self.place else { return };
-        let Some(Current { work, rows: Some(rows), compute_us, .. }) = place.current.take() else { return };
+        let Some(Current { work, rows: Some(mut rows), compute_us, .. }) = place.current.take() else {
+            return;
+        };
         let (assignment, revision, step) = (&place.assignment, place.assignment.revision, work.step);
         let timing = StepTiming { compute_us, ..StepTiming::default() };
         self.sequencer.handle(Event::Computed(step), &mut Vec::new());
@@ -220,8 +246,11 @@ impl Node {
             })
         });
         let boundary = Boundary::Layers(assignment.layers.end as u32);
-        let rows_audited =
-            work.rows.iter().zip(&rows).filter(|(row, _)| place.audited.contains(&row.sequence));
+        let rows_audited = work
+            .rows_of(assignment.stage)
+            .iter()
+            .zip(&rows)
+            .filter(|(row, _)| place.audited.contains(&row.sequence));
         let digests: Vec<RowDigests> = rows_audited
             .filter(|_| assignment.tensor_rank.0 == 0)
             .map(|(row, state)| RowDigests {
@@ -245,6 +274,7 @@ impl Node {
         } else {
             FromNode::StepDone { revision, step, timing }
         };
+        rows.truncate(work.rows_of(StageIndex(assignment.stage.0 + 1)).len());
         if let Some(next) = place.next.filter(|_| !rows.is_empty()) {
             actions.push(Action::Send(next, Message::Activations(Activations { revision, step, rows })));
         }

@@ -4,7 +4,7 @@ use super::Plan;
 use crate::node::number_of;
 use crate::process::Message;
 use ashlar_protocol::membership::{Assignment, HeldSlice};
-use ashlar_shard_node::sequencer::StepWork;
+use ashlar_shard_node::sequencer::Row;
 use ashlar_shard_plan::cost::{CostModel, StageWork, StepLoad};
 use ashlar_shard_plan::{DeviceReport, PlanRequest, Position, Shares};
 
@@ -33,15 +33,15 @@ impl Pace {
         Pace { stage, overhead_us: plan.times.step_overhead_us }
     }
 
-    /// Microseconds of a step.
-    pub(crate) fn step_us(&self, work: &StepWork) -> u64 {
-        let tokens = work.rows.len();
+    /// Microseconds of a step with these rows.
+    pub(crate) fn step_us(&self, rows: &[Row]) -> u64 {
+        let tokens = rows.len();
         if tokens == 0 {
             return 10;
         }
         let mut sequences = 0;
         let (mut positions, mut last) = (0, None);
-        for row in &work.rows {
+        for row in rows {
             positions += row.position as usize + 1;
             sequences += usize::from(last != Some(row.sequence));
             last = Some(row.sequence);

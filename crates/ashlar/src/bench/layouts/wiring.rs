@@ -81,6 +81,7 @@ pub(super) fn connect(
         tensor_rank: TensorRank(slice.tensor_rank as u32),
         tensor_parallel_size: slice.tensor_parallel_size as u32,
         kv_blocks: 0,
+        boundary_log: false,
         max_num_batched_tokens: 0,
         group: place.group,
         next: place.next,

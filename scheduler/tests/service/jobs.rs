@@ -1,14 +1,12 @@
-//! Jobs through the shell: real sockets, the embedded store, blobs in a directory. The ranks compute nothing.
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+//! Jobs: the embedded store, blobs in a directory. The ranks compute nothing.
 
-mod model;
-
+use crate::harness::{self, AbortOnDrop, Gateway, Running, join, knock, live, ready};
+use crate::model::{DIGEST, card};
 use ashlar_protocol::admin::{
     AdminFailureKind, AdminReply, AdminRequest, DataReport, FileRecord, JobAction, JobEvent, JobRecord,
     JobRequest, JobStatus, LoadAdapter, Page, PreparedJob,
 };
-use ashlar_protocol::frame;
-use ashlar_protocol::membership::{FromNode, Join, ToNode};
+use ashlar_protocol::membership::{FromNode, ToNode};
 use ashlar_protocol::serving::{FromScheduler, ToScheduler};
 use ashlar_protocol::training::{
     LoraSettings, StepMetrics, TrainingMethod, TrainingReport, TrainingSettings, TrainingTiming,
@@ -16,184 +14,87 @@ use ashlar_protocol::training::{
 };
 use ashlar_scheduler::{Scheduler, SchedulerConfig};
 use ashlar_store::blobs::{self, BlobOptions};
-use ashlar_vocabulary::{AdapterId, BlobId, Bytes, Decay, FileId, JobId, LeaseTerm, NodeId, Schedule};
-use model::{DIGEST, card};
+use ashlar_vocabulary::{AdapterId, BlobId, Bytes, Decay, FileId, JobId, Schedule};
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::Path;
 use std::time::{Duration, Instant};
-use tokio::net::TcpStream;
-use tokio::sync::oneshot;
-use tokio::task::JoinHandle;
 
 /// A number whose nearest shorter decimal is another one: it must come back from the store to the bit.
 const RATE: f64 = 1.000_000_000_000_000_4e-4;
 
-struct Running {
-    nodes: SocketAddr,
-    gateways: SocketAddr,
-    stop: Option<oneshot::Sender<()>>,
-    ended: JoinHandle<()>,
-}
-
 async fn start(state: &Path, with_blobs: bool) -> Running {
     let config = SchedulerConfig {
-        listen_nodes: "127.0.0.1:0".into(),
-        listen_gateways: "127.0.0.1:0".into(),
-        store: format!("redb:{}", state.join("scheduler.redb").display()),
         blobs: with_blobs.then(|| state.join("blobs").display().to_string()),
         stages: Some(1),
-        replicas: Some(1),
-        ..SchedulerConfig::new("demo")
+        ..harness::config(state)
     };
-    let scheduler = Scheduler::bind(config, card()).await.unwrap();
-    let (nodes, gateways) = (scheduler.nodes_address().unwrap(), scheduler.gateways_address().unwrap());
-    let (stop, stopped) = oneshot::channel();
-    let ended = tokio::spawn(async move {
-        let shutdown = async {
-            let _ = stopped.await;
-        };
-        scheduler.run(shutdown).await.unwrap();
-    });
-    Running { nodes, gateways, stop: Some(stop), ended }
-}
-
-impl Running {
-    async fn stop(mut self) {
-        drop(self.stop.take());
-        self.ended.await.unwrap();
-    }
-}
-
-struct AbortOnDrop(JoinHandle<()>);
-
-impl Drop for AbortOnDrop {
-    fn drop(&mut self) {
-        self.0.abort();
-    }
+    Running::start(Scheduler::bind(config, card()).await.unwrap())
 }
 
 /// A node that is ready at once, and takes 5 ms for a step.
 fn node(address: SocketAddr) -> AbortOnDrop {
     AbortOnDrop(tokio::spawn(async move {
-        let mut socket = TcpStream::connect(address).await.unwrap();
-        frame::greet(&mut socket, "node a").await.unwrap();
-        let join = Join {
-            node: NodeId("a".into()),
-            data_address: "a:1".into(),
-            memory: Bytes(1 << 30),
-            bandwidth_bytes_per_s: 1e10,
-            flops_per_s: 1e11,
-            quantized_flops_per_s: 1e11,
-            threads: 1,
-            isa: "portable".into(),
-            layers: None,
-            holds: None,
-            term: LeaseTerm(0),
-            crashed: None,
-            leaving: false,
-        };
-        frame::write(&mut socket, &FromNode::Join(Box::new(join))).await.unwrap();
-        let (mut read, mut write) = socket.into_split();
-        let (deliver, mut messages) = tokio::sync::mpsc::channel::<ToNode>(64);
-        let _reader = AbortOnDrop(tokio::spawn(async move {
-            while let Ok(message) = frame::read(&mut read).await {
-                let _ = deliver.send(message).await;
-            }
-        }));
-        let mut beats = tokio::time::interval(Duration::from_millis(200));
-        loop {
-            let message = tokio::select! {
-                _ = beats.tick() => FromNode::Beat,
-                message = messages.recv() => match message {
-                    None => return,
-                    Some(ToNode::Assign(assignment)) => FromNode::Ready {
-                        revision: assignment.revision,
-                        reserved: Bytes(1),
-                        resident: Bytes(2),
-                        kept: Vec::new(),
-                    },
-                    Some(ToNode::OpenSession(open)) => FromNode::Training {
-                        session: open.session,
-                        report: Box::new(TrainingReport::Opened { reserved: Bytes(1) }),
-                    },
-                    Some(ToNode::Training { session, work: TrainingWork::Step { step } }) => {
-                        tokio::time::sleep(Duration::from_millis(5)).await;
-                        let metrics = StepMetrics {
-                            loss: 2.0,
-                            accuracy: 0.5,
-                            learning_rate: RATE,
-                            gradient_norm: 1.0,
-                            targets: 10,
-                            tokens: 20,
-                            skipped: false,
-                            rewards: None,
-                        };
-                        let report = TrainingReport::Prepared {
-                            step,
-                            shard: Some(BlobId([step as u8; 32])),
-                            metrics: Some(metrics),
-                            timing: TrainingTiming::default(),
-                        };
-                        FromNode::Training { session, report: Box::new(report) }
-                    }
-                    Some(_) => continue,
-                },
-            };
-            if frame::write(&mut write, &message).await.is_err() {
-                return;
-            }
-        }
+        let Ok(socket) = knock("a", address).await else { return };
+        let _ = live(socket, join("a", 0), answer).await;
     }))
 }
 
-struct Gateway {
-    socket: TcpStream,
-    calls: u64,
+fn answer(message: ToNode) -> Option<(Duration, FromNode)> {
+    match message {
+        ToNode::Assign(assignment) => Some((Duration::ZERO, ready(&assignment))),
+        ToNode::OpenSession(open) => {
+            let report = Box::new(TrainingReport::Opened { reserved: Bytes(1) });
+            Some((Duration::ZERO, FromNode::Training { session: open.session, report }))
+        }
+        ToNode::Training { session, work: TrainingWork::Step { step } } => {
+            let report = Box::new(stepped(step));
+            Some((Duration::from_millis(5), FromNode::Training { session, report }))
+        }
+        _ => None,
+    }
 }
 
-impl Gateway {
-    async fn connect(address: SocketAddr) -> Gateway {
-        let deadline = Instant::now() + Duration::from_secs(10);
-        loop {
-            assert!(Instant::now() < deadline, "the scheduler accepts no gateway");
-            if let Ok(mut socket) = TcpStream::connect(address).await
-                && frame::greet(&mut socket, "gateway").await.is_ok()
-            {
-                return Gateway { socket, calls: 0 };
-            }
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
+fn stepped(step: u64) -> TrainingReport {
+    let metrics = StepMetrics {
+        loss: 2.0,
+        accuracy: 0.5,
+        learning_rate: RATE,
+        gradient_norm: 1.0,
+        targets: 10,
+        tokens: 20,
+        skipped: false,
+        rewards: None,
+    };
+    TrainingReport::Prepared {
+        step,
+        shard: Some(BlobId([step as u8; 32])),
+        metrics: Some(metrics),
+        timing: TrainingTiming::default(),
+    }
+}
+
+/// A gateway that validates jobs, and asks until the scheduler has read its store.
+struct Administrator(Gateway);
+
+impl Administrator {
+    async fn connect(address: SocketAddr) -> Administrator {
+        Administrator(Gateway::connect(address).await)
     }
 
-    /// Asks until the scheduler has read its store; validates jobs meanwhile.
     async fn ask(&mut self, request: AdminRequest) -> AdminReply {
+        let hear = |said| match said {
+            FromScheduler::Prepare(job) => {
+                Some(ToScheduler::Prepared { job: job.request.id, outcome: Box::new(Ok(prepared())) })
+            }
+            _ => None,
+        };
         loop {
-            self.calls += 1;
-            let call = self.calls;
-            let message = ToScheduler::Admin { call, request: Box::new(request.clone()) };
-            frame::write(&mut self.socket, &message).await.unwrap();
-            let reply = self.reply(call).await;
-            match &reply {
+            match self.0.call_hearing(request.clone(), hear).await {
                 AdminReply::Refused(failure) if failure.message.contains("not known yet") => {
                     tokio::time::sleep(Duration::from_millis(10)).await;
                 }
-                _ => return reply,
-            }
-        }
-    }
-
-    async fn reply(&mut self, call: u64) -> AdminReply {
-        loop {
-            let read = tokio::time::timeout(Duration::from_secs(20), frame::read(&mut self.socket));
-            match read.await.expect("the scheduler says something").unwrap() {
-                FromScheduler::Admin { call: answered, reply } if answered == call => return *reply,
-                FromScheduler::Prepare(job) => {
-                    let outcome = Box::new(Ok(prepared()));
-                    let message = ToScheduler::Prepared { job: job.request.id, outcome };
-                    frame::write(&mut self.socket, &message).await.unwrap();
-                }
-                _ => {}
+                reply => return reply,
             }
         }
     }
@@ -297,7 +198,7 @@ fn request() -> JobRequest {
 async fn a_job_goes_on_under_a_new_term_from_what_the_store_holds() {
     let state = tempfile::tempdir().unwrap();
     let running = start(state.path(), true).await;
-    let mut gateway = Gateway::connect(running.gateways).await;
+    let mut gateway = Administrator::connect(running.gateways).await;
     assert_eq!(gateway.ask(AdminRequest::PutFile(file())).await, AdminReply::File(file()));
     let id = request().id;
     let reply = gateway.ask(AdminRequest::CreateJob(Box::new(request()))).await;
@@ -310,7 +211,7 @@ async fn a_job_goes_on_under_a_new_term_from_what_the_store_holds() {
     running.stop().await;
 
     let running = start(state.path(), true).await;
-    let mut gateway = Gateway::connect(running.gateways).await;
+    let mut gateway = Administrator::connect(running.gateways).await;
     assert_eq!(gateway.ask(AdminRequest::GetFile(file().id)).await, AdminReply::File(file()));
     let record = gateway.job(id).await;
     assert_eq!((record.status, record.settings), (JobStatus::Running, Some(prepared().settings)));
@@ -350,7 +251,7 @@ async fn a_job_goes_on_under_a_new_term_from_what_the_store_holds() {
 async fn without_a_place_for_blobs_files_are_refused_with_the_key_to_set() {
     let state = tempfile::tempdir().unwrap();
     let running = start(state.path(), false).await;
-    let mut gateway = Gateway::connect(running.gateways).await;
+    let mut gateway = Administrator::connect(running.gateways).await;
     let AdminReply::Refused(failure) = gateway.ask(AdminRequest::PutFile(file())).await else {
         panic!("it was taken");
     };

@@ -1,15 +1,12 @@
 //! Who may speak to a scheduler that has an identity.
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
-mod model;
-
+use crate::harness::{self, join};
+use crate::model::card;
 use ashlar_identity::{Authority, Identity, Role, Stream, Tls, TlsError, Transport};
 use ashlar_protocol::frame::{self, FrameError};
-use ashlar_protocol::membership::{FromNode, Join, ToNode};
+use ashlar_protocol::membership::ToNode;
 use ashlar_protocol::serving::FromScheduler;
 use ashlar_scheduler::{Scheduler, SchedulerConfig};
-use ashlar_vocabulary::{Bytes, LeaseTerm, NodeId};
-use model::card;
 use std::net::SocketAddr;
 use std::path::Path;
 use std::time::Duration;
@@ -27,13 +24,7 @@ async fn start(state: &Path, authority: &Authority) -> (SocketAddr, SocketAddr) 
     let identity = state.join("identity");
     let own = Identity::new(Role::Scheduler, "s").unwrap();
     authority.credentials(&own).unwrap().save(&identity).unwrap();
-    let config = SchedulerConfig {
-        listen_nodes: "127.0.0.1:0".into(),
-        listen_gateways: "127.0.0.1:0".into(),
-        identity: Some(identity),
-        store: format!("redb:{}", state.join("scheduler.redb").display()),
-        ..SchedulerConfig::new("demo")
-    };
+    let config = SchedulerConfig { identity: Some(identity), ..harness::config(state) };
     let scheduler = Scheduler::bind(config, card()).await.unwrap();
     let addresses = (scheduler.nodes_address().unwrap(), scheduler.gateways_address().unwrap());
     tokio::spawn(scheduler.run(std::future::pending()));
@@ -61,24 +52,6 @@ async fn knock(address: SocketAddr, transport: &Transport) -> Result<Stream, Fra
     }
 }
 
-fn join(name: &str) -> FromNode {
-    FromNode::Join(Box::new(Join {
-        node: NodeId(name.into()),
-        data_address: "127.0.0.1:1".into(),
-        memory: Bytes(1 << 30),
-        bandwidth_bytes_per_s: 1e10,
-        flops_per_s: 1e11,
-        quantized_flops_per_s: 1e11,
-        threads: 1,
-        isa: "portable".into(),
-        layers: None,
-        holds: None,
-        term: LeaseTerm(0),
-        crashed: None,
-        leaving: false,
-    }))
-}
-
 /// The next thing that the scheduler says, but for that it lives.
 async fn said(connection: &mut Stream) -> ToNode {
     loop {
@@ -96,12 +69,12 @@ async fn a_node_joins_under_the_name_in_its_certificate_and_no_other() {
     let (nodes, _) = start(folder.path(), &authority).await;
     let a = transport(&authority, Role::Node, "a");
     let mut connection = knock(nodes, &a).await.unwrap();
-    frame::write(&mut connection, &join("b")).await.unwrap();
+    frame::write(&mut connection, &join("b", 0)).await.unwrap();
     let answer = said(&mut connection).await;
     let ToNode::Rejected(reason) = answer else { panic!("{answer:?}") };
     assert!(reason.contains("node a") && reason.contains("node b"), "{reason}");
     let mut connection = knock(nodes, &a).await.unwrap();
-    frame::write(&mut connection, &join("a")).await.unwrap();
+    frame::write(&mut connection, &join("a", 0)).await.unwrap();
     // The only node there is gets the model.
     let answer = said(&mut connection).await;
     assert!(matches!(answer, ToNode::Assign(_)), "{answer:?}");
@@ -134,10 +107,8 @@ async fn a_scheduler_without_an_identity_does_not_listen_beyond_its_machine() {
     let folder = tempfile::tempdir().unwrap();
     let config = |allow_plaintext| SchedulerConfig {
         listen_nodes: "0.0.0.0:0".into(),
-        listen_gateways: "127.0.0.1:0".into(),
         allow_plaintext,
-        store: format!("redb:{}", folder.path().join("scheduler.redb").display()),
-        ..SchedulerConfig::new("demo")
+        ..harness::config(folder.path())
     };
     let error = Scheduler::bind(config(false), card()).await.err().unwrap().to_string();
     assert!(error.contains("identity") && error.contains("allow_plaintext"), "{error}");
