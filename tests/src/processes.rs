@@ -1,6 +1,7 @@
 //! Processes seen from outside: signals, children, memory (Linux's `/proc`).
 
 use std::fs;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 /// Sends a signal by name (`KILL`, `STOP`, `CONT`, `INT`); false when there is no such process.
@@ -11,6 +12,35 @@ pub fn signal(pid: u32, name: &str) -> bool {
         .stderr(Stdio::null())
         .status()
         .is_ok_and(|status| status.success())
+}
+
+/// A limit on the memory that a process takes from now on; lifted when dropped, should the process live then.
+#[derive(Debug)]
+pub struct MemoryLimit(PathBuf);
+
+impl MemoryLimit {
+    /// Limits a process to so many bytes beside what it has already. `None` where that is not allowed, or there are no control groups.
+    pub fn impose(pid: u32, bytes: u64) -> Option<MemoryLimit> {
+        let name = format!("ashlar-test-{pid}");
+        // Version 1, then version 2, where what a process has already stays with its former group, too.
+        [("memory", "memory.limit_in_bytes"), ("", "memory.max")].into_iter().find_map(
+            |(hierarchy, limit)| {
+                let group = Path::new("/sys/fs/cgroup").join(hierarchy).join(&name);
+                fs::create_dir(&group).ok()?;
+                let limited = fs::write(group.join(limit), bytes.to_string())
+                    .and_then(|()| fs::write(group.join("cgroup.procs"), pid.to_string()));
+                let made = MemoryLimit(group);
+                limited.is_ok().then_some(made)
+            },
+        )
+    }
+}
+
+impl Drop for MemoryLimit {
+    fn drop(&mut self) {
+        // Who is still in it keeps it; a test that fails may leave it behind.
+        let _ = fs::remove_dir(&self.0);
+    }
 }
 
 /// Whether the process exists and is not a zombie.

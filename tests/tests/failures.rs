@@ -94,6 +94,37 @@ fn a_stream_outlives_a_crashed_node() {
     assert_no_panic(&cluster);
 }
 
+/// What is being computed may be why, as where a node crashes.
+#[test]
+fn a_stream_outlives_a_node_that_is_killed_for_want_of_memory_and_is_suspected() {
+    let _alone = alone();
+    let cluster = Cluster::demo();
+    let expected = text(&cluster.stream(COMPLETIONS, &long()).rest());
+    let pid = cluster.pid("node-1");
+    let mut stream = cluster.stream(COMPLETIONS, &long());
+    let mut events: Vec<Event> = (0..20).map(|_| stream.next_event()).collect();
+    let Some(limit) = processes::MemoryLimit::impose(pid, 1 << 16) else {
+        eprintln!("SKIPPED a node that runs out of memory: limiting it takes root and control groups");
+        return;
+    };
+    // Others make it take more: as many tokens as there has been no need for yet.
+    let other = |number: usize| {
+        let mut body = long();
+        body["prompt"] = json!(format!("Write word {number}. ").repeat(16));
+        cluster.stream(COMPLETIONS, &body)
+    };
+    let others: Vec<EventStream> = (0..24).map(other).collect();
+    eventually("it is killed", RECOVERY_LIMIT, || !processes::alive(pid));
+    drop(limit);
+    events.extend(stream.rest());
+    assert_eq!(text(&events), expected, "{}", cluster.said());
+    for (number, disturbed) in others.into_iter().enumerate() {
+        assert_eq!(text(&disturbed.rest()), text(&other(number).rest()), "{}", cluster.said());
+    }
+    assert!(cluster.said().contains("for want of memory"), "{}", cluster.said());
+    assert_no_panic(&cluster);
+}
+
 #[test]
 fn a_stream_outlives_a_killed_node_in_the_place_of_which_another_one_steps() {
     let _alone = alone();

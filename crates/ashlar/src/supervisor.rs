@@ -84,6 +84,7 @@ async fn supervise(role: Role, notices: mpsc::Sender<Notice>, mut stop: watch::R
             Ok(mut child) => {
                 let pid = child.id().unwrap_or_default();
                 let _ = notices.send(Notice::Started { name: role.name.clone(), pid }).await;
+                let mut memory = OutOfMemory::watch();
                 // Held open for as long as the child shall live; `wait` would close it.
                 let stdin = child.stdin.take();
                 let mut hung = None;
@@ -95,6 +96,7 @@ async fn supervise(role: Role, notices: mpsc::Sender<Notice>, mut stop: watch::R
                         let _ = child.start_kill();
                         Some(child.wait().await)
                     }
+                    never = memory.keep_looking() => match never {},
                 };
                 let Some(status) = ended else {
                     drop(stdin);
@@ -103,7 +105,16 @@ async fn supervise(role: Role, notices: mpsc::Sender<Notice>, mut stop: watch::R
                 };
                 crashed = status.as_ref().ok().and_then(crash);
                 killed = hung.is_some() || status.as_ref().is_ok_and(is_killed);
+                let out_of_memory = hung.is_none() && killed && memory.has_killed();
+                if out_of_memory {
+                    // What it was doing may be why, unlike where somebody killed it.
+                    crashed = Some(rustix::process::Signal::KILL.as_raw());
+                }
                 match (hung, status) {
+                    (None, Ok(_)) if out_of_memory => {
+                        "killed by the system for want of memory: let it use less (--memory, --max-context), or give it more"
+                            .to_owned()
+                    }
                     (Some(limit), _) => format!("killed, as it said nothing for {} ms", limit.as_millis()),
                     (None, Ok(status)) if status.code() == Some(i32::from(EXIT_PERMANENT)) => {
                         let log_tail = tail(&role.log);
@@ -124,6 +135,47 @@ async fn supervise(role: Role, notices: mpsc::Sender<Notice>, mut stop: watch::R
             _ = stop.changed() => return,
         }
     }
+}
+
+/// How often is looked whether the system has killed for want of memory: somebody else's process, killed so long before one of ours was
+/// by somebody, would be taken for it.
+const MEMORY_LOOK: Duration = Duration::from_millis(500);
+
+/// Whether the system kills processes because it runs out of memory. It does not say which: that one of ours ends by a kill at the
+/// same time has to do.
+#[derive(Debug)]
+struct OutOfMemory {
+    /// So often, when last looked.
+    kills: Option<u64>,
+}
+
+impl OutOfMemory {
+    fn watch() -> OutOfMemory {
+        OutOfMemory { kills: out_of_memory_kills() }
+    }
+
+    /// Looks now and then.
+    async fn keep_looking(&mut self) -> std::convert::Infallible {
+        loop {
+            tokio::time::sleep(MEMORY_LOOK).await;
+            self.kills = out_of_memory_kills();
+        }
+    }
+
+    /// Whether it has killed since then.
+    fn has_killed(&self) -> bool {
+        self.kills.zip(out_of_memory_kills()).is_some_and(|(before, now)| now > before)
+    }
+}
+
+/// How many processes the system has killed for want of memory since it runs, its own and those of containers; `None` where it does not
+/// say.
+fn out_of_memory_kills() -> Option<u64> {
+    parse_out_of_memory_kills(&fs::read_to_string("/proc/vmstat").ok()?)
+}
+
+fn parse_out_of_memory_kills(vmstat: &str) -> Option<u64> {
+    vmstat.lines().find_map(|line| line.strip_prefix("oom_kill ")?.trim().parse().ok())
 }
 
 /// The signal by which a process crashed by itself; being killed is none.
@@ -264,4 +316,17 @@ fn tail(log: &Path) -> String {
     let text = fs::read_to_string(log).unwrap_or_default();
     let lines: Vec<&str> = text.lines().collect();
     lines[lines.len().saturating_sub(LOG_TAIL_LINES)..].join("\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kills_for_want_of_memory_are_counted_where_the_system_tells_them() {
+        let vmstat = "nr_free_pages 71\noom_kill_disable 5\noom_kill 3\nswap_ra 0\n";
+        assert_eq!(parse_out_of_memory_kills(vmstat), Some(3));
+        assert_eq!(parse_out_of_memory_kills("nr_free_pages 71\n"), None);
+        assert!(!OutOfMemory { kills: None }.has_killed(), "what nobody counts is no reason");
+    }
 }
