@@ -106,12 +106,12 @@ pub struct Piece {
 impl Piece {
     /// Bytes that one step reads of this rank's products: its layers and its rows of the head.
     pub fn product_bytes(&self, shares: &Shares<'_>) -> u64 {
-        shares.of(self.rank, self.layers).bytes + self.head_bytes(shares.shape) as u64
+        shares.of(self.rank, self.layers).bytes + self.head_bytes(shares) as u64
     }
 
     /// Bytes of its rows of the head.
-    fn head_bytes(&self, shape: &ModelShape) -> usize {
-        self.head.map_or(0, |head| shape.head_bytes(head))
+    fn head_bytes(&self, shares: &Shares<'_>) -> usize {
+        self.head.map_or(0, |head| shares.head_bytes(head))
     }
 
     /// Weight elements that the head multiplies with on this rank.
@@ -222,7 +222,7 @@ impl Piece {
         let has_table = self.first && !self.shares_table(shape);
         let table = if has_table { shape.table_bytes(self.rank, self.tensor_parallel_size) } else { 0 };
         let embedding = Bytes(table as u64);
-        let head = Bytes(self.head_bytes(shape) as u64);
+        let head = Bytes(self.head_bytes(shares) as u64);
         let kv_cache = Bytes((kv_blocks * request.block_tokens * self.kv_bytes_per_token(shape)) as u64);
         let activations = Bytes(self.activation_bytes(shares, request, threads) as u64);
         let total = weights + embedding + head + kv_cache + activations;

@@ -1,6 +1,7 @@
 //! What the ranks of a stage hold of every layer: worked out once, for a plan asks for many ranges of layers.
 
-use ashlar_vocabulary::{AxisCut, LayerRange, ModelShape, WeightType};
+use ashlar_vocabulary::{AxisCut, HeadSlice, LayerRange, ModelShape, WeightType};
+use std::sync::OnceLock;
 
 /// A model, cut for groups of so many ranks.
 #[derive(Debug, Clone)]
@@ -13,7 +14,12 @@ pub struct Shares<'a> {
     row_words: Vec<Vec<Vec<usize>>>,
     /// The same of the head.
     head_row_words: usize,
+    /// Bytes of each slice of the head that has been asked for: of 1, then of 2, and so on.
+    head_bytes: Vec<OnceLock<usize>>,
 }
+
+/// Into how many slices a head is cut at most.
+const HEAD_SLICES_MAX: usize = 8;
 
 /// One rank's part of some layers.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
@@ -60,7 +66,16 @@ impl<'a> Shares<'a> {
             before: ranks.clone().map(sums).collect(),
             row_words: ranks.map(row_words).collect(),
             head_row_words: shape.head_row_words(),
+            head_bytes: vec![OnceLock::new(); HEAD_SLICES_MAX * (HEAD_SLICES_MAX + 1) / 2],
         }
+    }
+
+    /// Bytes of a slice of the head. A plan asks for the same few with every range of layers that it considers, and blocks of a vocabulary
+    /// take long to count.
+    pub fn head_bytes(&self, head: HeadSlice) -> usize {
+        let bytes = || self.shape.head_bytes(head);
+        let known = self.head_bytes.get(head.of * head.of.saturating_sub(1) / 2 + head.index);
+        known.filter(|_| head.index < head.of).map_or_else(bytes, |known| *known.get_or_init(bytes))
     }
 
     /// Ranks of a group.
