@@ -67,11 +67,20 @@ fn all_pass(args: &[&str]) {
     let cluster = Cluster::start(&[&["--replicas", "2", "--audit", "100%"], args].concat());
     let first = answers(&cluster);
     assert_eq!(answers(&cluster), first);
-    // 16 sequences in all; a request for the first token alone has nothing that another one lacks.
-    eventually("all are audited", LIMIT, || audits(&cluster, "passed") >= 16.0);
-    for outcome in ["differed", "dropped"] {
-        assert_eq!(audits(&cluster, outcome), 0.0, "{outcome}\n{}", cluster.said());
-    }
+    // 16 sequences in all; a request for the first token alone has nothing that another one lacks. A machine that stands still
+    // for a second costs a replica its audits: others take their place.
+    let enough = || audits(&cluster, "passed") + audits(&cluster, "dropped") >= 16.0;
+    eventually("all are audited", LIMIT, enough);
+    eventually("as many pass", LIMIT, || {
+        let passed = audits(&cluster, "passed") >= 16.0;
+        if !passed {
+            assert_eq!(answers(&cluster), first);
+        }
+        passed
+    });
+    assert_eq!(audits(&cluster, "differed"), 0.0, "{}", cluster.said());
+    let stood_still = cluster.said().contains("replica is down");
+    assert!(audits(&cluster, "dropped") == 0.0 || stood_still, "{}", cluster.said());
     assert_eq!(quarantined(&cluster), []);
 }
 
