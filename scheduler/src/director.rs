@@ -18,7 +18,7 @@ use ashlar_protocol::responses::ResponseRecord;
 use ashlar_protocol::serving::{AuditCounters, ClusterSnapshot, FromScheduler, ToScheduler};
 use ashlar_protocol::training::TrainingReport;
 use ashlar_vocabulary::{AdapterId, Bytes, JobId, LeaseTerm, NodeId, ReplicaId, RequestId};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// What reaches the scheduler.
 #[derive(Debug, Clone, PartialEq)]
@@ -129,6 +129,11 @@ impl adapters::Users for AdapterUsers<'_> {
     fn beside_jobs(&self, replica: ReplicaId) -> Option<Bytes> {
         self.jobs.left_for_adapters(replica)
     }
+}
+
+fn unknown_node(node: &NodeId) -> AdminFailure {
+    let message = format!("no node {node} has joined: GET /admin/cluster lists those that have");
+    AdminFailure { kind: AdminFailureKind::NotFound, message }
 }
 
 impl Director {
@@ -245,7 +250,7 @@ impl Director {
         self.settle(now, outputs);
     }
 
-    /// The cluster as gateways may know it.
+    /// The cluster as gateways may know it, but for [choices in progress](Engine::requests).
     pub fn snapshot(&self) -> ClusterSnapshot {
         let mut snapshot =
             ClusterSnapshot { adapters: self.adapters.views(), ..self.cluster.snapshot(&self.engine) };
@@ -311,6 +316,11 @@ impl Director {
                 let reply = FromScheduler::Admin { call, reply: Box::new(reply) };
                 outputs.push(Output::ToGateway(gateway, Box::new(reply)));
             }
+            AdminRequest::PlanWithout(nodes) => {
+                let reply = self.plan_without(nodes).unwrap_or_else(AdminReply::Refused);
+                let reply = FromScheduler::Admin { call, reply: Box::new(reply) };
+                outputs.push(Output::ToGateway(gateway, Box::new(reply)));
+            }
             AdminRequest::Response(wish) => {
                 self.response_event(now, responses::Event::Call { gateway, call, wish });
             }
@@ -322,11 +332,7 @@ impl Director {
     fn drain_node(&self, wish: DrainNode, outputs: &mut Vec<Output>) -> Result<AdminReply, AdminFailure> {
         let refused = |kind, message| AdminFailure { kind, message };
         let DrainNode { node, drain, force } = wish;
-        let unknown = || {
-            let message = format!("no node {node} has joined: GET /admin/cluster lists those that have");
-            refused(AdminFailureKind::NotFound, message)
-        };
-        let connection = self.cluster.connection_of(&node).ok_or_else(unknown)?;
+        let connection = self.cluster.connection_of(&node).ok_or_else(|| unknown_node(&node))?;
         if drain && !force {
             let needed = |why| refused(AdminFailureKind::Conflict, format!("node {node} is needed: {why}"));
             self.cluster.could_spare(&node).map_err(needed)?;
@@ -334,6 +340,15 @@ impl Director {
         let order = Box::new(ToNode::Drain(drain));
         outputs.push(Output::ToNodes(vec![connection], order));
         Ok(AdminReply::Done)
+    }
+
+    /// What would become of the layout without some nodes.
+    fn plan_without(&self, nodes: Vec<NodeId>) -> Result<AdminReply, AdminFailure> {
+        let nodes: BTreeSet<NodeId> = nodes.into_iter().collect();
+        if let Some(unknown) = nodes.iter().find(|node| self.cluster.connection_of(node).is_none()) {
+            return Err(unknown_node(unknown));
+        }
+        Ok(AdminReply::Plan(Box::new(self.cluster.plan_without(&nodes))))
     }
 
     /// Files, jobs and adapters.

@@ -36,6 +36,11 @@ impl ActivationSender {
         ActivationSender { sender: Sender::start(link), format }
     }
 
+    /// Bytes that so many values take on their way.
+    pub fn bytes_of(&self, values: usize) -> u64 {
+        (values * self.format.kind.bytes()) as u64
+    }
+
     /// Queues the rows of `step`; waits while the queue is full. Fails once the link is broken.
     pub fn send(&self, kernels: &Kernels, step: StepId, rows: &[f32]) -> Result<(), FrameError> {
         let header = self.format.header(step);

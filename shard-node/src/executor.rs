@@ -607,6 +607,7 @@ impl Executor {
             next.send(&self.kernels, step, handed_on)
                 .map_err(|error| format!("lost the next stage: {error}"))?;
             timing.send_us = sending.elapsed().as_micros() as u64;
+            timing.sent_bytes = next.bytes_of(handed_on.len());
         }
         if let Some(log) = place.log.as_mut().filter(|_| !own.is_empty()) {
             log.keep(&self.kernels, &self.sequencer, own, place.work.activations(own.len()));

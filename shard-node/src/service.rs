@@ -28,7 +28,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::SyncSender;
 use std::time::Duration;
 use tokio::sync::mpsc;
-use tracing::warn;
+use tracing::{debug, warn};
 
 /// Plans and links waiting for the compute thread; the scheduler keeps far fewer steps in flight.
 const COMMAND_QUEUE: usize = 256;
@@ -304,6 +304,9 @@ fn accept_links(listener: TcpListener, transport: Transport, links: InboundLinks
                         let _ = links.commands.send(Command::Link(inbound));
                     }
                 },
+                Err(error) if error.is_departure() => {
+                    debug!("a data connection ended before it said whose it is");
+                }
                 Err(error) => warn!("refused a data connection: {error}"),
             });
         }

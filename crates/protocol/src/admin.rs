@@ -6,7 +6,9 @@
 use crate::models::{DeployModel, ModelView, ScaleModel};
 use crate::responses::{ResponseCall, ResponseRecord};
 use crate::training::{ExportedFile, StepMetrics, TrainingSettings};
-use ashlar_vocabulary::{AdapterId, BlobId, FileId, JobId, ModelDigest, NodeId};
+use ashlar_vocabulary::{
+    AdapterId, BlobId, Bytes, FileId, JobId, LayerRange, ModelDigest, NodeId, ReplicaId,
+};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
@@ -37,6 +39,8 @@ pub enum AdminRequest {
     Response(ResponseCall),
     /// Empty a node, or use it again.
     DrainNode(DrainNode),
+    /// What would become of the layout without these nodes. Changes nothing.
+    PlanWithout(Vec<NodeId>),
     /// Serve another model beside the others. The same wish may be sent twice.
     DeployModel(Box<DeployModel>),
     /// Give a model more nodes, or fewer.
@@ -77,6 +81,66 @@ pub struct DrainNode {
     pub force: bool,
 }
 
+/// What would become of the layout.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PlanView {
+    /// How it would change.
+    pub change: PlannedChange,
+    /// Why the model could not be served, if so: for the operator.
+    pub problem: Option<String>,
+    /// The replicas that there would be.
+    pub replicas: Vec<PlannedReplica>,
+}
+
+/// How a layout would change.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum PlannedChange {
+    /// Not at all.
+    #[serde(rename = "nothing")]
+    Nothing,
+    /// Standbys would take the places of those who leave, without a pause in serving.
+    #[serde(rename = "standbys step in")]
+    Standbys,
+    /// A replica would end, and others go on with its sequences.
+    #[serde(rename = "another replica takes over")]
+    OtherReplica,
+    /// All would be laid out anew.
+    #[serde(rename = "a new layout")]
+    NewLayout,
+    /// The model could be served no longer.
+    #[serde(rename = "it cannot be spared")]
+    Impossible,
+}
+
+/// A replica that could be.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PlannedReplica {
+    /// Its number.
+    pub replica: ReplicaId,
+    /// KV blocks of every rank.
+    pub kv_blocks: u32,
+    /// Its stages, in order.
+    pub stages: Vec<PlannedStage>,
+}
+
+/// A stage that could be.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PlannedStage {
+    /// Its layers.
+    pub layers: LayerRange,
+    /// Its ranks, from rank 0.
+    pub ranks: Vec<PlannedRank>,
+}
+
+/// A rank that could be.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PlannedRank {
+    /// On which node.
+    pub node: NodeId,
+    /// The memory that its place takes there.
+    pub memory: Bytes,
+}
+
 /// A part of a list.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Page<Id> {
@@ -109,6 +173,8 @@ pub enum AdminReply {
     Response(ResponseRecord),
     /// A deployed model as it is now.
     Model(Box<ModelView>),
+    /// A layout that could be.
+    Plan(Box<PlanView>),
     /// Refused.
     Refused(AdminFailure),
 }

@@ -61,6 +61,24 @@ pub enum FrameError {
     PeerSpeaksTls,
 }
 
+impl FrameError {
+    /// Whether the other side has just gone away, as health checks and port scanners do: nothing to tell an operator before it has
+    /// said who it is.
+    pub fn is_departure(&self) -> bool {
+        match self {
+            FrameError::Closed => true,
+            FrameError::Io(error) | FrameError::Tls(TlsError::Io(error)) => matches!(
+                error.kind(),
+                io::ErrorKind::UnexpectedEof
+                    | io::ErrorKind::ConnectionReset
+                    | io::ErrorKind::ConnectionAborted
+                    | io::ErrorKind::BrokenPipe
+            ),
+            _ => false,
+        }
+    }
+}
+
 /// First frame of every connection, in both directions.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Hello {

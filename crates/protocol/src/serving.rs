@@ -9,11 +9,13 @@ use crate::admin::{
 };
 use crate::models::ModelsView;
 use crate::responses::ResponseRecord;
+use crate::step::StepTiming;
 use ashlar_vocabulary::{
     AdapterId, BlobId, Bytes, JobId, LayerRange, LeaseTerm, ModelDigest, NodeId, ReplicaId, ReplicaRevision,
     RequestId, SamplingParams, StageIndex, TensorRank, TokenId, TokenLogprobs,
 };
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 
 /// Longest silence of a scheduler that lives, in milliseconds.
 pub const SCHEDULER_BEAT_MS: u64 = 200;
@@ -236,7 +238,7 @@ pub enum FinishReason {
 }
 
 /// Where a choice's time went.
-#[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Default, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Receipt {
     /// Prompt tokens.
     pub prompt_tokens: u32,
@@ -254,6 +256,9 @@ pub struct Receipt {
     pub preemptions: u32,
     /// Times it was taken up again after its replica was lost.
     pub replays: u32,
+    /// How each stage spent the steps that this choice was in (of several ranks, the one that computed longest): it shares them with
+    /// others. Steps whose reports came after their end are missing.
+    pub stages: Vec<StepTiming>,
 }
 
 /// Why a choice failed.
@@ -311,6 +316,52 @@ pub struct ClusterSnapshot {
     pub problem: Option<String>,
     /// Numbers for metrics.
     pub counters: SchedulerCounters,
+    /// Who leads: the address of the scheduler's process, and which of its lives it is.
+    pub holder: String,
+    /// Connected gateways.
+    pub gateways: u32,
+    /// Choices in progress: those that are computed first, then those that wait; at most [`REQUESTS_SHOWN`].
+    pub requests: Vec<RequestView>,
+}
+
+/// Most choices that a snapshot tells of.
+pub const REQUESTS_SHOWN: usize = 64;
+
+/// A choice in progress.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RequestView {
+    /// Which.
+    pub id: ChoiceId,
+    /// The adapter that changes the model.
+    pub adapter: Option<AdapterId>,
+    /// How far it is.
+    pub state: RequestState,
+    /// Where it is computed.
+    pub replica: Option<ReplicaId>,
+    /// Tokens of its prompt.
+    pub prompt_tokens: u32,
+    /// Positions that have been sent to be computed.
+    pub computed_tokens: u32,
+    /// Tokens generated so far.
+    pub generated_tokens: u32,
+    /// Milliseconds since it was submitted to this scheduler.
+    pub age_ms: u64,
+    /// Of these, before its first step.
+    pub queue_ms: u64,
+}
+
+/// How far a choice is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum RequestState {
+    /// It has no place yet.
+    Waiting,
+    /// Its prompt is computed.
+    Prefill,
+    /// Its answer is.
+    Decode,
+    /// It gave its place up for others, and waits for one again.
+    Preempted,
 }
 
 /// A joined node.
@@ -318,6 +369,12 @@ pub struct ClusterSnapshot {
 pub struct NodeView {
     /// Its name.
     pub node: NodeId,
+    /// Where other ranks reach it, `host:port`.
+    pub address: String,
+    /// Compute threads.
+    pub threads: u32,
+    /// Instruction set.
+    pub isa: String,
     /// Memory it offered.
     pub memory: Bytes,
     /// Measured read bandwidth.
@@ -336,6 +393,8 @@ pub struct NodeView {
     pub quarantined: Option<String>,
     /// Memory reserved for serving: weights, KV cache, workspaces.
     pub reserved: Bytes,
+    /// What its place is planned to take, line by line; empty for a standby.
+    pub ledger: BTreeMap<String, Bytes>,
     /// Memory that adapters in memory take; of a replica's ranks that of the fullest.
     pub adapters: Bytes,
     /// Memory reserved for sessions of fine-tuning jobs.
@@ -343,7 +402,7 @@ pub struct NodeView {
     /// Observed resident memory.
     pub resident: Bytes,
     /// Cumulated time since the assignment: computing, waiting, exchanging, sending (µs).
-    pub busy: crate::step::StepTiming,
+    pub busy: StepTiming,
     /// Cumulated time of the steps of fine-tuning jobs since it joined (µs).
     pub trained: crate::training::TrainingTiming,
 }
@@ -361,6 +420,8 @@ pub struct ReplicaView {
     pub kv_blocks: (u32, u32),
     /// Steps completed.
     pub steps: u64,
+    /// How long rows lately took from each stage to the next (µs); `None` where nothing has gone that way yet.
+    pub hops_us: Vec<Option<u64>>,
 }
 
 /// Cumulative numbers, and gauges of the moment.

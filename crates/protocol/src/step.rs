@@ -197,14 +197,17 @@ pub struct StepTiming {
     pub collective_us: u64,
     /// Sending activations on.
     pub send_us: u64,
+    /// Bytes of activations sent on.
+    pub sent_bytes: u64,
 }
 
 impl StepTiming {
-    /// Adds another step's.
+    /// Adds what another step, or another stage, took.
     pub fn add(&mut self, other: &StepTiming) {
         self.compute_us += other.compute_us;
         self.wait_us += other.wait_us;
         self.collective_us += other.collective_us;
         self.send_us += other.send_us;
+        self.sent_bytes += other.sent_bytes;
     }
 }

@@ -9,6 +9,7 @@ use super::place::{Node, Observed, Phase, Replica, Seat};
 use super::reconcile::device_report;
 use super::{Cluster, LOADING_SILENCE_MS, costs, held};
 use crate::time::Millis;
+use ashlar_protocol::admin::{PlanView, PlannedChange, PlannedRank, PlannedReplica, PlannedStage};
 use ashlar_shard_plan::{DeviceReport, Layout, PlanRequest, plan};
 use ashlar_vocabulary::{NodeId, ReplicaId, ReplicaRevision};
 use std::collections::{BTreeMap, BTreeSet};
@@ -34,6 +35,18 @@ pub(super) struct Change {
     reason: String,
 }
 
+fn planned(replica: &Replica) -> PlannedReplica {
+    let mut stages: Vec<PlannedStage> = Vec::new();
+    for seat in &replica.seats {
+        let rank = PlannedRank { node: seat.node.clone(), memory: seat.ledger.total };
+        match stages.get_mut(seat.place.stage.0 as usize) {
+            Some(stage) => stage.ranks.push(rank),
+            None => stages.push(PlannedStage { layers: seat.place.layers, ranks: vec![rank] }),
+        }
+    }
+    PlannedReplica { replica: replica.id, kv_blocks: replica.kv_blocks, stages }
+}
+
 /// How a replica goes on without some of its nodes.
 pub(super) enum WayOut {
     /// Standbys take their places, or all is laid out anew on other nodes.
@@ -57,6 +70,46 @@ impl Cluster {
             WayOut::Change(_) | WayOut::OtherReplica => Ok(()),
             WayOut::None(reason) => Err(reason),
         }
+    }
+
+    /// What would become of the layout without these nodes, as it is now.
+    pub fn plan_without(&self, nodes: &BTreeSet<NodeId>) -> PlanView {
+        let mut out = self.out();
+        out.extend(nodes.iter().cloned());
+        let mut replicas: BTreeMap<ReplicaId, Replica> = self.replicas.clone();
+        let mut change = PlannedChange::Nothing;
+        let mut problem = None;
+        let affected = |replica: &&Replica| replica.seats.iter().any(|seat| nodes.contains(&seat.node));
+        for replica in self.replicas.values().filter(affected) {
+            match self.way_out(replica.id, &out) {
+                WayOut::OtherReplica => {
+                    change = change.max(PlannedChange::OtherReplica);
+                    replicas.remove(&replica.id);
+                }
+                WayOut::Change(way) => {
+                    let standbys = way.begins.iter().all(|begun| way.ends.contains(&begun.id));
+                    change = change.max(match standbys {
+                        true => PlannedChange::Standbys,
+                        false => PlannedChange::NewLayout,
+                    });
+                    way.ends.iter().for_each(|ended| _ = replicas.remove(ended));
+                    for begun in way.begins {
+                        // They are needed there: the next replica has others step in.
+                        out.extend(begun.seats.iter().map(|seat| seat.node.clone()));
+                        replicas.insert(begun.id, begun);
+                    }
+                    if !standbys {
+                        break;
+                    }
+                }
+                WayOut::None(reason) => {
+                    change = PlannedChange::Impossible;
+                    problem = Some(reason);
+                    replicas.remove(&replica.id);
+                }
+            }
+        }
+        PlanView { change, problem, replicas: replicas.values().map(planned).collect() }
     }
 
     /// Moves the layout towards what the nodes that stay can do best.

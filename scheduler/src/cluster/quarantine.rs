@@ -18,6 +18,8 @@ const SLOW_LINK_US: u64 = 20_000;
 const SLOW_LINK_FACTOR: u64 = 2;
 /// … in so many steps without one in between that was not slow.
 const SLOW_STEPS: u32 = 32;
+/// What the latest step counts in the smoothed time that rows travel.
+const TRAVEL_WEIGHT: f64 = 0.1;
 /// Steps whose times have not come from all stages.
 const STEPS_MAX: usize = 64;
 
@@ -46,6 +48,8 @@ pub(super) struct LinkWatch {
     steps: BTreeMap<StepId, BTreeMap<usize, StepTiming>>,
     /// By the later stage: slow steps in a row.
     slow: BTreeMap<usize, u32>,
+    /// By the later stage: how long rows took on their way there lately (µs), smoothed.
+    travel_us: BTreeMap<usize, f64>,
 }
 
 impl Suspicions {
@@ -81,6 +85,11 @@ impl Suspicions {
 }
 
 impl LinkWatch {
+    /// How long rows lately took from each stage to the next, in microseconds.
+    pub(super) fn hops_us(&self, num_stages: usize) -> Vec<Option<u64>> {
+        (1..num_stages).map(|later| self.travel_us.get(&later).map(|travel| travel.round() as u64)).collect()
+    }
+
     /// Takes a stage's time for a step; the later stage of a link that turns out to be slow.
     fn take(&mut self, stage: usize, step: StepId, timing: StepTiming) -> Option<usize> {
         let times = self.steps.entry(step).or_default();
@@ -92,6 +101,8 @@ impl LinkWatch {
             // A stage that was busy meanwhile has waited for less than its link took: only many steps tell.
             let computing = sent.compute_us + sent.collective_us;
             let link = received.wait_us.saturating_sub(sent.wait_us + computing);
+            let travel = self.travel_us.entry(later).or_insert(link as f64);
+            *travel += (link as f64 - *travel) * TRAVEL_WEIGHT;
             let count = self.slow.entry(later).or_default();
             *count = if link > SLOW_LINK_US && link > SLOW_LINK_FACTOR * computing { *count + 1 } else { 0 };
             if *count >= SLOW_STEPS {

@@ -6,6 +6,7 @@ use crate::engine::Engine;
 use ashlar_protocol::serving::{ClusterSnapshot, NodeView, ReplicaView};
 use ashlar_shard_plan::{DeviceReport, plan};
 use ashlar_vocabulary::{Bytes, ModelDigest, NodeId, ReplicaId};
+use std::collections::BTreeMap;
 
 /// A joined node, as whoever shares nodes out between models sees it.
 #[derive(Debug, Clone, PartialEq)]
@@ -60,6 +61,9 @@ impl Cluster {
     pub fn snapshot(&self, engine: &Engine) -> ClusterSnapshot {
         let nodes = self.nodes.iter().map(|(name, node)| NodeView {
             node: name.clone(),
+            address: node.join.data_address.clone(),
+            threads: node.join.threads,
+            isa: node.join.isa.clone(),
             memory: node.join.memory,
             bandwidth_bytes_per_s: node.join.bandwidth_bytes_per_s,
             flops_per_s: node.join.flops_per_s,
@@ -73,6 +77,7 @@ impl Cluster {
             leaving: node.leaving,
             quarantined: self.suspicions.reason(name),
             reserved: node.reserved,
+            ledger: self.ledger_of(name),
             adapters: Bytes(0),
             jobs: Bytes(0),
             resident: node.resident,
@@ -87,6 +92,7 @@ impl Cluster {
                 ready: replica.phase == Phase::Up,
                 kv_blocks: (replica.kv_blocks, running.map_or(0, |running| running.pool.held() as u32)),
                 steps: running.map_or(0, |running| running.steps),
+                hops_us: replica.links.hops_us(replica.num_stages),
             }
         });
         ClusterSnapshot {
@@ -99,6 +105,19 @@ impl Cluster {
             replicas: replicas.collect(),
             problem: self.problem.clone(),
             counters: engine.counters(),
+            holder: self.config.holder.clone(),
+            // Others know.
+            gateways: 0,
+            requests: Vec::new(),
         }
+    }
+
+    /// What a node's place is planned to take, line by line.
+    fn ledger_of(&self, node: &NodeId) -> BTreeMap<String, Bytes> {
+        let place = self.nodes.get(node).and_then(|node| node.place);
+        let replica = place.and_then(|place| self.replicas.get(&place.replica));
+        let seat = replica.and_then(|replica| replica.seats.iter().find(|seat| Some(seat.place) == place));
+        let rows = seat.into_iter().flat_map(|seat| seat.ledger.rows());
+        rows.map(|row| (row.name.to_owned(), row.bytes)).collect()
     }
 }

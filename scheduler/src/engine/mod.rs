@@ -27,7 +27,7 @@ use crate::adapters::{Usage, Users};
 use crate::audit::{self, AuditId};
 use crate::time::Millis;
 use ashlar_protocol::serving::{
-    ChoiceId, FailureKind, FromScheduler, RequestFailure, SchedulerCounters, Submit,
+    ChoiceId, FailureKind, FromScheduler, RequestFailure, RequestView, SchedulerCounters, Submit,
 };
 use ashlar_vocabulary::{AdapterId, ReplicaId, SequenceId};
 use planner::Planner;
@@ -554,6 +554,16 @@ impl Engine {
     pub fn counters(&self) -> SchedulerCounters {
         let running = self.replicas.values().map(|replica| replica.running.len() as u64).sum();
         SchedulerCounters { running, waiting: self.queue.len() as u64, ..self.counters }
+    }
+
+    /// Clients' choices in progress: those that have been computed something of first, each in the order of their names; at most
+    /// `limit`.
+    pub fn requests(&self, now: Millis, limit: usize) -> Vec<RequestView> {
+        let is_clients = |sequence: &&Sequence| sequence.gateway != GatewayId::AUDITOR;
+        let placed = |sequence: &&Sequence| sequence.replica().is_some();
+        let all = || self.sequences.values().filter(is_clients);
+        let ordered = all().filter(placed).chain(all().filter(|sequence| !placed(sequence)));
+        ordered.take(limit).map(|sequence| sequence.view(now)).collect()
     }
 
     /// A replica that is up.

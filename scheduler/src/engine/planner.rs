@@ -500,6 +500,8 @@ impl Planner<'_> {
         self.replica.in_flight.push_back(InFlight {
             step: draft.step,
             sent: self.now,
+            members: draft.members.into_iter().collect(),
+            spent: Vec::new(),
             sampling: draft.slices.iter().filter(|slice| slice.sample).map(|slice| slice.id).collect(),
             work: of_slices(&draft.slices),
             refilling: refill.map(|stages| (stages, all)),

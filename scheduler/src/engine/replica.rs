@@ -6,7 +6,7 @@ use super::events::ReplicaUp;
 use super::prefix_cache::BLOCK_TOKENS;
 use super::queue::Order;
 use crate::time::Millis;
-use ashlar_protocol::step::StageRange;
+use ashlar_protocol::step::{StageRange, StepTiming};
 use ashlar_vocabulary::{AdapterId, LeaseTerm, ReplicaId, ReplicaRevision, SequenceId, StageIndex, StepId};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
@@ -52,6 +52,10 @@ pub struct InFlight {
     pub step: StepId,
     /// When it was sent.
     pub sent: Millis,
+    /// Sequences that it computes something of.
+    pub members: Vec<SequenceId>,
+    /// How its stages have spent it, as far as they have said so.
+    pub spent: Vec<StepTiming>,
     /// Sequences whose next token it samples.
     pub sampling: Vec<SequenceId>,
     /// What it asks of every stage.
@@ -63,6 +67,17 @@ pub struct InFlight {
 }
 
 impl InFlight {
+    /// A rank has spent this on the step.
+    pub fn note(&mut self, stage: usize, timing: &StepTiming) {
+        if self.spent.len() <= stage {
+            self.spent.resize(stage + 1, StepTiming::default());
+        }
+        let known = &mut self.spent[stage];
+        if timing.compute_us >= known.compute_us {
+            *known = *timing;
+        }
+    }
+
     /// What it asks of a stage.
     pub fn work_of(&self, stage: usize) -> Work {
         match self.refilling {

@@ -32,10 +32,12 @@ impl Engine {
             effects.push(Effect::ReplicaFault { replica: id, revision, reason });
             return;
         }
-        let Some(flight) = replica.in_flight.pop_front() else { return };
+        let Some(mut flight) = replica.in_flight.pop_front() else { return };
         replica.steps += 1;
         let last_stage = replica.num_stages - 1;
         replica.cost.observe(last_stage, flight.work_of(last_stage), busy_us(&result.timing));
+        flight.note(last_stage, &result.timing);
+        self.account(&flight);
         self.counters.steps += 1;
         for logprobs in result.prompt_logprobs {
             self.prompt_logprobs(logprobs, effects);
@@ -65,9 +67,21 @@ impl Engine {
             return;
         };
         let stage = stage.0 as usize;
-        let flight = replica.in_flight.iter().find(|flight| flight.step == step);
-        if let Some(work) = flight.map(|flight| flight.work_of(stage)) {
-            replica.cost.observe(stage, work, busy_us(timing));
+        let Some(flight) = replica.in_flight.iter_mut().find(|flight| flight.step == step) else { return };
+        flight.note(stage, timing);
+        replica.cost.observe(stage, flight.work_of(stage), busy_us(timing));
+    }
+
+    /// Puts a step down in the receipts of its sequences.
+    fn account(&mut self, flight: &InFlight) {
+        for id in &flight.members {
+            let Some(sequence) = self.sequences.get_mut(id) else { continue };
+            if sequence.stages.len() < flight.spent.len() {
+                sequence.stages.resize(flight.spent.len(), StepTiming::default());
+            }
+            for (sum, spent) in sequence.stages.iter_mut().zip(&flight.spent) {
+                sum.add(spent);
+            }
         }
     }
 
@@ -91,14 +105,14 @@ impl Engine {
         let index = sequence.generated.len() as u32;
         sequence.push(sampled.token, now);
         let gateway = sequence.gateway;
-        let receipt = sequence.receipt(now);
+        let (cached_tokens, queue_ms) = (sequence.history.cached_tokens, sequence.queue_ms(now));
         let event = TokenEvent {
             id: sequence.submit.id,
             index,
             token: sampled.token,
             logprobs: sampled.logprobs,
-            cached_tokens: receipt.cached_tokens,
-            queue_ms: receipt.queue_ms,
+            cached_tokens,
+            queue_ms,
         };
         self.counters.generated_tokens += 1;
         effects.push(Effect::ToGateway { gateway, message: FromScheduler::Token(event) });

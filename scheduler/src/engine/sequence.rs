@@ -4,7 +4,8 @@ use super::events::GatewayId;
 use super::prefix_cache::{BLOCK_TOKENS, BlockHash, PrefixChain};
 use super::queue::Order;
 use crate::time::Millis;
-use ashlar_protocol::serving::{Receipt, Submit};
+use ashlar_protocol::serving::{Receipt, RequestState, RequestView, Submit};
+use ashlar_protocol::step::StepTiming;
 use ashlar_vocabulary::{BlockId, ModelDigest, ReplicaId, SequenceId, StepId, TokenId};
 
 /// A sequence with which so many replicas crashed in a row, without a token in between, is computed alone.
@@ -33,6 +34,8 @@ pub struct Sequence {
     pub state: State,
     /// What its receipt will say.
     pub history: History,
+    /// How the stages spent the steps that it was in.
+    pub stages: Vec<StepTiming>,
     /// First prompt position whose log-probabilities have not been delivered.
     pub prompt_logprobs_from: u32,
     /// The replica that was lost while it computed this, since its last token: should it turn out to have crashed.
@@ -135,6 +138,7 @@ impl Sequence {
             chain: PrefixChain::new(BlockHash::root(model, submit.adapter, submit.tenant_salt)),
             state: State::Waiting,
             history: History { arrival: now, ..History::default() },
+            stages: Vec::new(),
             prompt_logprobs_from: 0,
             lost_with: None,
             crashes: 0,
@@ -316,11 +320,39 @@ impl Sequence {
             prompt_tokens: self.submit.prompt.len() as u32,
             cached_tokens: history.cached_tokens,
             generated_tokens: self.generated.len() as u32,
-            queue_ms: first_step.since(history.arrival),
+            queue_ms: self.queue_ms(now),
             prefill_ms: first_token.since(first_step),
             decode_ms: now.since(first_token),
             preemptions: history.preemptions,
             replays: history.replays,
+            stages: self.stages.clone(),
+        }
+    }
+
+    /// How long it waited before its first step, or has waited until now.
+    pub fn queue_ms(&self, now: Millis) -> u64 {
+        self.history.first_step.unwrap_or(now).since(self.history.arrival)
+    }
+
+    /// What others may know of it.
+    pub fn view(&self, now: Millis) -> RequestView {
+        let computed = self.running().map_or(0, |running| running.computed);
+        let state = match &self.state {
+            State::Waiting => RequestState::Waiting,
+            State::Preempted(_) => RequestState::Preempted,
+            State::Running(_) if self.generated.is_empty() => RequestState::Prefill,
+            State::Running(_) => RequestState::Decode,
+        };
+        RequestView {
+            id: self.submit.id,
+            adapter: self.submit.adapter,
+            state,
+            replica: self.replica(),
+            prompt_tokens: self.submit.prompt.len() as u32,
+            computed_tokens: computed as u32,
+            generated_tokens: self.generated.len() as u32,
+            age_ms: now.since(self.history.arrival),
+            queue_ms: self.queue_ms(now),
         }
     }
 

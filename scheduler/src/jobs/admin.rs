@@ -64,6 +64,7 @@ impl Jobs {
             | R::DeployModel(_)
             | R::ScaleModel(_)
             | R::RemoveModel { .. }
+            | R::PlanWithout(_)
             | R::DrainNode(_) => {
                 return;
             }
@@ -113,6 +114,7 @@ impl Jobs {
             | R::DeployModel(_)
             | R::ScaleModel(_)
             | R::RemoveModel { .. }
+            | R::PlanWithout(_)
             | R::DrainNode(_) => {}
         }
     }

@@ -159,6 +159,9 @@ pub(super) async fn accept<Id, Message>(
             drop(stranger);
             match greeted {
                 Ok(socket) => run(id, socket, arrivals).await,
+                Err(error) if error.is_departure() => {
+                    tracing::debug!(%address, "a connection ended before it said whose it is");
+                }
                 Err(error) => tracing::warn!(%address, %error, "refused a connection"),
             }
         });

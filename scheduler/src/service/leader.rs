@@ -17,7 +17,9 @@ use ashlar_protocol::frame;
 use ashlar_protocol::membership::{FromNode, ToNode};
 use ashlar_protocol::models::ModelsView;
 use ashlar_protocol::responses::ResponseRecord;
-use ashlar_protocol::serving::{ClusterSnapshot, FromScheduler, SCHEDULER_BEAT_MS, ToScheduler};
+use ashlar_protocol::serving::{
+    ClusterSnapshot, FromScheduler, REQUESTS_SHOWN, SCHEDULER_BEAT_MS, ToScheduler,
+};
 use ashlar_service_kit::{Clock, ShutdownRequest, SystemClock, Watchdog};
 use ashlar_vocabulary::{LeaseTerm, RequestId};
 use std::collections::BTreeMap;
@@ -272,7 +274,7 @@ impl Leader {
                 if models != ModelsView::default() {
                     peer.send(encode(&FromScheduler::Models(Box::new(models))));
                 }
-                let snapshot = self.director.snapshot();
+                let snapshot = self.watched(&self.director);
                 peer.send(encode(&FromScheduler::Cluster(Box::new(snapshot))));
                 self.gateways.insert(gateway, peer);
                 self.apply(Input::GatewayOpened(gateway));
@@ -439,11 +441,20 @@ impl Leader {
         }
     }
 
+    /// A model's cluster as gateways watch it.
+    pub(super) fn watched(&self, director: &Director) -> ClusterSnapshot {
+        ClusterSnapshot {
+            gateways: self.gateways.len() as u32,
+            requests: director.engine().requests(self.now(), REQUESTS_SHOWN),
+            ..director.snapshot()
+        }
+    }
+
     fn send_snapshot(&mut self) {
         self.snapshot_due = false;
         self.last_snapshot_at = self.now();
         self.send_models();
-        let snapshot = self.director.snapshot();
+        let snapshot = self.watched(&self.director);
         if self.last_snapshot.as_ref() == Some(&snapshot) {
             return;
         }

@@ -46,6 +46,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
+use tracing::Instrument;
 
 /// Why a scheduler cannot run.
 #[derive(Debug, thiserror::Error)]
@@ -190,7 +191,9 @@ impl Scheduler {
             // Not under this term again, should the store have forgotten that it was granted: revisions and sessions count within a
             // term, and ranks would take this leader's new ones for its former ones.
             min_term = min_term.max(LeaseTerm(lease.term.0 + 1));
-            match self.lead(&lease, &watchdog, &mut shutdown).await {
+            // Every line of the log says in which term. The target keeps it out of traces, which begin with requests.
+            let term = tracing::info_span!(target: "term", "term", number = %lease.term);
+            match self.lead(&lease, &watchdog, &mut shutdown).instrument(term).await {
                 Ended::Drained => {
                     // Best effort: a lease that is not given back runs out.
                     if let Err(error) = self.store.release(&lease).await {

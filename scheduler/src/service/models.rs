@@ -462,7 +462,7 @@ impl Leader {
     fn view_of(&self, name: &str, facts: &Facts) -> Option<ModelView> {
         let (_, record) = self.models.fleet.deployed().find(|(deployed, _)| *deployed == name)?;
         let served = self.models.served.get(name)?;
-        let cluster = served.director.snapshot();
+        let cluster = self.watched(&served.director);
         let shortage = self.models.fleet.shortage(name, facts);
         let status = match (record.removing, served.has_served || served.director.cluster().serves()) {
             (true, _) => ModelStatus::Removing,

@@ -65,10 +65,10 @@ fn a_bad_line_of_a_trace_is_refused_with_its_number() {
 
 #[test]
 fn a_running_cluster_gives_its_nodes_and_its_cut() {
-    let timing = json!({"compute_us": 0, "wait_us": 0, "collective_us": 0, "send_us": 0});
+    let timing = serde_json::to_value(ashlar_protocol::step::StepTiming::default()).unwrap();
     let trained = serde_json::to_value(ashlar_protocol::training::TrainingTiming::default()).unwrap();
     let node = |name: &str, place: serde_json::Value, start: usize, end: usize| {
-        json!({"node": name, "memory": 1u64 << 34, "bandwidth_bytes_per_s": 4e10, "flops_per_s": 3e11, "place": place,
+        json!({"node": name, "address": "10.0.0.1:7403", "threads": 2, "isa": "avx2", "ledger": {}, "memory": 1u64 << 34, "bandwidth_bytes_per_s": 4e10, "flops_per_s": 3e11, "place": place,
                "layers": {"start": start, "end": end}, "loaded": 1.0, "leaving": false, "quarantined": null, "reserved": 0, "adapters": 0, "jobs": 0,
                "resident": 0, "busy": timing, "trained": trained})
     };
