@@ -1,6 +1,7 @@
 //! What all handlers share, and the work that must not run on the threads that serve streams.
 
 use crate::config::GatewayConfig;
+use crate::live::Live;
 use crate::metrics::Metrics;
 use crate::models::{self, Deployed};
 use crate::openai::error::ApiError;
@@ -49,6 +50,8 @@ pub(crate) struct App {
     pub(crate) text: Arc<ModelText>,
     pub(crate) scheduler: SchedulerClient,
     pub(crate) metrics: Metrics,
+    /// What has happened lately, with all models.
+    pub(crate) live: Arc<Live>,
     pub(crate) phase: watch::Receiver<Phase>,
     /// `None` where no place for files is configured.
     pub(crate) tuning: Option<Tuning>,
@@ -81,6 +84,7 @@ impl App {
             text,
             scheduler,
             metrics,
+            live: Arc::default(),
             phase,
             tuning,
             deployed,
@@ -100,6 +104,7 @@ impl App {
             text,
             scheduler: self.scheduler.of_model(name),
             metrics,
+            live: self.live.clone(),
             phase: self.phase.clone(),
             tuning: None,
             deployed,
@@ -118,6 +123,14 @@ impl App {
     /// The name that answers carry.
     pub(crate) fn model_name(&self) -> &str {
         self.names.first().map_or("", String::as_str)
+    }
+
+    /// The name of an adapter, or of the model without one.
+    pub(crate) fn name_of(&self, adapter: Option<AdapterId>) -> String {
+        let Some(adapter) = adapter else { return self.model_name().to_owned() };
+        let named = self.adapters().into_iter().find(|view| view.adapter == adapter);
+        // A generation that is not served any more, but for who began with it.
+        named.map_or_else(|| format!("{:.16}", adapter.0.hex()), |view| view.name)
     }
 
     /// Whether the base model is served under this name.

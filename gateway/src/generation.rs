@@ -1,6 +1,7 @@
 //! One client request in flight: its choices' transcripts, fed by the scheduler, watched by a deadline.
 
 use crate::app::{App, Phase, reached};
+use crate::live::{Ended, Outcome, unix_s};
 use crate::openai::error::ApiError;
 use crate::scheduler_client::{Heard, RequestEvents};
 use crate::text::AnswerDecoder;
@@ -235,8 +236,16 @@ impl Generation {
         transcript.handle(now, event, &mut self.effects);
         if transcript.delivered().len() > before {
             match last_token_at {
-                None => self.app.metrics.first_token(now.saturating_sub(self.started)),
-                Some(last) => self.app.metrics.next_token(now.saturating_sub(last)),
+                None => {
+                    let after = now.saturating_sub(self.started);
+                    self.app.metrics.first_token(after);
+                    self.app.live.first_token(after);
+                }
+                Some(last) => {
+                    let after = now.saturating_sub(last);
+                    self.app.metrics.next_token(after);
+                    self.app.live.next_token(after);
+                }
             }
         }
         let id = transcript.id();
@@ -252,11 +261,26 @@ impl Generation {
                         End::Failed(_) => self.events.cancel(id),
                         End::Finished { receipt, .. } => {
                             if let Some(place) = self.receipts.get_mut(choice) {
-                                *place = Some(*receipt);
+                                *place = Some(receipt.clone());
                             }
                         }
                     }
-                    self.app.metrics.ended(&end, now.saturating_sub(self.started));
+                    let took = now.saturating_sub(self.started);
+                    self.app.metrics.ended(&end, took);
+                    let (outcome, error, receipt) = match &end {
+                        End::Finished { reason, receipt } => ((*reason).into(), None, Some(receipt.clone())),
+                        End::Failed(failure) => (Outcome::Failed, Some(failure.message.clone()), None),
+                    };
+                    self.app.live.ended(Ended {
+                        id,
+                        model: self.app.name_of(self.spec.adapter),
+                        unix_s: unix_s(),
+                        outcome,
+                        error,
+                        took,
+                        first_token: transcript.time_to_first_token(),
+                        receipt,
+                    });
                     self.outputs.push_back(Output::End { choice, end });
                 }
             }
@@ -283,6 +307,21 @@ impl Generation {
 
 impl Drop for Generation {
     fn drop(&mut self) {
+        let took = self.app.now().saturating_sub(self.started);
+        // A stored response goes on without who follows it.
+        for transcript in self.transcripts.iter().filter(|transcript| !transcript.ended() && !self.spec.kept)
+        {
+            self.app.live.ended(Ended {
+                id: transcript.id(),
+                model: self.app.name_of(self.spec.adapter),
+                unix_s: unix_s(),
+                outcome: Outcome::Cancelled,
+                error: None,
+                took,
+                first_token: transcript.time_to_first_token(),
+                receipt: None,
+            });
+        }
         let counts = self.counts();
         self.span
             .record("gen_ai.usage.input_tokens", counts.prompt)

@@ -10,11 +10,16 @@ use crate::openai::models::{list_models, show_model};
 use crate::openai::responses;
 use crate::openai::tokenize::{detokenize, tokenize};
 use crate::openai::tuning::{files, jobs};
+use crate::pages;
+use crate::reference::{self as r, Operation};
 use crate::system;
 use axum::Router;
 use axum::extract::DefaultBodyLimit;
+use axum::http::header::CONTENT_TYPE;
 use axum::middleware::from_fn_with_state;
-use axum::routing::{get, post};
+use axum::response::IntoResponse;
+use axum::routing::{MethodRouter, get, post};
+use bytes::Bytes;
 use std::sync::Arc;
 use tower::ServiceBuilder;
 use tower_http::catch_panic::CatchPanicLayer;
@@ -26,45 +31,111 @@ pub(crate) fn router(app: Arc<App>) -> Router {
         .layer(CatchPanicLayer::custom(panic_response))
         // Bodies are limited where they are read, so that the answer is the envelope.
         .layer(DefaultBodyLimit::disable());
-    Router::new()
-        .route("/v1/chat/completions", post(chat_completions))
-        .route("/v1/completions", post(completions))
-        .route("/v1/responses", post(responses::create))
-        .route("/v1/responses/{id}", get(responses::show).delete(responses::delete))
-        .route("/v1/responses/{id}/cancel", post(responses::cancel))
-        .route("/v1/responses/{id}/input_items", get(responses::input_items))
-        .route("/v1/responses/{id}/replay", post(responses::replay::replay))
-        .route("/v1/models", get(list_models))
-        .route("/v1/files", get(files::list_files).post(files::upload))
-        .route("/v1/files/{id}", get(files::show_file).delete(files::delete_file))
-        .route("/v1/files/{id}/content", get(files::file_content))
-        .route("/v1/fine_tuning/jobs", get(jobs::list_jobs).post(jobs::create_job))
-        .route("/v1/fine_tuning/jobs/{id}", get(jobs::show_job))
-        .route("/v1/fine_tuning/jobs/{id}/cancel", post(jobs::cancel_job))
-        .route("/v1/fine_tuning/jobs/{id}/pause", post(jobs::pause_job))
-        .route("/v1/fine_tuning/jobs/{id}/resume", post(jobs::resume_job))
-        .route("/v1/fine_tuning/jobs/{id}/events", get(jobs::list_events))
-        .route("/v1/fine_tuning/jobs/{id}/checkpoints", get(jobs::list_checkpoints))
-        .route("/v1/fine_tuning/jobs/{id}/adapter/{file}", get(jobs::adapter_file))
-        .route("/v1/models/{*id}", get(show_model).delete(delete_model))
-        .route("/v1/load_lora_adapter", post(load_adapter))
-        .route("/v1/unload_lora_adapter", post(unload_adapter))
-        .route("/v1/roll_back_lora_adapter", post(roll_back_adapter))
-        .route("/tokenize", post(tokenize))
-        .route("/detokenize", post(detokenize))
-        .route("/health", get(system::health))
-        .route("/ready", get(system::ready))
-        .route("/metrics", get(system::metrics))
-        .route("/admin/cluster", get(system::cluster))
-        .route("/admin/nodes/{node}/drain", post(admin::drain).delete(admin::undrain))
-        .route("/admin/models", get(admin::models::list).post(admin::models::deploy))
-        .route(
-            "/admin/models/{name}",
-            get(admin::models::show).patch(admin::models::scale).delete(admin::models::remove),
-        )
-        .route("/", get(system::index))
+    let Routes { router, operations } = routes();
+    let reference = Bytes::from(r::document(operations.iter().map(|(path, of)| (*path, of))).to_string());
+    router
+        .route("/openapi.json", get(move || openapi(reference)))
         .fallback(system::unknown_path)
         .method_not_allowed_fallback(system::wrong_method)
         .layer(layers)
         .with_state(app)
+}
+
+async fn openapi(reference: Bytes) -> impl IntoResponse {
+    ([(CONTENT_TYPE, "application/json")], reference)
+}
+
+/// Routes, each with what the reference says of it.
+#[derive(Default)]
+struct Routes {
+    router: Router<Arc<App>>,
+    operations: Vec<(&'static str, Operation)>,
+}
+
+impl Routes {
+    fn add(
+        mut self,
+        path: &'static str,
+        operations: impl IntoIterator<Item = Operation>,
+        methods: MethodRouter<Arc<App>>,
+    ) -> Routes {
+        self.operations.extend(operations.into_iter().map(|operation| (path, operation)));
+        self.router = self.router.route(path, methods);
+        self
+    }
+}
+
+fn routes() -> Routes {
+    let inference = Routes::default()
+        .add("/v1/chat/completions", [r::CREATE_CHAT], post(chat_completions))
+        .add("/v1/completions", [r::CREATE_COMPLETION], post(completions))
+        .add("/v1/responses", [r::CREATE_RESPONSE], post(responses::create))
+        .add(
+            "/v1/responses/{id}",
+            [r::SHOW_RESPONSE, r::DELETE_RESPONSE],
+            get(responses::show).delete(responses::delete),
+        )
+        .add("/v1/responses/{id}/cancel", [r::CANCEL_RESPONSE], post(responses::cancel))
+        .add("/v1/responses/{id}/input_items", [r::RESPONSE_INPUT], get(responses::input_items))
+        .add("/v1/responses/{id}/replay", [r::REPLAY_RESPONSE], post(responses::replay::replay))
+        .add("/tokenize", [r::TOKENIZE], post(tokenize))
+        .add("/detokenize", [r::DETOKENIZE], post(detokenize));
+    let models = inference
+        .add("/v1/models", [r::LIST_MODELS], get(list_models))
+        .add("/v1/models/{*id}", [r::SHOW_MODEL, r::DELETE_MODEL], get(show_model).delete(delete_model))
+        .add("/v1/load_lora_adapter", [r::LOAD_ADAPTER], post(load_adapter))
+        .add("/v1/unload_lora_adapter", [r::UNLOAD_ADAPTER], post(unload_adapter))
+        .add("/v1/roll_back_lora_adapter", [r::ROLL_BACK_ADAPTER], post(roll_back_adapter))
+        .add(
+            "/admin/models",
+            [r::DEPLOYED_MODELS, r::DEPLOY_MODEL],
+            get(admin::models::list).post(admin::models::deploy),
+        )
+        .add(
+            "/admin/models/{name}",
+            [r::SHOW_DEPLOYED, r::SCALE_MODEL, r::REMOVE_MODEL],
+            get(admin::models::show).patch(admin::models::scale).delete(admin::models::remove),
+        );
+    let tuning = models
+        .add("/v1/files", [r::LIST_FILES, r::UPLOAD_FILE], get(files::list_files).post(files::upload))
+        .add(
+            "/v1/files/{id}",
+            [r::SHOW_FILE, r::DELETE_FILE],
+            get(files::show_file).delete(files::delete_file),
+        )
+        .add("/v1/files/{id}/content", [r::FILE_CONTENT], get(files::file_content))
+        .add(
+            "/v1/fine_tuning/jobs",
+            [r::LIST_JOBS, r::CREATE_JOB],
+            get(jobs::list_jobs).post(jobs::create_job),
+        )
+        .add("/v1/fine_tuning/jobs/{id}", [r::SHOW_JOB], get(jobs::show_job))
+        .add("/v1/fine_tuning/jobs/{id}/cancel", [r::CANCEL_JOB], post(jobs::cancel_job))
+        .add("/v1/fine_tuning/jobs/{id}/pause", [r::PAUSE_JOB], post(jobs::pause_job))
+        .add("/v1/fine_tuning/jobs/{id}/resume", [r::RESUME_JOB], post(jobs::resume_job))
+        .add("/v1/fine_tuning/jobs/{id}/events", [r::JOB_EVENTS], get(jobs::list_events))
+        .add("/v1/fine_tuning/jobs/{id}/checkpoints", [r::JOB_CHECKPOINTS], get(jobs::list_checkpoints))
+        .add("/v1/fine_tuning/jobs/{id}/adapter/{file}", [r::JOB_ADAPTER], get(jobs::adapter_file));
+    let cluster = tuning
+        .add("/admin/cluster", [r::SHOW_CLUSTER], get(system::cluster))
+        .add("/admin/live", [r::SHOW_LIVE], get(admin::observe::live))
+        .add("/admin/requests", [r::LIST_REQUESTS], get(admin::observe::requests))
+        .add("/admin/requests/{id}", [r::SHOW_REQUEST], get(admin::observe::request))
+        .add(
+            "/admin/nodes/{node}/drain",
+            [r::DRAIN_NODE, r::UNDRAIN_NODE],
+            post(admin::drain).delete(admin::undrain),
+        )
+        .add("/admin/plan", [r::PLAN], post(admin::plan));
+    let mut routes = cluster
+        .add("/health", [r::HEALTH], get(system::health))
+        .add("/ready", [r::READY], get(system::ready))
+        .add("/metrics", [r::METRICS], get(system::metrics))
+        .add("/", [r::DASHBOARD], get(pages::dashboard))
+        .add("/dashboard/{file}", [r::ASSET], get(pages::dashboard_file))
+        .add("/docs", [r::DOCS], get(pages::reference))
+        .add("/docs/{file}", [r::DOCS_ASSET], get(pages::reference_file));
+    // It holds all of the above, and so is routed last.
+    routes.operations.push(("/openapi.json", r::OPENAPI));
+    routes
 }

@@ -1,11 +1,13 @@
-//! Endpoints about the server itself: health, readiness, metrics, the cluster, and a page that points at the rest.
+//! Endpoints about the server itself: health, readiness, metrics, the cluster.
 
 use crate::app::{App, Phase};
 use crate::openai::error::ApiError;
+use ashlar_protocol::models::ModelView;
+use ashlar_protocol::serving::ClusterSnapshot;
 use axum::Json;
 use axum::extract::State;
 use axum::http::{Method, StatusCode, Uri, header};
-use axum::response::{Html, IntoResponse, Response};
+use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
 use std::sync::Arc;
 
@@ -48,17 +50,27 @@ pub(crate) async fn metrics(State(app): State<Arc<App>>) -> Response {
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], page).into_response()
 }
 
+/// Requests have an address of their own, where their ids are written as clients know them.
+fn without_requests(snapshot: &ClusterSnapshot) -> ClusterSnapshot {
+    ClusterSnapshot { requests: Vec::new(), ..snapshot.clone() }
+}
+
 /// The scheduler's view of the cluster.
 pub(crate) async fn cluster(State(app): State<Arc<App>>) -> Result<Json<Value>, ApiError> {
     let link = app.scheduler.link();
     let mut cluster = Value::Null;
     if let Some(snapshot) = link.cluster.as_deref() {
-        cluster = serde_json::to_value(snapshot)
+        cluster = serde_json::to_value(without_requests(snapshot))
             .map_err(|error| ApiError::internal(format!("the cluster cannot be shown: {error}")))?;
         // 32 numbers say less than the hexadecimal form that logs use.
         cluster["model_digest"] = Value::from(snapshot.model_digest.to_string());
     }
-    let mut models = serde_json::to_value(&link.models.deployed)
+    let deployed = link
+        .models
+        .deployed
+        .iter()
+        .map(|view| ModelView { cluster: without_requests(&view.cluster), ..view.clone() });
+    let mut models = serde_json::to_value(deployed.collect::<Vec<_>>())
         .map_err(|error| ApiError::internal(format!("the models cannot be shown: {error}")))?;
     for (model, view) in models.as_array_mut().into_iter().flatten().zip(&link.models.deployed) {
         model["cluster"]["model_digest"] = Value::from(view.cluster.model_digest.to_string());
@@ -72,24 +84,6 @@ pub(crate) async fn cluster(State(app): State<Arc<App>>) -> Result<Json<Value>, 
     })))
 }
 
-/// A page for people.
-pub(crate) async fn index(State(app): State<Arc<App>>) -> Html<String> {
-    let state = match readiness(&app) {
-        Ok(()) => "ready".to_owned(),
-        Err(problem) => format!("not ready: {problem}"),
-    };
-    Html(format!(
-        "<!doctype html><meta charset=\"utf-8\"><title>Ashlar</title><h1>Ashlar</h1>\
-         <p>Model <code>{}</code>, {}.</p>\
-         <p>OpenAI's API under <code>/v1</code>: <code>/v1/chat/completions</code>, <code>/v1/completions</code>, \
-         <a href=\"/v1/models\">/v1/models</a>; also <code>/tokenize</code>, <code>/detokenize</code>.</p>\
-         <p><a href=\"/health\">/health</a>, <a href=\"/ready\">/ready</a>, <a href=\"/metrics\">/metrics</a>, \
-         <a href=\"/admin/cluster\">/admin/cluster</a></p>",
-        escaped(app.model_name()),
-        escaped(&state),
-    ))
-}
-
 pub(crate) async fn unknown_path(method: Method, uri: Uri) -> ApiError {
     let path: String = uri.path().chars().take(128).collect();
     ApiError::not_found(format!("there is no {method} {path} here: see / for what there is"), "unknown_url")
@@ -98,8 +92,4 @@ pub(crate) async fn unknown_path(method: Method, uri: Uri) -> ApiError {
 pub(crate) async fn wrong_method(method: Method, uri: Uri) -> ApiError {
     let path: String = uri.path().chars().take(128).collect();
     ApiError::method_not_allowed(format!("{path} does not take {method}: inference takes POST, the rest GET"))
-}
-
-fn escaped(text: &str) -> String {
-    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
 }

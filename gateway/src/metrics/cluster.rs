@@ -1,7 +1,9 @@
 //! The scheduler's snapshot in Prometheus' text format, rendered afresh for each scrape: a node that has left leaves no
 //! stale series behind.
 
-use ashlar_protocol::serving::{ClusterSnapshot, NodeView};
+use crate::live::unix_s;
+use ashlar_protocol::serving::{ClusterSnapshot, NodeView, ReplicaView, RequestState, RequestView};
+use std::collections::BTreeSet;
 use std::fmt::Write;
 
 /// Renders `snapshot` for the model served as `model_name`; where that is `deployed` beside others, all is labelled with it.
@@ -38,6 +40,8 @@ pub(super) fn render(snapshot: &ClusterSnapshot, model_name: &str, deployed: boo
         "Positions that only the stages computed again which had been lost.",
         counters.refilled_tokens as f64,
     );
+    page.hops(&snapshot.replicas);
+    page.adapters(snapshot);
     let audits = &counters.audits;
     page.plain(
         "ashlar_audits_passed_total",
@@ -109,7 +113,7 @@ pub(super) fn render(snapshot: &ClusterSnapshot, model_name: &str, deployed: boo
     for series in bytes {
         page.nodes(&snapshot.nodes, "gauge", series);
     }
-    let seconds: [NodeSeries; 4] = [
+    let serving: [NodeSeries; 5] = [
         ("ashlar_stage_compute_seconds_total", "Time spent computing.", |n| n.busy.compute_us as f64 / 1e6),
         ("ashlar_stage_wait_seconds_total", "Time spent waiting for work (bubbles).", |n| {
             n.busy.wait_us as f64 / 1e6
@@ -119,6 +123,9 @@ pub(super) fn render(snapshot: &ClusterSnapshot, model_name: &str, deployed: boo
         }),
         ("ashlar_stage_send_seconds_total", "Time spent sending activations on.", |n| {
             n.busy.send_us as f64 / 1e6
+        }),
+        ("ashlar_link_sent_bytes_total", "Bytes of activations handed on to the next stage.", |n| {
+            n.busy.sent_bytes as f64
         }),
     ];
     let training: [NodeSeries; 4] = [
@@ -137,7 +144,7 @@ pub(super) fn render(snapshot: &ClusterSnapshot, model_name: &str, deployed: boo
             n.trained.durable_us as f64 / 1e6
         }),
     ];
-    for series in seconds.into_iter().chain(training) {
+    for series in serving.into_iter().chain(training) {
         page.nodes(&snapshot.nodes, "counter", series);
     }
     page.text
@@ -167,6 +174,44 @@ impl Page {
     fn plain(&mut self, name: &str, kind: &str, help: &str, value: f64) {
         self.head(name, kind, help);
         let _ = writeln!(self.text, "{name}{} {value}", self.labels);
+    }
+
+    fn hops(&mut self, replicas: &[ReplicaView]) {
+        let name = "ashlar_hop_seconds";
+        self.head(name, "gauge", "Time that rows lately took from a stage to the next.");
+        for replica in replicas {
+            for (stage, hop) in replica.hops_us.iter().enumerate() {
+                let Some(hop) = hop else { continue };
+                let seconds = *hop as f64 / 1e6;
+                let _ = writeln!(
+                    self.text,
+                    "{name}{{replica=\"{}\",from_stage=\"{stage}\"}} {seconds}",
+                    replica.replica
+                );
+            }
+        }
+    }
+
+    /// vLLM's: names as labels, the time as the value. Of the choices in progress that a snapshot tells of.
+    fn adapters(&mut self, snapshot: &ClusterSnapshot) {
+        let names = |waiting: bool| {
+            let in_state = |request: &&RequestView| (request.state == RequestState::Waiting) == waiting;
+            let asked: BTreeSet<_> =
+                snapshot.requests.iter().filter(in_state).filter_map(|request| request.adapter).collect();
+            let named = snapshot.adapters.iter().filter(|view| asked.contains(&view.adapter));
+            named.map(|view| escaped(&view.name)).collect::<Vec<_>>().join(",")
+        };
+        let name = "vllm:lora_requests_info";
+        self.head(name, "gauge", "Adapters of running and waiting requests.");
+        let _ = writeln!(
+            self.text,
+            "{name}{{model_name=\"{}\",running_lora_adapters=\"{}\",waiting_lora_adapters=\"{}\",max_lora=\"{}\"}} {}",
+            self.model,
+            names(false),
+            names(true),
+            snapshot.adapters.len(),
+            unix_s()
+        );
     }
 
     fn nodes(&mut self, nodes: &[NodeView], kind: &str, (name, help, value): NodeSeries) {

@@ -2,6 +2,7 @@
 
 use crate::generation::{Generation, TokenCounts};
 use ashlar_protocol::serving::Receipt;
+use ashlar_protocol::step::StepTiming;
 use serde_json::{Value, json};
 
 /// OpenAI's object.
@@ -23,6 +24,17 @@ pub(crate) fn receipt_json(generation: &Generation) -> Value {
         "decode_ms": slowest(|r| r.decode_ms),
         "cached_tokens": generation.counts().cached,
         "preemptions": generation.receipts().map(|r| u64::from(r.preemptions)).sum::<u64>(),
+        "stages": stages(generation),
         "replays": generation.receipts().map(|r| u64::from(r.replays)).sum::<u64>(),
     })
+}
+
+/// How each stage spent the steps that the choices were in, summed up.
+fn stages(generation: &Generation) -> Vec<StepTiming> {
+    let mut sums: Vec<StepTiming> = Vec::new();
+    for receipt in generation.receipts() {
+        sums.resize(sums.len().max(receipt.stages.len()), StepTiming::default());
+        sums.iter_mut().zip(&receipt.stages).for_each(|(sum, stage)| sum.add(stage));
+    }
+    sums
 }

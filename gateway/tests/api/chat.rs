@@ -198,7 +198,10 @@ async fn a_receipt_comes_only_when_asked_for() {
     let world = World::new(|_| say("x")).await;
     assert!(world.chat(ask(json!({}))).await.json().get("ashlar").is_none());
     let body = world.chat(ask(json!({"ashlar_receipt": true}))).await.json();
-    let expected = json!({"queue_ms": 3, "prefill_ms": 4, "decode_ms": 5, "cached_tokens": 2, "preemptions": 0, "replays": 0});
+    let stage = json!({"compute_us": 7, "wait_us": 0, "collective_us": 0, "send_us": 0, "sent_bytes": 0});
+    let expected = json!({
+        "queue_ms": 3, "prefill_ms": 4, "decode_ms": 5, "cached_tokens": 2, "preemptions": 0, "replays": 0, "stages": [stage],
+    });
     assert_eq!(body["ashlar"], expected);
 }
 

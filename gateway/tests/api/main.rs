@@ -12,6 +12,8 @@ mod files;
 mod http;
 mod jobs;
 mod models;
+mod observe;
+mod reference;
 mod responses;
 mod scheduler;
 mod system;

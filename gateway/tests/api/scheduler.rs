@@ -340,6 +340,7 @@ async fn play(submit: Submit, script: Script, sender: mpsc::Sender<Out>, mut gat
                     decode_ms: 5,
                     preemptions: 0,
                     replays: 0,
+                    stages: vec![StepTiming { compute_us: 7, ..StepTiming::default() }],
                 };
                 FromScheduler::Finished { id, reason, receipt }
             }
@@ -374,6 +375,9 @@ pub(crate) fn cluster() -> ClusterSnapshot {
         max_context_tokens: CONTEXT,
         nodes: vec![NodeView {
             node: NodeId("a".into()),
+            address: "10.0.0.1:7403".into(),
+            threads: 2,
+            isa: "avx2".into(),
             memory: Bytes(1 << 30),
             bandwidth_bytes_per_s: 1e9,
             flops_per_s: 1e9,
@@ -383,10 +387,17 @@ pub(crate) fn cluster() -> ClusterSnapshot {
             leaving: false,
             quarantined: None,
             reserved: Bytes(1 << 20),
+            ledger: [("weights".to_owned(), Bytes(1 << 19))].into(),
             adapters: Bytes(3 << 10),
             jobs: Bytes(5 << 10),
             resident: Bytes(1 << 19),
-            busy: StepTiming { compute_us: 1_500_000, wait_us: 10, collective_us: 0, send_us: 5 },
+            busy: StepTiming {
+                compute_us: 1_500_000,
+                wait_us: 10,
+                collective_us: 0,
+                send_us: 5,
+                sent_bytes: 9,
+            },
             trained: TrainingTiming { compute_us: 2_500_000, wait_us: 20, exchange_us: 30, durable_us: 40 },
         }],
         replicas: vec![ReplicaView {
@@ -395,8 +406,12 @@ pub(crate) fn cluster() -> ClusterSnapshot {
             ready: true,
             kv_blocks: (100, 25),
             steps: 7,
+            hops_us: Vec::new(),
         }],
         problem: None,
         counters: SchedulerCounters { running: 2, steps: 10, scheduled_tokens: 80, ..Default::default() },
+        holder: "10.0.0.1:7401/pid-1/started-2".into(),
+        gateways: 1,
+        requests: Vec::new(),
     }
 }

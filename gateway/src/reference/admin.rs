@@ -1,0 +1,55 @@
+//! The cluster: to look at, and to steer.
+
+use super::{Answer, Body, Kind, Operation, Parameter, delete, field, get, in_path, in_query, post};
+
+const SUBJECT: &str = "Cluster";
+const NODE: &[Parameter] = &[in_path("node", "The node's name.")];
+
+pub(crate) const SHOW_CLUSTER: Operation = get(
+    SUBJECT,
+    "Nodes, replicas, stages, memory, who leads",
+    Answer::Json(
+        r#"{"connected": true, "ready": true, "problem": null, "models": [], "cluster": {"term": 1, "nodes": [],
+        "replicas": [], "adapters": [], "requests": [], "counters": {}}}"#,
+    ),
+);
+pub(crate) const SHOW_LIVE: Operation = get(
+    SUBJECT,
+    "Latencies of the last minute, throughput by the second",
+    Answer::Json(r#"{"now": 1764000000.5, "window_s": 60, "ttft_ms": {"count": 3, "p50": 8.1, "p90": 9.0, "p99": 9.0},
+        "itl_ms": {"count": 96, "p50": 2.0, "p90": 2.4, "p99": 3.1}, "e2e_ms": {"count": 3, "p50": 71.0, "p90": 80.2, "p99": 80.2},
+        "history": [{"t": 1764000000, "prompt_tokens": 54, "generated_tokens": 96, "requests": 3, "failed": 0}]}"#),
+)
+.details("Of the gateway that is asked.");
+const REQUESTS: &str = r#"{"in_flight": [], "recent": [{"id": "…", "model": "ashlar-demo", "finished": 1764000000.5, "reason": "stop",
+    "error": null, "e2e_ms": 71.2, "ttft_ms": 8.1, "receipt": {"prompt_tokens": 18, "cached_tokens": 16, "generated_tokens": 3,
+    "queue_ms": 0, "prefill_ms": 7, "decode_ms": 63, "preemptions": 0, "replays": 0, "stages": [{"compute_us": 5100, "wait_us": 0,
+    "collective_us": 0, "send_us": 80, "sent_bytes": 10240}]}}]}"#;
+pub(crate) const LIST_REQUESTS: Operation =
+    get(SUBJECT, "Requests in progress, and the latest that ended, with their latency receipts", Answer::Json(REQUESTS))
+        .details("In progress: of the whole cluster, up to 64 of each model. Ended: of the gateway that is asked, up to 100.");
+pub(crate) const SHOW_REQUEST: Operation =
+    get(SUBJECT, "One request's latency receipt", Answer::Json(REQUESTS))
+        .parameters(&[in_path("id", "The id of its answer, or its `x-request-id`.")]);
+pub(crate) const DRAIN_NODE: Operation = post(
+    SUBJECT,
+    "Have others take a node's place",
+    Body::None,
+    Answer::Json(r#"{"node": "node-1", "leaving": true}"#),
+)
+.parameters(&[
+    in_path("node", "The node's name."),
+    in_query("force", Kind::Bool, "Even if nothing can take its place."),
+])
+.details("Then its machine can be taken away.");
+pub(crate) const UNDRAIN_NODE: Operation =
+    delete(SUBJECT, "Use a drained node again", Answer::Json(r#"{"node": "node-1", "leaving": false}"#))
+        .parameters(NODE);
+pub(crate) const PLAN: Operation = post(
+    SUBJECT,
+    "What would become of the layout without some nodes",
+    Body::Json(&[&[field("without", Kind::List(&Kind::Text), "The nodes' names.")]]),
+    Answer::Json(r#"{"possible": true, "change": "standbys step in", "problem": null, "replicas": [{"replica": 0, "kv_blocks": 2048,
+        "stages": [{"layers": {"start": 0, "end": 2}, "ranks": [{"node": "node-2", "memory_bytes": 107413248}]}]}]}"#),
+)
+.details("Changes nothing.");
