@@ -2,7 +2,7 @@
 //!
 //! Layout: [`up`] (a small real cluster as supervised children), [`roles`] (gateway, scheduler, node),
 //! machines that join ([`enrolment`]), client commands
-//! ([`chat`], [`tune`], [`bench`], [`model`], [`drain`], [`drill`], [`replay`]), and what needs no cluster ([`plan`], [`simulate`], [`quantize`], [`synth`]). [`demo`] holds the demo model,
+//! ([`chat`], [`tune`], [`top`], [`health`], [`bench`], [`model`], [`drain`], [`drill`], [`replay`]), and what needs no cluster ([`plan`], [`simulate`], [`quantize`], [`synth`]). [`demo`] holds the demo model,
 //! [`http`] a plain HTTP client, [`supervisor`] a child process kept alive, [`processes`] which ones there are, [`network`] networks of their own for
 //! them.
 #![forbid(unsafe_code)]
@@ -14,6 +14,7 @@ mod demo;
 mod drain;
 mod drill;
 mod enrolment;
+mod health;
 mod http;
 mod model;
 mod network;
@@ -27,6 +28,7 @@ mod roles;
 mod simulate;
 mod supervisor;
 mod synth;
+mod top;
 mod tune;
 mod up;
 
@@ -43,6 +45,7 @@ use std::process::ExitCode;
   ashlar up                                   a gateway, a scheduler and two nodes with the demo model
   ashlar up --model ./llama-3.2-1b --tp 2     a model directory, cut over two tensor-parallel ranks
   ashlar chat                                 talk to it
+  ashlar top                                  watch it
   ashlar up --join-listen                     other machines may join: it prints what to run there
   ashlar node --join 10.0.0.1:7400 --token …  one of them
   ashlar tune train.jsonl                     teach it something
@@ -81,6 +84,10 @@ enum Command {
     Bench(bench::BenchArgs),
     /// Serve several models on one cluster: deploy, scale and remove them.
     Model(model::ModelArgs),
+    /// Watch the cluster in the terminal: requests, latencies, nodes, memory, jobs.
+    Top(top::TopArgs),
+    /// Say whether a role is well: for health checks of containers.
+    Health(health::HealthArgs),
     /// Have others take a node's place, so that its machine can be taken away.
     Drain(drain::DrainArgs),
     /// Kill, freeze and cut off processes of a running cluster under load, and say what clients noticed.
@@ -109,6 +116,8 @@ fn main() -> ExitCode {
         Command::Simulate(args) => simulate::run(*args),
         Command::Bench(args) => bench::run(args),
         Command::Model(args) => model::run(args),
+        Command::Top(args) => top::run(args),
+        Command::Health(args) => health::run(args),
         Command::Drain(args) => drain::run(args),
         Command::Drill(args) => drill::run(args),
         Command::Replay(args) => replay::run(args),
