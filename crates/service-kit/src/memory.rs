@@ -1,4 +1,4 @@
-//! What this process uses and what it may still take, from /proc and cgroup v2.
+//! What this process uses and what it may still take, from /proc and control groups of both versions.
 
 use ashlar_vocabulary::Bytes;
 use std::path::{Path, PathBuf};
@@ -19,27 +19,59 @@ fn available_beneath(root: &Path) -> Option<Bytes> {
     Some(cgroup_room(root).map_or(system, |room| room.min(system)))
 }
 
-/// The least room in the process's cgroup and its ancestors; `None` without a limit.
+/// The least room in the process's cgroups and their ancestors; `None` without a limit. Where both versions are mounted, the
+/// memory controller is in one of them.
 fn cgroup_room(root: &Path) -> Option<Bytes> {
     let membership = std::fs::read_to_string(root.join("proc/self/cgroup")).ok()?;
-    let path = membership.lines().find_map(|line| line.strip_prefix("0::"))?;
-    let mount = root.join("sys/fs/cgroup");
+    let unified = membership.lines().find_map(|line| line.strip_prefix("0::"));
+    let memory = membership.lines().find_map(|line| {
+        let mut parts = line.splitn(3, ':').skip(1);
+        let controllers = parts.next()?;
+        controllers.split(',').any(|controller| controller == "memory").then(|| parts.next())?
+    });
+    let rooms = [
+        unified.and_then(|path| least_room(&root.join("sys/fs/cgroup"), path, &VERSION_2)),
+        memory.and_then(|path| least_room(&root.join("sys/fs/cgroup/memory"), path, &VERSION_1)),
+    ];
+    rooms.into_iter().flatten().min()
+}
+
+/// What a version of control groups calls its files.
+struct Names {
+    max: &'static str,
+    current: &'static str,
+    /// The line of `memory.stat` with the pages of files that can be dropped.
+    droppable: &'static str,
+}
+
+const VERSION_2: Names = Names { max: "memory.max", current: "memory.current", droppable: "inactive_file " };
+const VERSION_1: Names = Names {
+    max: "memory.limit_in_bytes",
+    current: "memory.usage_in_bytes",
+    droppable: "total_inactive_file ",
+};
+
+fn least_room(mount: &Path, path: &str, names: &Names) -> Option<Bytes> {
     // Within a container the path may lie outside what is mounted; then the mount's own root is the cgroup.
     let own: PathBuf = mount.join(path.trim_start_matches('/'));
-    let start = if own.is_dir() { own } else { mount.clone() };
-    start.ancestors().take_while(|folder| folder.starts_with(&mount)).filter_map(room_of).min()
+    let start = if own.is_dir() { own } else { mount.to_owned() };
+    start
+        .ancestors()
+        .take_while(|folder| folder.starts_with(mount))
+        .filter_map(|folder| room_of(folder, names))
+        .min()
 }
 
 /// What one cgroup has left: its limit without what is in use. Pages of files that can be dropped are not in use.
-fn room_of(folder: &Path) -> Option<Bytes> {
+fn room_of(folder: &Path, names: &Names) -> Option<Bytes> {
     let number =
         |name: &str| -> Option<u64> { std::fs::read_to_string(folder.join(name)).ok()?.trim().parse().ok() };
-    let max = number("memory.max")?;
-    let current = number("memory.current")?;
+    let max = number(names.max)?;
+    let current = number(names.current)?;
     let stat = std::fs::read_to_string(folder.join("memory.stat")).unwrap_or_default();
     let droppable = stat
         .lines()
-        .find_map(|line| line.strip_prefix("inactive_file ")?.trim().parse::<u64>().ok())
+        .find_map(|line| line.strip_prefix(names.droppable)?.trim().parse::<u64>().ok())
         .unwrap_or(0);
     Some(Bytes(max.saturating_sub(current.saturating_sub(droppable))))
 }
@@ -108,6 +140,18 @@ mod tests {
             ("sys/fs/cgroup/memory.current", "5000\n"),
         ]);
         assert_eq!(available_beneath(tree.path()), Some(Bytes(0)));
+    }
+
+    #[test]
+    fn a_limit_of_the_first_version_counts_in_a_container_too() {
+        let tree = tree(&[
+            MEMINFO,
+            ("proc/self/cgroup", "5:cpu,cpuacct:/docker/1\n4:hugetlb,memory:/docker/1\n0::/docker/1\n"),
+            ("sys/fs/cgroup/memory/memory.limit_in_bytes", "100000\n"),
+            ("sys/fs/cgroup/memory/memory.usage_in_bytes", "60000\n"),
+            ("sys/fs/cgroup/memory/memory.stat", "inactive_file 1\ntotal_inactive_file 20000\n"),
+        ]);
+        assert_eq!(available_beneath(tree.path()), Some(Bytes(60_000)));
     }
 
     #[test]
