@@ -1,12 +1,13 @@
 //! Tests of the whole: real processes, real sockets, real clients.
 //!
-//! Layout: [`cluster`] starts `ashlar up` and holds it for a test, [`http`] is a blocking client that can also send what
+//! Layout: [`browser`] is a real one, [`cluster`] starts `ashlar up` and holds it for a test, [`http`] is a blocking client that can also send what
 //! no client library would, [`machines`] are others that join it, [`tuning`] has jobs as a client has them, [`wait`] polls conditions with a deadline, [`shared`] finds data that lies beside the
 //! repository.
 //!
 //! The binary must have been built: `cargo build --release -p ashlar`, or name one with `ASHLAR_BIN`.
 #![forbid(unsafe_code)]
 
+pub mod browser;
 pub mod cluster;
 pub mod http;
 pub mod machines;
@@ -16,6 +17,7 @@ pub mod streams;
 pub mod tuning;
 pub mod wait;
 
+pub use browser::Browser;
 pub use cluster::{Cluster, Ended, run_to_end};
 pub use http::{Answer, Event, EventStream};
 pub use wait::{eventually, until};

@@ -1,0 +1,388 @@
+//! The dashboard in a real browser: every page and what can be done on it, as an operator does it, with the keyboard and on a phone, too.
+//!
+//! Skipped where Chromium and its driver are not installed. Screenshots are kept (see [`Browser::screenshot`]).
+
+use ashlar_tests::browser::{SIGHT_LIMIT, keys};
+use ashlar_tests::tuning::{JOB_LIMIT, examples};
+use ashlar_tests::{Browser, Cluster, http, processes, until};
+use serde_json::{Value, json};
+use std::path::PathBuf;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use tempfile::TempDir;
+
+/// Most bytes of the page with all its files, uncompressed.
+const PAGE_BYTES_MAX: f64 = 200_000.0;
+const PAGES: [(&str, &str); 5] = [
+    ("cluster", "Cluster"),
+    ("requests", "Requests"),
+    ("models", "Models"),
+    ("chat", "Chat"),
+    ("tuning", "Fine-tuning"),
+];
+
+/// One browser at a time: each takes as much of the machine as a cluster.
+static TURN: Mutex<()> = Mutex::new(());
+
+/// A cluster, and a browser that looks at it.
+struct World {
+    browser: Browser,
+    cluster: Cluster,
+    files: TempDir,
+    _turn: MutexGuard<'static, ()>,
+}
+
+impl World {
+    /// `None` where there is no browser; says so.
+    #[track_caller]
+    fn open(test: &str, args: &[&str]) -> Option<World> {
+        let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+        let browser = Browser::start(test)?;
+        let files = tempfile::tempdir().expect("a directory");
+        let world = World { browser, cluster: Cluster::start(args), files, _turn: turn };
+        // Again where a file did not arrive, as the machine's networks changed meanwhile.
+        let ready = "Boolean(document.querySelector('#link')?.textContent.includes('✓ ready'))";
+        let seen = until(SIGHT_LIMIT, || {
+            world.browser.open("about:blank");
+            world.go("cluster");
+            until(SIGHT_LIMIT / 6, || (world.browser.eval(ready) == true).then_some(()))
+        });
+        assert!(seen.is_some(), "the dashboard does not come up");
+        Some(world)
+    }
+
+    #[track_caller]
+    fn go(&self, page: &str) {
+        self.browser.open(&format!("http://{}/#/{page}", self.cluster.address()));
+    }
+
+    /// A file for the browser to upload.
+    #[track_caller]
+    fn file(&self, name: &str, text: &str) -> PathBuf {
+        let path = self.files.path().join(name);
+        std::fs::write(&path, text).expect("a file");
+        path
+    }
+
+    #[track_caller]
+    fn upload(&self, name: &str, text: &str) {
+        let path = self.file(name, text);
+        self.browser.type_into("#job-file", path.to_str().expect("a path"));
+    }
+}
+
+#[test]
+fn pages_load_small_and_quiet_in_light_and_dark_on_a_phone_and_by_keyboard() {
+    let Some(world) = World::open("the dashboard's pages", &[]) else { return };
+    let browser = &world.browser;
+    for (page, title) in PAGES {
+        world.go(page);
+        browser.await_that(&format!("document.querySelector('h1')?.textContent === '{title}'"));
+        let heading = browser.eval("document.title");
+        assert!(heading.as_str().is_some_and(|heading| heading.ends_with(" · Ashlar")), "{heading}");
+    }
+    let bytes = browser.eval(
+        "[...performance.getEntriesByType('navigation'), ...performance.getEntriesByType('resource')]\
+         .filter((one) => new URL(one.name).pathname === '/' || one.name.includes('/dashboard/'))\
+         .reduce((sum, one) => sum + one.decodedBodySize, 0)",
+    );
+    let bytes = bytes.as_f64().expect("a number");
+    assert!((20_000.0..PAGE_BYTES_MAX).contains(&bytes), "the page takes {bytes} bytes");
+    let policy = world.cluster.get("/");
+    let policy = policy.header("content-security-policy").unwrap_or_default();
+    assert!(policy.contains("default-src 'none'") && policy.contains("script-src 'self'"), "{policy}");
+
+    for width in [360, 390] {
+        browser.resize(width, 844, true);
+        for (page, _) in PAGES {
+            world.go(page);
+            browser.await_that("document.querySelector('main').innerText.length > 20");
+            let wide = browser.eval("document.documentElement.scrollWidth");
+            assert!(wide.as_u64() <= Some(u64::from(width)), "{page} is {wide} wide on a phone of {width}");
+            browser.screenshot(&format!("phone-{width}-{page}"));
+        }
+    }
+    browser.resize(1280, 860, false);
+
+    let ground = || browser.eval("getComputedStyle(document.body).backgroundColor");
+    browser.prefer("light");
+    let light = ground();
+    browser.prefer("dark");
+    let dark = ground();
+    assert_ne!(light, dark);
+    browser.screenshot("dark-tuning");
+    browser.click("#theme");
+    assert_eq!(ground(), light, "a chosen theme is stronger than the system's");
+    browser.reload();
+    browser.await_that("document.querySelector('h1')");
+    assert_eq!(ground(), light, "a chosen theme is remembered");
+    browser.click("#theme");
+    browser.click("#theme");
+    browser.prefer("light");
+
+    world.go("cluster");
+    browser.reload();
+    browser.await_that("document.querySelectorAll('[data-node]').length === 2");
+    browser.keys(&[keys::TAB]);
+    assert_eq!(browser.eval("document.activeElement.className"), "skip");
+    browser.keys(&[keys::TAB, keys::TAB, keys::RIGHT, keys::RIGHT, keys::LEFT, keys::RIGHT, keys::ENTER]);
+    browser.await_that("document.querySelector('[data-model]')");
+    assert_eq!(browser.eval("location.hash"), "#/models");
+    browser.eval("document.querySelector('.head-actions button').focus()");
+    browser.keys(&[keys::ENTER]);
+    browser.await_that("document.querySelector('dialog[open]')");
+    browser.keys(&[keys::ESCAPE]);
+    browser.await_that("!document.querySelector('dialog')");
+    assert_eq!(
+        browser.eval("document.activeElement.textContent"),
+        "Deploy a model…",
+        "the focus goes back to where the dialog was opened"
+    );
+    assert_eq!(browser.console_errors(), Vec::<String>::new());
+}
+
+/// Health of a node as the picture has it.
+fn health(node: &str) -> String {
+    format!("document.querySelector('[data-node=\"{node}\"]')?.dataset.health")
+}
+
+#[test]
+fn the_picture_shows_nodes_and_sees_them_go_come_back_and_drain() {
+    let test = "the picture of the cluster";
+    let Some(world) = World::open(test, &["--replicas", "2", "--nodes", "5", "--threads", "1"]) else {
+        return;
+    };
+    let (browser, cluster) = (&world.browser, &world.cluster);
+    for node in 0..4 {
+        browser.await_that(&format!("{} === 'ready'", health(&format!("node-{node}"))));
+    }
+    browser.await_that(&format!("{} === 'standby'", health("node-4")));
+    browser.await_that("document.querySelectorAll('[data-link]').length === 2");
+    browser.await_that(
+        "[...document.querySelectorAll('.node-layers')].some((one) => one.textContent === 'layers 2–3')",
+    );
+    browser.await_text("2 of 2 replicas serve");
+    browser.screenshot("cluster");
+
+    // One that hangs: silence is what shows it.
+    assert!(processes::signal(cluster.pid("node-3"), "STOP"));
+    browser.await_that(&format!("{} === 'lost'", health("node-3")));
+    browser.await_text("node-3 is lost");
+    browser.screenshot("cluster-lost");
+    assert!(processes::signal(cluster.pid("node-3"), "CONT"));
+    browser.await_that(&format!("['ready', 'standby'].includes({})", health("node-3")));
+    browser.await_text("node-3 is back");
+
+    // One that dies and is back before anybody could look: the log has it all the same.
+    assert!(processes::signal(cluster.pid("node-0"), "KILL"));
+    browser.await_that(
+        "[...document.querySelectorAll('.log li')].some((one) => /node-0 (is lost|was away)/.test(one.textContent))",
+    );
+    browser.await_that(&format!("['ready', 'standby'].includes({})", health("node-0")));
+    browser.await_text("2 of 2 replicas serve");
+    browser.screenshot("cluster-back");
+
+    // The details of a node that serves, and what would become of the layout without it.
+    let serves =
+        "[...document.querySelectorAll('[data-health=ready]')].map((one) => one.dataset.node).sort()[0]";
+    let node = browser.eval(serves);
+    let node = node.as_str().expect("a node that serves");
+    browser.click(&format!("[data-node=\"{node}\"] button"));
+    browser.await_that("document.querySelector('dialog.node-sheet')?.innerText.includes('reserved in all')");
+    browser.screenshot("cluster-node");
+    browser.keys(&[keys::ESCAPE]);
+    let drain = format!("[data-row=\"{node}\"] .cell-action button:not([hidden])");
+    browser.click(&drain);
+    browser.await_text("Standbys load its layers and take its place.");
+    browser.await_text(&format!("Without {node}:"));
+    browser.screenshot("cluster-drain");
+    browser.keys(&[keys::ESCAPE]);
+    browser.await_that("!document.querySelector('dialog')");
+    let leaving = |cluster: &Cluster| {
+        let view = cluster.view();
+        let mut nodes = view["nodes"].as_array().into_iter().flatten();
+        nodes.any(|one| one["leaving"] == true)
+    };
+    assert!(!leaving(cluster), "a preview changes nothing");
+    browser.click(&drain);
+    browser.await_that("document.querySelector('.plan-change')");
+    browser.press(&format!("Drain {node}"));
+    browser.await_that(&format!("{} === 'drained'", health(node)));
+    browser.screenshot("cluster-drained");
+    browser.press("Use again");
+    browser.await_that(&format!("['ready', 'standby'].includes({})", health(node)));
+    assert_eq!(browser.console_errors(), Vec::<String>::new());
+}
+
+#[test]
+fn a_chat_streams_side_by_side_and_as_code_and_its_requests_have_receipts() {
+    let Some(world) = World::open("the playground", &[]) else { return };
+    let browser = &world.browser;
+    world.go("chat");
+    browser.await_that("document.querySelector('.picker')?.value === 'ashlar-demo'");
+    browser.type_into("#chat-temperature", "0");
+    browser.type_into("#chat-seed", "7");
+    browser.eval(
+        "window.lengths = new Set(), new MutationObserver(() => window.lengths.add(document.querySelector('.answer-text')?.textContent.length))\
+         .observe(document.querySelector('.messages'), {subtree: true, childList: true, characterData: true})",
+    );
+    browser.type_into("#chat-prompt", &format!("Double every letter of stone.{}", keys::ENTER));
+    let answered = |count: u32| {
+        format!(
+            "document.querySelectorAll('.assistant:not(.streaming) .answer-receipt:not([hidden])').length === {count}"
+        )
+    };
+    browser.await_that(&answered(1));
+    let lengths = browser.eval("window.lengths.size");
+    assert!(lengths.as_u64() > Some(2), "the answer came in {lengths} pieces");
+    let stats = browser.eval("document.querySelector('.stats').textContent");
+    let stats = stats.as_str().expect("figures");
+    for part in ["first token", "tokens/s", "prompt", "ended by stop", "seed 7"] {
+        assert!(stats.contains(part), "{stats}");
+    }
+
+    browser.click("#chat-compare");
+    browser.type_into("#chat-prompt", "What is 12 + 34?");
+    browser.click("#chat-send");
+    browser.await_that(&answered(3));
+    let texts = "[...document.querySelectorAll('.answer-text')].map((one) => one.textContent)";
+    let said = browser.eval(texts);
+    assert_eq!((&said[1], &said[2]), (&said[2], &said[1]), "the same request with the same seed");
+    browser.screenshot("chat");
+
+    browser.press("Show as code");
+    browser.await_that("document.querySelector('dialog .code')?.textContent.startsWith('curl -N http://')");
+    let code = browser.eval("document.querySelector('dialog .code').textContent");
+    assert!(code.as_str().is_some_and(|code| code.contains("What is 12 + 34?")), "{code}");
+    browser.eval("document.querySelector('[role=tab][aria-selected=true]').focus()");
+    browser.keys(&[keys::RIGHT]);
+    browser.await_text("from openai import OpenAI");
+    browser.screenshot("chat-code");
+    browser.keys(&[keys::RIGHT]);
+    browser.await_text("import OpenAI from \"openai\";");
+    browser.keys(&[keys::ESCAPE]);
+    browser.await_that("!document.querySelector('dialog')");
+
+    world.go("requests");
+    browser.await_that("document.querySelectorAll('[data-request]').length === 3");
+    browser.click("[data-request] .disclose");
+    browser.await_that("document.querySelectorAll('.receipt-stage').length === 2");
+    browser.screenshot("requests");
+    assert_eq!(browser.console_errors(), Vec::<String>::new());
+}
+
+/// The status that the page shows of the job it shows.
+fn status(word: &str) -> String {
+    format!("document.querySelector('.job .card-head .pill')?.textContent.includes('{word}')")
+}
+
+#[test]
+fn a_file_is_checked_and_a_job_is_made_followed_paused_and_cancelled() {
+    let Some(world) = World::open("fine-tuning in the dashboard", &[]) else { return };
+    let browser = &world.browser;
+    world.go("tuning/new");
+    browser.await_that("document.querySelector('#job-model')?.value === 'ashlar-demo'");
+    world.upload("broken.jsonl", &(examples(12) + "{\"messages\": []}\nno json\n"));
+    browser.await_that("document.querySelector('.problem-lines')?.innerText.includes('line 13')");
+    browser.await_text("2 lines of broken.jsonl cannot be used. It was not uploaded.");
+    browser.screenshot("tuning-broken");
+
+    // The cluster's own report, where somebody insists.
+    browser.press("Upload it all the same");
+    browser.await_text("broken.jsonl is uploaded");
+    browser.press("Start the job");
+    browser.await_that(&status("failed"));
+    browser.await_that("document.querySelector('.job .problem-lines')?.innerText.includes('line 13')");
+
+    browser.press("New job");
+    world.upload("held-out.jsonl", &examples(20));
+    browser.await_text("held-out.jsonl is uploaded");
+    world.upload("train.jsonl", &examples(80));
+    browser.await_text("train.jsonl is uploaded");
+    browser.choose("#job-validation", "held-out.jsonl");
+    for (field, value) in
+        [("epochs", "2"), ("batch", "8"), ("rate", "15"), ("rank", "4"), ("suffix", "doubler"), ("seed", "7")]
+    {
+        browser.type_into(&format!("#job-{field}"), value);
+    }
+    browser.screenshot("tuning-new");
+    browser.press("Start the job");
+    let curve = "document.querySelector('.chart .line.c1[d*=L]')";
+    browser.await_within(JOB_LIMIT, curve);
+    browser.press("Pause");
+    browser.await_that(&status("paused"));
+    browser.press("Resume");
+    browser.await_within(JOB_LIMIT, &status("succeeded"));
+    browser.await_that("document.querySelector('.chart .dot.c2')");
+    browser.await_text("The job has successfully completed");
+    browser.await_text("Download results.csv");
+    browser.await_text("Download adapter_model.safetensors");
+    browser.screenshot("tuning");
+
+    browser.press("New job");
+    browser.choose("#job-training", "train.jsonl");
+    browser.type_into("#job-suffix", "never");
+    browser.eval("document.querySelector('#job-epochs').value = 200");
+    browser.press("Start the job");
+    browser.await_within(JOB_LIMIT, &status("running"));
+    browser.press("Cancel…");
+    browser.press("Cancel the job");
+    browser.await_that(&status("cancelled"));
+
+    world.go("models");
+    browser.await_that("document.querySelector('[data-adapter*=doubler]')");
+    browser.screenshot("models");
+    browser.press("Compare");
+    browser.await_that("[...document.querySelectorAll('.picker')].map((one) => one.value.includes('doubler')).join() === 'false,true'");
+    browser.type_into("#chat-prompt", &format!("Double every letter of stone.{}", keys::ENTER));
+    browser.await_that("document.querySelectorAll('.assistant:not(.streaming)').length === 2");
+    browser.screenshot("chat-compare");
+    world.go("models");
+    let served = || world.cluster.get("/v1/models").ok()["data"].as_array().map_or(0, Vec::len);
+    let before = served();
+    browser.await_that(&format!("document.querySelectorAll('[data-adapter]').length === {}", before - 1));
+    browser.press("Unload…");
+    browser.press("Unload");
+    browser.await_that(&format!("document.querySelectorAll('[data-adapter]').length === {}", before - 2));
+    assert_eq!(served(), before - 1);
+    assert_eq!(browser.console_errors(), Vec::<String>::new());
+}
+
+#[test]
+fn hostile_names_and_answers_stay_text_and_a_gateway_that_goes_is_said() {
+    let Some(world) = World::open("the dashboard under hostile texts", &[]) else { return };
+    let (browser, cluster) = (&world.browser, &world.cluster);
+    let name = "<img src=x onerror=alert(1)>.jsonl";
+    let body = format!(
+        "--edge\r\ncontent-disposition: form-data; name=\"purpose\"\r\n\r\nfine-tune\r\n--edge\r\n\
+         content-disposition: form-data; name=\"file\"; filename=\"{name}\"\r\n\r\n{}\r\n--edge--\r\n",
+        examples(12)
+    );
+    let request = ashlar_tests::tuning::upload_request(cluster, body.as_bytes());
+    let stored = http::raw(cluster.address(), &request).expect("an answer").ok();
+    let job = json!({
+        "model": "ashlar-demo", "training_file": stored["id"], "metadata": {"<b>": "</script>"},
+        "hyperparameters": {"n_epochs": 1},
+    });
+    cluster.post("/v1/fine_tuning/jobs", &job).ok();
+    world.go("tuning/new");
+    browser
+        .await_that("document.querySelector('#job-training')?.selectedOptions[0]?.text.startsWith('<img')");
+    world.go("chat");
+    let question = "<script>alert(1)</script><b>bold</b>";
+    browser.await_that("document.querySelector('.picker')?.value === 'ashlar-demo'");
+    browser.type_into("#chat-prompt", &format!("{question}{}", keys::ENTER));
+    browser.await_that("document.querySelector('.assistant:not(.streaming)')");
+    let shown = browser.eval("document.querySelector('.message.user .text').textContent");
+    assert_eq!(shown, Value::from(question));
+    assert_eq!(browser.eval("document.querySelectorAll('main img, main script, main b').length"), 0);
+    assert_eq!(browser.console_errors(), Vec::<String>::new());
+
+    world.go("cluster");
+    assert!(processes::signal(cluster.pid("gateway"), "STOP"));
+    browser.await_that("document.querySelector('#link').textContent.includes('not connected')");
+    browser.await_that("document.querySelector('.banner')?.textContent.includes('Not connected')");
+    browser.screenshot("cluster-not-connected");
+    assert!(processes::signal(cluster.pid("gateway"), "CONT"));
+    browser.await_that("document.querySelector('#link').textContent.includes('✓ ready')");
+    browser.await_text("news of the cluster again");
+}
