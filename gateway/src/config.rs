@@ -1,13 +1,15 @@
 //! Configuration of the gateway. Every value has a default except those that name something of the deployment.
 
 use ashlar_service_kit::Addresses;
+use ashlar_service_kit::config::Schema;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
 /// What a gateway is told when it starts.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct GatewayConfig {
     /// Directory or hub id of the model whose tokenizer and chat template are used. Required by `ashlar gateway`.
@@ -15,6 +17,7 @@ pub struct GatewayConfig {
     /// Where to send traces (OTLP over HTTP), for example `http://127.0.0.1:4318`. Off by default.
     pub otlp_endpoint: Option<String>,
     /// Where to listen for HTTP. Default `127.0.0.1:8080`.
+    #[schemars(with = "String")]
     pub listen: SocketAddr,
     /// The gateway port (`host:port`) of the scheduler, or of each of several, of which one leads. Default `127.0.0.1:7402`.
     pub scheduler: Addresses,
@@ -117,6 +120,11 @@ impl Default for GatewayConfig {
 }
 
 impl GatewayConfig {
+    /// Every key, for files, environment and flags.
+    pub fn schema() -> Schema {
+        Schema::of::<GatewayConfig>("gateway").requiring("model")
+    }
+
     /// From arrival until a request is failed.
     pub fn deadline(&self) -> Duration {
         Duration::from_millis(self.deadline_ms)

@@ -3,23 +3,27 @@
 use ashlar_model::CachePlace;
 use ashlar_protocol::data::LinkFaults;
 use ashlar_service_kit::Addresses;
+use ashlar_service_kit::config::Schema;
 use ashlar_vocabulary::{LayerRange, NodeId};
+use schemars::{JsonSchema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 use std::time::Duration;
 
 /// Configuration of `ashlar node`. Unknown keys are refused.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct NodeConfig {
-    /// This node's name, unique in the cluster and stable over restarts.
+    /// This node's name, unique in the cluster and stable over restarts; default: the machine's.
+    #[schemars(with = "String")]
     pub name: NodeId,
     /// Where the scheduler listens for nodes, `host:port`, or each of several, of which one leads.
     pub scheduler: Addresses,
     /// Where to listen for other ranks, `host:port`; port 0 picks a free one.
     #[serde(default = "default_listen")]
     pub listen: String,
-    /// The host other ranks should use to reach this node; default: the host of `listen`.
+    /// The host other ranks should use to reach this node; default: the host of `listen`, or, where that is every address of the machine
+    /// (0.0.0.0), the machine's address on the way to the scheduler.
     #[serde(default)]
     pub advertise_host: Option<String>,
     /// The directory of this node's identity, which `ashlar node --join` or `ashlar identity` makes; with it every connection is
@@ -62,6 +66,7 @@ pub struct NodeConfig {
     pub isa: Option<String>,
     /// Layers this node insists on, `{ start = 0, end = 8 }`.
     #[serde(default)]
+    #[schemars(schema_with = "layer_range")]
     pub layers: Option<LayerRange>,
     /// How long after SIGTERM this node waits until others have taken its place, in milliseconds.
     #[serde(default = "default_drain_grace_ms")]
@@ -80,13 +85,33 @@ pub struct NodeConfig {
     pub compute_faults: ComputeFaults,
 }
 
+impl NodeConfig {
+    /// Every key, for files, environment and flags. Whoever starts a node finds a `name` for it where none is set.
+    pub fn schema() -> Schema {
+        Schema::of::<NodeConfig>("node").supplying("name")
+    }
+}
+
+fn layer_range(_: &mut SchemaGenerator) -> schemars::Schema {
+    json_schema!({
+        "type": ["object", "null"],
+        "properties": {
+            "start": { "type": "integer", "minimum": 0, "description": "The first of the layers this node insists on." },
+            "end": { "type": "integer", "minimum": 0, "description": "One past the last of them." },
+        },
+        "required": ["start", "end"],
+        "additionalProperties": false,
+    })
+}
+
 /// Deliberate trouble in what a node computes: as from memory that does not keep its bits.
-#[derive(Debug, Default, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Default, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct ComputeFaults {
     /// Flip the lowest bit of one value of every row in each n-th step (0: never).
     pub flip_bit_every: u64,
     /// On this node only, where several are configured alike.
+    #[schemars(with = "Option<String>")]
     pub node: Option<NodeId>,
 }
 
@@ -99,7 +124,7 @@ impl ComputeFaults {
 }
 
 /// When a node fetches its model.
-#[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum FetchPolicy {
     /// Where this machine does not have it.
@@ -112,7 +137,7 @@ pub enum FetchPolicy {
 }
 
 /// Whether compute threads are kept on cores.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(untagged, expecting = "`pin` is true, false or a list of cores")]
 pub enum Pin {
     /// On the first cores that this process may use, or not at all.
@@ -128,7 +153,7 @@ impl Default for Pin {
 }
 
 /// Whether, or where, a node keeps packed copies of its weights.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(untagged, expecting = "true (beside the model), false, or a directory")]
 pub enum CacheConfig {
     /// Beside the model, or not at all.
@@ -158,7 +183,7 @@ impl From<CachePlace> for CacheConfig {
 
 /// How a node exchanges with the other ranks of its tensor-parallel group, and slices of the logits with ranks of other stages.
 /// Unknown keys are refused.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct LinkConfig {
     /// Whether to exchange through shared memory where the ranks run on one host, as one user.
@@ -211,7 +236,7 @@ mod tests {
     fn uncommented(section: &str) -> String {
         let lines = EXAMPLE.lines().skip_while(|line| *line != format!("# [{section}]"));
         lines
-            .take_while(|line| !line.is_empty())
+            .take_while(|line| !line.is_empty() && !line.starts_with("# On this node"))
             .map(|line| line.trim_start_matches("# ").to_owned() + "\n")
             .collect()
     }

@@ -23,8 +23,15 @@ pub enum ThreadsError {
     Pin(#[from] PinError),
 }
 
-/// The kernels of a node, on their threads.
-pub(crate) fn kernels(config: &NodeConfig) -> Result<Kernels, ThreadsError> {
+/// Whether a node's threads can be as configured, and what is to be said about it; starts none.
+///
+/// # Errors
+/// [`ThreadsError`].
+pub fn check(config: &NodeConfig) -> Result<Vec<String>, ThreadsError> {
+    Ok(chosen(config)?.1.warnings)
+}
+
+fn chosen(config: &NodeConfig) -> Result<(Isa, Layout), ThreadsError> {
     let isa = match &config.isa {
         None => Isa::best(),
         Some(name) => match name.parse::<Isa>() {
@@ -32,7 +39,12 @@ pub(crate) fn kernels(config: &NodeConfig) -> Result<Kernels, ThreadsError> {
             _ => return Err(ThreadsError::Isa(name.clone())),
         },
     };
-    let layout = layout(config.threads, &config.pin, &available_cores(), available_threads())?;
+    Ok((isa, layout(config.threads, &config.pin, &available_cores(), available_threads())?))
+}
+
+/// The kernels of a node, on their threads.
+pub(crate) fn kernels(config: &NodeConfig) -> Result<Kernels, ThreadsError> {
+    let (isa, layout) = chosen(config)?;
     layout.warnings.iter().for_each(|warning| warn!("{warning}"));
     let pool = match &layout.cores {
         Some(cores) => {

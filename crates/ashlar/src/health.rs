@@ -4,14 +4,9 @@
 
 use crate::http::Client;
 use crate::roles;
+use crate::settings::{self, ConfigRole, SettingArgs};
 use anyhow::{Context, Result, bail};
-use ashlar_gateway::GatewayConfig;
-use ashlar_scheduler::SchedulerConfig;
-use ashlar_service_kit::config;
-use ashlar_shard_node::NodeConfig;
-use clap::{Args, ValueEnum};
-use serde::de::DeserializeOwned;
-use std::path::PathBuf;
+use clap::Args;
 use std::time::Duration;
 use tokio::net::TcpStream;
 
@@ -21,30 +16,23 @@ use tokio::net::TcpStream;
   ashlar health                                    the gateway at http://127.0.0.1:8080
   ashlar health --ready                            and whether a request would be computed now
   ashlar health --role node --config node.toml     whether the node of this configuration listens
+  ashlar health --role scheduler                   whether the one does that this environment configures
 In a container: HEALTHCHECK CMD [\"ashlar\", \"health\", \"--role\", \"node\", \"--config\", \"/etc/ashlar/node.toml\"]")]
 pub(crate) struct HealthArgs {
     /// Address of a gateway; default: where its configuration says that it listens, or http://127.0.0.1:8080.
     #[arg(long, conflicts_with = "role")]
     url: Option<String>,
-    /// Which role; its address is in its configuration.
-    #[arg(long, value_enum, requires = "config")]
-    role: Option<Role>,
-    /// The role's configuration file.
-    #[arg(long, value_name = "FILE", requires = "role")]
-    config: Option<PathBuf>,
+    /// Which role; its address is in its configuration: file, environment and --set, as the role itself has them.
+    #[arg(long, value_enum)]
+    role: Option<ConfigRole>,
+    #[command(flatten)]
+    settings: SettingArgs,
     /// Of a gateway: whether a request would be computed now.
     #[arg(long)]
     ready: bool,
     /// How long to wait for an answer, in milliseconds.
     #[arg(long, value_name = "MS", default_value_t = 2000)]
     timeout_ms: u64,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Role {
-    Gateway,
-    Scheduler,
-    Node,
 }
 
 pub(crate) fn run(args: HealthArgs) -> Result<()> {
@@ -59,21 +47,32 @@ pub(crate) fn run(args: HealthArgs) -> Result<()> {
 }
 
 async fn check(args: &HealthArgs) -> Result<String> {
-    match args.role {
-        None => ask(args.url.as_deref().unwrap_or("http://127.0.0.1:8080"), args.ready).await,
-        Some(Role::Gateway) => {
-            let config: GatewayConfig = read(args)?;
-            let address = here(&config.listen.to_string())?;
+    let Some(role) = args.role else {
+        return ask(args.url.as_deref().unwrap_or("http://127.0.0.1:8080"), args.ready).await;
+    };
+    match role {
+        ConfigRole::Gateway => {
+            let address = here(&configured(role, &args.settings, "listen")?)?;
             ask(&format!("http://{address}"), args.ready).await
         }
-        Some(Role::Scheduler) => listens("scheduler", &read::<SchedulerConfig>(args)?.listen_gateways).await,
-        Some(Role::Node) => listens("node", &read::<NodeConfig>(args)?.listen).await,
+        _ if args.ready => bail!("only a gateway knows whether the cluster is ready: ask it, with --url"),
+        ConfigRole::Scheduler => {
+            listens("scheduler", &configured(role, &args.settings, "listen_gateways")?).await
+        }
+        ConfigRole::Node | ConfigRole::Enrolment => {
+            listens(role.word(), &configured(role, &args.settings, "listen")?).await
+        }
     }
 }
 
-fn read<T: DeserializeOwned>(args: &HealthArgs) -> Result<T> {
-    let file = args.config.as_deref().context("--role needs --config")?;
-    Ok(config::load(file)?)
+/// What the role's configuration says of one key. What else is wrong with it is the role's own business.
+fn configured(role: ConfigRole, args: &SettingArgs, key: &str) -> Result<String> {
+    let draft = settings::draft(role, args)?;
+    let known = draft.schema().keys().iter().find(|known| known.path == key);
+    let default = known.and_then(|known| known.default.as_ref()?.as_str());
+    let set = draft.get(key).and_then(toml::Value::as_str);
+    let address = set.or(default).with_context(|| format!("the {} has no `{key}`", role.word()))?;
+    Ok(address.to_owned())
 }
 
 async fn ask(url: &str, ready: bool) -> Result<String> {
@@ -119,5 +118,16 @@ mod tests {
         assert_eq!(here("[::]:80").unwrap(), "[::1]:80");
         assert_eq!(here("10.0.0.1:80").unwrap(), "10.0.0.1:80");
         assert!(here("10.0.0.1:0").unwrap_err().to_string().contains("port 0"));
+    }
+
+    #[test]
+    fn an_address_is_what_flags_or_else_defaults_say() {
+        let mut settings = SettingArgs::default();
+        let listen =
+            |settings: &SettingArgs| configured(ConfigRole::Scheduler, settings, "listen_gateways").unwrap();
+        assert_eq!(listen(&settings), "127.0.0.1:7402");
+        settings.set.push("listen_gateways=0.0.0.0:18399".into());
+        assert_eq!(listen(&settings), "0.0.0.0:18399");
+        assert!(configured(ConfigRole::Enrolment, &SettingArgs::default(), "listen").is_err());
     }
 }

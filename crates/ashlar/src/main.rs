@@ -1,7 +1,7 @@
 //! The one binary: every role, and the commands that talk to them.
 //!
 //! Layout: [`up`] (a small real cluster as supervised children), [`roles`] (gateway, scheduler, node),
-//! machines that join ([`enrolment`]), client commands
+//! configured by [`settings`], which [`config_command`] shows and checks; machines that join ([`enrolment`]), client commands
 //! ([`chat`], [`tune`], [`top`], [`health`], [`bench`], [`model`], [`drain`], [`drill`], [`replay`]), and what needs no cluster ([`plan`], [`simulate`], [`quantize`], [`synth`]). [`demo`] holds the demo model,
 //! [`http`] a plain HTTP client, [`supervisor`] a child process kept alive, [`processes`] which ones there are, [`network`] networks of their own for
 //! them.
@@ -10,10 +10,12 @@
 mod bench;
 mod cache;
 mod chat;
+mod config_command;
 mod demo;
 mod drain;
 mod drill;
 mod enrolment;
+mod findings;
 mod health;
 mod http;
 mod model;
@@ -25,6 +27,7 @@ mod processes;
 mod quantize;
 mod replay;
 mod roles;
+mod settings;
 mod simulate;
 mod supervisor;
 mod synth;
@@ -68,6 +71,8 @@ enum Command {
     Node(roles::NodeArgs),
     /// Run the enrolment endpoint: certificates for machines that join.
     Enrolment(roles::RoleArgs),
+    /// Show, check and describe the configuration of a role.
+    Config(config_command::ConfigArgs),
     /// Let further machines join a running cluster.
     Token(enrolment::commands::TokenArgs),
     /// Make identities for the processes of a cluster that is started by hand.
@@ -108,6 +113,7 @@ fn main() -> ExitCode {
         Command::Scheduler(args) => roles::scheduler(&args),
         Command::Node(args) => roles::node(&args),
         Command::Enrolment(args) => roles::enrolment(&args),
+        Command::Config(args) => config_command::run(args),
         Command::Token(args) => enrolment::commands::token(args),
         Command::Identity(args) => enrolment::commands::identity(args),
         Command::Chat(args) => chat::run(args),

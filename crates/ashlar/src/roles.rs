@@ -1,35 +1,48 @@
 //! One role per process: load its configuration, start telemetry, serve until asked to end.
 
-use crate::enrolment::endpoint::{self, EnrolmentConfig};
+use crate::enrolment::endpoint;
 use crate::enrolment::join::{self, JoinArgs};
+use crate::settings::{self, ConfigRole, SettingArgs};
 use crate::tune;
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
 use ashlar_gateway::{Gateway, GatewayConfig};
 use ashlar_model::{ModelConfig, WeightFiles, digest, hub};
 use ashlar_protocol::models::DeployModel;
 use ashlar_scheduler::{ModelCard, Scheduler, SchedulerConfig, SchedulerError};
+use ashlar_service_kit::Shutdown;
 use ashlar_service_kit::telemetry::{self, TelemetryConfig, TelemetryGuard};
-use ashlar_service_kit::{Shutdown, config};
 use ashlar_shard_node::{NodeConfig, NodeError};
 use ashlar_vocabulary::Precision;
 use clap::Args;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 /// Exit code of a process that will fail the same way when started again: a supervisor gives up.
 pub(crate) const EXIT_PERMANENT: u8 = 2;
+
+/// How long the scheduler's address may be unknown when a node starts.
+const ADDRESS_PATIENCE: Duration = Duration::from_secs(60);
+const ADDRESS_PAUSE: Duration = Duration::from_millis(500);
 
 /// Exit code of `ashlar tune` for a job that was cancelled.
 const EXIT_CANCELLED: u8 = 3;
 
 /// Arguments of every role.
 #[derive(Debug, Args)]
-#[command(after_help = "Commented examples are in configs/. Logs: ASHLAR_LOG=debug, or for example \
-    ASHLAR_LOG=ashlar_scheduler=debug,info.")]
+#[command(
+    after_help = "Flags go before the environment, that before the file, and that before defaults. Examples:
+  ashlar gateway --config gateway.toml
+  ashlar gateway --config gateway.toml --set listen=0.0.0.0:8080
+  ASHLAR_GATEWAY__MODEL=/models/m ASHLAR_GATEWAY__SCHEDULER=scheduler:7402 ashlar gateway
+  ASHLAR_SCHEDULER__STORE_FILE=/run/secrets/store ashlar scheduler --config scheduler.toml
+                                           a value from a file, for secrets
+All keys: `ashlar config schema ROLE`; what holds and where it comes from: `ashlar config show ROLE`. Commented examples are in configs/.
+Logs: ASHLAR_LOG=debug, or for example ASHLAR_LOG=ashlar_scheduler=debug,info."
+)]
 pub(crate) struct RoleArgs {
-    /// The role's configuration file (TOML).
-    #[arg(long, value_name = "FILE")]
-    config: PathBuf,
+    #[command(flatten)]
+    settings: SettingArgs,
 }
 
 /// Arguments of `ashlar node`.
@@ -37,15 +50,16 @@ pub(crate) struct RoleArgs {
 #[command(after_help = "Examples:
   ashlar node --config node.toml
                                            a node of a cluster whose processes are started by hand
+  ASHLAR_NODE__SCHEDULER=scheduler:7401 ashlar node --set listen=0.0.0.0:7410 --set allow_plaintext=true
+                                           the same without a file: `ashlar config schema node` lists all keys
   ashlar node --join 10.0.0.1:7400 --token ashlar1…
                                            this machine joins a cluster: the line that `ashlar up --join-listen` prints there
   ashlar node --join 10.0.0.1:7400 --token ashlar1… --name rack-7 --memory 8GiB --model ./llama-3.2-1b
                                            under a name of its own, with so much memory, and the model from here
   ashlar node                              the same node again, from ./.ashlar-node: no token is needed any more")]
 pub(crate) struct NodeArgs {
-    /// The node's configuration file (TOML), instead of the options below.
-    #[arg(long, value_name = "FILE")]
-    config: Option<PathBuf>,
+    #[command(flatten)]
+    settings: SettingArgs,
     #[command(flatten)]
     join: JoinArgs,
 }
@@ -67,8 +81,8 @@ pub(crate) fn permanent<T>(result: Result<T>) -> Result<T> {
     result.map_err(|error| anyhow::Error::new(Permanent(error)))
 }
 
-fn load<C: serde::de::DeserializeOwned>(args: &RoleArgs) -> Result<C> {
-    permanent(config::load(&args.config).map_err(anyhow::Error::from))
+fn load<C: serde::de::DeserializeOwned>(role: ConfigRole, args: &RoleArgs) -> Result<C> {
+    permanent(settings::draft(role, &args.settings).and_then(|draft| Ok(draft.finish()?)))
 }
 
 fn start(role: &str, otlp_endpoint: Option<String>) -> Result<TelemetryGuard> {
@@ -93,7 +107,7 @@ pub(crate) fn resolve(model: &str) -> Result<PathBuf> {
 }
 
 pub(crate) fn gateway(args: &RoleArgs) -> Result<()> {
-    let config: GatewayConfig = load(args)?;
+    let config: GatewayConfig = load(ConfigRole::Gateway, args)?;
     let _telemetry = start("gateway", config.otlp_endpoint.clone())?;
     let directory = resolve(&config.model)?;
     runtime()?.block_on(async {
@@ -106,7 +120,7 @@ pub(crate) fn gateway(args: &RoleArgs) -> Result<()> {
 }
 
 pub(crate) fn scheduler(args: &RoleArgs) -> Result<()> {
-    let config: SchedulerConfig = load(args)?;
+    let config: SchedulerConfig = load(ConfigRole::Scheduler, args)?;
     let _telemetry = start("scheduler", config.otlp_endpoint.clone())?;
     let card = permanent(model_card(&config.model, config.precision(), config.max_context_tokens))?;
     runtime()?.block_on(async {
@@ -132,14 +146,17 @@ pub(crate) fn scheduler(args: &RoleArgs) -> Result<()> {
 pub(crate) fn node(args: &NodeArgs) -> Result<()> {
     let runtime = runtime()?;
     // What is held is held until the process ends.
-    let (config, _held) = match &args.config {
-        Some(file) => (load(&RoleArgs { config: file.clone() })?, None),
-        None => {
-            let enrolled = runtime.block_on(join::prepare(&args.join))?;
-            (enrolled.config, Some(enrolled._held))
+    let (config, _held) = if settings::configures_node(&args.settings) {
+        if args.join.is_given() {
+            return permanent(Err(anyhow!(
+                "a node that joins is configured by its options alone: leave ASHLAR_NODE__… and --set away"
+            )));
         }
+        (configured_node(&args.settings)?, None)
+    } else {
+        let enrolled = runtime.block_on(join::prepare(&args.join))?;
+        (enrolled.config, Some(enrolled._held))
     };
-    let config: NodeConfig = config;
     let _telemetry = start("node", config.otlp_endpoint.clone())?;
     runtime.block_on(async {
         let shutdown = Shutdown::listen().context("cannot listen to signals")?;
@@ -154,8 +171,23 @@ pub(crate) fn node(args: &NodeArgs) -> Result<()> {
     })
 }
 
+/// A node's configuration. Its address on the way to the scheduler may take a while to be known: where containers start together, names
+/// come with them.
+fn configured_node(args: &SettingArgs) -> Result<NodeConfig> {
+    let mut draft = permanent(settings::draft(ConfigRole::Node, args))?;
+    permanent(settings::supply_name(&mut draft))?;
+    let started = Instant::now();
+    while let Err(error) = settings::supply_address(&mut draft) {
+        if started.elapsed() > ADDRESS_PATIENCE {
+            return Err(error.context("set `advertise_host`, the host that other nodes reach this one at"));
+        }
+        std::thread::sleep(ADDRESS_PAUSE);
+    }
+    permanent(draft.finish().map_err(anyhow::Error::from))
+}
+
 pub(crate) fn enrolment(args: &RoleArgs) -> Result<()> {
-    let config: EnrolmentConfig = load(args)?;
+    let config = load(ConfigRole::Enrolment, args)?;
     let _telemetry = start("enrolment", None)?;
     runtime()?.block_on(async {
         let shutdown = Shutdown::listen().context("cannot listen to signals")?;

@@ -2,6 +2,7 @@
 //! input.
 
 use crate::roles::EXIT_PERMANENT;
+use crate::settings;
 use anyhow::{Context, Result};
 use ashlar_service_kit::drain::{CRASHED_VARIABLE, SUPERVISED_VARIABLE};
 use ashlar_service_kit::watchdog;
@@ -214,6 +215,10 @@ fn spawn(role: &Role, ear: Option<&Ear>, crashed: Option<i32>) -> Result<Child> 
     }
     if let Some(signal) = crashed {
         command.env(CRASHED_VARIABLE, signal.to_string());
+    }
+    // What this command was told goes to them in files: no variable shall set one key of all of them, such as a port.
+    for (name, _) in std::env::vars_os().filter(|(name, _)| settings::is_variable(name)) {
+        command.env_remove(name);
     }
     command
         .arg(role.command)

@@ -9,6 +9,7 @@ use crate::frame::FrameError;
 use crate::membership::BEAT_INTERVAL_MS;
 use ashlar_identity::Socket;
 use ashlar_vocabulary::{FloatType, LeaseTerm, ReplicaRevision, SessionId, StepId};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::io::{self, Read, Write};
 use std::time::Duration;
@@ -119,7 +120,7 @@ const MAGIC: u32 = 0x4853_4141;
 const PAYLOAD_BYTES_MAX: usize = 1 << 30;
 
 /// Deliberate trouble on a link, for tests and drills.
-#[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct LinkFaults {
     /// Added before each send.

@@ -1,6 +1,7 @@
 //! What a plan is made from.
 
 use ashlar_vocabulary::{Bytes, LayerRange, NodeId};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// What one node offers.
@@ -24,7 +25,7 @@ pub struct DeviceReport {
 }
 
 /// The network between nodes: one default and, where measured, single pairs.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Links {
     /// Seconds from a message to its reply, for pairs that are not listed.
@@ -36,12 +37,14 @@ pub struct Links {
 }
 
 /// One measured pair of nodes.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct LinkReport {
     /// One end.
+    #[schemars(with = "String")]
     pub a: NodeId,
     /// The other end.
+    #[schemars(with = "String")]
     pub b: NodeId,
     /// Seconds from a message to its reply.
     pub round_trip_s: f64,

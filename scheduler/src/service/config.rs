@@ -1,8 +1,10 @@
 //! What the scheduler is told before it starts.
 
 use super::SchedulerError;
+use ashlar_service_kit::config::Schema;
 use ashlar_shard_plan::Links;
 use ashlar_vocabulary::{FloatType, ModelDigest, ModelShape, Precision, Quantization};
+use schemars::{JsonSchema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
@@ -22,19 +24,22 @@ pub struct ModelCard {
 }
 
 /// Configuration of `ashlar scheduler`. Unknown keys are refused; everything but `model` has a default.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct SchedulerConfig {
     /// Directory or hub id of the model.
     pub model: String,
     /// Quantise the weights while they are loaded: q8_0, q4_0, q4_k_m … (see `ashlar up --help`).
     #[serde(default)]
+    #[schemars(with = "Option<String>")]
     pub quantize: Option<Quantization>,
     /// Element type of the KV cache: f32, bf16 or f16.
     #[serde(default)]
+    #[schemars(schema_with = "float_type")]
     pub kv_cache_type: FloatType,
     /// Element type of activations between layers, and so on their way from stage to stage: f32, bf16 or f16.
     #[serde(default)]
+    #[schemars(schema_with = "float_type")]
     pub activation_type: FloatType,
     /// Where nodes connect, `host:port`; port 0 picks a free one.
     #[serde(default = "default_listen_nodes")]
@@ -59,8 +64,7 @@ pub struct SchedulerConfig {
     /// Most fine-tuning jobs that train at once; the others wait.
     #[serde(default = "default_max_jobs_running")]
     pub max_jobs_running: usize,
-    /// Longest sequence, prompt and answer together; default: what the model allows. Whoever opens the model applies it
-    /// to the [`ModelCard`].
+    /// Longest sequence, prompt and answer together; default: what the model allows.
     #[serde(default)]
     pub max_context_tokens: Option<u32>,
     /// Pipeline stages per replica; default: the fewest that fit.
@@ -153,6 +157,11 @@ pub struct SchedulerConfig {
 }
 
 impl SchedulerConfig {
+    /// Every key, for files, environment and flags.
+    pub fn schema() -> Schema {
+        Schema::of::<SchedulerConfig>("scheduler")
+    }
+
     /// In which precision the model is served.
     pub fn precision(&self) -> Precision {
         Precision {
@@ -208,7 +217,22 @@ impl SchedulerConfig {
     }
 
     /// Refuses values that make no sense, before a port is bound.
+    ///
+    /// # Errors
+    /// [`SchedulerError::Config`].
     pub fn validate(&self, model: &ModelCard) -> Result<(), SchedulerError> {
+        self.validate_alone()?;
+        if model.max_context_tokens < 2 {
+            return Err(SchedulerError::Config("max_context_tokens must be at least 2".into()));
+        }
+        Ok(())
+    }
+
+    /// As [`validate`](Self::validate), as far as that goes without the model.
+    ///
+    /// # Errors
+    /// [`SchedulerError::Config`].
+    pub fn validate_alone(&self) -> Result<(), SchedulerError> {
         let rules = [
             (self.max_num_seqs >= 1, "max_num_seqs must be at least 1"),
             (
@@ -235,13 +259,20 @@ impl SchedulerConfig {
                 self.stages != Some(0) && self.replicas != Some(0) && self.expected_nodes != Some(0),
                 "stages, replicas and expected_nodes must be at least 1: leave a key out for the default",
             ),
-            (model.max_context_tokens >= 2, "max_context_tokens must be at least 2"),
+            (
+                self.max_context_tokens != Some(0) && self.max_context_tokens != Some(1),
+                "max_context_tokens must be at least 2",
+            ),
         ];
         match rules.iter().find(|(holds, _)| !holds) {
             Some((_, rule)) => Err(SchedulerError::Config((*rule).to_owned())),
             None => Ok(()),
         }
     }
+}
+
+fn float_type(_: &mut SchemaGenerator) -> schemars::Schema {
+    json_schema!({ "type": "string", "enum": FloatType::ALL.map(FloatType::name) })
 }
 
 fn default_listen_nodes() -> String {

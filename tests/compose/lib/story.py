@@ -146,6 +146,9 @@ class Tale:
         return self.story.run("npm", "start", "--silent", cwd=folder, env=environment)
 
     def rust(self, environment) -> str:
+        compiled = os.environ.get("ASHLAR_EXAMPLE_BIN")
+        if compiled:
+            return self.story.run(compiled, env=environment)
         words = ["cargo", "run", "--quiet", "--release", "--package", "ashlar-tests", "--example", "async_openai"]
         return self.story.run(*words, cwd=ROOT, env=environment, seconds=3600)
 

@@ -4,7 +4,7 @@ use super::endpoint::EnrolmentConfig;
 use super::{TOKEN_VALID, join_line};
 use anyhow::{Context, Result, bail};
 use ashlar_identity::{Authority, Identity, Ledger, Role};
-use ashlar_service_kit::config;
+use ashlar_service_kit::config::{Draft, Sources};
 use clap::{Args, Subcommand};
 use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
@@ -69,7 +69,7 @@ pub(crate) fn token(args: TokenArgs) -> Result<()> {
             args.state.display()
         );
     }
-    let config: EnrolmentConfig = config::load(&file)?;
+    let config: EnrolmentConfig = Draft::gather(EnrolmentConfig::schema(), &Sources::file(file))?.finish()?;
     let name = args.name.as_deref().map(|name| Identity::new(Role::Node, name)).transpose()?;
     let authority = Authority::open(&config.authority)?;
     let ledger = Ledger::of(&config.authority);

@@ -11,7 +11,9 @@ use ashlar_protocol::enrolment::{
     ClusterFacts, ENROLMENT_BYTES_MAX, EnrolmentAnswer, EnrolmentRequest, ModelSource, Welcome,
 };
 use ashlar_protocol::frame::{self, FrameError};
+use ashlar_service_kit::config::Schema;
 use ashlar_vocabulary::{ModelDigest, Precision};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::io;
 use std::net::SocketAddr;
@@ -30,7 +32,7 @@ const LIMIT: Duration = Duration::from_secs(10);
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
 /// Configuration of `ashlar enrolment`. Unknown keys are refused.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct EnrolmentConfig {
     /// Where machines that join connect, `host:port`.
@@ -47,11 +49,21 @@ pub(crate) struct EnrolmentConfig {
     #[serde(default)]
     pub(crate) blobs: Option<String>,
     /// The digest of the model in its precision.
+    #[schemars(with = "serde_json::Value")]
     pub(crate) model_digest: ModelDigest,
     /// Where the model comes from.
+    #[schemars(with = "serde_json::Value")]
     pub(crate) model: ModelSource,
     /// In which precision it is served.
+    #[schemars(with = "serde_json::Value")]
     pub(crate) precision: Precision,
+}
+
+impl EnrolmentConfig {
+    /// Every key, for files, environment and flags.
+    pub(crate) fn schema() -> Schema {
+        Schema::of::<EnrolmentConfig>("enrolment")
+    }
 }
 
 /// Serves until `shutdown` completes.

@@ -77,6 +77,13 @@ pub(crate) struct JoinArgs {
     advertise: Option<String>,
 }
 
+impl JoinArgs {
+    /// Whether it was said that this machine shall join.
+    pub(crate) fn is_given(&self) -> bool {
+        self.join.is_some()
+    }
+}
+
 /// A node that has enrolled, ready to run. Holds the state directory.
 #[derive(Debug)]
 pub(crate) struct Enrolled {
