@@ -4,7 +4,7 @@ use crate::enrolment::endpoint;
 use crate::enrolment::join::{self, JoinArgs};
 use crate::settings::{self, ConfigRole, SettingArgs};
 use crate::tune;
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, bail};
 use ashlar_gateway::{Gateway, GatewayConfig};
 use ashlar_model::{ModelConfig, WeightFiles, digest, hub};
 use ashlar_protocol::models::DeployModel;
@@ -17,6 +17,11 @@ use clap::Args;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+
+/// How lines of the log look: `text` or `json`.
+const FORMAT_VARIABLE: &str = "ASHLAR_LOG_FORMAT";
+/// The share of traces that are kept, where they are sent anywhere.
+const SHARE_VARIABLE: &str = "ASHLAR_TRACE_SHARE";
 
 /// Exit code of a process that will fail the same way when started again: a supervisor gives up.
 pub(crate) const EXIT_PERMANENT: u8 = 2;
@@ -38,7 +43,7 @@ const EXIT_CANCELLED: u8 = 3;
   ASHLAR_SCHEDULER__STORE_FILE=/run/secrets/store ashlar scheduler --config scheduler.toml
                                            a value from a file, for secrets
 All keys: `ashlar config schema ROLE`; what holds and where it comes from: `ashlar config show ROLE`. Commented examples are in configs/.
-Logs: ASHLAR_LOG=debug, or for example ASHLAR_LOG=ashlar_scheduler=debug,info."
+Logs: ASHLAR_LOG=debug, or for example ASHLAR_LOG=ashlar_scheduler=debug,info; ASHLAR_LOG_FORMAT=json for a JSON object a line."
 )]
 pub(crate) struct RoleArgs {
     #[command(flatten)]
@@ -86,8 +91,27 @@ fn load<C: serde::de::DeserializeOwned>(role: ConfigRole, args: &RoleArgs) -> Re
 }
 
 fn start(role: &str, otlp_endpoint: Option<String>) -> Result<TelemetryGuard> {
-    let config = TelemetryConfig { otlp_endpoint, ..TelemetryConfig::default() };
+    let set = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
+    let json = permanent(log_format(set(FORMAT_VARIABLE).as_deref()))?;
+    let trace_share = permanent(trace_share(set(SHARE_VARIABLE).as_deref()))?;
+    let config = TelemetryConfig { json, otlp_endpoint, trace_share };
     permanent(telemetry::init(role, &config).map_err(anyhow::Error::from))
+}
+
+/// Whether logs are JSON.
+fn log_format(wanted: Option<&str>) -> Result<bool> {
+    match wanted {
+        None | Some("text") => Ok(false),
+        Some("json") => Ok(true),
+        Some(other) => bail!("{FORMAT_VARIABLE} is `{other}`: set it to text or json"),
+    }
+}
+
+/// The share of traces that are kept.
+fn trace_share(wanted: Option<&str>) -> Result<f64> {
+    let Some(text) = wanted else { return Ok(TelemetryConfig::default().trace_share) };
+    let share = text.parse::<f64>().ok().filter(|share| (0.0..=1.0).contains(share));
+    share.with_context(|| format!("{SHARE_VARIABLE} is `{text}`: set it to a share from 0 to 1"))
 }
 
 /// A runtime of few threads: roles wait for sockets, computing happens on threads of its own.
@@ -235,4 +259,19 @@ pub(crate) fn model_card(
         max_context_tokens: max_context_tokens.unwrap_or(trained).min(trained),
         shape: config.shape,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_set_wrongly_is_said_with_what_may_be_set() {
+        assert!(matches!((log_format(None), log_format(Some("json"))), (Ok(false), Ok(true))));
+        assert!(log_format(Some("xml")).is_err_and(|error| error.to_string().contains("text or json")));
+        assert!(matches!(trace_share(Some("0.25")), Ok(share) if share == 0.25));
+        for wrong in ["2", "-1", "NaN", "all"] {
+            assert!(trace_share(Some(wrong)).is_err_and(|error| error.to_string().contains("from 0 to 1")));
+        }
+    }
 }
