@@ -33,18 +33,24 @@ impl Finding {
         Finding { mark: Mark::Good, what: what.into(), todo: None }
     }
 
-    /// It works, but `todo` would make it better.
+    /// It works, but `todo`, if it is not empty, would make it better.
     pub(crate) fn warning(what: impl Into<String>, todo: impl Into<String>) -> Finding {
-        Finding { mark: Mark::Warning, what: what.into(), todo: Some(todo.into()) }
+        Finding { mark: Mark::Warning, what: what.into(), todo: told(todo.into()) }
     }
 
-    /// It does not work before `todo` is done.
+    /// It does not work before `todo` is done, if that is not empty.
     pub(crate) fn problem(what: impl Into<String>, todo: impl Into<String>) -> Finding {
-        Finding { mark: Mark::Problem, what: what.into(), todo: Some(todo.into()) }
+        Finding { mark: Mark::Problem, what: what.into(), todo: told(todo.into()) }
     }
 }
 
+/// Where what was found says itself what to do, nothing is added.
+fn told(todo: String) -> Option<String> {
+    (!todo.is_empty()).then_some(todo)
+}
+
 /// Whether something does not work.
+#[cfg(test)]
 pub(crate) fn any_problem(findings: &[Finding]) -> bool {
     findings.iter().any(|finding| finding.mark == Mark::Problem)
 }
@@ -61,7 +67,7 @@ pub(crate) fn list(findings: &[Finding], coloured: bool) -> String {
         let sign = if coloured { format!("\x1b[{colour}m{sign}\x1b[0m") } else { sign.to_owned() };
         // Writing to a string does not fail.
         let _ = writeln!(text, "{sign} {}", what.replace('\n', "\n  "));
-        if let Some(todo) = todo.as_deref().filter(|todo| !todo.is_empty()) {
+        if let Some(todo) = todo {
             let _ = writeln!(text, "    {todo}");
         }
     }

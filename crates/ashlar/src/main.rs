@@ -2,7 +2,7 @@
 //!
 //! Layout: [`up`] (a small real cluster as supervised children), [`roles`] (gateway, scheduler, node),
 //! configured by [`settings`], which [`config_command`] shows and checks; machines that join ([`enrolment`]), client commands
-//! ([`chat`], [`tune`], [`top`], [`health`], [`bench`], [`model`], [`drain`], [`drill`], [`replay`]), and what needs no cluster ([`plan`], [`simulate`], [`quantize`], [`synth`]). [`demo`] holds the demo model,
+//! ([`chat`], [`tune`], [`top`], [`health`], [`doctor`], [`bench`], [`model`], [`drain`], [`drill`], [`replay`]), and what needs no cluster ([`plan`], [`simulate`], [`quantize`], [`synth`]). [`demo`] holds the demo model,
 //! [`http`] a plain HTTP client, [`supervisor`] a child process kept alive, [`processes`] which ones there are, [`network`] networks of their own for
 //! them.
 #![forbid(unsafe_code)]
@@ -12,6 +12,7 @@ mod cache;
 mod chat;
 mod config_command;
 mod demo;
+mod doctor;
 mod drain;
 mod drill;
 mod enrolment;
@@ -49,6 +50,7 @@ use std::process::ExitCode;
   ashlar up --model ./llama-3.2-1b --tp 2     a model directory, cut over two tensor-parallel ranks
   ashlar chat                                 talk to it
   ashlar top                                  watch it
+  ashlar doctor                               what is wrong with this machine, and what to do
   ashlar up --join-listen                     other machines may join: it prints what to run there
   ashlar node --join 10.0.0.1:7400 --token …  one of them
   ashlar tune train.jsonl                     teach it something
@@ -93,6 +95,8 @@ enum Command {
     Top(top::TopArgs),
     /// Say whether a role is well: for health checks of containers.
     Health(health::HealthArgs),
+    /// Explain what is wrong with a machine, a configuration, a link, a model or a running cluster, and what to do.
+    Doctor(doctor::DoctorArgs),
     /// Have others take a node's place, so that its machine can be taken away.
     Drain(drain::DrainArgs),
     /// Kill, freeze and cut off processes of a running cluster under load, and say what clients noticed.
@@ -106,6 +110,7 @@ enum Command {
 }
 
 fn main() -> ExitCode {
+    end_quietly_when_nobody_reads();
     let cli = Cli::parse();
     let result = match cli.command {
         Command::Up(args) => up::run(args),
@@ -124,6 +129,7 @@ fn main() -> ExitCode {
         Command::Model(args) => model::run(args),
         Command::Top(args) => top::run(args),
         Command::Health(args) => health::run(args),
+        Command::Doctor(args) => doctor::run(args),
         Command::Drain(args) => drain::run(args),
         Command::Drill(args) => drill::run(args),
         Command::Replay(args) => replay::run(args),
@@ -138,4 +144,16 @@ fn main() -> ExitCode {
             ExitCode::from(roles::exit_code(&error))
         }
     }
+}
+
+/// `ashlar tune --list | head -3` is no fault: who reads has read enough. Printing panics then, as the standard library has it.
+fn end_quietly_when_nobody_reads() {
+    let report = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        let said = panic.payload().downcast_ref::<String>().map_or("", String::as_str);
+        if said.starts_with("failed printing to stdout") && said.contains("Broken pipe") {
+            std::process::exit(0);
+        }
+        report(panic);
+    }));
 }

@@ -111,7 +111,7 @@ pub(crate) fn supply_name(draft: &mut Draft) -> Result<()> {
 pub(crate) fn supply_address(draft: &mut Draft) -> Result<()> {
     let text = |key: &str| draft.get(key).and_then(toml::Value::as_str).map(str::to_owned);
     let everywhere = text("listen").is_some_and(|listen| is_every_address(&listen));
-    if draft.get("advertise_host").is_some() || !everywhere {
+    if draft.get("advertise_host").is_some() || !everywhere || !draft.problems().is_empty() {
         return Ok(());
     }
     let first = match draft.get("scheduler") {

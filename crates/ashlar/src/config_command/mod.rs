@@ -1,7 +1,7 @@
 //! `ashlar config`: what a role would be told ([`show`]), whether that can work ([`check`], [`rules`]), and what can be said at all
 //! ([`describe`]).
 
-mod check;
+pub(crate) mod check;
 mod describe;
 #[cfg(test)]
 mod examples;
