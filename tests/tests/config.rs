@@ -73,12 +73,13 @@ fn a_node_needs_no_file_and_finds_out_who_it_is() {
 
 #[test]
 fn roles_refuse_unknown_keys_and_variables_with_the_nearest_one() {
-    for role in ["gateway", "scheduler", "node"] {
+    for (role, mistake) in [("gateway", "lisen"), ("scheduler", "lisen_nodes"), ("node", "lisen")] {
         let upper = role.to_uppercase();
-        let output = ashlar(&[role, "--set", "lisen=x"], &[(&format!("ASHLAR_{upper}__MODLE"), "m")]);
+        let setting = format!("{mistake}=x");
+        let output = ashlar(&[role, "--set", &setting], &[(&format!("ASHLAR_{upper}__MODLE"), "m")]);
         let said = said(&output);
         assert_eq!(output.status.code(), Some(2), "{said}");
-        assert!(said.contains("--set: unknown key `lisen`; did you mean `listen"), "{said}");
+        assert!(said.contains(&format!("--set: unknown key `{mistake}`; did you mean `listen")), "{said}");
         assert!(said.contains(&format!("did you mean `ASHLAR_{upper}__MODEL`?")), "{said}");
     }
 }

@@ -284,3 +284,10 @@ fn the_schema_has_types_defaults_and_descriptions_of_the_struct() {
     assert_eq!(required, ["port"]);
     assert_eq!(supplied.json()["required"], serde_json::json!(["port"]));
 }
+
+#[test]
+fn problems_of_a_file_come_in_the_order_of_its_lines() {
+    let refusal = refusal("name = \"a\"\nprot = 1\n[limits]\nmemory = 2\n");
+    let (first, second) = (refusal.find("node.toml:2"), refusal.find("node.toml:4"));
+    assert!(first.is_some() && first < second, "{refusal}");
+}

@@ -159,7 +159,10 @@ impl Draft {
         let mut lines = BTreeMap::new();
         let spans = DeTable::parse(text).map_err(|error| syntax(&error))?;
         note_lines("", spans.get_ref(), text, &mut lines);
-        for (key, value) in table {
+        let mut entries: Vec<_> = table.into_iter().collect();
+        // What is wrong is told from the first line to the last.
+        entries.sort_by_key(|(key, _)| lines.get(key).copied());
+        for (key, value) in entries {
             self.place(&key, value, &|path| {
                 let line = lines.get(path).copied().unwrap_or(1);
                 Origin::File { file: file.to_owned(), line }
