@@ -161,7 +161,7 @@ export function lineChart({title, xName = 'step', format = String, tick = String
       axes.append(svg('line', {class: 'grid', x1: MARGIN.left, x2: width - MARGIN.right, y1: y(value), y2: y(value)}),
         svg('text', {x: MARGIN.left - 7, y: y(value) + 3.5, 'text-anchor': 'end'}, tick(value)));
     }
-    for (const value of ticks(x0, x1, Math.max(2, Math.floor(inner / 90))).filter((tick) => tick >= x0 && tick <= x1 && Number.isInteger(tick))) {
+    for (const value of ticks(x0, x1, Math.max(3, Math.floor(inner / 55))).filter((tick) => tick >= x0 && tick <= x1 && Number.isInteger(tick))) {
       axes.append(svg('text', {x: x(value), y: height - 6, 'text-anchor': 'middle'}, String(value)));
     }
     for (const one of series) {

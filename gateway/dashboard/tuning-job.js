@@ -74,6 +74,7 @@ export function jobView({go, refresh}) {
     if (list.length > EVENTS_MAX) list.pop();
     const {data} = event;
     if (data && data.step !== undefined) takeMetrics(data);
+    if (/^Checkpoint created/.test(event.message)) loadCheckpoints();
     if (drawn) return;
     drawn = true;
     requestAnimationFrame(() => {
