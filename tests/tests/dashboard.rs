@@ -294,9 +294,9 @@ fn a_file_is_checked_and_a_job_is_made_followed_paused_and_cancelled() {
     browser.await_that("document.querySelector('.job .problem-lines')?.innerText.includes('line 13')");
 
     browser.press("New job");
-    world.upload("held-out.jsonl", &examples(20));
+    world.upload("held-out.jsonl", &examples(8));
     browser.await_text("held-out.jsonl is uploaded");
-    world.upload("train.jsonl", &examples(80));
+    world.upload("train.jsonl", &examples(48));
     browser.await_text("train.jsonl is uploaded");
     browser.choose("#job-validation", "held-out.jsonl");
     for (field, value) in
