@@ -10,16 +10,19 @@ use clap::Args;
 use std::time::Duration;
 use tokio::net::TcpStream;
 
+/// Where a gateway listens unless it is told otherwise.
+const GATEWAY: &str = "127.0.0.1:8080";
+
 /// Arguments of `ashlar health`.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
-  ashlar health                                    the gateway at http://127.0.0.1:8080
+  ashlar health                                    the gateway at http://127.0.0.1:8080; in a container, whatever it runs
   ashlar health --ready                            and whether a request would be computed now
   ashlar health --role node --config node.toml     whether the node of this configuration listens
   ashlar health --role scheduler                   whether the one does that this environment configures
-In a container: HEALTHCHECK CMD [\"ashlar\", \"health\", \"--role\", \"node\", \"--config\", \"/etc/ashlar/node.toml\"]")]
+In a container of any role: HEALTHCHECK CMD [\"ashlar\", \"health\"]")]
 pub(crate) struct HealthArgs {
-    /// Address of a gateway; default: where its configuration says that it listens, or http://127.0.0.1:8080.
+    /// Address of a gateway; default: that of the role which is the first process of this container, or http://127.0.0.1:8080.
     #[arg(long, conflicts_with = "role")]
     url: Option<String>,
     /// Which role; its address is in its configuration: file, environment and --set, as the role itself has them.
@@ -47,22 +50,82 @@ pub(crate) fn run(args: HealthArgs) -> Result<()> {
 }
 
 async fn check(args: &HealthArgs) -> Result<String> {
-    let Some(role) = args.role else {
-        return ask(args.url.as_deref().unwrap_or("http://127.0.0.1:8080"), args.ready).await;
-    };
+    if let Some(role) = args.role {
+        return check_role(role, &args.settings, args.ready).await;
+    }
+    if let Some(url) = &args.url {
+        return ask(url, args.ready).await;
+    }
+    match first_process() {
+        Some(Runs::Role(role, settings)) => check_role(role, &settings, args.ready).await,
+        Some(Runs::Joined) => Ok("node: runs".to_owned()),
+        Some(Runs::Up(listen)) => ask(&format!("http://{}", here(&listen)?), args.ready).await,
+        None => ask(&format!("http://{GATEWAY}"), args.ready).await,
+    }
+}
+
+async fn check_role(role: ConfigRole, settings: &SettingArgs, ready: bool) -> Result<String> {
     match role {
         ConfigRole::Gateway => {
-            let address = here(&configured(role, &args.settings, "listen")?)?;
-            ask(&format!("http://{address}"), args.ready).await
+            let address = here(&configured(role, settings, "listen")?)?;
+            ask(&format!("http://{address}"), ready).await
         }
-        _ if args.ready => bail!("only a gateway knows whether the cluster is ready: ask it, with --url"),
-        ConfigRole::Scheduler => {
-            listens("scheduler", &configured(role, &args.settings, "listen_gateways")?).await
-        }
+        _ if ready => bail!("only a gateway knows whether the cluster is ready: ask it, with --url"),
+        ConfigRole::Scheduler => listens("scheduler", &configured(role, settings, "listen_gateways")?).await,
         ConfigRole::Node | ConfigRole::Enrolment => {
-            listens(role.word(), &configured(role, &args.settings, "listen")?).await
+            listens(role.word(), &configured(role, settings, "listen")?).await
         }
     }
+}
+
+/// What a container's first process is.
+#[derive(Debug, PartialEq, Eq)]
+enum Runs {
+    Role(ConfigRole, SettingArgs),
+    /// A node that joined: it chooses its port by itself, and ends when it cannot work.
+    Joined,
+    /// A whole cluster, whose gateway listens there.
+    Up(String),
+}
+
+/// What runs as the first process here, if it is one of ours: so it is in a container.
+fn first_process() -> Option<Runs> {
+    let line = std::fs::read("/proc/1/cmdline").ok()?;
+    let words = line.split(|byte| *byte == 0).map(|word| String::from_utf8_lossy(word).into_owned());
+    runs(&words.collect::<Vec<_>>())
+}
+
+/// Reads a command line; what stands before the program (an `init` that a container was given) is passed over.
+fn runs(words: &[String]) -> Option<Runs> {
+    let is_program = |word: &&String| word.as_str() == "ashlar" || word.ends_with("/ashlar");
+    let mut words = words.iter().skip_while(|word| !is_program(word)).skip(1);
+    let command = words.next()?.as_str();
+    let mut settings = SettingArgs::default();
+    let mut listen = None;
+    let mut joins = false;
+    while let Some(word) = words.next() {
+        let (flag, within) = match word.split_once('=') {
+            Some((flag, value)) if flag.starts_with("--") => (flag, Some(value.to_owned())),
+            _ => (word.as_str(), None),
+        };
+        let mut value = || within.clone().or_else(|| words.next().cloned());
+        match flag {
+            "--config" => settings.config = value().map(Into::into),
+            "--set" => settings.set.extend(value()),
+            "--listen" => listen = value(),
+            "--join" => joins = true,
+            _ => {}
+        }
+    }
+    Some(match command {
+        "up" => Runs::Up(listen.unwrap_or_else(|| GATEWAY.to_owned())),
+        "node" if joins => Runs::Joined,
+        "gateway" => Runs::Role(ConfigRole::Gateway, settings),
+        "scheduler" => Runs::Role(ConfigRole::Scheduler, settings),
+        "node" => Runs::Role(ConfigRole::Node, settings),
+        "enrolment" => Runs::Role(ConfigRole::Enrolment, settings),
+        _ => return None,
+    })
 }
 
 /// What the role's configuration says of one key. What else is wrong with it is the role's own business.
@@ -118,6 +181,25 @@ mod tests {
         assert_eq!(here("[::]:80").unwrap(), "[::1]:80");
         assert_eq!(here("10.0.0.1:80").unwrap(), "10.0.0.1:80");
         assert!(here("10.0.0.1:0").unwrap_err().to_string().contains("port 0"));
+    }
+
+    #[test]
+    fn a_containers_first_process_says_what_to_look_at() {
+        let runs = |line: &str| runs(&line.split(' ').map(str::to_owned).collect::<Vec<_>>());
+        let settings = |config: &str, set: &[&str]| SettingArgs {
+            config: Some(config.into()),
+            set: set.iter().map(|one| (*one).to_owned()).collect(),
+        };
+        let node = Runs::Role(ConfigRole::Node, settings("/n.toml", &["threads=2", "listen=0.0.0.0:1"]));
+        assert_eq!(runs("ashlar node --config /n.toml --set threads=2 --set=listen=0.0.0.0:1"), Some(node));
+        let gateway = Runs::Role(ConfigRole::Gateway, settings("g.toml", &[]));
+        assert_eq!(runs("/sbin/docker-init -- /usr/local/bin/ashlar gateway --config=g.toml"), Some(gateway));
+        assert_eq!(runs("ashlar up --listen 0.0.0.0:9 --stages 2"), Some(Runs::Up("0.0.0.0:9".into())));
+        assert_eq!(runs("ashlar node --join 10.0.0.1:7400 --token x"), Some(Runs::Joined));
+        assert_eq!(
+            (runs("/usr/lib/systemd/systemd"), runs("ashlar plan"), runs("ashlar")),
+            (None, None, None)
+        );
     }
 
     #[test]

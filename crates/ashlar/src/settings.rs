@@ -13,7 +13,7 @@ use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
 /// What configures a role on the command line.
-#[derive(Debug, Default, Clone, Args)]
+#[derive(Debug, Default, Clone, PartialEq, Eq, Args)]
 pub(crate) struct SettingArgs {
     /// The role's configuration file (TOML). Not needed where environment and --set say enough.
     #[arg(long, value_name = "FILE")]
