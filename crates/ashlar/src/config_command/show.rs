@@ -72,7 +72,7 @@ mod tests {
         let text = table(&shown);
         assert_eq!(
             text,
-            "listen = \"0.0.0.0:8080\"      # ASHLAR_GATEWAY__LISTEN\n# blobs                      # default\n\
+            "listen = \"0.0.0.0:8080\"     # ASHLAR_GATEWAY__LISTEN\n# blobs                     # default\n\
              links.shared_memory = true  # node.toml:7\n"
         );
         let read: toml::Table = text.parse().unwrap();
