@@ -127,10 +127,8 @@ impl App {
 
     /// The name of an adapter, or of the model without one.
     pub(crate) fn name_of(&self, adapter: Option<AdapterId>) -> String {
-        let Some(adapter) = adapter else { return self.model_name().to_owned() };
-        let named = self.adapters().into_iter().find(|view| view.adapter == adapter);
-        // A generation that is not served any more, but for who began with it.
-        named.map_or_else(|| format!("{:.16}", adapter.0.hex()), |view| view.name)
+        adapter
+            .map_or_else(|| self.model_name().to_owned(), |adapter| adapter_name(&self.adapters(), adapter))
     }
 
     /// Whether the base model is served under this name.
@@ -223,6 +221,12 @@ impl App {
             }
         }
     }
+}
+
+/// The name that an adapter is served under; of a generation that only those still have who began with it, the digest.
+pub(crate) fn adapter_name(served: &[AdapterView], adapter: AdapterId) -> String {
+    let named = served.iter().find(|view| view.adapter == adapter);
+    named.map_or_else(|| format!("{:.16}", adapter.0.hex()), |view| view.name.clone())
 }
 
 /// What identifies the bits that produced an answer: weights, format, numeric version, adapter.

@@ -1,6 +1,6 @@
 //! What operators look at: the recent past, and requests with their latency receipts.
 
-use crate::app::App;
+use crate::app::{App, adapter_name};
 use crate::live::{Ended, Percentiles, Second, WINDOW};
 use crate::openai::error::ApiError;
 use ashlar_protocol::serving::{ChoiceId, ClusterSnapshot, Receipt, RequestView};
@@ -76,10 +76,7 @@ fn recent(app: &App) -> Vec<Value> {
 }
 
 fn view_json(request: &RequestView, cluster: &ClusterSnapshot, model: &str) -> Value {
-    let adapter = request.adapter.map(|adapter| {
-        let named = cluster.adapters.iter().find(|view| view.adapter == adapter);
-        named.map_or_else(|| format!("{:.16}", adapter.0.hex()), |view| view.name.clone())
-    });
+    let adapter = request.adapter.map(|adapter| adapter_name(&cluster.adapters, adapter));
     json!({
         "id": choice_name(request.id),
         "model": model,

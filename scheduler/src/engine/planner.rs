@@ -28,6 +28,8 @@ const CHUNK_MIN: usize = BLOCK_TOKENS;
 const PIPELINE_CHUNK_MIN: usize = 64;
 /// How far into the queue an admission looks for sequences that belong on this replica.
 const LOOKAHEAD: usize = 64;
+/// Tokens of a prompt that cost as much to compute as a sequence that runs beside it: one row in each of that many steps.
+const RUNNING_AS_TOKENS: usize = 64;
 
 /// Plans one replica's steps.
 pub(super) struct Planner<'a> {
@@ -337,14 +339,15 @@ impl Planner<'_> {
         filling > 0 && 2 * filling * BLOCK_TOKENS >= sequence.len() - hit * BLOCK_TOKENS
     }
 
-    /// Whether a new sequence belongs here: no other replica with room has its adapter where this one has not, or more of it
-    /// cached, or as much and less to do.
+    /// Whether a new sequence belongs here: no other replica with room has its adapter where this one has not, or less to do
+    /// with it. What is cached of it is not to be computed, but a short common beginning does not outweigh many neighbours.
     fn attracts(&self, sequence: &Sequence) -> bool {
         let hittable = self.hittable_blocks(sequence);
         let score = |replica: &Replica| {
-            let cached = PrefixHit::of(&sequence.chain, &replica.pool, hittable).blocks;
+            let cached = PrefixHit::of(&sequence.chain, &replica.pool, hittable).blocks * BLOCK_TOKENS;
             let lacks = !replica.has(sequence.submit.adapter);
-            (lacks, std::cmp::Reverse(cached), replica.running.len(), replica.id)
+            let to_do = sequence.len() - cached + RUNNING_AS_TOKENS * replica.running.len();
+            (lacks, to_do, replica.id)
         };
         let own = score(self.replica);
         let admits = |replica: &&Replica| {
