@@ -1,10 +1,11 @@
 //! What operators want of the cluster: empty a node, use it again, see what that would change; serve other models ([`models`]); look
-//! ([`observe`]).
+//! ([`observe`]); let clients in ([`keys`]).
 
+pub(crate) mod keys;
 pub(crate) mod models;
 pub(crate) mod observe;
 
-use crate::app::App;
+use crate::app::{App, ForCaller};
 use crate::openai::error::ApiError;
 use crate::openai::fields::Fields;
 use crate::openai::respond::{add_warning, read_body};
@@ -13,11 +14,10 @@ use ashlar_protocol::admin::{
 };
 use ashlar_vocabulary::NodeId;
 use axum::Json;
-use axum::extract::{Path, Query, Request, State};
+use axum::extract::{Path, Query, Request};
 use axum::response::{IntoResponse, Response};
 use serde::Deserialize;
 use serde_json::{Value, json};
-use std::sync::Arc;
 
 /// Nodes that a dry run may leave out.
 const PLAN_NODES_MAX: usize = 256;
@@ -32,7 +32,7 @@ pub(crate) struct DrainQuery {
 
 /// `POST /admin/nodes/{node}/drain`: others take its place, then it holds nothing.
 pub(crate) async fn drain(
-    State(app): State<Arc<App>>,
+    ForCaller(app): ForCaller,
     Path(node): Path<String>,
     query: Query<DrainQuery>,
 ) -> Result<Json<Value>, ApiError> {
@@ -41,14 +41,14 @@ pub(crate) async fn drain(
 
 /// `DELETE /admin/nodes/{node}/drain`: it is of use again.
 pub(crate) async fn undrain(
-    State(app): State<Arc<App>>,
+    ForCaller(app): ForCaller,
     Path(node): Path<String>,
 ) -> Result<Json<Value>, ApiError> {
     wish(&app, node, false, false).await
 }
 
 /// `POST /admin/plan`: what would become of the layout `without` these nodes. Changes nothing.
-pub(crate) async fn plan(State(app): State<Arc<App>>, request: Request) -> Result<Response, ApiError> {
+pub(crate) async fn plan(ForCaller(app): ForCaller, request: Request) -> Result<Response, ApiError> {
     let (parts, body) = request.into_parts();
     let body = read_body(&app, &parts.headers, body).await?;
     let mut fields = Fields::parse(&body)?;

@@ -1,6 +1,9 @@
 //! What all handlers share, and the work that must not run on the threads that serve streams.
 
+use crate::access::Caller;
+use crate::audit::Audit;
 use crate::config::GatewayConfig;
+use crate::context::RequestContext;
 use crate::live::Live;
 use crate::metrics::Metrics;
 use crate::models::{self, Deployed};
@@ -9,10 +12,14 @@ use crate::openai::responses::Responses;
 use crate::scheduler_client::SchedulerClient;
 use crate::text::ModelText;
 use crate::tuning::Tuning;
+use ashlar_protocol::access::Quota;
 use ashlar_protocol::admin::AdapterView;
 use ashlar_protocol::serving::ClusterSnapshot;
 use ashlar_vocabulary::{AdapterId, NUMERIC_VERSION};
-use std::sync::Arc;
+use axum::extract::FromRequestParts;
+use axum::http::request::Parts;
+use std::ops::Deref;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tokio::sync::{Semaphore, watch};
 
@@ -43,12 +50,13 @@ pub(crate) struct ServedModel {
 
 /// Shared by all handlers. Immutable but for what its parts synchronise themselves.
 #[derive(Debug)]
-pub(crate) struct App {
+pub(crate) struct Shared {
     pub(crate) config: GatewayConfig,
+    /// Where is written down who has changed what.
+    pub(crate) audit: Arc<Audit>,
     /// Names of the served model; at least one.
     pub(crate) names: Vec<String>,
     pub(crate) text: Arc<ModelText>,
-    pub(crate) scheduler: SchedulerClient,
     pub(crate) metrics: Metrics,
     /// What has happened lately, with all models.
     pub(crate) live: Arc<Live>,
@@ -65,9 +73,43 @@ pub(crate) struct App {
     workers: Arc<Semaphore>,
 }
 
+/// What one caller sees of all that: the same, without what belongs to others. Handlers have no other.
+#[derive(Debug)]
+pub(crate) struct App {
+    shared: Arc<Shared>,
+    /// Asks on the caller's behalf.
+    pub(crate) scheduler: SchedulerClient,
+    /// Who asks.
+    pub(crate) caller: Caller,
+    /// What the scheduler says is left of the caller's limits, once it has.
+    pub(crate) quota: Arc<OnceLock<Quota>>,
+}
+
+impl Deref for App {
+    type Target = Shared;
+
+    fn deref(&self) -> &Shared {
+        &self.shared
+    }
+}
+
+/// Gives a handler what its caller may see.
+pub(crate) struct ForCaller(pub(crate) Arc<App>);
+
+impl FromRequestParts<Arc<App>> for ForCaller {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, app: &Arc<App>) -> Result<ForCaller, ApiError> {
+        let context = parts.extensions.get::<RequestContext>();
+        let context = context.ok_or_else(|| ApiError::internal("nobody knows who asks: please report it"))?;
+        Ok(ForCaller(app.for_caller(context.caller.clone(), context.quota.clone())))
+    }
+}
+
 impl App {
+    /// What this server itself sees: everything.
     pub(crate) fn new(
-        config: GatewayConfig,
+        (config, audit): (GatewayConfig, Audit),
         names: Vec<String>,
         text: Arc<ModelText>,
         scheduler: SchedulerClient,
@@ -78,11 +120,11 @@ impl App {
         let blobs = tuning.as_ref().map(|tuning| tuning.blobs.clone());
         let responses = Responses::new(blobs, config.choices_in_flight_max);
         let workers = std::thread::available_parallelism().map_or(1, usize::from);
-        App {
+        let shared = Shared {
             config,
+            audit: Arc::new(audit),
             names,
             text,
-            scheduler,
             metrics,
             live: Arc::default(),
             phase,
@@ -92,17 +134,18 @@ impl App {
             created: unix_seconds(),
             origin: Instant::now(),
             workers: Arc::new(Semaphore::new(workers)),
-        }
+        };
+        App { shared: Arc::new(shared), scheduler, caller: Caller::anybody(), quota: Arc::default() }
     }
 
     /// What serves a deployed model: the same, but for what is the model's. Files, jobs, adapters and stored responses are this one's.
     pub(crate) fn for_deployed(&self, name: &str, text: Arc<ModelText>, metrics: Metrics) -> App {
         let (_, deployed) = watch::channel(Arc::default());
-        App {
+        let shared = Shared {
             config: self.config.clone(),
+            audit: self.audit.clone(),
             names: vec![name.to_owned()],
             text,
-            scheduler: self.scheduler.of_model(name),
             metrics,
             live: self.live.clone(),
             phase: self.phase.clone(),
@@ -112,7 +155,15 @@ impl App {
             created: unix_seconds(),
             origin: self.origin,
             workers: self.workers.clone(),
-        }
+        };
+        let scheduler = self.scheduler.of_model(name);
+        App { shared: Arc::new(shared), scheduler, caller: Caller::anybody(), quota: Arc::default() }
+    }
+
+    /// As this caller sees it.
+    pub(crate) fn for_caller(&self, caller: Caller, quota: Arc<OnceLock<Quota>>) -> Arc<App> {
+        let scheduler = self.scheduler.of_tenant(caller.tenant());
+        Arc::new(App { shared: self.shared.clone(), scheduler, caller, quota })
     }
 
     /// Time since the start, which transcripts count in.
@@ -127,8 +178,10 @@ impl App {
 
     /// The name of an adapter, or of the model without one.
     pub(crate) fn name_of(&self, adapter: Option<AdapterId>) -> String {
-        adapter
-            .map_or_else(|| self.model_name().to_owned(), |adapter| adapter_name(&self.adapters(), adapter))
+        adapter.map_or_else(
+            || self.model_name().to_owned(),
+            |adapter| adapter_name(&self.all_adapters(), adapter),
+        )
     }
 
     /// Whether the base model is served under this name.
@@ -136,26 +189,41 @@ impl App {
         self.names.iter().any(|own| own == name)
     }
 
-    /// The adapters that are served, as last seen.
-    pub(crate) fn adapters(&self) -> Vec<AdapterView> {
+    /// The adapters that are served, as last seen, whoever's they are.
+    pub(crate) fn all_adapters(&self) -> Vec<AdapterView> {
         self.scheduler.link().cluster.map(|cluster| cluster.adapters.clone()).unwrap_or_default()
+    }
+
+    /// Those of them that the caller may use.
+    pub(crate) fn adapters(&self) -> Vec<AdapterView> {
+        let mut adapters = self.all_adapters();
+        adapters.retain(|adapter| self.caller.may_use(adapter));
+        adapters
     }
 
     /// What a request for `model` is answered with, if that is served. An absent one means the base model.
     pub(crate) fn served(&self, model: Option<&str>) -> Result<ServedModel, ApiError> {
         let base = || ServedModel { name: self.model_name().to_owned(), adapter: None };
-        let Some(model) = model.filter(|model| !self.is_base(model)) else { return Ok(base()) };
+        let may_ask_base = self.caller.may_ask(&self.names);
+        let Some(model) = model.filter(|model| !self.is_base(model) || !may_ask_base) else {
+            return match may_ask_base {
+                true => Ok(base()),
+                false => Err(ApiError::unknown_model(self.model_name(), &self.offered())),
+            };
+        };
         let adapters = self.adapters();
         match adapters.iter().find(|view| view.name == model) {
             Some(view) => Ok(ServedModel { name: view.name.clone(), adapter: Some(view.adapter) }),
             // Who asks for it has been taken for this model's: it was deployed a moment ago.
             None if models::view_of(self, model).is_some() => Err(models::not_served_yet(model, models::NEW)),
-            None => {
-                let adapters = adapters.into_iter().map(|view| view.name);
-                let all = self.names.iter().cloned().chain(adapters).chain(models::names(self));
-                Err(ApiError::unknown_model(model, &all.collect::<Vec<_>>()))
-            }
+            None => Err(ApiError::unknown_model(model, &self.offered())),
         }
+    }
+
+    /// Names of all that the caller may ask.
+    fn offered(&self) -> Vec<String> {
+        let own = self.names.iter().filter(|_| self.caller.may_ask(&self.names)).cloned();
+        own.chain(self.adapters().into_iter().map(|view| view.name)).chain(models::names(self)).collect()
     }
 
     /// Refuses a deployed model where it is of no use.
@@ -176,7 +244,7 @@ impl App {
 
     /// Refuses a model that is not the one that weights are served of.
     pub(crate) fn check_base_model(&self, model: &str) -> Result<(), ApiError> {
-        if self.is_base(model) {
+        if self.is_base(model) && self.caller.may_ask(&self.names) {
             return Ok(());
         }
         self.check_not_deployed(model)?;

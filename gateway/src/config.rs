@@ -77,6 +77,10 @@ pub struct GatewayConfig {
     pub scheduler_patience_ms: u64,
     /// Milliseconds for which a stored response goes on whose client has gone, unless it is in the background. Default 30000.
     pub resume_grace_ms: u64,
+    /// Whether clients must show an API key. Default: where anybody but this machine can reach the gateway.
+    pub keys_required: Option<bool>,
+    /// A file to which a line of JSON is appended for each request that changes something of the cluster. Default: the log alone.
+    pub audit_log: Option<PathBuf>,
     /// Whether a client may set `priority`. Default true.
     pub accept_priority: bool,
 }
@@ -114,6 +118,8 @@ impl Default for GatewayConfig {
             reconnect_ms_max: 200,
             scheduler_patience_ms: 30_000,
             resume_grace_ms: 30_000,
+            keys_required: None,
+            audit_log: None,
             accept_priority: true,
         }
     }
@@ -123,6 +129,11 @@ impl GatewayConfig {
     /// Every key, for files, environment and flags.
     pub fn schema() -> Schema {
         Schema::of::<GatewayConfig>("gateway").requiring("model")
+    }
+
+    /// Whether clients must show an API key.
+    pub fn keys_are_required(&self) -> bool {
+        self.keys_required.unwrap_or(!self.listen.ip().is_loopback())
     }
 
     /// From arrival until a request is failed.

@@ -1,15 +1,18 @@
 //! Who a request is: its id, its trace, and the span under which all of it happens.
 
-use crate::app::App;
+use crate::access::{Caller, authenticate};
+use crate::app::{App, unix_seconds};
 use crate::openai::error::ApiError;
+use crate::router::Routing;
+use ashlar_protocol::access::Quota;
 use ashlar_service_kit::{current_traceparent, set_parent};
 use ashlar_vocabulary::{RequestId, SamplingParams};
 use axum::extract::{Request, State};
-use axum::http::{HeaderName, HeaderValue};
+use axum::http::{HeaderMap, HeaderName, HeaderValue};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use std::any::Any;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use tracing::field::Empty;
 use tracing::{Instrument, Span};
 use uuid::Uuid;
@@ -25,6 +28,10 @@ pub(crate) struct RequestContext {
     pub(crate) id: RequestId,
     pub(crate) traceparent: Option<String>,
     pub(crate) span: Span,
+    /// Who asks.
+    pub(crate) caller: Caller,
+    /// What is left of the caller's limits, once the scheduler has said so.
+    pub(crate) quota: Arc<OnceLock<Quota>>,
 }
 
 impl RequestContext {
@@ -40,8 +47,21 @@ impl RequestContext {
     }
 }
 
-/// Middleware: gives every request a context, and every response its `x-request-id`.
-pub(crate) async fn with_context(State(app): State<Arc<App>>, mut request: Request, next: Next) -> Response {
+/// What the middleware around all routes needs.
+#[derive(Clone)]
+pub(crate) struct Surroundings {
+    pub(crate) app: Arc<App>,
+    /// What each route asks for.
+    pub(crate) routes: Arc<Routing>,
+}
+
+/// Middleware: lets in whoever may, gives every request a context, every response its `x-request-id` and what is left of limits,
+/// and writes down who has changed something.
+pub(crate) async fn with_context(
+    State(Surroundings { app, routes }): State<Surroundings>,
+    mut request: Request,
+    next: Next,
+) -> Response {
     let id = RequestId(Uuid::new_v4().as_u128());
     let name = request.headers().get(&REQUEST_ID).filter(|name| is_plain(name)).cloned();
     let name = name.or_else(|| HeaderValue::from_str(&id.to_string()).ok());
@@ -62,6 +82,7 @@ pub(crate) async fn with_context(State(app): State<Arc<App>>, mut request: Reque
         gen_ai.usage.input_tokens = Empty,
         gen_ai.usage.output_tokens = Empty,
         http.response.status_code = Empty,
+        key = Empty,
     );
     let parent =
         request.headers().get(&TRACEPARENT).and_then(|parent| parent.to_str().ok()).map(str::to_owned);
@@ -70,13 +91,57 @@ pub(crate) async fn with_context(State(app): State<Arc<App>>, mut request: Reque
     }
     // Where no trace is made here, the client's own goes on to the nodes.
     let traceparent = span.in_scope(current_traceparent).or(parent.filter(|parent| is_traceparent(parent)));
-    request.extensions_mut().insert(RequestContext { id, traceparent, span: span.clone() });
-    let mut response = next.run(request).instrument(span.clone()).await;
+    let access = routes.access(&request);
+    let keys = app.scheduler.link().keys;
+    let caller = authenticate(
+        request.headers(),
+        access,
+        keys.as_deref(),
+        app.config.keys_are_required(),
+        unix_seconds(),
+    );
+    let mut response = match caller {
+        Err(refusal) => refusal.into_response(),
+        Ok(caller) => {
+            if let Some(key) = caller.key_id() {
+                span.record("key", tracing::field::display(key));
+            }
+            let quota = Arc::<OnceLock<Quota>>::default();
+            let audited = app.audit.of(access, &request, &caller, id);
+            let context =
+                RequestContext { id, traceparent, span: span.clone(), caller, quota: quota.clone() };
+            request.extensions_mut().insert(context);
+            let mut response = next.run(request).instrument(span.clone()).await;
+            if let Some(quota) = quota.get() {
+                add_limits(response.headers_mut(), quota);
+            }
+            if let Some(audited) = audited {
+                app.audit.write(audited, response.status());
+            }
+            response
+        }
+    };
     span.record("http.response.status_code", response.status().as_u16());
     if let Some(name) = name {
         response.headers_mut().insert(REQUEST_ID, name);
     }
     response
+}
+
+/// OpenAI's headers of limits.
+fn add_limits(headers: &mut HeaderMap, quota: &Quota) {
+    let lines = [("requests", &quota.requests), ("tokens", &quota.tokens)];
+    for (what, line) in lines.into_iter().filter_map(|(what, line)| Some((what, line.as_ref()?))) {
+        let reset = format!("{}ms", line.reset_ms);
+        let values =
+            [("limit", line.limit.to_string()), ("remaining", line.remaining.to_string()), ("reset", reset)];
+        for (name, value) in values {
+            let name = HeaderName::try_from(format!("x-ratelimit-{name}-{what}"));
+            if let (Ok(name), Ok(value)) = (name, HeaderValue::try_from(value)) {
+                headers.insert(name, value);
+            }
+        }
+    }
 }
 
 /// What a handler's panic looks like from outside.

@@ -41,6 +41,14 @@ pub enum GatewayError {
     /// The place of files cannot be used.
     #[error("cannot open `blobs`: {0}")]
     Blobs(#[from] BlobError),
+    /// The audit log cannot be written.
+    #[error("cannot open `audit_log` {}: {source}", path.display())]
+    AuditLog {
+        /// The file.
+        path: PathBuf,
+        /// What the system says.
+        source: io::Error,
+    },
     /// The metrics recorder refused its buckets: a fault in this crate.
     #[error("cannot set up metrics: {0}")]
     Metrics(String),

@@ -1,11 +1,13 @@
 //! One client request in flight: its choices' transcripts, fed by the scheduler, watched by a deadline.
 
+use crate::access::Caller;
 use crate::app::{App, Phase, reached};
 use crate::live::{Ended, Outcome, unix_s};
 use crate::openai::error::ApiError;
 use crate::scheduler_client::{Heard, RequestEvents};
 use crate::text::AnswerDecoder;
 use crate::transcript::{Delta, Effect, End, Transcript, TranscriptEvent, TranscriptSpec};
+use ashlar_protocol::access::Charge;
 use ashlar_protocol::serving::{ChoiceId, ClusterSnapshot, FailureKind, Receipt, RequestFailure, Submit};
 use ashlar_tokenizer::{SpecialTokens, TextStart};
 use ashlar_vocabulary::{AdapterId, ModelDigest, RequestId, SamplingParams, TokenId, TokenLogprobs};
@@ -38,6 +40,8 @@ pub(crate) struct GenerationSpec {
     pub(crate) priority: i32,
     /// Whether it belongs to a stored response: dropping it only stops following it.
     pub(crate) kept: bool,
+    /// Whether it has been let in before: it counts among what its key asks for already.
+    pub(crate) resumed: bool,
     pub(crate) traceparent: Option<String>,
 }
 
@@ -117,6 +121,7 @@ impl Generation {
                     choice_index,
                     cluster.model_digest,
                     app.config.deadline(),
+                    &app.caller,
                 ));
                 let decoder = app.text.decoder(spec.special, spec.start);
                 transcripts.push(Transcript::new(now, spec.transcript(id, prompt), decoder));
@@ -230,6 +235,11 @@ impl Generation {
     }
 
     fn handle(&mut self, choice: usize, event: TranscriptEvent) {
+        if let TranscriptEvent::Quota(quota) = event {
+            // The first word counts: the answer's head tells how it was when the request was let in.
+            let _ = self.app.quota.set(quota);
+            return;
+        }
         let Some(transcript) = self.transcripts.get_mut(choice) else { return };
         let now = self.app.now();
         let (before, last_token_at) = (transcript.delivered().len(), transcript.last_token_at());
@@ -297,11 +307,13 @@ impl Generation {
         let Some(prompt) = self.spec.prompts.get(prompt) else { return };
         let left = self.deadline.saturating_duration_since(Instant::now()).saturating_sub(DEADLINE_SLACK);
         let left = left.max(Duration::from_millis(1));
-        let submit = self.spec.submit(id, prompt, choice_index as u32, self.model_digest, left);
+        let caller = &self.app.caller;
+        let submit = self.spec.submit(id, prompt, choice_index as u32, self.model_digest, left, caller);
+        let charge = submit.charge.map(|charge| Charge { resumed: true, ..charge });
         let transcript = self.transcripts.get(id.choice as usize);
         let forced_logprobs = transcript.map_or(Vec::new(), |known| known.delivered_logprobs().to_vec());
         self.app.metrics.resubmitted();
-        self.events.resubmit(Submit { forced, forced_logprobs, ..submit });
+        self.events.resubmit(Submit { forced, forced_logprobs, charge, ..submit });
     }
 }
 
@@ -337,7 +349,11 @@ impl GenerationSpec {
         choice_index: u32,
         model_digest: ModelDigest,
         deadline: Duration,
+        caller: &Caller,
     ) -> Submit {
+        // What several choices share is paid for once.
+        let requests = u32::from(id.choice == 0);
+        let prompt_tokens = if choice_index == 0 { prompt.tokens.len() as u32 } else { 0 };
         Submit {
             adapter: self.adapter,
             id,
@@ -349,7 +365,8 @@ impl GenerationSpec {
             max_new_tokens: prompt.max_new_tokens,
             stop_tokens: self.stop_tokens.clone(),
             sampling: SamplingParams { choice_index, ..self.sampling.clone() },
-            tenant_salt: 0,
+            tenant_salt: caller.salt(),
+            charge: caller.charge(requests, prompt_tokens, self.resumed),
             priority: self.priority,
             deadline_ms: deadline.as_millis() as u64,
             traceparent: self.traceparent.clone(),

@@ -4,7 +4,7 @@
 //! ids, traces), [`openai`] (the schema: requests, answers, errors), `text` (tokenizer, templates, grammars),
 //! `generation` (a request in flight), [`transcript`] (one choice, pure), [`scheduler_client`] (the connection),
 //! `tuning` (fine-tuning's files: uploads become blobs, a job's files samples),
-//! `import` (adapters, from files to blobs), `models` (those beside the scheduler's own one), `metrics` and `system` (what operators see), `admin` (what they want).
+//! `import` (adapters, from files to blobs), `models` (those beside the scheduler's own one), `metrics` and `system` (what operators see), `admin` (what they want), `access` (who may do what) and `audit` (who has done what).
 //!
 //! **Invariants:** only this crate knows OpenAI's schema; it knows no tensor and no placement. [`transcript`] has no
 //! clock, no I/O and no async, so that the simulation runs exactly it. Bad input never becomes a 500, and never
@@ -12,8 +12,10 @@
 //! and answers are never logged.
 #![forbid(unsafe_code)]
 
+mod access;
 mod admin;
 mod app;
+mod audit;
 mod config;
 mod context;
 mod error;
@@ -33,6 +35,7 @@ mod text;
 pub mod transcript;
 mod tuning;
 
+pub use access::KeyTable;
 pub use config::GatewayConfig;
 pub use error::GatewayError;
 pub use models::ModelFinder;

@@ -78,7 +78,7 @@ pub(crate) async fn of_body(app: Arc<App>, body: &bytes::Bytes) -> Result<Arc<Ap
 }
 
 fn of_name(app: Arc<App>, model: &str) -> Result<Arc<App>, ApiError> {
-    if app.is_base(model) || app.adapters().iter().any(|view| view.name == model) {
+    if app.is_base(model) || app.all_adapters().iter().any(|view| view.name == model) {
         return Ok(app);
     }
     let Some(view) = view_of(&app, model) else { return Ok(app) };
@@ -94,7 +94,9 @@ fn of_name(app: Arc<App>, model: &str) -> Result<Arc<App>, ApiError> {
         None => NEW.to_owned(),
         Some(DeployedModel { text: Text::Loading, .. }) => "its tokenizer is being read".to_owned(),
         Some(DeployedModel { text: Text::Failed(reason, _), .. }) => reason,
-        Some(DeployedModel { text: Text::Ready(app), has_served: true, .. }) => return Ok(app),
+        Some(DeployedModel { text: Text::Ready(serving), has_served: true, .. }) => {
+            return Ok(serving.for_caller(app.caller.clone(), app.quota.clone()));
+        }
         Some(_) => view.problem.unwrap_or_else(|| "no replica of it is ready yet".to_owned()),
     };
     Err(not_served_yet(model, &why))
@@ -110,14 +112,20 @@ pub(crate) fn not_served_yet(model: &str, why: &str) -> ApiError {
 /// A deployed model as the scheduler describes it.
 pub(crate) fn view_of(app: &App, name: &str) -> Option<ModelView> {
     let link = app.scheduler.link();
-    link.models.deployed.iter().find(|view| view.request.name == name).cloned()
+    let mut visible = link.models.deployed.iter().filter(|view| may_ask(app, view));
+    visible.find(|view| view.request.name == name).cloned()
 }
 
 /// Names of the deployed models.
 pub(crate) fn names(app: &App) -> Vec<String> {
     let link = app.scheduler.link();
     let deployed = link.models.deployed.iter().filter(|view| view.status != ModelStatus::Removing);
-    deployed.map(|view| view.request.name.clone()).collect()
+    deployed.filter(|view| may_ask(app, view)).map(|view| view.request.name.clone()).collect()
+}
+
+/// Whether the caller may ask a deployed model.
+pub(crate) fn may_ask(app: &App, view: &ModelView) -> bool {
+    app.caller.may_ask(std::slice::from_ref(&view.request.name))
 }
 
 /// Keeps up with what the scheduler says is deployed, for as long as it is polled.

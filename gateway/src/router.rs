@@ -1,8 +1,9 @@
 //! Which path goes where, and the layers around all of them.
 
+use crate::access::Access;
 use crate::admin;
 use crate::app::App;
-use crate::context::{panic_response, with_context};
+use crate::context::{Surroundings, panic_response, with_context};
 use crate::openai::adapters::{delete_model, load_adapter, roll_back_adapter, unload_adapter};
 use crate::openai::chat::chat_completions;
 use crate::openai::completions::completions;
@@ -15,23 +16,27 @@ use crate::reference::{self as r, Operation};
 use crate::system;
 use axum::Router;
 use axum::extract::DefaultBodyLimit;
+use axum::extract::{MatchedPath, Request};
+use axum::http::Method;
 use axum::http::header::CONTENT_TYPE;
 use axum::middleware::from_fn_with_state;
 use axum::response::IntoResponse;
-use axum::routing::{MethodRouter, get, post};
+use axum::routing::{MethodRouter, delete, get, post};
 use bytes::Bytes;
+use std::collections::HashMap;
 use std::sync::Arc;
 use tower::ServiceBuilder;
 use tower_http::catch_panic::CatchPanicLayer;
 
 /// The whole HTTP surface.
 pub(crate) fn router(app: Arc<App>) -> Router {
+    let Routes { router, operations } = routes();
+    let surroundings = Surroundings { app: app.clone(), routes: Arc::new(Routing::of(&operations)) };
     let layers = ServiceBuilder::new()
-        .layer(from_fn_with_state(app.clone(), with_context))
+        .layer(from_fn_with_state(surroundings, with_context))
         .layer(CatchPanicLayer::custom(panic_response))
         // Bodies are limited where they are read, so that the answer is the envelope.
         .layer(DefaultBodyLimit::disable());
-    let Routes { router, operations } = routes();
     let reference = Bytes::from(r::document(operations.iter().map(|(path, of)| (*path, of))).to_string());
     router
         .route("/openapi.json", get(move || openapi(reference)))
@@ -39,6 +44,33 @@ pub(crate) fn router(app: Arc<App>) -> Router {
         .method_not_allowed_fallback(system::wrong_method)
         .layer(layers)
         .with_state(app)
+}
+
+/// What each route asks of a key.
+pub(crate) struct Routing {
+    access: HashMap<(&'static str, Method), Access>,
+}
+
+impl Routing {
+    fn of(operations: &[(&'static str, Operation)]) -> Routing {
+        let entry = |(path, operation): &(&'static str, Operation)| {
+            ((*path, operation.verb.method()), operation.access)
+        };
+        Routing { access: operations.iter().map(entry).collect() }
+    }
+
+    /// What a request asks for. A path that there is not shows nothing; a method that nobody has described is for those who may do
+    /// everything.
+    pub(crate) fn access(&self, request: &Request) -> Access {
+        let Some(path) = request.extensions().get::<MatchedPath>() else { return Access::Public };
+        let method = match *request.method() {
+            Method::HEAD => Method::GET,
+            ref method => method.clone(),
+        };
+        let described =
+            self.access.iter().find(|((known, verb), _)| *known == path.as_str() && *verb == method);
+        described.map_or(Access::Admin, |(_, access)| *access)
+    }
 }
 
 async fn openapi(reference: Bytes) -> impl IntoResponse {
@@ -126,7 +158,9 @@ fn routes() -> Routes {
             [r::DRAIN_NODE, r::UNDRAIN_NODE],
             post(admin::drain).delete(admin::undrain),
         )
-        .add("/admin/plan", [r::PLAN], post(admin::plan));
+        .add("/admin/plan", [r::PLAN], post(admin::plan))
+        .add("/admin/keys", [r::LIST_KEYS, r::CREATE_KEY], get(admin::keys::list).post(admin::keys::create))
+        .add("/admin/keys/{id}", [r::REVOKE_KEY], delete(admin::keys::revoke));
     let mut routes = cluster
         .add("/health", [r::HEALTH], get(system::health))
         .add("/ready", [r::READY], get(system::ready))

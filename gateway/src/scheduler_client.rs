@@ -23,7 +23,7 @@ use ashlar_protocol::admin::{AdminFailure, AdminReply, AdminRequest, Comparison,
 use ashlar_protocol::responses::ResponseRecord;
 use ashlar_protocol::serving::{ChoiceId, CompareAdapters, FailureKind, PrepareJob, RequestFailure, Submit};
 use ashlar_service_kit::Addresses;
-use ashlar_vocabulary::JobId;
+use ashlar_vocabulary::{JobId, Tenant};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
@@ -40,6 +40,8 @@ pub struct SchedulerClient {
     link: watch::Receiver<Link>,
     permits: Arc<Semaphore>,
     calls: Arc<Semaphore>,
+    /// For whom calls are; `None` sees everything.
+    tenant: Option<Tenant>,
 }
 
 /// Why a call has no answer.
@@ -67,7 +69,7 @@ enum Command {
     Submit { submit: Box<Submit>, events: EventSender, permit: OwnedSemaphorePermit },
     Resubmit(Box<Submit>),
     Cancel(ChoiceId),
-    Call { request: Box<AdminRequest>, answer: CallAnswer },
+    Call { tenant: Option<Tenant>, request: Box<AdminRequest>, answer: CallAnswer },
     Prepared { job: JobId, outcome: Box<Result<PreparedJob, JobError>> },
     Compared { job: JobId, outcome: Box<Result<Comparison, String>> },
 }
@@ -129,7 +131,13 @@ impl SchedulerClient {
         let (publish, link) = watch::channel(Link::connecting(&settings.addresses));
         let permits = Arc::new(Semaphore::new(settings.choices_in_flight_max));
         tokio::spawn(actor::Actor::new(settings, inbox, publish).run());
-        SchedulerClient { commands, link, permits, calls: Arc::new(Semaphore::new(CALLS_MAX)) }
+        let calls = Arc::new(Semaphore::new(CALLS_MAX));
+        SchedulerClient { commands, link, permits, calls, tenant: None }
+    }
+
+    /// A handle for calls on behalf of a tenant, which see nothing of what belongs to others; with `None` they see everything.
+    pub fn of_tenant(&self, tenant: Option<Tenant>) -> SchedulerClient {
+        SchedulerClient { tenant, ..self.clone() }
     }
 
     /// Asks the scheduler for something of administration. A call that has no answer may have been done: ids and expected
@@ -147,7 +155,11 @@ impl SchedulerClient {
         let _permit = self.calls.try_acquire().map_err(|_| CallError::Busy)?;
         let (answer, answered) = oneshot::channel();
         // A send fails only when the actor is gone; the dropped sender then says so.
-        let _ = self.commands.send(Command::Call { request: Box::new(request), answer });
+        let _ = self.commands.send(Command::Call {
+            tenant: self.tenant.clone(),
+            request: Box::new(request),
+            answer,
+        });
         match tokio::time::timeout(timeout, answered).await {
             Ok(Ok(Ok(AdminReply::Refused(failure)))) => Err(CallError::Refused(failure)),
             Ok(Ok(answer)) => answer,

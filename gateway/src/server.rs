@@ -4,6 +4,7 @@ mod connection;
 mod stall;
 
 use crate::app::{App, Phase};
+use crate::audit::Audit;
 use crate::config::GatewayConfig;
 use crate::error::GatewayError;
 use crate::metrics::Metrics;
@@ -72,6 +73,7 @@ impl Gateway {
         })?;
         let address = listener.local_addr().map_err(|source| GatewayError::Listen { address, source })?;
         let text = Arc::new(ModelText::load(model_dir)?);
+        let audit = Audit::open(config.audit_log.as_deref())?;
         let tuning = match &config.blobs {
             Some(address) => Some(Tuning::new(blobs::open(address, &BlobOptions::default()).await?)),
             None => None,
@@ -105,7 +107,8 @@ impl Gateway {
         }
         let (phase, seen) = watch::channel(Phase::Serving);
         let (publish, deployed) = watch::channel(Arc::default());
-        let app = Arc::new(App::new(config, names, text, scheduler, metrics, (seen, deployed), tuning));
+        let app =
+            Arc::new(App::new((config, audit), names, text, scheduler, metrics, (seen, deployed), tuning));
         background.spawn(count_steps(app.clone()));
         background.spawn(take_up(app.clone(), offered));
         background.spawn(async {

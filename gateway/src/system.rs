@@ -1,15 +1,13 @@
 //! Endpoints about the server itself: health, readiness, metrics, the cluster.
 
-use crate::app::{App, Phase};
+use crate::app::{App, ForCaller, Phase};
 use crate::openai::error::ApiError;
 use ashlar_protocol::models::ModelView;
 use ashlar_protocol::serving::ClusterSnapshot;
 use axum::Json;
-use axum::extract::State;
 use axum::http::{Method, StatusCode, Uri, header};
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
-use std::sync::Arc;
 
 /// The process runs.
 pub(crate) async fn health() -> Json<Value> {
@@ -17,7 +15,7 @@ pub(crate) async fn health() -> Json<Value> {
 }
 
 /// A request would be computed now; else 503 with what is missing.
-pub(crate) async fn ready(State(app): State<Arc<App>>) -> Response {
+pub(crate) async fn ready(ForCaller(app): ForCaller) -> Response {
     match readiness(&app) {
         Ok(()) => Json(json!({"status": "ready"})).into_response(),
         Err(problem) => {
@@ -35,7 +33,7 @@ fn readiness(app: &App) -> Result<(), String> {
 }
 
 /// Prometheus' text format.
-pub(crate) async fn metrics(State(app): State<Arc<App>>) -> Response {
+pub(crate) async fn metrics(ForCaller(app): ForCaller) -> Response {
     let link = app.scheduler.link();
     let mut page = app.metrics.render(link.cluster.as_deref());
     let deployed = app.deployed.borrow().clone();
@@ -56,7 +54,7 @@ fn without_requests(snapshot: &ClusterSnapshot) -> ClusterSnapshot {
 }
 
 /// The scheduler's view of the cluster.
-pub(crate) async fn cluster(State(app): State<Arc<App>>) -> Result<Json<Value>, ApiError> {
+pub(crate) async fn cluster(ForCaller(app): ForCaller) -> Result<Json<Value>, ApiError> {
     let link = app.scheduler.link();
     let mut cluster = Value::Null;
     if let Some(snapshot) = link.cluster.as_deref() {

@@ -14,6 +14,7 @@ mod stop;
 
 pub use stop::{Released, StopMatcher};
 
+use ashlar_protocol::access::Quota;
 use ashlar_protocol::serving::{
     ChoiceId, FailureKind, FinishReason, FromScheduler, Receipt, RequestFailure, TokenEvent,
 };
@@ -67,6 +68,8 @@ pub enum TranscriptEvent {
         /// What it took.
         receipt: Receipt,
     },
+    /// What is left of the limits of the key that asks. It changes nothing about the answer.
+    Quota(Quota),
     /// The choice failed, at the scheduler or on the way to it.
     Failed(RequestFailure),
     /// The scheduler was lost, and one has been reached again.
@@ -89,7 +92,9 @@ impl TranscriptEvent {
             }
             FromScheduler::Failed { error, .. } if error.kind == FailureKind::Leaving => None,
             FromScheduler::Failed { id, error } => Some((id, TranscriptEvent::Failed(error))),
+            FromScheduler::Quota { id, quota } => Some((id, TranscriptEvent::Quota(quota))),
             FromScheduler::Cluster(_)
+            | FromScheduler::Keys(_)
             | FromScheduler::Models(_)
             | FromScheduler::Beat
             | FromScheduler::Admin { .. }
@@ -229,6 +234,7 @@ impl<D: TokenDecoder> Transcript<D> {
                 self.describe_prompt(position, logprobs, effects);
             }
             TranscriptEvent::Finished { reason, receipt } => self.finish(reason, receipt, effects),
+            TranscriptEvent::Quota(_) => {}
             TranscriptEvent::Failed(failure) => self.end(End::Failed(failure), effects),
             TranscriptEvent::SchedulerBack => {
                 self.resubmissions += 1;

@@ -17,7 +17,7 @@ use ashlar_protocol::membership::{FromNode, ToNode};
 use ashlar_protocol::responses::ResponseRecord;
 use ashlar_protocol::serving::{AuditCounters, ClusterSnapshot, FromScheduler, ToScheduler};
 use ashlar_protocol::training::TrainingReport;
-use ashlar_vocabulary::{AdapterId, Bytes, JobId, LeaseTerm, NodeId, ReplicaId, RequestId};
+use ashlar_vocabulary::{AdapterId, Bytes, JobId, KeyId, LeaseTerm, NodeId, ReplicaId, RequestId, Tenant};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// What reaches the scheduler.
@@ -45,6 +45,8 @@ pub enum Input {
     StoredResponses(Vec<ResponseRecord>),
     /// An [`Output::PersistResponse`] has been done, or could not be.
     ResponsePersisted(RequestId, Result<(), String>),
+    /// Percent of a replica's KV blocks that each of these keys may hold.
+    KvShares(BTreeMap<KeyId, u8>),
     /// From now on no submission is accepted; what is accepted goes on.
     Drain,
     /// The connections are about to end: jobs let go of what they hold. Gateways take their requests elsewhere.
@@ -196,8 +198,8 @@ impl Director {
                 self.job_event(now, jobs::Event::GatewayUp(gateway));
                 self.response_event(now, responses::Event::GatewayUp(gateway));
             }
-            Input::Gateway(gateway, ToScheduler::Admin { call, request }) => {
-                self.admin(now, gateway, call, request, outputs);
+            Input::Gateway(gateway, ToScheduler::Admin { call, tenant, request }) => {
+                self.admin(now, (gateway, call), tenant, request, outputs);
             }
             Input::Gateway(gateway, ToScheduler::Prepared { job, outcome }) => {
                 self.job_event(now, jobs::Event::Prepared { gateway, job, outcome });
@@ -220,6 +222,7 @@ impl Director {
                 self.job_event(now, jobs::Event::GatewayGone(gateway));
                 self.engine_event(now, engine::Event::GatewayGone { gateway });
             }
+            Input::KvShares(shares) => self.engine_event(now, engine::Event::KvShares(shares)),
             Input::Drain => self.engine_event(now, engine::Event::Drain),
             Input::Jobs(event) => self.job_event(now, *event),
             Input::WallClock(unix_s) => {
@@ -256,6 +259,7 @@ impl Director {
             ClusterSnapshot { adapters: self.adapters.views(), ..self.cluster.snapshot(&self.engine) };
         snapshot.counters.audits = self.audits();
         (snapshot.counters.training_steps, snapshot.counters.trained_tokens) = self.jobs.trained();
+        snapshot.counters.training_loss = self.jobs.training_loss();
         for node in &mut snapshot.nodes {
             if let Some((replica, ..)) = node.place {
                 node.adapters = self.adapters.held(replica);
@@ -265,6 +269,11 @@ impl Director {
             }
         }
         snapshot
+    }
+
+    /// See [`Engine::take_generated`].
+    pub fn take_generated(&mut self) -> BTreeMap<KeyId, u64> {
+        self.engine.take_generated()
     }
 
     /// Whether no choice is in progress.
@@ -305,8 +314,8 @@ impl Director {
     fn admin(
         &mut self,
         now: Millis,
-        gateway: GatewayId,
-        call: u64,
+        (gateway, call): (GatewayId, u64),
+        tenant: Option<Tenant>,
         request: Box<AdminRequest>,
         outputs: &mut Vec<Output>,
     ) {
@@ -322,9 +331,9 @@ impl Director {
                 outputs.push(Output::ToGateway(gateway, Box::new(reply)));
             }
             AdminRequest::Response(wish) => {
-                self.response_event(now, responses::Event::Call { gateway, call, wish });
+                self.response_event(now, responses::Event::Call { gateway, call, tenant, wish });
             }
-            _ => self.admin_of_training(now, gateway, call, request),
+            _ => self.admin_of_training(now, (gateway, call), tenant, request),
         }
     }
 
@@ -352,7 +361,13 @@ impl Director {
     }
 
     /// Files, jobs and adapters.
-    fn admin_of_training(&mut self, now: Millis, gateway: GatewayId, call: u64, request: Box<AdminRequest>) {
+    fn admin_of_training(
+        &mut self,
+        now: Millis,
+        (gateway, call): (GatewayId, u64),
+        tenant: Option<Tenant>,
+        request: Box<AdminRequest>,
+    ) {
         use adapters::Event;
         let caller = Caller::Gateway { gateway, call };
         let event = match *request {
@@ -363,7 +378,7 @@ impl Director {
             AdminRequest::RollBackAdapter { name, to_generation, expected_generation } => {
                 Event::RollBack { caller, name, to_generation, expected_generation }
             }
-            _ => return self.job_event(now, jobs::Event::Admin { gateway, call, request }),
+            _ => return self.job_event(now, jobs::Event::Admin { gateway, call, tenant, request }),
         };
         self.adapter_event(now, event);
     }

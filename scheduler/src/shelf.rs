@@ -54,14 +54,22 @@ impl<Id: Ord + Copy, T> Shelf<Id, T> {
         self.order.iter().filter_map(|(_, id)| Some((*id, self.records.get(id)?)))
     }
 
-    /// At most `limit` records that follow `after`, newest first, and whether there are more; `None` where there is no such
-    /// record to follow.
-    pub(crate) fn page(&self, after: Option<Id>, limit: usize) -> Option<(Vec<&T>, bool)> {
+    /// At most `limit` records out of those that the caller `sees`, which follow `after`, newest first, and whether there are more;
+    /// `None` where it sees no such record to follow.
+    pub(crate) fn page(
+        &self,
+        after: Option<Id>,
+        limit: usize,
+        sees: impl Fn(&T) -> bool,
+    ) -> Option<(Vec<&T>, bool)> {
+        if after.is_some_and(|id| !self.get(id).is_some_and(&sees)) {
+            return None;
+        }
         let rest: Box<dyn Iterator<Item = &(u64, Id)>> = match after {
             Some(id) => Box::new(self.order.range(..((self.came)(self.get(id)?), id)).rev()),
             None => Box::new(self.order.iter().rev()),
         };
-        let mut rest = rest.filter_map(|(_, id)| self.records.get(id));
+        let mut rest = rest.filter_map(|(_, id)| self.records.get(id)).filter(|record| sees(record));
         let page = rest.by_ref().take(limit).collect();
         Some((page, rest.next().is_some()))
     }
@@ -80,12 +88,15 @@ mod tests {
         }
         let ids: Vec<u32> = shelf.oldest_first().map(|(id, _)| id).collect();
         assert_eq!(ids, [5, 1, 3, 4, 2]);
-        assert_eq!(shelf.page(None, 2).unwrap(), (vec![&30, &20], true));
-        assert_eq!(shelf.page(Some(4), 2).unwrap(), (vec![&20, &10], true));
-        assert_eq!(shelf.page(Some(3), 9).unwrap(), (vec![&10, &5], false));
-        assert_eq!(shelf.page(Some(5), 9).unwrap(), (vec![], false));
-        assert!(shelf.page(Some(6), 9).is_none());
+        assert_eq!(shelf.page(None, 2, |_| true).unwrap(), (vec![&30, &20], true));
+        assert_eq!(shelf.page(Some(4), 2, |_| true).unwrap(), (vec![&20, &10], true));
+        assert_eq!(shelf.page(Some(3), 9, |_| true).unwrap(), (vec![&10, &5], false));
+        assert_eq!(shelf.page(Some(5), 9, |_| true).unwrap(), (vec![], false));
+        assert!(shelf.page(Some(6), 9, |_| true).is_none());
+        // Whoever does not see a record cannot follow it either.
+        assert_eq!(shelf.page(None, 2, |came| *came != 20).unwrap(), (vec![&30, &10], true));
+        assert!(shelf.page(Some(4), 9, |came| *came != 20).is_none());
         shelf.remove(4);
-        assert_eq!(shelf.page(Some(2), 1).unwrap(), (vec![&20], true));
+        assert_eq!(shelf.page(Some(2), 1, |_| true).unwrap(), (vec![&20], true));
     }
 }

@@ -53,6 +53,7 @@ fn load(name: &str, adapter: u8) -> LoadAdapter {
         replace: false,
         expected_generation: None,
         hold_back: false,
+        owner: None,
     }
 }
 
@@ -404,6 +405,7 @@ fn a_replica_that_comes_up_loads_what_is_served_and_one_that_goes_is_not_waited_
         adapter: id(1),
         root: "adapters/poet".into(),
         created_at: 7,
+        owner: None,
     };
     test.send(Event::Stored(vec![(
         "poet".into(),

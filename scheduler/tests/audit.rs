@@ -79,6 +79,7 @@ impl World {
             stop_tokens: Vec::new(),
             sampling: SamplingParams::default(),
             tenant_salt: 0,
+            charge: None,
             priority: 0,
             deadline_ms: 0,
             traceparent: None,

@@ -37,6 +37,8 @@ fn record(id: u128, background: bool) -> ResponseRecord {
         background,
         request: blob(1),
         outcome: None,
+        owner: None,
+        key: None,
     }
 }
 
@@ -57,6 +59,7 @@ fn submit(id: u128, forced: &[TokenId]) -> Box<Submit> {
         stop_tokens: Vec::new(),
         sampling: SamplingParams::default(),
         tenant_salt: 0,
+        charge: None,
         priority: 0,
         deadline_ms: 0,
         traceparent: None,
@@ -85,7 +88,7 @@ impl World {
     }
 
     fn call(&mut self, gateway: GatewayId, wish: ResponseCall) -> Vec<Effect> {
-        self.event(Event::Call { gateway, call: 7, wish })
+        self.event(Event::Call { gateway, call: 7, tenant: None, wish })
     }
 
     fn follow(&mut self, gateway: GatewayId, id: u128, forced: &[TokenId]) -> Vec<Effect> {

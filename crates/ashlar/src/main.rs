@@ -2,8 +2,8 @@
 //!
 //! Layout: [`up`] (a small real cluster as supervised children), [`roles`] (gateway, scheduler, node),
 //! configured by [`settings`], which [`config_command`] shows and checks; machines that join ([`enrolment`]), client commands
-//! ([`chat`], [`tune`], [`top`], [`health`], [`doctor`], [`bench`], [`model`], [`drain`], [`drill`], [`replay`]), and what needs no cluster ([`plan`], [`simulate`], [`quantize`], [`synth`]). [`demo`] holds the demo model,
-//! [`http`] a plain HTTP client, [`supervisor`] a child process kept alive, [`processes`] which ones there are, [`network`] networks of their own for
+//! ([`chat`], [`tune`], [`top`], [`health`], [`doctor`], [`bench`], [`model`], [`keys`], [`drain`], [`drill`], [`replay`]), and what needs no cluster ([`plan`], [`simulate`], [`quantize`], [`synth`]). [`demo`] holds the demo model,
+//! [`http`] a plain HTTP client, [`supervisor`] a child process kept alive, [`processes`] which ones there are, [`first_key`] the key that an `up` begins with, [`network`] networks of their own for
 //! them.
 #![forbid(unsafe_code)]
 
@@ -17,8 +17,10 @@ mod drain;
 mod drill;
 mod enrolment;
 mod findings;
+mod first_key;
 mod health;
 mod http;
+mod keys;
 mod model;
 mod network;
 mod plan;
@@ -91,6 +93,8 @@ enum Command {
     Bench(bench::BenchArgs),
     /// Serve several models on one cluster: deploy, scale and remove them.
     Model(model::ModelArgs),
+    /// API keys: make, list, revoke.
+    Keys(keys::KeysArgs),
     /// Watch the cluster in the terminal: requests, latencies, nodes, memory, jobs.
     Top(top::TopArgs),
     /// Say whether a role is well: for health checks of containers.
@@ -127,6 +131,7 @@ fn main() -> ExitCode {
         Command::Simulate(args) => simulate::run(*args),
         Command::Bench(args) => bench::run(args),
         Command::Model(args) => model::run(args),
+        Command::Keys(args) => keys::run(args),
         Command::Top(args) => top::run(args),
         Command::Health(args) => health::run(args),
         Command::Doctor(args) => doctor::run(args),

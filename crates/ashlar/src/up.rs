@@ -7,6 +7,7 @@ use crate::enrolment::{
     self,
     opening::{Identities, Opening, from_here},
 };
+use crate::first_key::FirstKey;
 use crate::http::Client;
 use crate::network::{self, Network};
 use crate::port::ReservedPort;
@@ -19,6 +20,7 @@ use ashlar_gateway::GatewayConfig;
 use ashlar_identity::Role as IdentityRole;
 use ashlar_model::hub;
 use ashlar_scheduler::SchedulerConfig;
+use ashlar_service_kit::config::Secret;
 use ashlar_service_kit::{Addresses, Shutdown, memory};
 use ashlar_shard_node::config::CacheConfig;
 use ashlar_shard_node::{NodeConfig, Pin};
@@ -27,8 +29,10 @@ use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 use serde_json::{Value, json};
-use std::fs::{self, File};
+use std::fs::{self, File, OpenOptions};
+use std::io::Write;
 use std::net::SocketAddr;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use tokio::sync::mpsc;
@@ -62,6 +66,7 @@ const DEFAULT_CONTEXT_MAX: u32 = 8192;
                                                    no role but Redis is there only once
   ashlar up --replicas 3 --audit 0.1%              of a thousand answers one is computed again elsewhere, bit for bit
   ashlar up --join-listen --stages 2 --nodes 1     half of the model here, half on a machine that joins
+  ashlar up --keys                                 only for who has an API key; prints the first one
   ashlar up --separate --nodes 3                   for drills that cut roles off from each other")]
 pub(crate) struct UpArgs {
     /// Model directory or hub id (`org/name`, `org/name@revision`); default: the demo model.
@@ -96,6 +101,9 @@ pub(crate) struct UpArgs {
     /// Where the HTTP API listens.
     #[arg(long, default_value = "127.0.0.1:8080")]
     listen: SocketAddr,
+    /// Let in only who shows an API key; the first one is printed when it is made. Always so where --listen is not this machine alone.
+    #[arg(long)]
+    keys: bool,
     /// Let other machines join: where they connect. Nodes and schedulers then listen beyond this machine, and all that they say
     /// is encrypted and mutual. Schedulers take the ports above this one.
     #[arg(long, value_name = "ADDR", num_args = 0..=1, default_missing_value = "0.0.0.0:7400")]
@@ -226,6 +234,8 @@ struct Cluster {
     schedulers: Vec<Role>,
     nodes: Vec<Role>,
     model_name: String,
+    /// Where clients need one.
+    first_key: Option<FirstKey>,
     state: PathBuf,
     /// Where schedulers listen, for as long as the cluster lives.
     _ports: Vec<[ReservedPort; 2]>,
@@ -348,7 +358,12 @@ impl Cluster {
                 ))
             })
             .transpose()?;
+        let needs_keys = args.keys || listen_clients.iter().any(|listen| !listen.ip().is_loopback());
+        let first_key = needs_keys.then(|| FirstKey::open(state)).transpose()?;
+        scheduler.admin_key = first_key.as_ref().map(|first| Secret(first.key.reveal().to_owned()));
         let gateway = GatewayConfig {
+            keys_required: Some(needs_keys),
+            audit_log: Some(state.join("logs/audit.jsonl")),
             blobs: scheduler.blobs.clone(),
             adapters: Some(fs::canonicalize(&adapters)?),
             model: directory.to_string_lossy().into_owned(),
@@ -433,6 +448,7 @@ impl Cluster {
                 .collect::<Result<_>>()?,
             nodes,
             model_name: served,
+            first_key,
             state: state.to_owned(),
             enrolment,
             _join_port: opening.map(|opening| opening.port),
@@ -455,7 +471,11 @@ impl Cluster {
         }
         let bases: Vec<String> = listen.iter().map(|listen| format!("http://{listen}")).collect();
         let (base, others) = bases.split_first().context("at least one gateway")?;
-        let client = Client::new(base, None)?;
+        let key = self.first_key.as_ref().map(|first| first.key.reveal().to_owned());
+        let client = Client::new(base, key)?;
+        if let Some(first) = &self.first_key {
+            first.announce();
+        }
         let watching = self.watch(&client, (base, others), &mut notices);
         let result = tokio::select! {
             reason = shutdown.requested() => {
@@ -550,7 +570,10 @@ impl Cluster {
             eprintln!("  {name:<10} {place:<42} {}", Bytes(node["reserved"].as_u64().unwrap_or(0)));
         }
         let question = json!({"model": model, "messages": [{"role": "user", "content": "What is 12 + 34?"}]});
-        eprintln!("\n  curl {base}/v1/chat/completions -H 'content-type: application/json' -d '{question}'");
+        let key = self.first_key.as_ref().map_or("", |_| " -H \"authorization: Bearer $OPENAI_API_KEY\"");
+        eprintln!(
+            "\n  curl {base}/v1/chat/completions -H 'content-type: application/json'{key} -d '{question}'"
+        );
         let here = if base.ends_with(":8080") { String::new() } else { format!(" --url {base}") };
         eprintln!("  ashlar chat{here}\n\nCtrl-C drains and stops.");
     }
@@ -601,7 +624,8 @@ impl Writer<'_> {
         fs::create_dir_all(&logs)?;
         let path = configs.join(format!("{name}.toml"));
         let text = toml::to_string(config).with_context(|| format!("configuration of {name}"))?;
-        fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
+        // There may be keys in it.
+        write_private(&path, &text).with_context(|| format!("cannot write {}", path.display()))?;
         let log = logs.join(format!("{name}.log"));
         // Each run starts a fresh log, so that the end of it is about this run.
         File::create(&log)?;
@@ -614,6 +638,16 @@ impl Writer<'_> {
         let network = self.network.and_then(|network| network.namespace(name));
         Ok(Role { name: name.to_owned(), command, config: path, log, silence_max, network })
     }
+}
+
+/// Writes a file that only its owner reads.
+fn write_private(path: &Path, text: &str) -> std::io::Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
+    file.write_all(text.as_bytes())
 }
 
 /// A configuration with the keys that were given as `option key=value`.

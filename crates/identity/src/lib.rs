@@ -1,6 +1,6 @@
 //! Who is who in a cluster, and how its processes speak so that nobody else can listen or take part.
 //!
-//! Layout: [`name`] (roles and names), [`authority`] (the cluster's own certificate authority), [`credentials`] (what a process
+//! Layout: [`api_key`] (what clients show), [`name`] (roles and names), [`authority`] (the cluster's own certificate authority), [`credentials`] (what a process
 //! keeps: its key, its certificate, the authority's), [`token`] and [`ledger`] (what lets a machine enrol, once),
 //! [`request`] (what a machine that enrols signs), [`tls`] (both sides of a handshake), [`transport`] (plain, or encrypted: what
 //! every role uses), [`stream`] (asynchronous connections), [`socket`] (blocking ones, for data between nodes).
@@ -12,6 +12,7 @@
 //! decides only whether tokens and certificates are valid, never a time-out.
 #![forbid(unsafe_code)]
 
+pub mod api_key;
 pub mod authority;
 pub mod credentials;
 pub mod ledger;
@@ -26,6 +27,7 @@ pub mod transport;
 mod files;
 mod records;
 
+pub use api_key::{ApiKey, ApiKeyError, fingerprint};
 pub use authority::Authority;
 pub use credentials::{Credentials, Fingerprint, IdentityError};
 pub use ledger::{Claim, Ledger, LedgerError};

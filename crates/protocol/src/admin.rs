@@ -3,11 +3,12 @@
 //!
 //! Times are seconds since 1970. Lists are newest first. Ids are made by the gateway, so that a call may be sent twice.
 
+use crate::access::{KeyCall, KeyRecord};
 use crate::models::{DeployModel, ModelView, ScaleModel};
 use crate::responses::{ResponseCall, ResponseRecord};
 use crate::training::{ExportedFile, StepMetrics, TrainingSettings};
 use ashlar_vocabulary::{
-    AdapterId, BlobId, Bytes, FileId, JobId, LayerRange, ModelDigest, NodeId, ReplicaId,
+    AdapterId, BlobId, Bytes, FileId, JobId, LayerRange, ModelDigest, NodeId, ReplicaId, Tenant,
 };
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -37,6 +38,8 @@ pub enum AdminRequest {
     ListCheckpoints(JobId, Page<u64>),
     /// Something about a stored response.
     Response(ResponseCall),
+    /// Something about API keys.
+    Key(KeyCall),
     /// Empty a node, or use it again.
     DrainNode(DrainNode),
     /// What would become of the layout without these nodes. Changes nothing.
@@ -173,6 +176,8 @@ pub enum AdminReply {
     Response(ResponseRecord),
     /// A deployed model as it is now.
     Model(Box<ModelView>),
+    /// A key, as it is let in.
+    Key(Box<KeyRecord>),
     /// A layout that could be.
     Plan(Box<PlanView>),
     /// Refused.
@@ -220,6 +225,9 @@ pub struct FileRecord {
     pub created_at: u64,
     /// Where its bytes are.
     pub blob: BlobId,
+    /// Whose it is; `None` is nobody's.
+    #[serde(default)]
+    pub owner: Option<Tenant>,
 }
 
 /// What a client asks for. `None` is for us to choose.
@@ -246,6 +254,20 @@ pub struct JobRequest {
     /// The finished adapter is served only if it is better than what is.
     #[serde(default)]
     pub promote: Option<Promotion>,
+    /// Whose it is, and what comes of it; `None` is nobody's.
+    #[serde(default)]
+    pub owner: Option<Tenant>,
+    /// Minutes for which all jobs of its owner together may train: then it fails, and keeps its checkpoints. `None` is without a limit.
+    #[serde(default)]
+    pub training_minutes_max: Option<u32>,
+}
+
+impl JobRequest {
+    /// The files that it names.
+    pub fn files(&self) -> impl Iterator<Item = FileId> {
+        let evaluation = self.promote.map(|promote| promote.file);
+        [Some(self.training_file), self.validation_file, evaluation].into_iter().flatten()
+    }
 }
 
 /// What decides whether a finished adapter is served.
@@ -349,6 +371,9 @@ pub struct JobRecord {
     pub last: Option<StepMetrics>,
     /// Targets trained so far.
     pub trained_tokens: u64,
+    /// Milliseconds that committed steps took, those included that were repeated.
+    #[serde(default)]
+    pub trained_ms: u64,
     /// Seconds until the end, as it goes now.
     pub remaining_s: Option<u64>,
     /// The fine-tuned model's name, once it is served.
@@ -586,6 +611,8 @@ pub struct LoadAdapter {
     pub expected_generation: Option<u64>,
     /// Store it as a generation of the name, and go on serving what is served. Repeating it changes nothing.
     pub hold_back: bool,
+    /// Whose it is: for others it is not there. `None` is for everybody.
+    pub owner: Option<Tenant>,
 }
 
 /// An adapter that is served, or is kept and can be.
@@ -601,6 +628,9 @@ pub struct AdapterView {
     pub root: String,
     /// When it was loaded.
     pub created_at: u64,
+    /// Whose it is: for others it is not there. `None` is for everybody.
+    #[serde(default)]
+    pub owner: Option<Tenant>,
 }
 
 /// What a gateway that validated a job's files answers.

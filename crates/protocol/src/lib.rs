@@ -1,5 +1,6 @@
 //! Every message between roles, both planes, and how it is framed.
 //!
+//! * [`access`]: gateway ↔ scheduler (API keys and their limits).
 //! * [`admin`]: gateway ↔ scheduler (files, fine-tuning jobs, adapters).
 //! * [`responses`]: gateway ↔ scheduler (responses that outlive their connection).
 //! * [`training`]: scheduler ↔ ranks (fine-tuning: sessions, steps, votes).
@@ -18,6 +19,7 @@
 //! Messages are postcard-encoded behind a version that both sides check first ([`WIRE_VERSION`]).
 #![forbid(unsafe_code)]
 
+pub mod access;
 pub mod admin;
 pub mod data;
 pub mod enrolment;
@@ -33,4 +35,4 @@ pub mod step;
 pub mod training;
 
 /// Version of all messages here. Two processes that differ refuse each other, naming both versions.
-pub const WIRE_VERSION: u32 = 13;
+pub const WIRE_VERSION: u32 = 14;

@@ -3,7 +3,7 @@
 //! A stored response is its request: whoever computes it says the same tokens, and a gateway makes the same events of them. So the
 //! request alone has to be durable before the answer is, and any gateway can take a response up where another has left it.
 
-use ashlar_vocabulary::{BlobId, RequestId};
+use ashlar_vocabulary::{BlobId, KeyId, RequestId, Tenant};
 use serde::{Deserialize, Serialize};
 
 /// What a gateway wants of the records.
@@ -32,6 +32,12 @@ pub struct ResponseRecord {
     pub request: BlobId,
     /// How it ended; `None` while it is in progress.
     pub outcome: Option<ResponseOutcome>,
+    /// Whose it is; `None` is nobody's.
+    #[serde(default)]
+    pub owner: Option<Tenant>,
+    /// On whose account it is computed.
+    #[serde(default)]
+    pub key: Option<KeyId>,
 }
 
 /// How a response ended.

@@ -3,6 +3,7 @@
 //! One TCP connection per gateway. When it ends, the scheduler cancels that gateway's requests, and the gateway submits them
 //! again to whichever scheduler it reaches next, with the tokens that it has delivered.
 
+use crate::access::{Charge, KeyRecord, Quota};
 use crate::admin::{
     AdapterView, AdminReply, AdminRequest, Comparison, FileRecord, JobError, JobRequest, PreparedJob,
     PromotionMetric,
@@ -12,7 +13,7 @@ use crate::responses::ResponseRecord;
 use crate::step::StepTiming;
 use ashlar_vocabulary::{
     AdapterId, BlobId, Bytes, JobId, LayerRange, LeaseTerm, ModelDigest, NodeId, ReplicaId, ReplicaRevision,
-    RequestId, SamplingParams, StageIndex, TensorRank, TokenId, TokenLogprobs,
+    RequestId, SamplingParams, StageIndex, Tenant, TensorRank, TokenId, TokenLogprobs,
 };
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -42,6 +43,8 @@ pub enum ToScheduler {
     Admin {
         /// Names the call on this connection.
         call: u64,
+        /// For whom: what belongs to others is not there. `None` is for whoever may see everything.
+        tenant: Option<Tenant>,
         /// What is wanted.
         request: Box<AdminRequest>,
     },
@@ -93,6 +96,8 @@ pub struct Submit {
     pub sampling: SamplingParams,
     /// Prefix-cache salt of the tenant; equal salts share cached prefixes.
     pub tenant_salt: u64,
+    /// On whose account it is; `None` is on nobody's.
+    pub charge: Option<Charge>,
     /// Lower goes first; 0 is normal.
     pub priority: i32,
     /// Milliseconds from arrival until the request is failed.
@@ -108,6 +113,15 @@ pub enum FromScheduler {
     Cluster(Box<ClusterSnapshot>),
     /// The other models of the cluster: before the first [`Cluster`](Self::Cluster) where there are any, and again on each change.
     Models(Box<ModelsView>),
+    /// All keys that are let in: before the first [`Cluster`](Self::Cluster), and again on each change.
+    Keys(Vec<KeyRecord>),
+    /// What is left of the limits of the key on whose account a choice is: before everything else about it.
+    Quota {
+        /// Which choice.
+        id: ChoiceId,
+        /// What is left.
+        quota: Quota,
+    },
     /// The scheduler lives. Sent at least every [`SCHEDULER_BEAT_MS`], whatever else there is to say.
     Beat,
     /// The answer to a call.
@@ -281,6 +295,10 @@ pub enum FailureKind {
     UnknownModel,
     /// Queues are full (429).
     Overloaded,
+    /// Its key has asked for as much as it may (429).
+    RateLimited,
+    /// Its key is let in no longer (401).
+    UnknownKey,
     /// No replica is up, or it was lost (503).
     Unavailable,
     /// The deadline passed (504).
@@ -451,6 +469,8 @@ pub struct SchedulerCounters {
     pub training_steps: u64,
     /// Tokens that they computed.
     pub trained_tokens: u64,
+    /// Training loss of the step committed last, while a job trains.
+    pub training_loss: Option<f64>,
     /// How audits went.
     pub audits: AuditCounters,
 }

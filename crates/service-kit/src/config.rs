@@ -18,5 +18,5 @@ pub use draft::{Draft, Effective};
 pub use nearest::nearest;
 pub use problem::{ConfigError, Origin, Problem};
 pub use schema::{Found, Key, Kind, Schema};
-pub use secrets::masked;
+pub use secrets::{Secret, masked};
 pub use sources::Sources;

@@ -7,10 +7,11 @@ use crate::process::{Action, Connection, Input, Message, Process, Purpose, Timer
 use crate::random::Random;
 use ashlar_gateway::scheduler_client::Terms;
 use ashlar_gateway::transcript::{Effect, End, TokenDecoder, Transcript, TranscriptEvent, TranscriptSpec};
+use ashlar_protocol::access::Charge;
 use ashlar_protocol::serving::{
     ChoiceId, FailureKind, FinishReason, FromScheduler, SCHEDULER_BEAT_MS, Submit, ToScheduler,
 };
-use ashlar_vocabulary::{AdapterId, ModelDigest, RequestId, SamplingParams, TokenId};
+use ashlar_vocabulary::{AdapterId, KeyId, ModelDigest, RequestId, SamplingParams, TokenId};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
@@ -147,6 +148,13 @@ impl Request {
     /// As it is submitted at `now_us`, when `forced` has been received.
     fn submit(&self, now_us: u64, id: ChoiceId, forced: Vec<TokenId>) -> Message {
         let waited_ms = now_us.saturating_sub(self.arrival_us) / 1_000;
+        // Tenants ask on their own account.
+        let charge = (self.tenant_salt > 0).then_some(Charge {
+            key: KeyId(self.tenant_salt),
+            requests: 1,
+            prompt_tokens: self.prompt.len() as u32,
+            resumed: !forced.is_empty(),
+        });
         let submit = Submit {
             adapter: self.promise.map(|(adapter, _)| adapter),
             id,
@@ -157,6 +165,7 @@ impl Request {
             stop_tokens: self.stop_at(self.stop_token_at).into_iter().collect(),
             sampling: SamplingParams { seed: self.seed, ..SamplingParams::default() },
             tenant_salt: self.tenant_salt,
+            charge,
             priority: self.priority,
             deadline_ms: self.deadline_ms.saturating_sub(waited_ms).max(1),
             forced_logprobs: Vec::new(),

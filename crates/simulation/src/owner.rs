@@ -89,7 +89,7 @@ impl Owner {
                 self.made += 1;
                 self.calls.insert(self.made, index);
                 let request = Box::new(plan.request.clone());
-                let call = ToScheduler::Admin { call: self.made, request };
+                let call = ToScheduler::Admin { call: self.made, tenant: None, request };
                 actions.push(Action::Send(serving, Message::ToScheduler(call)));
             }
             None => actions.push(Action::Wake { after_us: RETRY_US, timer: Timer::Plan(index) }),

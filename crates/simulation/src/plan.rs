@@ -337,6 +337,7 @@ impl Plan {
             max_num_batched_tokens: self.limits.max_num_batched_tokens,
             step_target_ms: self.limits.step_target_ms,
             queue_max: self.limits.queue_max,
+            queue_wait_ms_max: self.limits.deadline_ms,
             deadline_default_ms: self.limits.deadline_ms,
             repair_patience_ms: self.limits.repair_patience_ms,
         }

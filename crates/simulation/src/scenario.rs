@@ -292,6 +292,7 @@ impl Scenario {
             max_num_batched_tokens: self.max_num_batched_tokens,
             step_target_ms: self.step_target_ms,
             queue_max: self.queue_max,
+            queue_wait_ms_max: 30_000,
             deadline_default_ms: 8_000,
             // Longer than any deadline: nobody is refused because something is being repaired.
             repair_patience_ms: 60_000,

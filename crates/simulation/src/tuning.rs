@@ -94,6 +94,7 @@ impl Tuning {
             bytes: 100,
             created_at: 1,
             blob: BlobId([9; 32]),
+            owner: None,
         };
         Tuning {
             jobs: (1..=count).map(|number| job(random, number)).collect(),
@@ -204,6 +205,8 @@ fn job(random: &mut Random, number: u64) -> Job {
             metadata: BTreeMap::new(),
             settings: "{}".into(),
             promote: None,
+            owner: None,
+            training_minutes_max: None,
         },
         digests: weights::undisturbed(seed, steps),
         prepared: PreparedJob { settings, data, evaluation: None },

@@ -3,6 +3,8 @@
 use crate::blob::BlobId;
 use serde::{Deserialize, Serialize};
 use std::fmt;
+use std::num::ParseIntError;
+use std::str::FromStr;
 
 macro_rules! number_id {
     ($(#[$doc:meta])* $name:ident($inner:ty)) => {
@@ -105,6 +107,46 @@ pub struct FileId(pub u128);
 impl fmt::Display for FileId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:032x}", self.0)
+    }
+}
+
+/// Names an API key; it is the part of the key that is no secret.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct KeyId(pub u64);
+
+impl fmt::Display for KeyId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:016x}", self.0)
+    }
+}
+
+impl FromStr for KeyId {
+    type Err = ParseIntError;
+
+    fn from_str(text: &str) -> Result<KeyId, ParseIntError> {
+        u64::from_str_radix(text, 16).map(KeyId)
+    }
+}
+
+/// Whose something is: files, jobs, stored responses and cached prefixes of one are not there for another. Several keys may be of
+/// one tenant.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct Tenant(pub String);
+
+impl Tenant {
+    /// Longest name, in bytes.
+    pub const BYTES_MAX: usize = 64;
+
+    /// Whether a tenant may be called this: letters, digits, `-`, `_` and `.`, at most [`BYTES_MAX`](Self::BYTES_MAX) of them.
+    pub fn is_valid(&self) -> bool {
+        let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
+        (1..=Tenant::BYTES_MAX).contains(&self.0.len()) && self.0.bytes().all(plain)
+    }
+}
+
+impl fmt::Display for Tenant {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(&self.0)
     }
 }
 

@@ -1,6 +1,6 @@
 //! `/admin/models`: which models the cluster serves, and on how many nodes.
 
-use crate::app::App;
+use crate::app::{App, ForCaller};
 use crate::models::view_of;
 use crate::openai::error::ApiError;
 use crate::openai::fields::Fields;
@@ -10,10 +10,9 @@ use ashlar_protocol::models::{DeployModel, ModelStatus, ModelView, ModelsView, S
 use ashlar_protocol::serving::ClusterSnapshot;
 use ashlar_vocabulary::Quantization;
 use axum::Json;
-use axum::extract::{Path, Request, State};
+use axum::extract::{Path, Request};
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
-use std::sync::Arc;
 use std::time::Duration;
 
 /// The scheduler may have to fetch a model from a hub before it can say what it is.
@@ -21,7 +20,7 @@ const DEPLOY_TIMEOUT: Duration = Duration::from_secs(600);
 const COUNT_MAX: i64 = 1024;
 
 /// `GET /admin/models`.
-pub(crate) async fn list(State(app): State<Arc<App>>) -> Result<Json<Value>, ApiError> {
+pub(crate) async fn list(ForCaller(app): ForCaller) -> Result<Json<Value>, ApiError> {
     app.cluster()?;
     let link = app.scheduler.link();
     let own = own_json(&app, &link.models, link.cluster.as_deref());
@@ -32,7 +31,7 @@ pub(crate) async fn list(State(app): State<Arc<App>>) -> Result<Json<Value>, Api
 
 /// `GET /admin/models/{name}`.
 pub(crate) async fn show(
-    State(app): State<Arc<App>>,
+    ForCaller(app): ForCaller,
     Path(name): Path<String>,
 ) -> Result<Json<Value>, ApiError> {
     app.cluster()?;
@@ -44,7 +43,7 @@ pub(crate) async fn show(
 }
 
 /// `POST /admin/models`: one more.
-pub(crate) async fn deploy(State(app): State<Arc<App>>, request: Request) -> Result<Response, ApiError> {
+pub(crate) async fn deploy(ForCaller(app): ForCaller, request: Request) -> Result<Response, ApiError> {
     let mut fields = body(&app, request).await?;
     let wish = deployment(&mut fields)?;
     app.cluster()?;
@@ -58,7 +57,7 @@ pub(crate) async fn deploy(State(app): State<Arc<App>>, request: Request) -> Res
 
 /// `PATCH /admin/models/{name}`: more nodes, or fewer.
 pub(crate) async fn scale(
-    State(app): State<Arc<App>>,
+    ForCaller(app): ForCaller,
     Path(name): Path<String>,
     request: Request,
 ) -> Result<Response, ApiError> {
@@ -77,7 +76,7 @@ pub(crate) async fn scale(
 
 /// `DELETE /admin/models/{name}`: requests in progress end, then its nodes are free.
 pub(crate) async fn remove(
-    State(app): State<Arc<App>>,
+    ForCaller(app): ForCaller,
     Path(name): Path<String>,
 ) -> Result<Json<Value>, ApiError> {
     if app.is_base(&name) {

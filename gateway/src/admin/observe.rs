@@ -1,17 +1,16 @@
 //! What operators look at: the recent past, and requests with their latency receipts.
 
-use crate::app::{App, adapter_name};
+use crate::app::{App, ForCaller, adapter_name};
 use crate::live::{Ended, Percentiles, Second, WINDOW};
 use crate::openai::error::ApiError;
 use ashlar_protocol::serving::{ChoiceId, ClusterSnapshot, Receipt, RequestView};
 use axum::Json;
-use axum::extract::{Path, State};
+use axum::extract::Path;
 use serde_json::{Value, json};
-use std::sync::Arc;
 use std::time::Duration;
 
 /// `GET /admin/live`: latencies of the last minute and throughput by the second, of this gateway.
-pub(crate) async fn live(State(app): State<Arc<App>>) -> Json<Value> {
+pub(crate) async fn live(ForCaller(app): ForCaller) -> Json<Value> {
     let glimpse = app.live.glimpse();
     let second = |second: &Second| {
         json!({
@@ -33,13 +32,13 @@ pub(crate) async fn live(State(app): State<Arc<App>>) -> Json<Value> {
 }
 
 /// `GET /admin/requests`: choices in progress in the whole cluster, and those that ended at this gateway lately.
-pub(crate) async fn requests(State(app): State<Arc<App>>) -> Json<Value> {
+pub(crate) async fn requests(ForCaller(app): ForCaller) -> Json<Value> {
     Json(json!({"in_flight": in_flight(&app), "recent": recent(&app)}))
 }
 
 /// `GET /admin/requests/{id}`: the choices of one request, by the id of its answer or its `x-request-id` (if that was not the client's own).
 pub(crate) async fn request(
-    State(app): State<Arc<App>>,
+    ForCaller(app): ForCaller,
     Path(id): Path<String>,
 ) -> Result<Json<Value>, ApiError> {
     // Or by the name of its answer: `chatcmpl-…`.

@@ -98,6 +98,15 @@ pub(super) fn render(snapshot: &ClusterSnapshot, model_name: &str, deployed: boo
         counters.trained_tokens as f64,
     );
 
+    if let Some(loss) = counters.training_loss {
+        page.plain(
+            "ashlar_training_loss",
+            "gauge",
+            "Mean loss of the latest step of the job that trains, in nats.",
+            loss,
+        );
+    }
+
     let bytes: [NodeSeries; 6] = [
         ("ashlar_node_memory_offered_bytes", "Memory that the node offered.", |n| n.memory.0 as f64),
         ("ashlar_ledger_reserved_bytes", "Memory that the ledger has reserved for serving.", |n| {

@@ -7,15 +7,14 @@ use super::error::ApiError;
 use super::fields::Fields;
 use super::models::model_in;
 use super::respond::{add_warning, read_body};
-use crate::app::{App, unix_seconds};
+use crate::app::{App, ForCaller, unix_seconds};
 use crate::import;
 use ashlar_protocol::admin::{AdminReply, AdminRequest, LoadAdapter};
 use axum::Json;
 use axum::extract::rejection::PathRejection;
-use axum::extract::{Path, Request, State};
+use axum::extract::{Path, Request};
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
-use std::sync::Arc;
 use std::time::Duration;
 
 /// Longest wait for every rank to load an adapter; the scheduler gives up a little earlier.
@@ -23,10 +22,7 @@ const LOAD_TIMEOUT: Duration = Duration::from_secs(310);
 /// Generations count from 1; this many are never reached.
 const GENERATION_MAX: i64 = 1 << 53;
 
-pub(crate) async fn load_adapter(
-    State(app): State<Arc<App>>,
-    request: Request,
-) -> Result<Response, ApiError> {
+pub(crate) async fn load_adapter(ForCaller(app): ForCaller, request: Request) -> Result<Response, ApiError> {
     let mut fields = body(&app, request).await?;
     let name = required(&mut fields, "lora_name")?;
     let path = required(&mut fields, "lora_path")?;
@@ -53,13 +49,14 @@ pub(crate) async fn load_adapter(
         replace,
         expected_generation,
         hold_back: false,
+        owner: None,
     };
     change(&app, AdminRequest::LoadAdapter(load)).await?;
     Ok(answer(format!("Success: LoRA adapter '{name}' added successfully."), &unknown))
 }
 
 pub(crate) async fn unload_adapter(
-    State(app): State<Arc<App>>,
+    ForCaller(app): ForCaller,
     request: Request,
 ) -> Result<Response, ApiError> {
     let mut fields = body(&app, request).await?;
@@ -73,7 +70,7 @@ pub(crate) async fn unload_adapter(
 }
 
 pub(crate) async fn roll_back_adapter(
-    State(app): State<Arc<App>>,
+    ForCaller(app): ForCaller,
     request: Request,
 ) -> Result<Response, ApiError> {
     let mut fields = body(&app, request).await?;
@@ -89,7 +86,7 @@ pub(crate) async fn roll_back_adapter(
 }
 
 pub(crate) async fn delete_model(
-    State(app): State<Arc<App>>,
+    ForCaller(app): ForCaller,
     path: Result<Path<String>, PathRejection>,
 ) -> Result<Json<Value>, ApiError> {
     let id = model_in(path)?;

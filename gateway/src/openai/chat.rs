@@ -10,7 +10,7 @@ use super::logprobs::chat_logprobs;
 use super::respond::{AnswerHead, add_headers, check_min_tokens, finish_reason, read_body, token_budget};
 use super::stream;
 use super::usage::{receipt_json, usage_json};
-use crate::app::{App, ServedModel, unix_seconds};
+use crate::app::{App, ForCaller, ServedModel, unix_seconds};
 use crate::context::RequestContext;
 use crate::generation::{Generation, GenerationSpec, Output, PromptSpec};
 use crate::models;
@@ -21,10 +21,9 @@ use ashlar_tokenizer::{RenderInput, SpecialTokens, TemplateError, TemplateTime, 
 use ashlar_vocabulary::{GrammarSpec, RequestId, TokenId};
 use axum::Extension;
 use axum::Json;
-use axum::extract::{Request, State};
+use axum::extract::Request;
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
-use std::sync::Arc;
 
 /// What the answer's form depends on.
 #[derive(Debug)]
@@ -65,7 +64,7 @@ impl Prepared {
 }
 
 pub(crate) async fn chat_completions(
-    State(app): State<Arc<App>>,
+    ForCaller(app): ForCaller,
     Extension(context): Extension<RequestContext>,
     request: Request,
 ) -> Result<Response, ApiError> {
@@ -108,6 +107,7 @@ pub(crate) async fn chat_completions(
         start: TextStart::Beginning,
         priority: sampling.priority,
         kept: false,
+        resumed: false,
         traceparent: context.traceparent.clone(),
     };
     let generation = Generation::start(&app, &cluster, spec)?;

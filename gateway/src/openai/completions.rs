@@ -7,7 +7,7 @@ use super::error::ApiError;
 use super::respond::{AnswerHead, add_headers, check_min_tokens, finish_reason, read_body, token_budget};
 use super::stream;
 use super::usage::{receipt_json, usage_json};
-use crate::app::App;
+use crate::app::{App, ForCaller};
 use crate::context::RequestContext;
 use crate::generation::{Generation, GenerationSpec, Output, PromptSpec, TokenCounts};
 use crate::models;
@@ -16,11 +16,10 @@ use crate::transcript::{End, OutputToken};
 use ashlar_protocol::serving::FinishReason;
 use ashlar_tokenizer::{SpecialTokens, TextStart};
 use ashlar_vocabulary::TokenLogprobs;
-use axum::extract::{Request, State};
+use axum::extract::Request;
 use axum::response::{IntoResponse, Response};
 use axum::{Extension, Json};
 use serde_json::{Value, json};
-use std::sync::Arc;
 
 /// What the answer's form depends on.
 #[derive(Debug)]
@@ -37,7 +36,7 @@ pub(crate) struct CompletionForm {
 }
 
 pub(crate) async fn completions(
-    State(app): State<Arc<App>>,
+    ForCaller(app): ForCaller,
     Extension(context): Extension<RequestContext>,
     request: Request,
 ) -> Result<Response, ApiError> {
@@ -97,6 +96,7 @@ pub(crate) async fn completions(
         start: TextStart::Continuation,
         priority: sampling.priority,
         kept: false,
+        resumed: false,
         traceparent: context.traceparent.clone(),
     };
     let generation = Generation::start(&app, &cluster, spec)?;

@@ -61,6 +61,16 @@ impl ApiError {
         }
     }
 
+    /// 401: no key that is let in.
+    pub fn unauthorized(message: impl Into<String>, code: Option<&'static str>) -> ApiError {
+        ApiError { code, ..ApiError::new(StatusCode::UNAUTHORIZED, "authentication_error", message) }
+    }
+
+    /// 403: the key is not good for that.
+    pub fn forbidden(message: impl Into<String>) -> ApiError {
+        ApiError::new(StatusCode::FORBIDDEN, "permission_error", message)
+    }
+
     /// 405.
     pub fn method_not_allowed(message: impl Into<String>) -> ApiError {
         ApiError::new(StatusCode::METHOD_NOT_ALLOWED, "invalid_request_error", message)
@@ -133,7 +143,8 @@ impl From<RequestFailure> for ApiError {
                 param: Some("model".to_owned()),
                 ..ApiError::not_found(message, "model_not_found")
             },
-            FailureKind::Overloaded => ApiError {
+            FailureKind::UnknownKey => ApiError::unauthorized(message, Some("invalid_api_key")),
+            FailureKind::Overloaded | FailureKind::RateLimited => ApiError {
                 code: Some("rate_limit_exceeded"),
                 retry_after_s,
                 ..ApiError::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", message)
@@ -187,6 +198,9 @@ impl From<CallError> for ApiError {
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         let mut response = (self.status, Json(self.envelope())).into_response();
+        if self.status == StatusCode::UNAUTHORIZED {
+            response.headers_mut().insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+        }
         if let Some(seconds) = self.retry_after_s {
             response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds));
         }

@@ -1,25 +1,26 @@
 //! `GET /v1/models` and `/v1/models/{id}`: the base model under its names, the adapters on it, and the models beside it.
 
 use super::error::ApiError;
-use crate::app::App;
-use crate::models::view_of;
+use crate::app::{App, ForCaller};
+use crate::models::{may_ask, view_of};
 use ashlar_protocol::admin::AdapterView;
 use ashlar_protocol::models::ModelView;
 use axum::Json;
+use axum::extract::Path;
 use axum::extract::rejection::PathRejection;
-use axum::extract::{Path, State};
 use serde_json::{Value, json};
-use std::sync::Arc;
 
-pub(crate) async fn list_models(State(app): State<Arc<App>>) -> Json<Value> {
-    let mut cards: Vec<Value> = app.names.iter().map(|name| base_card(&app, name)).collect();
+pub(crate) async fn list_models(ForCaller(app): ForCaller) -> Json<Value> {
+    let base = app.names.iter().filter(|_| app.caller.may_ask(&app.names));
+    let mut cards: Vec<Value> = base.map(|name| base_card(&app, name)).collect();
     cards.extend(app.adapters().iter().filter(|view| !app.is_base(&view.name)).map(|view| card(&app, view)));
-    cards.extend(app.scheduler.link().models.deployed.iter().map(deployed_card));
+    let models = app.scheduler.link().models;
+    cards.extend(models.deployed.iter().filter(|view| may_ask(&app, view)).map(deployed_card));
     Json(json!({"object": "list", "data": cards}))
 }
 
 pub(crate) async fn show_model(
-    State(app): State<Arc<App>>,
+    ForCaller(app): ForCaller,
     path: Result<Path<String>, PathRejection>,
 ) -> Result<Json<Value>, ApiError> {
     let id = model_in(path)?;

@@ -19,17 +19,18 @@ mod stored;
 use super::error::ApiError;
 use super::respond::{add_headers, read_body};
 use super::sse;
-use crate::app::{App, unix_seconds};
+use crate::access::Caller;
+use crate::app::{App, ForCaller, unix_seconds};
 use crate::context::RequestContext;
 use crate::scheduler_client::CallError;
 use ashlar_protocol::admin::{AdminReply, AdminRequest};
 use ashlar_protocol::responses::{ResponseCall, ResponseRecord};
 use ashlar_store::blobs::Blobs;
 use ashlar_vocabulary::{BlobId, RequestId};
-use axum::extract::{Path, Query, Request, State};
+use axum::extract::{Path, Query, Request};
 use axum::response::{IntoResponse, Response};
 use axum::{Extension, Json};
-use driver::{Drive, Role, adopt, new_id};
+use driver::{Drive, Role, adopt, new_id, of_record};
 use live::{Ended, Listener, Live};
 use object::status_word;
 use request::{Prepared, StoredRequest};
@@ -77,9 +78,10 @@ impl Responses {
         self.live.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A stored response that is driven here.
-    fn live(&self, id: RequestId) -> Option<Arc<Live>> {
-        self.all().get(&id).filter(|live| live.is_stored).cloned()
+    /// A stored response that is driven here, if the caller may see it.
+    fn live(&self, id: RequestId, caller: &Caller) -> Option<Arc<Live>> {
+        let visible = |live: &&Arc<Live>| live.stored_for.as_ref().is_some_and(|owner| caller.sees(owner));
+        self.all().get(&id).filter(visible).cloned()
     }
 
     /// The response, which is new to this gateway or not.
@@ -125,7 +127,7 @@ fn not_found(name: &str) -> ApiError {
 
 /// `POST /v1/responses`.
 pub(crate) async fn create(
-    State(app): State<Arc<App>>,
+    ForCaller(app): ForCaller,
     Extension(context): Extension<RequestContext>,
     request: Request,
 ) -> Result<Response, ApiError> {
@@ -148,7 +150,8 @@ pub(crate) async fn create(
     let in_progress = prepared.object.in_progress();
     let request = announce(&app, &prepared).await?;
     let (traceparent, role) = (context.traceparent.clone(), Role::Owner);
-    let drive = Drive { app: app.clone(), prepared, role, request, computed_as: id, traceparent };
+    let drive =
+        Drive { app: app.clone(), prepared, role, request, computed_as: id, is_known: false, traceparent };
     let mut listener = drive.start(0)?;
     let mut response = match (stream, background) {
         (true, background) => {
@@ -200,7 +203,8 @@ async fn announce(app: &App, prepared: &Prepared) -> Result<Option<BlobId>, ApiE
     let request = stored::write_request(app, &prepared.stored).await?;
     let (id, created_at) = (prepared.stored.id, prepared.stored.created_at);
     let background = prepared.background;
-    let record = ResponseRecord { id, created_at, background, request, outcome: None };
+    let (owner, key) = (app.caller.owner(), app.caller.key_id());
+    let record = ResponseRecord { id, created_at, background, request, outcome: None, owner, key };
     let put = AdminRequest::Response(ResponseCall::Put(record));
     let told = call_patiently(app, put).await;
     told.map(|_| Some(request))
@@ -232,7 +236,7 @@ async fn record(app: &App, id: RequestId) -> Result<ResponseRecord, ApiError> {
 
 /// `GET /v1/responses/{id}`.
 pub(crate) async fn show(
-    State(app): State<Arc<App>>,
+    ForCaller(app): ForCaller,
     Path(name): Path<String>,
     Query(query): Query<HashMap<String, String>>,
 ) -> Result<Response, ApiError> {
@@ -266,7 +270,7 @@ pub(crate) async fn show(
 
 /// The response as it is now.
 async fn object_now(app: &Arc<App>, id: RequestId) -> Result<Value, ApiError> {
-    if let Some(live) = app.responses.live(id) {
+    if let Some(live) = app.responses.live(id, &app.caller) {
         let ended = timeout(Duration::ZERO, live.listen(0).ended()).await.ok().flatten();
         return Ok(match ended {
             Some(Ended::With(object) | Ended::Failed(_, object)) => (*object).clone(),
@@ -286,7 +290,7 @@ async fn object_now(app: &Arc<App>, id: RequestId) -> Result<Value, ApiError> {
 
 /// Sends the events from number `next` on: those that there are, and those to come.
 async fn follow(app: &Arc<App>, id: RequestId, next: usize) -> Result<Response, ApiError> {
-    if let Some(live) = app.responses.live(id) {
+    if let Some(live) = app.responses.live(id, &app.caller) {
         return Ok(stream_of(app, live.listen(next)));
     }
     let record = record(app, id).await?;
@@ -301,7 +305,15 @@ async fn follow(app: &Arc<App>, id: RequestId, next: usize) -> Result<Response, 
     }
     let prepared = stored::prepared(app, &record).await?;
     let (request, role) = (Some(record.request), Role::Follower);
-    let drive = Drive { app: app.clone(), prepared, role, request, computed_as: id, traceparent: None };
+    let drive = Drive {
+        app: of_record(app, &record),
+        prepared,
+        role,
+        request,
+        computed_as: id,
+        is_known: true,
+        traceparent: None,
+    };
     Ok(stream_of(app, drive.start(next)?))
 }
 
@@ -318,7 +330,7 @@ fn stream_of(app: &App, listener: Listener) -> Response {
 
 /// `DELETE /v1/responses/{id}`.
 pub(crate) async fn delete(
-    State(app): State<Arc<App>>,
+    ForCaller(app): ForCaller,
     Path(name): Path<String>,
 ) -> Result<Json<Value>, ApiError> {
     let id = id_of(&name)?;
@@ -329,7 +341,7 @@ pub(crate) async fn delete(
 
 /// `POST /v1/responses/{id}/cancel`.
 pub(crate) async fn cancel(
-    State(app): State<Arc<App>>,
+    ForCaller(app): ForCaller,
     Path(name): Path<String>,
 ) -> Result<Json<Value>, ApiError> {
     let id = id_of(&name)?;
@@ -341,7 +353,7 @@ pub(crate) async fn cancel(
     }
     if record.outcome.is_none() {
         app.scheduler.call(AdminRequest::Response(ResponseCall::Cancel(id))).await?;
-        if let Some(live) = app.responses.live(id) {
+        if let Some(live) = app.responses.live(id, &app.caller) {
             let _ = timeout(LAST_WORDS, live.listen(0).ended()).await;
         }
     }
@@ -350,7 +362,7 @@ pub(crate) async fn cancel(
 
 /// `GET /v1/responses/{id}/input_items`.
 pub(crate) async fn input_items(
-    State(app): State<Arc<App>>,
+    ForCaller(app): ForCaller,
     Path(name): Path<String>,
     Query(query): Query<HashMap<String, String>>,
 ) -> Result<Json<Value>, ApiError> {

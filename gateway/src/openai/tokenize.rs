@@ -7,16 +7,16 @@ use super::error::ApiError;
 use super::fields::Fields;
 use super::respond::{add_warning, read_body};
 use super::sampling::token_id;
-use crate::app::{App, unix_seconds};
+use crate::app::{App, ForCaller, unix_seconds};
 use crate::models;
 use ashlar_vocabulary::TokenId;
 use axum::Json;
-use axum::extract::{Request, State};
+use axum::extract::Request;
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
 use std::sync::Arc;
 
-pub(crate) async fn tokenize(State(app): State<Arc<App>>, request: Request) -> Result<Response, ApiError> {
+pub(crate) async fn tokenize(ForCaller(app): ForCaller, request: Request) -> Result<Response, ApiError> {
     answer(app, request, |app, fields| {
         let max_model_len = app.scheduler.link().cluster.map(|cluster| cluster.max_context_tokens);
         let tokens = tokens_of(app, fields)?;
@@ -34,7 +34,7 @@ pub(crate) async fn tokenize(State(app): State<Arc<App>>, request: Request) -> R
     .await
 }
 
-pub(crate) async fn detokenize(State(app): State<Arc<App>>, request: Request) -> Result<Response, ApiError> {
+pub(crate) async fn detokenize(ForCaller(app): ForCaller, request: Request) -> Result<Response, ApiError> {
     answer(app, request, |app, fields| {
         let tokens = fields.array("tokens")?.ok_or_else(|| fields.required("tokens"))?;
         let tokens = tokens

@@ -1,6 +1,8 @@
 //! The cluster: to look at, and to steer.
 
-use super::{Answer, Body, Kind, Operation, Parameter, delete, field, get, in_path, in_query, post};
+use super::{
+    Answer, Body, Kind, Operation, Parameter, delete, field, get, in_path, in_query, post, required,
+};
 
 const SUBJECT: &str = "Cluster";
 const NODE: &[Parameter] = &[in_path("node", "The node's name.")];
@@ -53,3 +55,68 @@ pub(crate) const PLAN: Operation = post(
         "stages": [{"layers": {"start": 0, "end": 2}, "ranks": [{"node": "node-2", "memory_bytes": 107413248}]}]}]}"#),
 )
 .details("Changes nothing.");
+
+const KEY: &str = r#"{"id": "0123456789abcdef", "object": "key", "name": "notebooks", "tenant": "research", "scopes": ["inference"],
+    "models": null, "adapters": null, "requests_per_minute": 60, "tokens_per_minute": null, "concurrency": null,
+    "kv_share_percent": null, "training_minutes": null, "share_prefix_cache": false, "created_at": 1764000000, "expires_at": null,
+    "configured": false}"#;
+pub(crate) const LIST_KEYS: Operation = get(
+    SUBJECT,
+    "API keys, without their secrets",
+    Answer::Json(r#"{"object": "list", "data": [], "required": true}"#),
+);
+pub(crate) const CREATE_KEY: Operation = post(
+    SUBJECT,
+    "Make an API key, which is shown this once",
+    Body::Json(&[&[
+        required("name", Kind::Text, "What people call it."),
+        field(
+            "tenant",
+            Kind::Text,
+            "Whose it is: files, jobs, stored responses and cached prefixes are a tenant's. By default its own.",
+        ),
+        field(
+            "scopes",
+            Kind::List(&Kind::OneOf(&["inference", "training", "admin", "metrics"])),
+            "What it is good for. By default inference alone.",
+        ),
+        field("models", Kind::List(&Kind::Text), "The base models that it may ask. By default all."),
+        field(
+            "adapters",
+            Kind::List(&Kind::Text),
+            "The adapters that it may use besides its tenant's own. By default all that are nobody's.",
+        ),
+        field("requests_per_minute", LIMIT, "So many at once, which come back evenly."),
+        field(
+            "tokens_per_minute",
+            LIMIT,
+            "Of prompts and answers. What an answer takes beyond it is owed by the next request.",
+        ),
+        field("concurrency", LIMIT, "Choices in progress at once."),
+        field(
+            "kv_share_percent",
+            Kind::Integer(1, 100),
+            "Share of a replica's KV cache that its sequences may hold.",
+        ),
+        field("training_minutes", LIMIT, "Minutes for which the tenant's jobs may train in all."),
+        field(
+            "share_prefix_cache",
+            Kind::Bool,
+            "Whether it finds prefixes that others have computed who share theirs too.",
+        ),
+        field(
+            "expires_in_s",
+            Kind::Integer(1, 3_162_240_000),
+            "Seconds until it is good for nothing. By default never.",
+        ),
+    ]]),
+    Answer::Json(KEY),
+);
+const LIMIT: Kind = Kind::Integer(1, u32::MAX as i64);
+pub(crate) const REVOKE_KEY: Operation = delete(
+    SUBJECT,
+    "Let a key in no longer",
+    Answer::Json(r#"{"id": "0123456789abcdef", "object": "key", "deleted": true}"#),
+)
+.parameters(&[in_path("id", "The key's id.")])
+.details("Every gateway knows within a second. Answers that have begun go on.");

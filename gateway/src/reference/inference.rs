@@ -1,6 +1,7 @@
 //! Chat, completions, responses, tokens.
 
 use super::{Answer, Body, Field, Kind, Operation, delete, field, get, in_path, in_query, post, required};
+use crate::access::Access;
 
 const SUBJECT: &str = "Inference";
 const TOKENS_MAX: i64 = u32::MAX as i64;
@@ -215,7 +216,8 @@ pub(crate) const CREATE_CHAT: Operation = post(
         "choices": [{"index": 0, "message": {"role": "assistant", "content": "46"}, "finish_reason": "stop", "logprobs": null}],
         "usage": {"prompt_tokens": 18, "completion_tokens": 3, "total_tokens": 21, "prompt_tokens_details": {"cached_tokens": 0}}}"#),
 )
-.details("OpenAI's chat completions, with vLLM's additions. Fields that nobody knows are named in the header `x-ashlar-warning`.");
+.details("OpenAI's chat completions, with vLLM's additions. Fields that nobody knows are named in the header `x-ashlar-warning`.")
+.access(Access::Inference);
 
 pub(crate) const CREATE_COMPLETION: Operation = post(
     SUBJECT,
@@ -226,7 +228,8 @@ pub(crate) const CREATE_COMPLETION: Operation = post(
         "choices": [{"index": 0, "text": "46", "finish_reason": "stop", "logprobs": null}],
         "usage": {"prompt_tokens": 8, "completion_tokens": 3, "total_tokens": 11}}"#,
     ),
-);
+)
+.access(Access::Inference);
 
 const RESPONSE_EXAMPLE: &str = r#"{"id": "resp_…", "object": "response", "status": "completed", "model": "ashlar-demo",
     "output": [{"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "46", "annotations": []}]}]}"#;
@@ -238,32 +241,42 @@ pub(crate) const CREATE_RESPONSE: Operation = post(
     Body::Json(&[RESPONSE, SAMPLING, TOOLS, DELIVERY]),
     Answer::JsonOrEvents(RESPONSE_EXAMPLE),
 )
-.details("OpenAI's responses. A stored one goes on at any gateway when the one that took it dies.");
+.details("OpenAI's responses. A stored one goes on at any gateway when the one that took it dies.")
+.access(Access::Inference);
 
 pub(crate) const SHOW_RESPONSE: Operation =
-    get(SUBJECT, "A stored response", Answer::JsonOrEvents(RESPONSE_EXAMPLE)).parameters(&[
-        in_path("id", "The response: `resp_…`."),
-        in_query("stream", Kind::Bool, "As server-sent events."),
-        in_query("starting_after", Kind::Integer(0, i64::MAX), "Only events after this `sequence_number`."),
-    ]);
+    get(SUBJECT, "A stored response", Answer::JsonOrEvents(RESPONSE_EXAMPLE))
+        .parameters(&[
+            in_path("id", "The response: `resp_…`."),
+            in_query("stream", Kind::Bool, "As server-sent events."),
+            in_query(
+                "starting_after",
+                Kind::Integer(0, i64::MAX),
+                "Only events after this `sequence_number`.",
+            ),
+        ])
+        .access(Access::Inference);
 
 pub(crate) const DELETE_RESPONSE: Operation = delete(
     SUBJECT,
     "Forget a stored response",
     Answer::Json(r#"{"id": "resp_…", "object": "response", "deleted": true}"#),
 )
-.parameters(RESPONSE_ID);
+.parameters(RESPONSE_ID)
+.access(Access::Inference);
 
 pub(crate) const CANCEL_RESPONSE: Operation =
     post(SUBJECT, "Stop a response in the background", Body::None, Answer::Json(RESPONSE_EXAMPLE))
-        .parameters(RESPONSE_ID);
+        .parameters(RESPONSE_ID)
+        .access(Access::Inference);
 
 pub(crate) const RESPONSE_INPUT: Operation = get(
     SUBJECT,
     "The input of a stored response",
     Answer::Json(r#"{"object": "list", "data": [], "has_more": false}"#),
 )
-.parameters(RESPONSE_ID);
+.parameters(RESPONSE_ID)
+.access(Access::Inference);
 
 pub(crate) const REPLAY_RESPONSE: Operation = post(
     SUBJECT,
@@ -272,7 +285,8 @@ pub(crate) const REPLAY_RESPONSE: Operation = post(
     Answer::Json(r#"{"id": "resp_…", "same": true}"#),
 )
 .parameters(RESPONSE_ID)
-.details("And compare it with what was answered, byte by byte, whatever the layout is now.");
+.details("And compare it with what was answered, byte by byte, whatever the layout is now.")
+.access(Access::Inference);
 
 pub(crate) const TOKENIZE: Operation = post(
     SUBJECT,
@@ -287,7 +301,8 @@ pub(crate) const TOKENIZE: Operation = post(
         field("chat_template_kwargs", Kind::Map, "More variables for the model's chat template."),
     ]]),
     Answer::Json(r#"{"count": 3, "max_model_len": 512, "tokens": [87, 104, 97]}"#),
-);
+)
+.access(Access::Inference);
 
 pub(crate) const DETOKENIZE: Operation = post(
     SUBJECT,
@@ -297,4 +312,5 @@ pub(crate) const DETOKENIZE: Operation = post(
         required("tokens", Kind::List(&Kind::Integer(0, TOKENS_MAX)), "Token ids."),
     ]]),
     Answer::Json(r#"{"prompt": "Wha"}"#),
-);
+)
+.access(Access::Inference);

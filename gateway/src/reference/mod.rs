@@ -12,6 +12,9 @@ mod tuning;
 
 pub(crate) use openapi::document;
 
+use crate::access::Access;
+use axum::http::Method;
+
 pub(crate) use admin::*;
 pub(crate) use inference::*;
 pub(crate) use models::*;
@@ -22,6 +25,8 @@ pub(crate) use tuning::*;
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Operation {
     pub(crate) verb: Verb,
+    /// What it asks of a key.
+    pub(crate) access: Access,
     /// What it is about: the heading that it stands under.
     pub(crate) subject: &'static str,
     /// In a few words.
@@ -44,6 +49,15 @@ pub(crate) enum Verb {
 }
 
 impl Verb {
+    pub(crate) fn method(self) -> Method {
+        match self {
+            Verb::Get => Method::GET,
+            Verb::Post => Method::POST,
+            Verb::Patch => Method::PATCH,
+            Verb::Delete => Method::DELETE,
+        }
+    }
+
     /// As OpenAPI writes it.
     pub(crate) fn name(self) -> &'static str {
         match self {
@@ -145,7 +159,18 @@ pub(crate) const fn in_query(name: &'static str, kind: Kind, about: &'static str
 
 /// An operation that reads.
 pub(crate) const fn get(subject: &'static str, summary: &'static str, answer: Answer) -> Operation {
-    Operation { verb: Verb::Get, subject, summary, details: "", parameters: &[], body: Body::None, answer }
+    // Whatever says nothing else is for those who may do everything.
+    let access = Access::Admin;
+    Operation {
+        verb: Verb::Get,
+        access,
+        subject,
+        summary,
+        details: "",
+        parameters: &[],
+        body: Body::None,
+        answer,
+    }
 }
 
 /// An operation that does something.
@@ -164,6 +189,10 @@ pub(crate) const fn delete(subject: &'static str, summary: &'static str, answer:
 }
 
 impl Operation {
+    pub(crate) const fn access(self, access: Access) -> Operation {
+        Operation { access, ..self }
+    }
+
     pub(crate) const fn details(self, details: &'static str) -> Operation {
         Operation { details, ..self }
     }

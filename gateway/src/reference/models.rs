@@ -3,6 +3,7 @@
 use super::{
     Answer, Body, Field, Kind, Operation, Parameter, Verb, delete, field, get, in_path, post, required,
 };
+use crate::access::Access;
 
 const SUBJECT: &str = "Models and adapters";
 const COUNT: Kind = Kind::Integer(1, 1024);
@@ -19,19 +20,22 @@ pub(crate) const LIST_MODELS: Operation = get(
     Answer::Json(
         r#"{"object": "list", "data": [{"id": "ashlar-demo", "object": "model", "created": 1764000000, "owned_by": "ashlar"}]}"#,
     ),
-);
+)
+.access(Access::AnyKey);
 pub(crate) const SHOW_MODEL: Operation = get(
     SUBJECT,
     "A model or adapter",
     Answer::Json(r#"{"id": "ashlar-demo", "object": "model", "owned_by": "ashlar"}"#),
 )
-.parameters(&[in_path("id", "Its name.")]);
+.parameters(&[in_path("id", "Its name.")])
+.access(Access::AnyKey);
 pub(crate) const DELETE_MODEL: Operation = delete(
     SUBJECT,
     "Serve an adapter no longer",
     Answer::Json(r#"{"id": "ft:…", "object": "model", "deleted": true}"#),
 )
-.parameters(&[in_path("id", "The adapter's name.")]);
+.parameters(&[in_path("id", "The adapter's name.")])
+.access(Access::Training);
 pub(crate) const LOAD_ADAPTER: Operation = post(
     SUBJECT,
     "Serve an adapter from a directory",

@@ -1,6 +1,7 @@
 //! The reference as an OpenAPI 3.1 document.
 
 use super::{Answer, Body, Field, Kind, Operation, Parameter, Place};
+use crate::access::Access;
 use serde_json::{Map, Value, json};
 
 /// The document of these operations, each with its path.
@@ -21,7 +22,14 @@ pub(crate) fn document<'a>(operations: impl Iterator<Item = (&'a str, &'a Operat
                 clients work unchanged.",
         },
         "paths": paths,
-        "components": {"schemas": {"Error": error_schema()}},
+        "components": {
+            "schemas": {"Error": error_schema()},
+            "securitySchemes": {"key": {
+                "type": "http",
+                "scheme": "bearer",
+                "description": "An API key, where the server asks for one.",
+            }},
+        },
     })
 }
 
@@ -37,6 +45,14 @@ fn operation_json(operation: &Operation) -> Value {
             },
         },
     });
+    let scopes = operation.access.scopes();
+    value["security"] = match operation.access {
+        Access::Public => json!([]),
+        _ => json!([{"key": []}]),
+    };
+    if !scopes.is_empty() {
+        value["x-scopes"] = scopes.iter().map(|scope| scope.name()).collect();
+    }
     if !operation.details.is_empty() {
         value["description"] = operation.details.into();
     }

@@ -3,6 +3,7 @@
 use super::{
     Answer, Body, Field, Kind, Operation, Parameter, delete, field, get, in_path, in_query, post, required,
 };
+use crate::access::Access;
 
 const FILES: &str = "Files";
 const SUBJECT: &str = "Fine-tuning";
@@ -172,32 +173,46 @@ pub(crate) const UPLOAD_FILE: Operation = post(
     ]),
     Answer::Json(FILE),
 )
-.details("Every line is read when a job begins; the job's report names the lines that are wrong.");
+.details("Every line is read when a job begins; the job's report names the lines that are wrong.")
+.access(Access::Training);
 pub(crate) const LIST_FILES: Operation =
     get(FILES, "Uploaded files", Answer::Json(r#"{"object": "list", "data": [], "has_more": false}"#))
-        .parameters(&[AFTER, LIMIT, ORDER]);
-pub(crate) const SHOW_FILE: Operation = get(FILES, "A file's record", Answer::Json(FILE)).parameters(FILE_ID);
+        .parameters(&[AFTER, LIMIT, ORDER])
+        .access(Access::Training);
+pub(crate) const SHOW_FILE: Operation =
+    get(FILES, "A file's record", Answer::Json(FILE)).parameters(FILE_ID).access(Access::Training);
 pub(crate) const DELETE_FILE: Operation =
     delete(FILES, "Forget a file", Answer::Json(r#"{"id": "file-…", "object": "file", "deleted": true}"#))
-        .parameters(FILE_ID);
+        .parameters(FILE_ID)
+        .access(Access::Training);
 pub(crate) const FILE_CONTENT: Operation = get(FILES, "A file's bytes", Answer::Bytes)
     .parameters(FILE_ID)
-    .details("Also of result files, as `results.csv`.");
+    .details("Also of result files, as `results.csv`.")
+    .access(Access::Training);
 
-pub(crate) const CREATE_JOB: Operation =
-    post(SUBJECT, "Begin a job", Body::Json(&[JOB_FIELDS]), Answer::Json(JOB)).details(
-        "It trains on the shards that serve, beside live traffic, and is served as `ft:…` when it is done.",
-    );
+pub(crate) const CREATE_JOB: Operation = post(
+    SUBJECT,
+    "Begin a job",
+    Body::Json(&[JOB_FIELDS]),
+    Answer::Json(JOB),
+)
+.details("It trains on the shards that serve, beside live traffic, and is served as `ft:…` when it is done.")
+.access(Access::Training);
 pub(crate) const LIST_JOBS: Operation =
     get(SUBJECT, "Jobs", Answer::Json(r#"{"object": "list", "data": [], "has_more": false}"#))
-        .parameters(&[AFTER, LIMIT]);
-pub(crate) const SHOW_JOB: Operation = get(SUBJECT, "A job", Answer::Json(JOB)).parameters(JOB_ID);
-pub(crate) const CANCEL_JOB: Operation =
-    post(SUBJECT, "Stop a job for good", Body::None, Answer::Json(JOB)).parameters(JOB_ID);
+        .parameters(&[AFTER, LIMIT])
+        .access(Access::Training);
+pub(crate) const SHOW_JOB: Operation =
+    get(SUBJECT, "A job", Answer::Json(JOB)).parameters(JOB_ID).access(Access::Training);
+pub(crate) const CANCEL_JOB: Operation = post(SUBJECT, "Stop a job for good", Body::None, Answer::Json(JOB))
+    .parameters(JOB_ID)
+    .access(Access::Training);
 pub(crate) const PAUSE_JOB: Operation =
-    post(SUBJECT, "Pause a job", Body::None, Answer::Json(JOB)).parameters(JOB_ID);
+    post(SUBJECT, "Pause a job", Body::None, Answer::Json(JOB)).parameters(JOB_ID).access(Access::Training);
 pub(crate) const RESUME_JOB: Operation =
-    post(SUBJECT, "Go on with a paused job", Body::None, Answer::Json(JOB)).parameters(JOB_ID);
+    post(SUBJECT, "Go on with a paused job", Body::None, Answer::Json(JOB))
+        .parameters(JOB_ID)
+        .access(Access::Training);
 pub(crate) const JOB_EVENTS: Operation = get(
     SUBJECT,
     "What has happened to a job",
@@ -209,12 +224,15 @@ pub(crate) const JOB_EVENTS: Operation = get(
     AFTER,
     LIMIT,
     in_query("stream", Kind::Bool, "As server-sent events, from the oldest on, until the job ends."),
-]);
+])
+.access(Access::Training);
 pub(crate) const JOB_CHECKPOINTS: Operation =
     get(SUBJECT, "A job's checkpoints", Answer::Json(r#"{"object": "list", "data": [], "has_more": false}"#))
-        .parameters(JOB_PAGE);
+        .parameters(JOB_PAGE)
+        .access(Access::Training);
 pub(crate) const JOB_ADAPTER: Operation = get(SUBJECT, "A file of the trained adapter", Answer::Bytes)
     .parameters(&[
         in_path("id", "The job: `ftjob-…`."),
         in_path("file", "`adapter_config.json` or `adapter_model.safetensors`, as PEFT reads them."),
-    ]);
+    ])
+    .access(Access::Training);

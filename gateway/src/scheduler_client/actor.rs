@@ -1,6 +1,7 @@
 //! The actor: connect, relay, and when the connection ends connect again. What is in flight stays in flight.
 
 use super::{CallAnswer, CallError, Command, EventSender, Link, SchedulerClientSettings, Terms};
+use crate::access::KeyTable;
 use crate::transcript::TranscriptEvent;
 use ashlar_identity::stream::{ReadHalf, Stream, WriteHalf};
 use ashlar_identity::{Role, Transport};
@@ -229,12 +230,12 @@ impl Actor {
                 Some(_) => connection.post(ToScheduler::Cancel(id)),
                 None => Ok(()),
             },
-            Command::Call { request, answer } => {
+            Command::Call { tenant, request, answer } => {
                 // Those that nobody waits for any more go with the next one.
                 self.calls.retain(|_, waiting| !waiting.is_closed());
                 self.last_call += 1;
                 self.calls.insert(self.last_call, answer);
-                connection.post(ToScheduler::Admin { call: self.last_call, request })
+                connection.post(ToScheduler::Admin { call: self.last_call, tenant, request })
             }
             Command::Prepared { job, outcome } => connection.post(ToScheduler::Prepared { job, outcome }),
             Command::Compared { job, outcome } => connection.post(ToScheduler::Compared { job, outcome }),
@@ -273,6 +274,11 @@ impl Actor {
             FromScheduler::Cluster(snapshot) => self.cluster(*snapshot),
             FromScheduler::Models(models) => {
                 self.models(Arc::new(*models));
+                Ok(())
+            }
+            FromScheduler::Keys(keys) => {
+                let keys = Some(Arc::new(KeyTable::new(keys)));
+                self.publish.send_modify(|link| link.keys = keys);
                 Ok(())
             }
             FromScheduler::Admin { call, reply } => {

@@ -1,5 +1,6 @@
 //! What the gateway knows of the scheduler and the cluster behind it.
 
+use crate::access::KeyTable;
 use ashlar_protocol::models::ModelsView;
 use ashlar_protocol::serving::ClusterSnapshot;
 use ashlar_service_kit::Addresses;
@@ -14,6 +15,8 @@ pub struct Link {
     pub cluster: Option<Arc<ClusterSnapshot>>,
     /// The models beside the scheduler's own one, as last told.
     pub models: Arc<ModelsView>,
+    /// The keys that are let in, as last told; `None` before that.
+    pub keys: Option<Arc<KeyTable>>,
     /// Why the connection does not stand.
     pub problem: String,
     /// Counts the connections that have stood: with each new one, what was submitted before has to be submitted again.
@@ -29,6 +32,7 @@ impl Link {
             connected: false,
             cluster: None,
             models: Arc::default(),
+            keys: None,
             problem: format!("connecting to the scheduler at {addresses}"),
             epoch: 0,
             given_up: false,

@@ -248,6 +248,8 @@ impl Comparer {
                 }
                 FailureKind::Invalid
                 | FailureKind::UnknownModel
+                | FailureKind::RateLimited
+                | FailureKind::UnknownKey
                 | FailureKind::Internal
                 | FailureKind::Suspect => {
                     return Err(failure.message);
@@ -267,6 +269,7 @@ impl Comparer {
             stop_tokens: wanted.stop_tokens.clone(),
             sampling: wanted.sampling.clone(),
             tenant_salt: 0,
+            charge: None,
             priority: PRIORITY,
             deadline_ms: self.deadline_ms,
             forced_logprobs: Vec::new(),

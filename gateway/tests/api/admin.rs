@@ -1,5 +1,6 @@
 //! Files and jobs of a scheduler, in memory.
 
+use ashlar_protocol::access::{KeyCall, KeyRecord};
 use ashlar_protocol::admin::{
     AdminFailure, AdminFailureKind, AdminReply, AdminRequest, Checkpoint, Comparison, FileRecord, JobAction,
     JobError, JobEvent, JobEventKind, JobRecord, JobRequest, JobStatus, Page, PreparedJob,
@@ -17,6 +18,8 @@ pub(crate) struct Admin {
     pub(crate) prepared: Vec<(JobId, Result<PreparedJob, JobError>)>,
     /// Answers to what was to be compared.
     pub(crate) compared: Vec<(JobId, Result<Comparison, String>)>,
+    /// Keys that are let in.
+    pub(crate) keys: Vec<KeyRecord>,
     /// The next call is refused so.
     pub(crate) refuse: Option<AdminFailure>,
 }
@@ -27,6 +30,14 @@ impl Admin {
             return AdminReply::Refused(failure);
         }
         match request {
+            AdminRequest::Key(KeyCall::Create(record)) => {
+                self.keys.push((*record).clone());
+                AdminReply::Key(record)
+            }
+            AdminRequest::Key(KeyCall::Revoke(id)) => {
+                let at = self.keys.iter().position(|key| key.id == id);
+                at.map_or_else(not_found, |at| AdminReply::Key(Box::new(self.keys.remove(at))))
+            }
             AdminRequest::PutFile(file) => {
                 self.files.push(file);
                 AdminReply::Done
@@ -143,6 +154,7 @@ fn new_job(request: JobRequest) -> JobRecord {
         steps_since_shards: 0,
         last: None,
         trained_tokens: 0,
+        trained_ms: 0,
         remaining_s: None,
         fine_tuned_model: None,
         adapter: None,

@@ -1,6 +1,7 @@
 //! The gateway over HTTP, against a scheduler that answers as each test says, over the real protocol.
 #![allow(clippy::unwrap_used)]
 
+mod access;
 mod admin;
 mod chat;
 mod client;

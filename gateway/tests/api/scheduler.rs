@@ -2,6 +2,7 @@
 
 use crate::admin::Admin;
 use crate::world::EOS;
+use ashlar_protocol::access::{KeyRecord, Quota};
 use ashlar_protocol::admin::{AdminReply, AdminRequest};
 use ashlar_protocol::frame;
 use ashlar_protocol::models::ModelsView;
@@ -12,7 +13,7 @@ use ashlar_protocol::serving::{
 use ashlar_protocol::step::StepTiming;
 use ashlar_protocol::training::TrainingTiming;
 use ashlar_vocabulary::{
-    Bytes, JobId, LayerRange, LeaseTerm, ModelDigest, NodeId, ReplicaId, ReplicaRevision, StageIndex,
+    Bytes, JobId, LayerRange, LeaseTerm, ModelDigest, NodeId, ReplicaId, ReplicaRevision, StageIndex, Tenant,
     TensorRank, TokenId, TokenLogprob, TokenLogprobs,
 };
 use std::net::SocketAddr;
@@ -38,6 +39,8 @@ pub(crate) enum Action {
     Gate,
     /// Let other tasks run.
     Yield,
+    /// What is left of limits.
+    Quota(Quota),
     /// Tokens for ever.
     Flood(TokenId),
     Finish(FinishReason),
@@ -84,6 +87,8 @@ pub(crate) struct Seen {
     pub(crate) submits: Vec<Submit>,
     pub(crate) cancels: Vec<ChoiceId>,
     pub(crate) refusals: Vec<LeaseTerm>,
+    /// For whom administrative calls were, in order.
+    pub(crate) tenants: Vec<Option<Tenant>>,
 }
 
 type Scripts = Arc<dyn Fn(&Submit) -> Script + Send + Sync>;
@@ -172,6 +177,20 @@ impl FakeScheduler {
         }
     }
 
+    /// Tells every gateway, now and later, which keys are let in.
+    pub(crate) async fn tell_keys(&self, keys: Vec<KeyRecord>) {
+        self.admin(|admin| admin.keys = keys.clone());
+        let gateways = self.state.gateways.lock().unwrap().clone();
+        for gateway in gateways {
+            let _ = gateway.send(Out::say(FromScheduler::Keys(keys.clone()))).await;
+        }
+    }
+
+    /// For whom administrative calls were, in order.
+    pub(crate) fn tenants(&self) -> Vec<Option<Tenant>> {
+        self.state.seen.lock().unwrap().tenants.clone()
+    }
+
     /// Asks every gateway to compare an adapter with what is served.
     pub(crate) async fn compare(&self, asked: &CompareAdapters) {
         let gateways = self.state.gateways.lock().unwrap().clone();
@@ -214,6 +233,8 @@ async fn serve(mut socket: TcpStream, state: Arc<State>) {
         }
     });
     state.gateways.lock().unwrap().push(sender.clone());
+    let keys = state.admin.lock().unwrap().keys.clone();
+    let _ = sender.send(Out::say(FromScheduler::Keys(keys))).await;
     let snapshots = sender.clone();
     let mut cluster = state.cluster.subscribe();
     let watcher = tokio::spawn(async move {
@@ -244,13 +265,19 @@ async fn serve(mut socket: TcpStream, state: Arc<State>) {
                     let submit_id = state.seen.lock().unwrap().submits.last().unwrap().id;
                     running.push((submit_id, plays.spawn(play)));
                 }
-                ToScheduler::Admin { call, request } => {
+                ToScheduler::Admin { call, tenant, request } => {
+                    state.seen.lock().unwrap().tenants.push(tenant);
                     let created = match &*request {
                         AdminRequest::CreateJob(request) => Some(request.id),
                         _ => None,
                     };
                     let reply = Box::new(state.admin.lock().unwrap().call(*request));
                     let prepare = created.filter(|_| matches!(*reply, AdminReply::Job(_)));
+                    let keys = matches!(*reply, AdminReply::Key(_))
+                        .then(|| state.admin.lock().unwrap().keys.clone());
+                    if let Some(keys) = keys {
+                        let _ = sender.send(Out::say(FromScheduler::Keys(keys))).await;
+                    }
                     let _ = sender.send(Out::say(FromScheduler::Admin { call, reply })).await;
                     if let Some(job) = prepare {
                         let prepare = Box::new(state.admin.lock().unwrap().prepare(job));
@@ -344,6 +371,7 @@ async fn play(submit: Submit, script: Script, sender: mpsc::Sender<Out>, mut gat
                 };
                 FromScheduler::Finished { id, reason, receipt }
             }
+            Action::Quota(quota) => FromScheduler::Quota { id, quota },
             Action::Fail(kind, message) => {
                 let error = RequestFailure { kind, message: message.into(), retry_after_ms: Some(2_500) };
                 FromScheduler::Failed { id, error }

@@ -180,7 +180,8 @@ impl Adapters {
         users: &dyn Users,
         effects: &mut Vec<Effect>,
     ) -> Result<(), AdminFailure> {
-        let LoadAdapter { name, adapter, root, created_at, replace, expected_generation, hold_back } = load;
+        let LoadAdapter { name, adapter, root, created_at, replace, expected_generation, hold_back, owner } =
+            load;
         let printable = name.bytes().all(|byte| byte.is_ascii_graphic());
         if name.is_empty() || name.len() > NAME_BYTES_MAX || !printable {
             let message = format!(
@@ -193,6 +194,10 @@ impl Adapters {
         }
         self.check_change(&name, expected_generation)?;
         let mut record = self.names.get(&name).cloned().unwrap_or_default();
+        if record.generations.last().is_some_and(|view| view.owner != owner) {
+            let message = format!("another one's adapter is called `{name}`: choose another name");
+            return Err(refused(AdminFailureKind::Conflict, message));
+        }
         let known = record.generations.iter().rfind(|view| view.adapter == adapter);
         if let Some(known) = known.filter(|_| hold_back) {
             effects.push(Effect::Reply(caller, AdminReply::Adapter(known.clone())));
@@ -210,7 +215,7 @@ impl Adapters {
             return Err(refused(AdminFailureKind::Full, message));
         }
         let generation = last.unwrap_or(0) + 1;
-        let view = AdapterView { name: name.clone(), generation, adapter, root, created_at };
+        let view = AdapterView { name: name.clone(), generation, adapter, root, created_at, owner };
         record.push(view.clone(), hold_back);
         if hold_back {
             let phase = Phase::Storing;
@@ -266,7 +271,7 @@ impl Adapters {
             record.held_back.remove(&to_generation);
             return self.publish(now, caller, record, view, users, effects);
         }
-        let AdapterView { name, generation: _, adapter, root, created_at } = view.clone();
+        let AdapterView { name, generation: _, adapter, root, created_at, owner } = view.clone();
         let load = LoadAdapter {
             name,
             adapter,
@@ -275,6 +280,7 @@ impl Adapters {
             replace: true,
             expected_generation,
             hold_back: false,
+            owner,
         };
         self.load(now, caller, load, users, effects)
     }

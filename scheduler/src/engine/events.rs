@@ -6,9 +6,9 @@ use ashlar_protocol::prefix::BlockHash;
 use ashlar_protocol::serving::{ChoiceId, FromScheduler, Submit};
 use ashlar_protocol::step::{StageRange, StepPlan, StepResult, StepTiming};
 use ashlar_vocabulary::{
-    AdapterId, BlockId, LeaseTerm, ModelDigest, ReplicaId, ReplicaRevision, StageIndex, StepId,
+    AdapterId, BlockId, KeyId, LeaseTerm, ModelDigest, ReplicaId, ReplicaRevision, StageIndex, StepId,
 };
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 /// Names one connection of a gateway; never reused.
@@ -49,6 +49,8 @@ pub struct EngineConfig {
     pub step_target_ms: u64,
     /// Most sequences waiting; more are refused as overloaded.
     pub queue_max: usize,
+    /// New sequences that would wait longer than this for a place are refused as overloaded, in milliseconds.
+    pub queue_wait_ms_max: u64,
     /// Deadline of submissions that name none, in milliseconds.
     pub deadline_default_ms: u64,
     /// How long requests that have not begun wait for a replica when none is up, in milliseconds; afterwards they are refused.
@@ -77,6 +79,8 @@ pub enum Event {
         /// From where on digests of logits are wanted.
         logits_from: u32,
     },
+    /// Percent of a replica's KV blocks that each of these keys may hold.
+    KvShares(BTreeMap<KeyId, u8>),
     /// A gateway cancels a choice.
     Cancel {
         /// Only the gateway that submitted it may.

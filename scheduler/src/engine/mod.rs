@@ -1,7 +1,7 @@
 //! Continuous batching as a pure function of events.
 //!
 //! Layout: [`events`] (what goes in and out), [`block_pool`] and [`prefix_cache`] (KV blocks and what is in them),
-//! [`sequence`] (one continuation and its state), [`queue`] (who waits), [`budget`] (how long a step takes), [`replica`]
+//! `admission` (who is let in), [`sequence`] (one continuation and its state), [`queue`] (who waits), [`budget`] (how long a step takes), [`replica`]
 //! (blocks and steps of one replica), `planner` (what the next step computes), `results` (what comes back).
 //!
 //! **Invariants:** no tokio, clock, randomness, I/O or randomly seeded map: equal events give equal effects. A sequence
@@ -9,6 +9,7 @@
 //! is cancelled; the loss of a replica ends none. Ranks execute steps strictly in order; therefore a block that an ended or preempted sequence gave back
 //! may be written by the very next step, and a block may be hit by the steps after the one that fills it.
 
+mod admission;
 pub mod block_pool;
 pub mod budget;
 pub mod events;
@@ -26,12 +27,11 @@ pub use prefix_cache::BLOCK_TOKENS;
 use crate::adapters::{Usage, Users};
 use crate::audit::{self, AuditId};
 use crate::time::Millis;
-use ashlar_protocol::serving::{
-    ChoiceId, FailureKind, FromScheduler, RequestFailure, RequestView, SchedulerCounters, Submit,
-};
-use ashlar_vocabulary::{AdapterId, ReplicaId, SequenceId};
+use admission::ENDS_MEASURED;
+use ashlar_protocol::serving::{ChoiceId, FailureKind, RequestView, SchedulerCounters};
+use ashlar_vocabulary::{AdapterId, KeyId, ReplicaId, SequenceId};
 use planner::Planner;
-use queue::{Enqueued, Order, Queue};
+use queue::Queue;
 use replica::Replica;
 use sequence::{Audited, CRASHES_MAX, Sequence, State};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -43,8 +43,6 @@ const REMEMBERED: usize = 1024;
 const STUCK_STEP_MS: u64 = 5_000;
 /// See [`STUCK_STEP_MS`].
 const STUCK_STEP_FACTOR: f64 = 16.0;
-/// When to try again after a replica was lost, in milliseconds.
-const RETRY_UNAVAILABLE_MS: u64 = 2_000;
 
 /// The engine: sequences, replicas, and the queue between them.
 #[derive(Debug, Clone)]
@@ -67,9 +65,14 @@ pub struct Engine {
     down_since: Option<Millis>,
     draining: bool,
     counters: SchedulerCounters,
-    /// Smoothed time between two ends, for `Retry-After`.
-    end_interval_ms: f64,
-    last_end: Millis,
+    /// When the latest sequences ended while others waited: how fast places become free.
+    ends: VecDeque<Millis>,
+    /// Of the latest event.
+    now: Millis,
+    /// Percent of the KV blocks that keys may hold, where not all.
+    kv_shares: BTreeMap<KeyId, u8>,
+    /// Tokens generated on the account of keys, which nobody has asked for yet.
+    generated: BTreeMap<KeyId, u64>,
     /// Replicas to which something has happened since they were planned.
     touched: Touched,
     /// Audited sequences that were taken out before they were complete; to be told.
@@ -102,8 +105,10 @@ impl Engine {
             down_since: None,
             draining: false,
             counters: SchedulerCounters::default(),
-            end_interval_ms: 1_000.0,
-            last_end: Millis(0),
+            ends: VecDeque::new(),
+            now: Millis(0),
+            kv_shares: BTreeMap::new(),
+            generated: BTreeMap::new(),
             touched: Touched::All,
             audits_ended: Vec::new(),
         }
@@ -118,6 +123,7 @@ impl Engine {
     /// Applies one event without planning, so that several that arrived together share a step. [`plan`](Self::plan) must
     /// follow.
     pub fn apply(&mut self, now: Millis, event: Event, effects: &mut Vec<Effect>) {
+        self.now = now;
         match (&event, &mut self.touched) {
             (
                 Event::StepResult { replica, .. } | Event::StepDone { replica, .. },
@@ -137,7 +143,10 @@ impl Engine {
                     self.begin_audit(id, None, effects);
                 }
             }
-            Event::Repeat { audit, replica, submit, logits_from } => {
+            Event::KvShares(shares) => self.kv_shares = shares,
+            Event::Repeat { audit, replica, mut submit, logits_from } => {
+                // On nobody's account.
+                submit.charge = None;
                 let audited = Audited { logits_from, only_on: Some(replica) };
                 let up = self.replicas.contains_key(&replica);
                 let id = up.then(|| self.submit(now, GatewayId::AUDITOR, submit, Some(audited), effects));
@@ -219,6 +228,7 @@ impl Engine {
                 sequences: &mut self.sequences,
                 queue: &mut self.queue,
                 counters: &mut self.counters,
+                kv_shares: &self.kv_shares,
                 wants: Vec::new(),
             };
             while let Some(plan) = planner.next_step() {
@@ -230,175 +240,20 @@ impl Engine {
         }
     }
 
-    /// Takes a choice in; its sequence, if it is new and was not refused.
-    fn submit(
-        &mut self,
-        now: Millis,
-        gateway: GatewayId,
-        submit: Box<Submit>,
-        audit: Option<Audited>,
-        effects: &mut Vec<Effect>,
-    ) -> Option<SequenceId> {
-        let choice = submit.id;
-        // Whoever keeps choices knows which have ended, and has one computed again only where it wants that.
-        if gateway != GatewayId::KEPT && self.ended.contains(&(gateway, choice)) {
-            return None;
-        }
-        if let Some(&known) = self.by_choice.get(&choice) {
-            if self.sequences.get(&known).is_some_and(|sequence| sequence.gateway == gateway) {
-                return None;
-            }
-            // The gateway came back on another connection before the old one was seen to end.
-            self.remove(known);
-        }
-        if let Err(error) = self.check_submit(now, &submit) {
-            effects.push(Effect::ToGateway { gateway, message: FromScheduler::Failed { id: choice, error } });
-            return None;
-        }
-        self.last_sequence += 1;
-        let id = SequenceId(self.last_sequence);
-        let order = Order { priority: submit.priority, arrival: self.last_sequence };
-        let patience =
-            if submit.deadline_ms == 0 { self.config.deadline_default_ms } else { submit.deadline_ms };
-        let deadline = now.plus(patience);
-        match self.queue.push_new(order, id) {
-            Enqueued::Waiting => {}
-            Enqueued::Displaced(other) => {
-                let message = "the queue is full and more urgent requests arrived: try again later";
-                self.fail(now, other, FailureKind::Overloaded, message.to_owned(), effects);
-            }
-            Enqueued::Full => {
-                let waiting = self.queue.len();
-                let message = format!("{waiting} requests are waiting already: try again later");
-                let error = self.failure(FailureKind::Overloaded, message);
-                effects.push(Effect::ToGateway {
-                    gateway,
-                    message: FromScheduler::Failed { id: choice, error },
-                });
-                return None;
-            }
-        }
-        let digest = &self.config.model_digest;
-        let sequence = Sequence::new(id, gateway, submit, order, (now, deadline), digest);
-        let sequence = Sequence { audit, ..sequence };
-        let nothing_wanted = sequence.submit.max_new_tokens == 0 && sequence.submit.sampling.prompt_logprobs;
-        self.sequences.insert(id, sequence);
-        self.by_choice.insert(choice, id);
-        self.deadlines.insert((deadline, id));
-        // A replay may be complete already.
-        if let Some(reason) = self.end_reason(id, false).filter(|_| !nothing_wanted) {
-            self.finish(now, id, reason, effects);
-            return None;
-        }
-        Some(id)
-    }
-
     fn begin_audit(&self, id: SequenceId, repeats: Option<AuditId>, effects: &mut Vec<Effect>) {
         if self.sequences.get(&id).is_some_and(|sequence| sequence.audit.is_some()) {
             effects.push(Effect::Audit(audit::Event::Begun { sequence: id, repeats }));
         }
     }
 
-    /// Whether no replica has been up for so long, or will be, that those who have not begun are refused.
-    fn is_out_of_patience(&self, now: Millis) -> bool {
-        let waited = |since| self.lasting_problem || now.since(since) >= self.config.repair_patience_ms;
-        self.down_since.is_some_and(waited)
+    /// Choices in progress on a key's account.
+    pub fn in_progress(&self, key: KeyId) -> usize {
+        self.sequences.values().filter(|sequence| sequence.key() == Some(key)).count()
     }
 
-    /// Ends what has waited for its first step all too long while no replica is up.
-    fn lose_patience(&mut self, now: Millis, effects: &mut Vec<Effect>) {
-        if !self.is_out_of_patience(now) {
-            return;
-        }
-        let not_begun = |sequence: &&Sequence| sequence.generated.is_empty();
-        let waiting: Vec<SequenceId> =
-            self.sequences.values().filter(not_begun).map(|sequence| sequence.id).collect();
-        for id in waiting {
-            let message = self.unavailable().message;
-            self.fail(now, id, FailureKind::Unavailable, message, effects);
-        }
-    }
-
-    /// Whether a submission can be served at all.
-    fn check_submit(&self, now: Millis, submit: &Submit) -> Result<(), RequestFailure> {
-        if submit.model_digest != self.config.model_digest {
-            let message = format!(
-                "this cluster serves model {}, not {}: submit again with the current digest",
-                self.config.model_digest, submit.model_digest
-            );
-            return Err(self.failure(FailureKind::UnknownModel, message));
-        }
-        if let Some(adapter) = submit.adapter.filter(|adapter| !self.adapters.contains(adapter)) {
-            let message =
-                format!("the adapter {adapter} is not served any more: submit again with the current one");
-            return Err(self.failure(FailureKind::UnknownModel, message));
-        }
-        if self.draining {
-            let message = "this scheduler is shutting down: try again shortly".to_owned();
-            return Err(self.failure(FailureKind::Leaving, message));
-        }
-        let prompt = submit.prompt.len();
-        let context = self.config.max_context_tokens as usize;
-        if prompt == 0 {
-            return Err(
-                self.failure(FailureKind::Invalid, "the prompt is empty: send at least one token".into())
-            );
-        }
-        if prompt >= context && submit.max_new_tokens > 0 || prompt > context {
-            let message = format!(
-                "the prompt has {prompt} tokens, the context {context} with the answer: shorten the prompt"
-            );
-            return Err(self.failure(FailureKind::Invalid, message));
-        }
-        let mut tokens = submit.prompt.iter().chain(&submit.forced);
-        if let Some(token) = tokens.find(|token| **token >= self.config.vocab_size) {
-            let message = format!(
-                "token {token} is not among the model's {}: the text names a token that the model lacks, or the gateway \
-                 has the tokenizer of another model",
-                self.config.vocab_size
-            );
-            return Err(self.failure(FailureKind::Invalid, message));
-        }
-        match self.capacity() {
-            None if submit.forced.is_empty() && self.is_out_of_patience(now) => Err(self.unavailable()),
-            Some(capacity) if submit.forced.is_empty() && prompt >= capacity => {
-                Err(self.failure(FailureKind::Invalid, too_long(prompt, capacity)))
-            }
-            // One that has begun fitted once: it waits for a replica with room.
-            None | Some(_) => Ok(()),
-        }
-    }
-
-    /// Tokens that the largest cache of a replica holds; `None` while none is up.
-    fn capacity(&self) -> Option<usize> {
-        self.replicas.values().map(Replica::capacity_tokens).max()
-    }
-
-    fn unavailable(&self) -> RequestFailure {
-        let problem = self.problem.clone();
-        let message = problem.unwrap_or_else(|| "no replica is ready yet: try again shortly".to_owned());
-        self.failure(FailureKind::Unavailable, message)
-    }
-
-    fn failure(&self, kind: FailureKind, message: String) -> RequestFailure {
-        RequestFailure { kind, message, retry_after_ms: self.retry_after_ms(kind) }
-    }
-
-    /// When trying again may help: after a loss, soon; after an overload, once a quarter of those waiting should be gone.
-    fn retry_after_ms(&self, kind: FailureKind) -> Option<u64> {
-        match kind {
-            FailureKind::Overloaded => {
-                let ends = (self.queue.len() / 4 + 1) as f64;
-                Some(((ends * self.end_interval_ms) as u64).clamp(1_000, 60_000))
-            }
-            FailureKind::Unavailable | FailureKind::Leaving => Some(RETRY_UNAVAILABLE_MS),
-            FailureKind::Invalid
-            | FailureKind::UnknownModel
-            | FailureKind::DeadlineExceeded
-            | FailureKind::Internal
-            | FailureKind::Suspect
-            | FailureKind::Cancelled => None,
-        }
+    /// Tokens that have been generated on the account of keys since this was asked last.
+    pub fn take_generated(&mut self) -> BTreeMap<KeyId, u64> {
+        std::mem::take(&mut self.generated)
     }
 
     fn cancel(&mut self, gateway: GatewayId, id: ChoiceId) {
@@ -461,24 +316,6 @@ impl Engine {
         }
     }
 
-    /// Ends waiting sequences that have not begun and fit into no replica that is up.
-    fn refuse_too_long(&mut self, now: Millis, kind: FailureKind, effects: &mut Vec<Effect>) {
-        let Some(capacity) = self.capacity() else { return };
-        let is_too_long = |sequence: &&Sequence| {
-            let waits = matches!(sequence.state, State::Waiting) && sequence.generated.is_empty();
-            waits && sequence.len() >= capacity
-        };
-        let refused: Vec<(SequenceId, usize)> = self
-            .sequences
-            .values()
-            .filter(is_too_long)
-            .map(|sequence| (sequence.id, sequence.len()))
-            .collect();
-        for (id, len) in refused {
-            self.fail(now, id, kind, too_long(len, capacity), effects);
-        }
-    }
-
     /// Ends the sequences that wait for an adapter which cannot be loaded, unless another replica has it.
     fn adapter_failed(
         &mut self,
@@ -534,9 +371,15 @@ impl Engine {
     }
 
     fn note_end(&mut self, now: Millis, sequence: &Sequence) {
-        let interval = now.since(self.last_end).min(10_000) as f64;
-        self.end_interval_ms += 0.1 * (interval - self.end_interval_ms);
-        self.last_end = now;
+        if self.queue.is_empty() {
+            // Nobody waits for a place, so that the pace is that of those who come.
+            self.ends.clear();
+        } else {
+            self.ends.push_back(now);
+            if self.ends.len() > ENDS_MEASURED {
+                self.ends.pop_front();
+            }
+        }
         if let Some(replica) = sequence.replica().and_then(|replica| self.replicas.get_mut(&replica)) {
             replica.used(sequence.submit.adapter, now);
         }
@@ -639,13 +482,6 @@ fn is_sampled(choice: ChoiceId, per_million: u32) -> bool {
     let mixed = (folded ^ (folded >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     (mixed ^ (mixed >> 31)) % 1_000_000 < u64::from(per_million)
-}
-
-fn too_long(tokens: usize, capacity: usize) -> String {
-    format!(
-        "the prompt has {tokens} tokens, the KV cache room for {capacity} with the answer: shorten the prompt or give the \
-         nodes more memory"
-    )
 }
 
 impl Users for Engine {

@@ -18,7 +18,7 @@ use super::sequence::{Sequence, State};
 use crate::time::Millis;
 use ashlar_protocol::serving::SchedulerCounters;
 use ashlar_protocol::step::{NewSequence, Refill, SequenceSlice, StepPlan};
-use ashlar_vocabulary::{AdapterId, ReplicaId, SequenceId, StepId};
+use ashlar_vocabulary::{AdapterId, KeyId, ReplicaId, SequenceId, StepId};
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
@@ -29,7 +29,7 @@ const PIPELINE_CHUNK_MIN: usize = 64;
 /// How far into the queue an admission looks for sequences that belong on this replica.
 const LOOKAHEAD: usize = 64;
 /// Tokens of a prompt that cost as much to compute as a sequence that runs beside it: one row in each of that many steps.
-const RUNNING_AS_TOKENS: usize = 64;
+const RUNNING_AS_TOKENS: usize = 32;
 
 /// Plans one replica's steps.
 pub(super) struct Planner<'a> {
@@ -41,6 +41,8 @@ pub(super) struct Planner<'a> {
     pub(super) sequences: &'a mut BTreeMap<SequenceId, Sequence>,
     pub(super) queue: &'a mut Queue,
     pub(super) counters: &'a mut SchedulerCounters,
+    /// Percent of the KV blocks that keys may hold, where not all.
+    pub(super) kv_shares: &'a BTreeMap<KeyId, u8>,
     /// Adapters for want of which a sequence was not admitted, each told once.
     pub(super) wants: Vec<AdapterId>,
 }
@@ -290,6 +292,10 @@ impl Planner<'_> {
             if needed + self.replica.watermark() > self.replica.pool.available() {
                 return;
             }
+            if self.exceeds_share(sequence) {
+                // Others need not wait with it.
+                continue;
+            }
             let count = match cached < kept {
                 true => draft.budget.room(cached, kept - cached, draft.least()),
                 false => self.chunk(draft, cached, sequence.len()),
@@ -324,6 +330,16 @@ impl Planner<'_> {
             State::Running(_) => false,
         };
         here && sequence.len() < self.replica.capacity_tokens()
+    }
+
+    /// Whether a sequence would, once it is complete, make its key hold more blocks here than it may. One of a key always runs.
+    fn exceeds_share(&self, sequence: &Sequence) -> bool {
+        let Some(key) = sequence.key() else { return false };
+        let Some(percent) = self.kv_shares.get(&key) else { return false };
+        let of_key = self.running_sequences().filter(|running| running.key() == Some(key));
+        let held: usize = of_key.map(Sequence::blocks_at_end).sum();
+        let most = self.replica.pool.total() * usize::from(*percent) / 100;
+        held > 0 && held + sequence.blocks_at_end() > most
     }
 
     fn hittable_blocks(&self, sequence: &Sequence) -> usize {
@@ -405,6 +421,7 @@ impl Planner<'_> {
         sequence.admit(self.replica.id, blocks, (cached, hit.blocks * BLOCK_TOKENS));
         self.replica.used(sequence.submit.adapter, self.now);
         self.queue.remove(sequence.order);
+        self.queue.has_begun(sequence.order);
         self.replica.running.insert(sequence.order, id);
     }
 

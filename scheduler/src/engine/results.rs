@@ -105,6 +105,9 @@ impl Engine {
         let index = sequence.generated.len() as u32;
         sequence.push(sampled.token, now);
         let gateway = sequence.gateway;
+        if let Some(key) = sequence.key() {
+            *self.generated.entry(key).or_default() += 1;
+        }
         let (cached_tokens, queue_ms) = (sequence.history.cached_tokens, sequence.queue_ms(now));
         let event = TokenEvent {
             id: sequence.submit.id,

@@ -1,12 +1,12 @@
 //! One continuation of one prompt, from its submission to its end, with the state it is in.
 
 use super::events::GatewayId;
-use super::prefix_cache::{BLOCK_TOKENS, BlockHash, PrefixChain};
+use super::prefix_cache::{BLOCK_TOKENS, BlockHash, PrefixChain, blocks_for};
 use super::queue::Order;
 use crate::time::Millis;
 use ashlar_protocol::serving::{Receipt, RequestState, RequestView, Submit};
 use ashlar_protocol::step::StepTiming;
-use ashlar_vocabulary::{BlockId, ModelDigest, ReplicaId, SequenceId, StepId, TokenId};
+use ashlar_vocabulary::{BlockId, KeyId, ModelDigest, ReplicaId, SequenceId, StepId, TokenId};
 
 /// A sequence with which so many replicas crashed in a row, without a token in between, is computed alone.
 const CRASHES_SUSPECT: u32 = 1;
@@ -177,6 +177,16 @@ impl Sequence {
         let owed = self.submit.sampling.prompt_logprobs
             && (self.prompt_logprobs_from as usize) < self.submit.prompt.len();
         if owed || self.only_on().is_some() { 0 } else { (self.len() - 1) / BLOCK_TOKENS }
+    }
+
+    /// The key on whose account it is.
+    pub fn key(&self) -> Option<KeyId> {
+        self.submit.charge.map(|charge| charge.key)
+    }
+
+    /// KV blocks that it holds at most.
+    pub fn blocks_at_end(&self) -> usize {
+        blocks_for(self.submit.prompt.len() + self.submit.max_new_tokens as usize)
     }
 
     /// The one replica that is to compute it, if it repeats another sequence.

@@ -7,7 +7,7 @@ use ashlar_protocol::admin::{
     AdminFailure, AdminFailureKind, AdminReply, AdminRequest, FileRecord, JobAction, JobEvent, JobEventKind,
     JobRequest, JobStatus, Page,
 };
-use ashlar_vocabulary::{FileId, JobId};
+use ashlar_vocabulary::{FileId, JobId, Tenant};
 
 /// Most jobs of one answer.
 const JOBS_PAGE_MAX: u32 = 100;
@@ -45,7 +45,7 @@ impl Jobs {
         self.reply(call, refused(kind, message));
     }
 
-    pub(super) fn admin(&mut self, call: Call, request: AdminRequest) {
+    pub(super) fn admin(&mut self, call: Call, tenant: Option<&Tenant>, request: AdminRequest) {
         use AdminRequest as R;
         if !self.loaded {
             let why = self.store_down.as_deref().unwrap_or("it is being read");
@@ -57,7 +57,8 @@ impl Jobs {
             R::GetFile(_) | R::ListFiles(_) | R::GetJob(_) | R::ListJobs(_) => false,
             R::ListEvents(..) | R::ListCheckpoints(..) => false,
             // Not for this core.
-            R::LoadAdapter(_)
+            R::Key(_)
+            | R::LoadAdapter(_)
             | R::UnloadAdapter { .. }
             | R::RollBackAdapter { .. }
             | R::Response(_)
@@ -73,6 +74,24 @@ impl Jobs {
             let text = format!("the store does not answer ({reason}): try again when it is back");
             return self.refuse(call, AdminFailureKind::Unavailable, text);
         }
+        // Of what belongs to others nothing is said, not even that it is there.
+        let sees = |owner: &Option<Tenant>| tenant.is_none() || owner.as_ref() == tenant;
+        let named = match &request {
+            R::GetFile(id) | R::DeleteFile(id) => vec![*id],
+            R::CreateJob(request) => request.files().collect(),
+            _ => Vec::new(),
+        };
+        if let Some(foreign) =
+            named.into_iter().find(|id| self.files.get(*id).is_some_and(|file| !sees(&file.owner)))
+        {
+            return self.no_such_file(call, foreign);
+        }
+        if let R::GetJob(id) | R::ControlJob(id, _) | R::ListEvents(id, _) | R::ListCheckpoints(id, _) =
+            &request
+            && self.jobs.get(*id).is_some_and(|job| !sees(&job.record.request.owner))
+        {
+            return self.no_such_job(call, *id);
+        }
         match request {
             R::PutFile(file) => self.put_file(call, file),
             R::GetFile(id) => match self.files.get(id).cloned() {
@@ -80,7 +99,7 @@ impl Jobs {
                 None => self.no_such_file(call, id),
             },
             R::ListFiles(page) => {
-                let listed = self.files.page(page.after, page.limit as usize);
+                let listed = self.files.page(page.after, page.limit as usize, |file| sees(&file.owner));
                 let listed = listed.map(|(files, more)| (files.into_iter().cloned().collect(), more));
                 match listed {
                     Some((files, more)) => self.reply(call, AdminReply::Files(files, more)),
@@ -97,7 +116,9 @@ impl Jobs {
                 None => self.no_such_job(call, id),
             },
             R::ListJobs(page) => {
-                let listed = self.jobs.page(page.after, page.limit.min(JOBS_PAGE_MAX) as usize);
+                let listed = self.jobs.page(page.after, page.limit.min(JOBS_PAGE_MAX) as usize, |job| {
+                    sees(&job.record.request.owner)
+                });
                 let records = |jobs: Vec<&Job>| jobs.into_iter().map(|job| job.record.clone()).collect();
                 match listed.map(|(jobs, more)| (records(jobs), more)) {
                     Some((jobs, more)) => self.reply(call, AdminReply::Jobs(jobs, more)),
@@ -107,7 +128,8 @@ impl Jobs {
             R::ControlJob(id, action) => self.control(call, id, action),
             R::ListEvents(id, page) => self.list_events(call, id, &page),
             R::ListCheckpoints(id, page) => self.list_checkpoints(call, id, &page),
-            R::LoadAdapter(_)
+            R::Key(_)
+            | R::LoadAdapter(_)
             | R::UnloadAdapter { .. }
             | R::RollBackAdapter { .. }
             | R::Response(_)
@@ -200,13 +222,13 @@ impl Jobs {
             let text = format!("model {} is not served here: name the one that is", request.model);
             return self.refuse(call, AdminFailureKind::NotFound, text);
         }
-        let evaluation_file = request.promote.map(|promote| promote.file);
-        for file in
-            [Some(request.training_file), request.validation_file, evaluation_file].into_iter().flatten()
-        {
+        for file in request.files() {
             if !self.files.contains(file) {
                 return self.no_such_file(call, file);
             }
+        }
+        if let Some(why) = self.trained_enough(&request) {
+            return self.refuse(call, AdminFailureKind::Full, why);
         }
         let notes: usize = request.metadata.iter().map(|(key, value)| key.len() + value.len()).sum();
         let suffix = request.suffix.as_ref().map_or(0, String::len);
@@ -226,6 +248,13 @@ impl Jobs {
         self.jobs.insert(id, job);
         self.active.insert(id);
         self.reply_when_durable(id, call);
+    }
+
+    /// Why a job may not train any longer, if its owner's jobs have trained for as long as they may.
+    pub(super) fn trained_enough(&self, request: &JobRequest) -> Option<String> {
+        let (owner, most) = (request.owner.as_ref()?, request.training_minutes_max?);
+        let enough = self.trained_minutes(owner) >= most.into();
+        enough.then(|| format!("the jobs of {owner} have trained for the {most} minutes that they may"))
     }
 
     /// Makes room for one more job.

@@ -11,7 +11,7 @@ use ashlar_protocol::membership::ToNode;
 use ashlar_protocol::serving::{CompareAdapters, PrepareJob};
 use ashlar_protocol::training::TrainingReport;
 use ashlar_vocabulary::{
-    AdapterId, BlobId, Bytes, FileId, JobId, LeaseTerm, ModelDigest, ModelShape, ReplicaId, SessionId,
+    AdapterId, BlobId, Bytes, FileId, JobId, LeaseTerm, ModelDigest, ModelShape, ReplicaId, SessionId, Tenant,
 };
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
@@ -109,6 +109,8 @@ pub enum Event {
         gateway: GatewayId,
         /// Names the call on its connection.
         call: u64,
+        /// For whom; what belongs to others is not there. `None` sees everything.
+        tenant: Option<Tenant>,
         /// What is wanted.
         request: Box<AdminRequest>,
     },

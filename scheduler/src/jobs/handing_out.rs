@@ -22,6 +22,7 @@ impl Jobs {
         let unix_s = self.unix_s;
         let Some(job) = self.jobs.get_mut(id) else { return };
         let Some(model) = job.record.trained_model.clone() else { return };
+        let owner = job.record.request.owner.clone();
         let record = |ExportedFile { name, blob, bytes }| FileRecord {
             id: names::checkpoint_file(id, model.step, &name),
             name: job::short(name),
@@ -29,6 +30,7 @@ impl Jobs {
             bytes,
             created_at: unix_s,
             blob,
+            owner: owner.clone(),
         };
         let records: Vec<FileRecord> = model.files.into_iter().map(record).collect();
         let named = records.iter().map(|file| (file.id, file.name.clone())).collect();

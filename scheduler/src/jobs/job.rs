@@ -133,6 +133,7 @@ impl Job {
             steps_since_shards: 0,
             last: None,
             trained_tokens: 0,
+            trained_ms: 0,
             remaining_s: None,
             fine_tuned_model: None,
             adapter: None,
@@ -254,6 +255,7 @@ impl Job {
             record.steps_since_shards = 0;
         }
         record.steps += 1;
+        record.trained_ms += took_ms;
         record.last = Some(metrics);
         if metrics.skipped {
             self.progress.skipped += 1;

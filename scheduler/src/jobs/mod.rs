@@ -37,7 +37,7 @@ use crate::shelf::Shelf;
 use crate::time::Millis;
 use admin::Read;
 use ashlar_protocol::admin::{FileRecord, JobRecord, JobStatus};
-use ashlar_vocabulary::{AdapterId, Bytes, FileId, JobId, ReplicaId, SessionId};
+use ashlar_vocabulary::{AdapterId, Bytes, FileId, JobId, ReplicaId, SessionId, Tenant};
 use job::{Job, Phase};
 use saving::FileSaves;
 use std::collections::{BTreeMap, BTreeSet};
@@ -120,7 +120,9 @@ impl Jobs {
                 self.gateways.insert(gateway);
             }
             Event::GatewayGone(gateway) => self.gateway_gone(gateway),
-            Event::Admin { gateway, call, request } => self.admin((gateway, call), *request),
+            Event::Admin { gateway, call, tenant, request } => {
+                self.admin((gateway, call), tenant.as_ref(), *request);
+            }
             Event::Prepared { gateway: _, job, outcome } => self.prepared(job, *outcome),
             Event::ReplicaUp(replica) => {
                 self.adapters_held.remove(&replica.replica);
@@ -180,6 +182,18 @@ impl Jobs {
     /// A job's record, as far as the job is; the durable one may be a step behind.
     pub fn job(&self, id: JobId) -> Option<&JobRecord> {
         self.jobs.get(id).map(|job| &job.record)
+    }
+
+    /// Minutes for which jobs of a tenant have trained so far.
+    pub fn trained_minutes(&self, tenant: &Tenant) -> u64 {
+        let of = self.jobs.values().filter(|job| job.record.request.owner.as_ref() == Some(tenant));
+        of.map(|job| job.record.trained_ms).sum::<u64>() / 60_000
+    }
+
+    /// Training loss of the latest step of a job that trains.
+    pub fn training_loss(&self) -> Option<f64> {
+        let training = self.sessions.values().filter_map(|id| self.jobs.get(*id)?.record.last);
+        training.map(|last| last.loss).next_back()
     }
 
     /// Steps of all jobs that were committed in this term, and tokens computed for them.

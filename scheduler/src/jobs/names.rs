@@ -3,23 +3,27 @@
 use ashlar_protocol::admin::JobRequest;
 use ashlar_vocabulary::{FileId, JobId};
 
-/// The organisation in a fine-tuned model's name.
+/// The organisation in a fine-tuned model's name, where it belongs to nobody.
 const ORGANISATION: &str = "ashlar";
 
-/// The job's own name for its model: `ft:BASE:ashlar:SUFFIX:ID`.
+/// The job's own name for its model: `ft:BASE:TENANT:SUFFIX:ID`.
 pub(super) fn model(request: &JobRequest) -> String {
     let suffix = request.suffix.as_deref().unwrap_or_default();
     let id = request.id.to_string();
-    format!("ft:{}:{ORGANISATION}:{suffix}:{}", base(request), id.get(..8).unwrap_or(&id))
+    format!("ft:{}:{}:{suffix}:{}", base(request), organisation(request), id.get(..8).unwrap_or(&id))
 }
 
 /// The name under which a finished adapter is served. With a promotion that depends on a comparison, jobs of one suffix share it,
-/// without an id (`ft:BASE:ashlar:SUFFIX`): each is measured against what the one before has achieved.
+/// without an id (`ft:BASE:TENANT:SUFFIX`): each is measured against what the one before has achieved.
 pub(super) fn served(request: &JobRequest) -> String {
     match (&request.promote, &request.suffix) {
-        (Some(_), Some(suffix)) => format!("ft:{}:{ORGANISATION}:{suffix}", base(request)),
+        (Some(_), Some(suffix)) => format!("ft:{}:{}:{suffix}", base(request), organisation(request)),
         _ => model(request),
     }
+}
+
+fn organisation(request: &JobRequest) -> &str {
+    request.owner.as_ref().map_or(ORGANISATION, |tenant| &tenant.0)
 }
 
 fn base(request: &JobRequest) -> &str {

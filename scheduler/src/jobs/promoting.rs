@@ -127,6 +127,7 @@ impl Jobs {
             replace: true,
             expected_generation: None,
             hold_back: true,
+            owner: job.record.request.owner.clone(),
         };
         if let Some(promoting) = self.promoting(id) {
             promoting.at = At::Storing { asked: true };

@@ -38,6 +38,7 @@ impl Jobs {
         let step = job.record.steps;
         let Some(metrics) = job.record.last else { return };
         let model = names::checkpoint(&job.record.request, step);
+        let owner = job.record.request.owner.clone();
         let record = |file: ExportedFile| FileRecord {
             id: names::checkpoint_file(id, step, &file.name),
             name: job::short(file.name),
@@ -45,6 +46,7 @@ impl Jobs {
             bytes: file.bytes,
             created_at: unix_s,
             blob: file.blob,
+            owner: owner.clone(),
         };
         let files: Vec<FileRecord> = files.into_iter().take(CHECKPOINT_FILES_MAX).map(record).collect();
         let validation = job.progress.evaluated.filter(|(measured, ..)| *measured == step);
@@ -73,7 +75,7 @@ impl Jobs {
             }
         }
         files.into_iter().for_each(|file| self.save_file(file, None));
-        self.effects.push(Effect::Publish(load(model, adapter, id, unix_s)));
+        self.effects.push(Effect::Publish(LoadAdapter { owner, ..load(model, adapter, id, unix_s) }));
     }
 
     /// A job is trained: its session is closed and its model is served, if it is good enough, or its files can be downloaded.
@@ -103,8 +105,8 @@ impl Jobs {
         let Some(adapter) = job.record.checkpoints.last().map(|last| last.adapter) else { return };
         let Phase::Publishing { asked, .. } = &mut job.phase else { return };
         *asked = true;
-        let name = names::model(&job.record.request);
-        self.effects.push(Effect::Publish(load(name, adapter, id, unix_s)));
+        let (name, owner) = (names::model(&job.record.request), job.record.request.owner.clone());
+        self.effects.push(Effect::Publish(LoadAdapter { owner, ..load(name, adapter, id, unix_s) }));
     }
 
     /// The job whose model is about to be served under this name.
@@ -158,5 +160,6 @@ fn load(name: String, adapter: AdapterId, job: JobId, created_at: u64) -> LoadAd
         replace: true,
         expected_generation: None,
         hold_back: false,
+        owner: None,
     }
 }

@@ -229,6 +229,7 @@ impl Jobs {
                     bytes,
                     created_at: job.record.finished_at.unwrap_or(self.unix_s),
                     blob,
+                    owner: job.record.request.owner.clone(),
                 };
                 self.save_file(file, None);
             }

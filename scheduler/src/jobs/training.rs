@@ -266,6 +266,14 @@ impl Jobs {
             self.trained.0 += 1;
             self.trained.1 += last.tokens;
         }
+        let request = &job.record.request;
+        if committed && request.training_minutes_max.is_some() {
+            let request = request.clone();
+            if let Some(why) = self.trained_enough(&request) {
+                return self.fail(id, error("quota_exceeded", why));
+            }
+        }
+        let Some(job) = self.jobs.get(id) else { return };
         if committed && job.progress.skipped > SKIPPED_MAX {
             let text =
                 format!("{SKIPPED_MAX} steps and one more had no finite loss: lower the learning rate");

@@ -4,7 +4,7 @@ use crate::engine::GatewayId;
 use ashlar_protocol::admin::{AdminFailure, AdminReply};
 use ashlar_protocol::responses::{ResponseCall, ResponseRecord};
 use ashlar_protocol::serving::{ChoiceId, FromScheduler, Submit};
-use ashlar_vocabulary::RequestId;
+use ashlar_vocabulary::{RequestId, Tenant};
 
 /// How long responses are kept, and how many.
 #[derive(Debug, Clone, PartialEq)]
@@ -33,6 +33,8 @@ pub enum Event {
         gateway: GatewayId,
         /// Its call.
         call: u64,
+        /// For whom; what belongs to others is not there. `None` sees everything.
+        tenant: Option<Tenant>,
         /// What.
         wish: ResponseCall,
     },

@@ -20,7 +20,7 @@ use crate::time::Millis;
 use ashlar_protocol::admin::{AdminFailure, AdminFailureKind, AdminReply};
 use ashlar_protocol::responses::{ResponseCall, ResponseOutcome, ResponseRecord, ResponseStatus};
 use ashlar_protocol::serving::{ChoiceId, FailureKind, FromScheduler, RequestFailure, Submit};
-use ashlar_vocabulary::{BlobId, RequestId};
+use ashlar_vocabulary::{BlobId, RequestId, Tenant};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use stream::Stream;
 
@@ -119,7 +119,9 @@ impl Responses {
                 self.gateways.remove(&gateway);
                 self.streams.values_mut().for_each(|stream| stream.unfollow(now, gateway));
             }
-            Event::Call { gateway, call, wish } => self.call(now, (gateway, call), wish, effects),
+            Event::Call { gateway, call, tenant, wish } => {
+                self.call(now, (gateway, call), tenant.as_ref(), wish, effects);
+            }
             Event::Submit { gateway, submit } => self.submit(gateway, submit, effects),
             Event::Unfollow { gateway, id } => {
                 if let Some(stream) = self.streams.get_mut(&id) {
@@ -134,8 +136,22 @@ impl Responses {
         self.write(now, effects);
     }
 
-    fn call(&mut self, now: Millis, caller: (GatewayId, u64), wish: ResponseCall, effects: &mut Vec<Effect>) {
+    fn call(
+        &mut self,
+        now: Millis,
+        caller: (GatewayId, u64),
+        tenant: Option<&Tenant>,
+        wish: ResponseCall,
+        effects: &mut Vec<Effect>,
+    ) {
+        // Of what belongs to others nothing is said, not even that it is there.
+        let named = match &wish {
+            ResponseCall::Put(record) => record.id,
+            ResponseCall::Get(id) | ResponseCall::Cancel(id) | ResponseCall::Delete(id) => *id,
+        };
+        let is_foreign = |record: &ResponseRecord| tenant.is_some() && record.owner.as_ref() != tenant;
         let reply = match wish {
+            _ if self.records.get(named).is_some_and(is_foreign) => Err(no_such_response(named)),
             ResponseCall::Get(id) => self.found(id),
             ResponseCall::Put(record) => match self.put(now, record, caller, effects) {
                 Ok(true) => return,
@@ -157,8 +173,7 @@ impl Responses {
     }
 
     fn found(&self, id: RequestId) -> Result<AdminReply, AdminFailure> {
-        let missing = || refused(AdminFailureKind::NotFound, format!("no response with the id resp_{id}"));
-        self.records.get(id).cloned().map(AdminReply::Response).ok_or_else(missing)
+        self.records.get(id).cloned().map(AdminReply::Response).ok_or_else(|| no_such_response(id))
     }
 
     /// Takes note of a record; whether the caller is answered once it is stored.
@@ -412,6 +427,10 @@ impl Responses {
 /// The one choice of a response.
 fn choice(id: RequestId) -> ChoiceId {
     ChoiceId { request: id, choice: 0 }
+}
+
+fn no_such_response(id: RequestId) -> AdminFailure {
+    refused(AdminFailureKind::NotFound, format!("no response with the id resp_{id}"))
 }
 
 fn refused(kind: AdminFailureKind, message: String) -> AdminFailure {

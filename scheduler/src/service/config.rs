@@ -1,7 +1,7 @@
 //! What the scheduler is told before it starts.
 
 use super::SchedulerError;
-use ashlar_service_kit::config::Schema;
+use ashlar_service_kit::config::{Schema, Secret};
 use ashlar_shard_plan::Links;
 use ashlar_vocabulary::{FloatType, ModelDigest, ModelShape, Precision, Quantization};
 use schemars::{JsonSchema, SchemaGenerator, json_schema};
@@ -105,6 +105,13 @@ pub struct SchedulerConfig {
     /// No stage shall take longer than this for one step, in milliseconds, as far as that can be predicted.
     #[serde(default = "default_step_target_ms")]
     pub step_target_ms: u64,
+    /// An API key with every scope, as `ashlar keys create --offline` makes one: with it the first others are made. Give it as a file
+    /// (`ASHLAR_SCHEDULER__ADMIN_KEY_FILE`). Default: none.
+    #[serde(default)]
+    pub admin_key: Option<Secret>,
+    /// Requests that would wait longer than this for a place, in milliseconds, are refused with 429.
+    #[serde(default = "default_queue_wait_ms_max")]
+    pub queue_wait_ms_max: u64,
     /// Most requests waiting; more are refused with 429.
     #[serde(default = "default_queue_max")]
     pub queue_max: usize,
@@ -198,6 +205,8 @@ impl SchedulerConfig {
             enable_prefix_caching: default_enable_prefix_caching(),
             boundary_log: default_boundary_log(),
             step_target_ms: default_step_target_ms(),
+            admin_key: None,
+            queue_wait_ms_max: default_queue_wait_ms_max(),
             queue_max: default_queue_max(),
             max_adapters: default_max_adapters(),
             adapter_memory_bytes: default_adapter_memory_bytes(),
@@ -313,6 +322,10 @@ fn default_max_num_batched_tokens() -> u32 {
 
 fn default_step_target_ms() -> u64 {
     100
+}
+
+fn default_queue_wait_ms_max() -> u64 {
+    30_000
 }
 
 fn default_queue_max() -> usize {

@@ -1,5 +1,6 @@
 //! The owner of all state while this process leads: select, let the director handle, perform what it wants done.
 
+use super::access::Access;
 use super::archive::{Answer, Archive};
 use super::connection::{Arrival, Frame, GatewayArrival, NodeArrival, Peer};
 use super::keeper::Keeper;
@@ -61,6 +62,7 @@ pub(super) struct Sources {
     pub(super) responses_written: mpsc::Receiver<Written>,
     pub(super) models_written: mpsc::Receiver<Written>,
     pub(super) models_opened: mpsc::Receiver<Opened>,
+    pub(super) keys_written: mpsc::Receiver<Written>,
 }
 
 /// Who does what takes time.
@@ -77,6 +79,7 @@ pub(super) struct Leader {
     pub(super) director: Director,
     /// The models beside that one.
     pub(super) models: Models,
+    pub(super) access: Access,
     nodes: BTreeMap<NodeConnection, Peer>,
     gateways: BTreeMap<GatewayId, Peer>,
     pub(super) outputs: Vec<Output>,
@@ -97,7 +100,7 @@ impl Leader {
     pub(super) fn new(
         config: CoresConfig,
         performers: Performers,
-        models: Models,
+        (models, access): (Models, Access),
         stored_adapters: Vec<(String, AdapterRecord)>,
         stored_responses: Vec<ResponseRecord>,
     ) -> Leader {
@@ -106,6 +109,7 @@ impl Leader {
             clock: SystemClock::new(),
             director: Director::new(cluster, engine, adapters, jobs, responses),
             models,
+            access,
             nodes: BTreeMap::new(),
             gateways: BTreeMap::new(),
             outputs: Vec::new(),
@@ -123,6 +127,8 @@ impl Leader {
         leader.tell_date();
         leader.apply(Input::StoredAdapters(stored_adapters));
         leader.apply(Input::StoredResponses(stored_responses));
+        let shares = leader.access.kv_shares();
+        leader.apply(shares);
         leader.begin_models();
         leader
     }
@@ -157,6 +163,7 @@ impl Leader {
                 Some(written) = sources.responses_written.recv() => self.response_written(&written),
                 Some(written) = sources.models_written.recv() => self.model_written(written),
                 Some(opened) = sources.models_opened.recv() => self.model_opened(opened),
+                Some(written) = sources.keys_written.recv() => self.key_written(written),
                 () = &mut lease_lost => {
                     // A shutdown that has begun is not begun again under another term.
                     let ended = if drain_until.is_some() { Ended::Drained } else { Ended::LeaseLost };
@@ -235,6 +242,7 @@ impl Leader {
         self.tell_date();
         self.apply(Input::Tick);
         self.tick_models();
+        self.tick_access();
         if self.now().since(self.last_snapshot_at) >= SNAPSHOT_INTERVAL_MS {
             self.snapshot_due = true;
         }
@@ -270,6 +278,7 @@ impl Leader {
     fn gateway(&mut self, arrival: GatewayArrival) {
         match arrival {
             Arrival::Opened(gateway, peer) => {
+                peer.send(encode(&self.access.told()));
                 let models = self.models_view();
                 if models != ModelsView::default() {
                     peer.send(encode(&FromScheduler::Models(Box::new(models))));
@@ -286,6 +295,7 @@ impl Leader {
             }
             Arrival::Message(gateway, mut message) => {
                 match &mut message {
+                    ToScheduler::Submit(submit) if !self.lets_in(gateway, submit) => return,
                     ToScheduler::Submit(submit) => self.spans.open(gateway, submit),
                     ToScheduler::Cancel(id) => self.spans.cancelled(*id),
                     ToScheduler::Admin { .. }

@@ -3,7 +3,7 @@
 //! Layout: [`config`](SchedulerConfig) (what it is told), `leader` (the one task that owns both cores: select, handle,
 //! perform), `connection` (a reader and a writer task per socket), `lease` (under which term it leads), `archive` (jobs' records in the
 //! store, in order) with `keeper` (blobs), `records` (adapters, responses and deployed models, in the store), `models` (cores of models that are deployed beside the scheduler's own),
-//! `spans` (traces).
+//! `access` (keys and quotas), `spans` (traces).
 //!
 //! Nodes and gateways connect to addresses of their own ([`SchedulerConfig::listen_nodes`],
 //! [`SchedulerConfig::listen_gateways`]): what may speak to which is then a matter of the network, too. A gateway's first
@@ -12,6 +12,7 @@
 //! **Invariants:** one task owns all cores; there is no lock. Every queue is bounded: a peer that does not read is
 //! disconnected, a peer that sends faster than it is served waits. Whatever a peer sends, only its own connection ends.
 
+mod access;
 mod archive;
 mod config;
 mod connection;
@@ -25,18 +26,20 @@ mod spans;
 pub use config::{ModelCard, SchedulerConfig};
 pub use models::ModelOpener;
 
+use self::access::Access;
 use crate::adapters::{AdapterRecord, AdaptersConfig};
 use crate::cluster::{ClusterConfig, NodeConnection};
 use crate::engine::{EngineConfig, GatewayId};
 use crate::fleet::FleetRecord;
 use crate::jobs::JobsConfig;
 use crate::responses::ResponsesConfig;
-use ashlar_identity::{ListenError, Role, TlsError, Transport};
+use ashlar_identity::{ApiKey, ListenError, Role, TlsError, Transport};
+use ashlar_protocol::access::KeyRecord;
 use ashlar_protocol::responses::ResponseRecord;
 use ashlar_service_kit::{Serving, ShutdownRequest, Watchdog};
 use ashlar_store::blobs::{self, BlobError, BlobOptions, Blobs};
 use ashlar_store::{Lease, Store, StoreError};
-use ashlar_vocabulary::{Bytes, LeaseTerm};
+use ashlar_vocabulary::{Bytes, KeyId, LeaseTerm};
 use connection::{Door, INBOX_MESSAGES_MAX, Numbers, accept, turn_away};
 use leader::{CoresConfig, Ended, Leader, Performers, Sources};
 use models::{ModelPerformers, Models};
@@ -102,6 +105,8 @@ pub async fn serve(
 pub struct Scheduler {
     config: SchedulerConfig,
     model: ModelCard,
+    /// The key of the configuration: its id, and its hash.
+    admin_key: Option<(KeyId, [u8; 32])>,
     /// Reads the files of models that are to be deployed.
     opener: Option<ModelOpener>,
     transport: Transport,
@@ -137,7 +142,11 @@ impl Scheduler {
             Some(address) => Some(blobs::open(address, &BlobOptions::default()).await?),
             None => None,
         };
-        Ok(Scheduler { config, model, opener: None, transport, store, blobs, nodes, gateways })
+        let admin_key = config.admin_key.as_ref().map(|key| key.0.parse::<ApiKey>()).transpose();
+        let admin_key = admin_key
+            .map_err(|error| SchedulerError::Config(format!("admin_key: {error}")))?
+            .map(|key| (key.id(), key.hash()));
+        Ok(Scheduler { config, model, admin_key, opener: None, transport, store, blobs, nodes, gateways })
     }
 
     /// Lets other models be deployed beside its own, whose files are read by `opener`.
@@ -216,12 +225,15 @@ impl Scheduler {
         let opening = async {
             let (adapters, responses) =
                 (Records::open(self.store.clone()).await, Records::open(self.store.clone()).await);
-            (adapters, responses, Records::open(self.store.clone()).await)
+            let (models, keys) =
+                (Records::open(self.store.clone()).await, Records::open(self.store.clone()).await);
+            (adapters, responses, models, keys)
         };
-        let (adapters, responses, models): (
+        let (adapters, responses, models, keys): (
             Opened<AdapterRecord>,
             Opened<ResponseRecord>,
             Opened<FleetRecord>,
+            Opened<KeyRecord>,
         ) = tokio::select! {
             opened = opening => opened,
             never = watchdog.keep_beating() => match never {},
@@ -262,7 +274,8 @@ impl Scheduler {
         // Nodes that belong to others will not come.
         config.cluster.expected_nodes =
             config.cluster.expected_nodes.map(|nodes| nodes.saturating_sub(models.nodes_deployed()).max(1));
-        let leader = Leader::new(config, performers, models, adapters.stored, stored_responses);
+        let access = Access::new(keys.records, keys.stored, self.admin_key);
+        let leader = Leader::new(config, performers, (models, access), adapters.stored, stored_responses);
         let grace = Duration::from_millis(self.config.drain_grace_ms);
         let (adapters_written, responses_written) = (adapters.written, responses.written);
         let sources = Sources {
@@ -273,6 +286,7 @@ impl Scheduler {
             responses_written,
             models_written,
             models_opened,
+            keys_written: keys.written,
         };
         let ended = leader.lead(sources, watchdog, lease_lost, shutdown, grace).await;
         stop_keeping.abort();
@@ -349,6 +363,7 @@ impl Scheduler {
             enable_prefix_caching: self.config.enable_prefix_caching,
             step_target_ms: self.config.step_target_ms,
             queue_max: self.config.queue_max,
+            queue_wait_ms_max: self.config.queue_wait_ms_max,
             deadline_default_ms: self.config.deadline_ms,
             repair_patience_ms: self.config.repair_patience_ms,
         }

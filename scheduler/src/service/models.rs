@@ -16,7 +16,7 @@ use ashlar_protocol::admin::{AdminReply, AdminRequest};
 use ashlar_protocol::membership::{FromNode, Join};
 use ashlar_protocol::models::{DeployModel, ModelStatus, ModelView, ModelsView};
 use ashlar_protocol::serving::{ChoiceId, FailureKind, FromScheduler, RequestFailure, Submit, ToScheduler};
-use ashlar_vocabulary::NodeId;
+use ashlar_vocabulary::{NodeId, Tenant};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use tokio::sync::mpsc;
@@ -160,6 +160,18 @@ impl Leader {
         self.take_outputs(name);
     }
 
+    /// The cores of every model.
+    pub(super) fn directors(&self) -> impl Iterator<Item = &Director> {
+        let served = self.models.served.values().map(|served| &served.director);
+        [&self.director].into_iter().chain(served)
+    }
+
+    /// As [`directors`](Self::directors).
+    pub(super) fn directors_mut(&mut self) -> impl Iterator<Item = &mut Director> {
+        let served = self.models.served.values_mut().map(|served| &mut served.director);
+        [&mut self.director].into_iter().chain(served)
+    }
+
     /// Has every model handle an input.
     pub(super) fn apply_to_all(&mut self, input: &Input) {
         let names: Vec<String> = self.models.served.keys().cloned().collect();
@@ -282,7 +294,7 @@ impl Leader {
                 let model = self.models.choices.remove(&id).map(|(_, model)| model);
                 self.apply_to(model.as_deref(), Input::Gateway(gateway, ToScheduler::Cancel(id)));
             }
-            ToScheduler::Admin { call, request } => self.admin(gateway, call, *request),
+            ToScheduler::Admin { call, tenant, request } => self.admin((gateway, call), tenant, *request),
             message => self.apply(Input::Gateway(gateway, message)),
         }
     }
@@ -307,22 +319,23 @@ impl Leader {
         self.apply_to(Some(&name), Input::Gateway(gateway, ToScheduler::Submit(submit)));
     }
 
-    fn admin(&mut self, gateway: GatewayId, call: u64, request: AdminRequest) {
-        let caller: Caller = (gateway, call);
+    fn admin(&mut self, caller: Caller, tenant: Option<Tenant>, request: AdminRequest) {
+        let (gateway, call) = caller;
         let event = match request {
             AdminRequest::DeployModel(wish) => Event::Deploy(caller, wish),
             AdminRequest::ScaleModel(wish) => Event::Scale(caller, wish),
             AdminRequest::RemoveModel { name } => Event::Remove(caller, name),
+            AdminRequest::Key(wish) => return self.key_call(caller, wish),
             AdminRequest::DrainNode(wish) => {
                 let at = self.models.joined.values().find(|joined| joined.node == wish.node);
                 let at = at.and_then(|joined| joined.at.clone());
                 let request = Box::new(AdminRequest::DrainNode(wish));
-                let input = Input::Gateway(gateway, ToScheduler::Admin { call, request });
+                let input = Input::Gateway(gateway, ToScheduler::Admin { call, tenant, request });
                 return self.apply_to(at.as_deref(), input);
             }
             request => {
                 let request = Box::new(request);
-                return self.apply(Input::Gateway(gateway, ToScheduler::Admin { call, request }));
+                return self.apply(Input::Gateway(gateway, ToScheduler::Admin { call, tenant, request }));
             }
         };
         self.fleet_event(event);
@@ -390,7 +403,9 @@ impl Leader {
             Effect::Start { name, config } => {
                 tracing::info!(model = %name, source = %config.model, "deploying a model");
                 let director = self.models.director_for(*config);
-                self.models.served.insert(name, Served { director, has_served: false });
+                self.models.served.insert(name.clone(), Served { director, has_served: false });
+                let shares = self.access.kv_shares();
+                self.apply_to(Some(&name), shares);
                 self.snapshot_due = true;
             }
             Effect::Stop(name) => self.stop(&name),

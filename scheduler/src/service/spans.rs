@@ -54,6 +54,8 @@ impl Spans {
                 }
             }
             FromScheduler::Cluster(_)
+            | FromScheduler::Keys(_)
+            | FromScheduler::Quota { .. }
             | FromScheduler::Models(_)
             | FromScheduler::Beat
             | FromScheduler::Admin { .. }

@@ -1,6 +1,7 @@
 //! The engine against ranks of our own, whose KV cache remembers what was written where.
 
 mod adapters;
+mod fairness;
 mod lifecycle;
 mod limits;
 mod micro_batches;

@@ -68,6 +68,7 @@ pub(crate) fn config() -> EngineConfig {
         max_num_batched_tokens: 256,
         step_target_ms: 100,
         queue_max: 64,
+        queue_wait_ms_max: 1_000_000,
         deadline_default_ms: 1_000_000,
         repair_patience_ms: 30_000,
     }
@@ -92,6 +93,7 @@ pub(crate) fn submit(number: u128, prompt: Vec<TokenId>, max_new_tokens: u32) ->
         stop_tokens: Vec::new(),
         sampling: SamplingParams { seed: number as u64, ..SamplingParams::default() },
         tenant_salt: 0,
+        charge: None,
         priority: 0,
         deadline_ms: 0,
         forced_logprobs: Vec::new(),

@@ -129,8 +129,12 @@ fn before_the_store_is_read_and_without_blobs_nothing_is_promised() {
         blobs: false,
     };
     let mut jobs = Jobs::new(config);
-    let put =
-        || Event::Admin { gateway: GatewayId(1), call: 1, request: Box::new(AdminRequest::PutFile(file(1))) };
+    let put = || Event::Admin {
+        gateway: GatewayId(1),
+        call: 1,
+        tenant: None,
+        request: Box::new(AdminRequest::PutFile(file(1))),
+    };
     jobs.handle(Millis(0), put(), &mut effects);
     jobs.handle(Millis(0), Event::Loaded(Box::default()), &mut effects);
     jobs.handle(Millis(0), put(), &mut effects);
@@ -154,9 +158,14 @@ fn before_the_store_is_read_and_without_blobs_nothing_is_promised() {
         replace: false,
         expected_generation: None,
         hold_back: false,
+        owner: None,
     };
     effects.clear();
     let request = Box::new(AdminRequest::LoadAdapter(load));
-    jobs.handle(Millis(0), Event::Admin { gateway: GatewayId(1), call: 2, request }, &mut effects);
+    jobs.handle(
+        Millis(0),
+        Event::Admin { gateway: GatewayId(1), call: 2, tenant: None, request },
+        &mut effects,
+    );
     assert!(effects.is_empty());
 }

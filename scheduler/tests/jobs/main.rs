@@ -8,4 +8,5 @@ mod promoting;
 mod random;
 mod room;
 mod served;
+mod tenants;
 mod world;

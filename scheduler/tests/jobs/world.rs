@@ -20,7 +20,7 @@ use ashlar_shard_plan::{Piece, SessionRequest, SessionWeights, Shares};
 use ashlar_vocabulary::{
     AdapterId, BlobId, Bytes, Decay, FileId, FloatType, HeadSlice, JobId, LayerRange, LayerVectors,
     LeaseTerm, ModelDigest, ModelShape, NodeId, ReplicaId, ReplicaRevision, Schedule, SessionId, StageIndex,
-    TensorRank, WeightType, WeightTypes,
+    Tenant, TensorRank, WeightType, WeightTypes,
 };
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
@@ -75,6 +75,8 @@ pub(crate) struct World {
     connections: u64,
     pub(crate) gateways: BTreeSet<GatewayId>,
     calls: u64,
+    /// For whom calls are.
+    pub(crate) tenant: Option<Tenant>,
     pub(crate) replies: BTreeMap<u64, AdminReply>,
     pub(crate) preparing: VecDeque<(GatewayId, JobId)>,
     pub(crate) publishing: VecDeque<LoadAdapter>,
@@ -142,6 +144,7 @@ pub(crate) fn file(id: u128) -> FileRecord {
         bytes: 100,
         created_at: 1_000 + id as u64,
         blob: BlobId([id as u8; 32]),
+        owner: None,
     }
 }
 
@@ -157,6 +160,8 @@ pub(crate) fn request(id: u128) -> JobRequest {
         metadata: BTreeMap::new(),
         settings: "{}".into(),
         promote: None,
+        owner: None,
+        training_minutes_max: None,
     }
 }
 
@@ -253,6 +258,7 @@ impl World {
             connections: 0,
             gateways: BTreeSet::new(),
             calls: 0,
+            tenant: None,
             replies: BTreeMap::new(),
             preparing: VecDeque::new(),
             publishing: VecDeque::new(),
@@ -672,6 +678,11 @@ impl World {
         self.event(Event::Tick);
     }
 
+    /// What is said next is said so much later.
+    pub(crate) fn later(&mut self, ms: u64) {
+        self.now = self.now.plus(ms);
+    }
+
     /// Does everything that waits, ranks first; whether there was anything.
     pub(crate) fn step(&mut self) -> bool {
         match self.talkative().first() {
@@ -711,7 +722,12 @@ impl World {
     pub(crate) fn call(&mut self, request: AdminRequest) -> u64 {
         self.calls += 1;
         let gateway = self.gateways.first().copied().unwrap_or(GatewayId(0));
-        self.event(Event::Admin { gateway, call: self.calls, request: Box::new(request) });
+        self.event(Event::Admin {
+            gateway,
+            call: self.calls,
+            tenant: self.tenant.clone(),
+            request: Box::new(request),
+        });
         self.calls
     }
 

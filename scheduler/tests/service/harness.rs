@@ -1,6 +1,7 @@
 //! A scheduler, and what nodes and gateways say to it.
 
 use crate::rank::Rank;
+use ashlar_protocol::access::KeyRecord;
 use ashlar_protocol::admin::{AdminReply, AdminRequest};
 use ashlar_protocol::frame::{self, FrameError};
 use ashlar_protocol::membership::{Assignment, FromNode, Join, ToNode};
@@ -159,6 +160,7 @@ pub(crate) struct Gateway {
     pub(crate) socket: TcpStream,
     pub(crate) cluster: ClusterSnapshot,
     pub(crate) models: ModelsView,
+    pub(crate) keys: Vec<KeyRecord>,
     calls: u64,
 }
 
@@ -177,13 +179,14 @@ impl Gateway {
     async fn try_connect(address: SocketAddr) -> Result<Gateway, FrameError> {
         let mut socket = TcpStream::connect(address).await?;
         frame::greet(&mut socket, "gateway").await?;
-        let mut models = ModelsView::default();
+        let (mut models, mut keys) = (ModelsView::default(), Vec::new());
         loop {
             match frame::read(&mut socket).await? {
                 FromScheduler::Cluster(cluster) => {
-                    return Ok(Gateway { socket, cluster: *cluster, models, calls: 0 });
+                    return Ok(Gateway { socket, cluster: *cluster, models, keys, calls: 0 });
                 }
                 FromScheduler::Models(told) => models = *told,
+                FromScheduler::Keys(told) => keys = told,
                 other => panic!("the cluster comes first, not {other:?}"),
             }
         }
@@ -199,6 +202,7 @@ impl Gateway {
         match &message {
             FromScheduler::Cluster(cluster) => self.cluster = (**cluster).clone(),
             FromScheduler::Models(models) => self.models = (**models).clone(),
+            FromScheduler::Keys(keys) => self.keys.clone_from(keys),
             _ => {}
         }
         message
@@ -227,6 +231,7 @@ impl Gateway {
             stop_tokens: vec![],
             sampling: SamplingParams { seed: number as u64, ..SamplingParams::default() },
             tenant_salt: 0,
+            charge: None,
             priority: 0,
             deadline_ms: 0,
             forced_logprobs: Vec::new(),
@@ -261,7 +266,7 @@ impl Gateway {
     ) -> AdminReply {
         self.calls += 1;
         let call = self.calls;
-        self.say(ToScheduler::Admin { call, request: Box::new(request) }).await;
+        self.say(ToScheduler::Admin { call, tenant: None, request: Box::new(request) }).await;
         loop {
             match self.next().await {
                 FromScheduler::Admin { call: answered, reply } if answered == call => return *reply,

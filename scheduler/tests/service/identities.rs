@@ -88,7 +88,7 @@ async fn each_port_is_for_its_role_and_for_certificates_of_the_cluster() {
     let gateway = transport(&authority, Role::Gateway, "g");
     let mut connection = knock(gateways, &gateway).await.unwrap();
     let first = tokio::time::timeout(LIMIT, frame::read::<FromScheduler>(&mut connection)).await.unwrap();
-    assert!(matches!(first, Ok(FromScheduler::Cluster(_))), "{first:?}");
+    assert!(matches!(first, Ok(FromScheduler::Keys(_))), "{first:?}");
     // A node's certificate at the gateways' port, and the other way round: the connection just ends.
     for (address, transport) in [(gateways, transport(&authority, Role::Node, "a")), (nodes, gateway)] {
         let socket = TcpStream::connect(address).await.unwrap();

@@ -176,6 +176,7 @@ fn file() -> FileRecord {
         bytes: 100,
         created_at: 1_700_000_000,
         blob: BlobId([4; 32]),
+        owner: None,
     }
 }
 
@@ -191,6 +192,8 @@ fn request() -> JobRequest {
         metadata: BTreeMap::from([("k".into(), "v".into())]),
         settings: "{}".into(),
         promote: None,
+        owner: None,
+        training_minutes_max: None,
     }
 }
 
@@ -266,6 +269,7 @@ async fn without_a_place_for_blobs_files_are_refused_with_the_key_to_set() {
         replace: false,
         expected_generation: None,
         hold_back: false,
+        owner: None,
     };
     let _ = gateway.ask(AdminRequest::LoadAdapter(load)).await;
     running.stop().await;

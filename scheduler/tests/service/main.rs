@@ -4,6 +4,7 @@
 mod harness;
 mod identities;
 mod jobs;
+mod keys;
 #[path = "../model/mod.rs"]
 mod model;
 mod models;

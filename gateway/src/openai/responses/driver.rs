@@ -7,6 +7,7 @@ use super::events::ResponseEvents;
 use super::live::{Ended, Listener, Live};
 use super::request::{Prepared, StoredRequest};
 use super::stored;
+use crate::access::Caller;
 use crate::app::{App, Phase, reached};
 use crate::generation::{Generation, GenerationSpec, Output, PromptSpec, TokenCounts};
 use crate::openai::answer::AnswerParser;
@@ -48,6 +49,8 @@ pub(super) struct Drive {
     pub(super) request: Option<BlobId>,
     /// The name under which it is computed: its own, or another one where the same is computed once more.
     pub(super) computed_as: RequestId,
+    /// Whether it has begun elsewhere: it has been paid for.
+    pub(super) is_known: bool,
     pub(super) traceparent: Option<String>,
 }
 
@@ -65,7 +68,10 @@ impl Drive {
         let id = self.computed_as;
         let in_progress = self.prepared.object.in_progress();
         let is_stored = self.request.is_some();
-        let (live, is_new) = self.app.responses.enter(id, || Live::new(id, in_progress, is_stored))?;
+        let (live, is_new) = self
+            .app
+            .responses
+            .enter(id, || Live::new(id, in_progress, is_stored.then(|| self.app.caller.owner())))?;
         let listener = live.listen(next);
         if is_new {
             tokio::spawn(self.run(live).instrument(tracing::Span::current()));
@@ -77,7 +83,16 @@ impl Drive {
     fn record(&self, outcome: Option<ResponseOutcome>) -> Option<ResponseRecord> {
         let StoredRequest { id, created_at, .. } = self.prepared.stored;
         let background = self.prepared.background;
-        self.request.map(|request| ResponseRecord { id, created_at, background, request, outcome })
+        let (owner, key) = (self.app.caller.owner(), self.app.caller.key_id());
+        self.request.map(|request| ResponseRecord {
+            id,
+            created_at,
+            background,
+            request,
+            outcome,
+            owner,
+            key,
+        })
     }
 
     async fn run(mut self, live: Arc<Live>) {
@@ -202,6 +217,7 @@ impl Drive {
             start: TextStart::Beginning,
             priority: request.sampling.priority,
             kept: self.request.is_some(),
+            resumed: self.is_known,
             traceparent: self.traceparent.clone(),
         };
         Generation::start(&self.app, &cluster, spec)
@@ -261,9 +277,16 @@ fn failure_of(error: &ApiError) -> RequestFailure {
     RequestFailure { kind, message: error.message.clone(), retry_after_ms: None }
 }
 
+/// What serves a stored response: it is computed for whoever asked for it, whoever follows it now.
+pub(super) fn of_record(app: &App, record: &ResponseRecord) -> Arc<App> {
+    let keys = app.scheduler.link().keys;
+    app.for_caller(Caller::of_response(record, keys.as_deref()), Arc::default())
+}
+
 /// A response in progress that nobody follows is taken up here; one that cannot be is over.
 pub(super) async fn adopt(app: &Arc<App>, record: ResponseRecord) {
-    if app.responses.live(record.id).is_some() {
+    let app = &of_record(app, &record);
+    if app.responses.live(record.id, &app.caller).is_some() {
         return;
     }
     app.first_contact().await;
@@ -271,7 +294,8 @@ pub(super) async fn adopt(app: &Arc<App>, record: ResponseRecord) {
         Ok(prepared) => {
             let request = Some(record.request);
             let (computed_as, role, traceparent) = (record.id, Role::Owner, None);
-            let drive = Drive { app: app.clone(), prepared, role, request, computed_as, traceparent };
+            let app = app.clone();
+            let drive = Drive { app, prepared, role, request, computed_as, is_known: true, traceparent };
             drive.start(0).map(drop)
         }
         Err(error) => Err(error),

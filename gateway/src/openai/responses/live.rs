@@ -1,7 +1,7 @@
 //! A response that this gateway is driving: its events so far, and who listens.
 
 use crate::openai::error::ApiError;
-use ashlar_vocabulary::RequestId;
+use ashlar_vocabulary::{RequestId, Tenant};
 use bytes::Bytes;
 use serde_json::Value;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -14,8 +14,8 @@ pub(super) struct Live {
     pub(super) id: RequestId,
     /// The object while it is in progress.
     pub(super) in_progress: Value,
-    /// Whether others than the one who asked for it may know of it.
-    pub(super) is_stored: bool,
+    /// Whose it is, if it is stored; others than the one who asked for it know nothing of one that is not.
+    pub(super) stored_for: Option<Option<Tenant>>,
     frames: Mutex<Vec<Bytes>>,
     state: watch::Sender<State>,
     listeners: watch::Sender<usize>,
@@ -42,10 +42,10 @@ pub(super) enum Ended {
 }
 
 impl Live {
-    pub(super) fn new(id: RequestId, in_progress: Value, is_stored: bool) -> Arc<Live> {
+    pub(super) fn new(id: RequestId, in_progress: Value, stored_for: Option<Option<Tenant>>) -> Arc<Live> {
         let state = watch::Sender::new(State::default());
         let (frames, listeners) = (Mutex::new(Vec::new()), watch::Sender::new(0));
-        Arc::new(Live { id, in_progress, is_stored, frames, state, listeners })
+        Arc::new(Live { id, in_progress, stored_for, frames, state, listeners })
     }
 
     /// Adds events; `has_output` from the first that the model is the cause of.

@@ -3,20 +3,19 @@
 use super::driver::{Drive, Role, new_id};
 use super::live::Ended;
 use super::{id_of, record, stored};
-use crate::app::App;
+use crate::app::ForCaller;
 use crate::openai::error::ApiError;
 use axum::Json;
-use axum::extract::{Path, State};
+use axum::extract::Path;
 use bytes::Bytes;
 use serde_json::{Value, json};
-use std::sync::Arc;
 
 /// Depends on what was computed before, and is none of the model's words.
 const CACHED: &str = "/response/usage/input_tokens_details";
 
 /// `POST /v1/responses/{id}/replay`. Answers when the response has been computed again; nothing of it is stored.
 pub(crate) async fn replay(
-    State(app): State<Arc<App>>,
+    ForCaller(app): ForCaller,
     Path(name): Path<String>,
 ) -> Result<Json<Value>, ApiError> {
     let id = id_of(&name)?;
@@ -34,7 +33,8 @@ pub(crate) async fn replay(
     }
     let prepared = stored::prepared(&app, &record).await?;
     let (request, computed_as, role) = (None, new_id(), Role::Owner);
-    let drive = Drive { app: app.clone(), prepared, role, request, computed_as, traceparent: None };
+    let drive =
+        Drive { app: app.clone(), prepared, role, request, computed_as, is_known: false, traceparent: None };
     let mut listener = drive.start(0)?;
     match listener.ended().await {
         Some(Ended::With(_)) => {}

@@ -4,18 +4,17 @@ use super::download::download;
 use super::ids::{file_name, file_of_path, no_such_file, read_file_name};
 use super::lists::{QueryFields, list};
 use super::{tuning, unexpected};
-use crate::app::App;
+use crate::app::{App, ForCaller};
 use crate::openai::error::ApiError;
 use crate::openai::respond::add_warning;
 use crate::scheduler_client::CallError;
 use ashlar_protocol::admin::{AdminFailureKind, AdminReply, AdminRequest, FileRecord, Page};
 use ashlar_vocabulary::FileId;
 use axum::Json;
-use axum::extract::{Path, State};
+use axum::extract::Path;
 use axum::http::Uri;
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
-use std::sync::Arc;
 
 pub(crate) use super::upload::upload;
 
@@ -27,7 +26,7 @@ const PAGE_FILES_MAX: u32 = 10_000;
 /// Files asked of the scheduler at once.
 const CALL_FILES_MAX: u32 = 100;
 
-pub(crate) async fn list_files(State(app): State<Arc<App>>, uri: Uri) -> Result<Response, ApiError> {
+pub(crate) async fn list_files(ForCaller(app): ForCaller, uri: Uri) -> Result<Response, ApiError> {
     let mut query = QueryFields::parse(&uri)?;
     let mut after = query.after(read_file_name)?;
     let limit = query.limit(PAGE_FILES, PAGE_FILES_MAX)?;
@@ -64,14 +63,14 @@ pub(crate) async fn list_files(State(app): State<Arc<App>>, uri: Uri) -> Result<
 }
 
 pub(crate) async fn show_file(
-    State(app): State<Arc<App>>,
+    ForCaller(app): ForCaller,
     Path(id): Path<String>,
 ) -> Result<Json<Value>, ApiError> {
     Ok(Json(file_object(&find(&app, &id).await?)))
 }
 
 pub(crate) async fn delete_file(
-    State(app): State<Arc<App>>,
+    ForCaller(app): ForCaller,
     Path(id): Path<String>,
 ) -> Result<Json<Value>, ApiError> {
     let file = find(&app, &id).await?;
@@ -86,7 +85,7 @@ pub(crate) async fn delete_file(
 }
 
 pub(crate) async fn file_content(
-    State(app): State<Arc<App>>,
+    ForCaller(app): ForCaller,
     Path(id): Path<String>,
 ) -> Result<Response, ApiError> {
     let file = find(&app, &id).await?;

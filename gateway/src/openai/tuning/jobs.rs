@@ -10,7 +10,7 @@ use super::ids::{
 use super::lists::{QueryFields, list};
 use super::objects::{checkpoint_object, event_object, job_object};
 use super::{tuning, unexpected};
-use crate::app::{App, unix_seconds};
+use crate::app::{App, ForCaller, unix_seconds};
 use crate::openai::error::ApiError;
 use crate::openai::respond::{add_warning, read_body};
 use crate::scheduler_client::CallError;
@@ -19,11 +19,10 @@ use ashlar_protocol::admin::{
 };
 use ashlar_vocabulary::{FileId, JobId};
 use axum::Json;
-use axum::extract::{Path, Request, State};
+use axum::extract::{Path, Request};
 use axum::http::Uri;
 use axum::response::{IntoResponse, Response};
 use serde_json::Value;
-use std::sync::Arc;
 use uuid::Uuid;
 
 /// Entries of a page, by default and at most.
@@ -34,7 +33,7 @@ const PAGE_MAX: u32 = 100;
 /// The files of an adapter.
 const ADAPTER_FILES: [&str; 2] = ["adapter_config.json", "adapter_model.safetensors"];
 
-pub(crate) async fn create_job(State(app): State<Arc<App>>, request: Request) -> Result<Response, ApiError> {
+pub(crate) async fn create_job(ForCaller(app): ForCaller, request: Request) -> Result<Response, ApiError> {
     let (parts, body) = request.into_parts();
     let body = read_body(&app, &parts.headers, body).await?;
     tuning(&app)?;
@@ -62,6 +61,8 @@ pub(crate) async fn create_job(State(app): State<Arc<App>>, request: Request) ->
         metadata: form.metadata,
         settings,
         promote: form.promote,
+        owner: app.caller.owner(),
+        training_minutes_max: app.caller.key().and_then(|key| key.limits.training_minutes),
     };
     let job = match app.scheduler.call(AdminRequest::CreateJob(Box::new(request))).await? {
         AdminReply::Job(job) => job,
@@ -87,7 +88,7 @@ async fn check_file(app: &App, id: FileId, param: &str) -> Result<(), ApiError> 
     }
 }
 
-pub(crate) async fn list_jobs(State(app): State<Arc<App>>, uri: Uri) -> Result<Response, ApiError> {
+pub(crate) async fn list_jobs(ForCaller(app): ForCaller, uri: Uri) -> Result<Response, ApiError> {
     let mut query = QueryFields::parse(&uri)?;
     let page = Page { after: query.after(read_job_name)?, limit: query.limit(PAGE_JOBS, PAGE_MAX)? };
     tuning(&app)?;
@@ -99,26 +100,26 @@ pub(crate) async fn list_jobs(State(app): State<Arc<App>>, uri: Uri) -> Result<R
 }
 
 pub(crate) async fn show_job(
-    State(app): State<Arc<App>>,
+    ForCaller(app): ForCaller,
     Path(name): Path<String>,
 ) -> Result<Json<Value>, ApiError> {
     Ok(Json(job_object(&find(&app, &name).await?)))
 }
 
-pub(crate) async fn cancel_job(app: State<Arc<App>>, name: Path<String>) -> Result<Json<Value>, ApiError> {
+pub(crate) async fn cancel_job(app: ForCaller, name: Path<String>) -> Result<Json<Value>, ApiError> {
     control(app, name, JobAction::Cancel).await
 }
 
-pub(crate) async fn pause_job(app: State<Arc<App>>, name: Path<String>) -> Result<Json<Value>, ApiError> {
+pub(crate) async fn pause_job(app: ForCaller, name: Path<String>) -> Result<Json<Value>, ApiError> {
     control(app, name, JobAction::Pause).await
 }
 
-pub(crate) async fn resume_job(app: State<Arc<App>>, name: Path<String>) -> Result<Json<Value>, ApiError> {
+pub(crate) async fn resume_job(app: ForCaller, name: Path<String>) -> Result<Json<Value>, ApiError> {
     control(app, name, JobAction::Resume).await
 }
 
 async fn control(
-    State(app): State<Arc<App>>,
+    ForCaller(app): ForCaller,
     Path(name): Path<String>,
     action: JobAction,
 ) -> Result<Json<Value>, ApiError> {
@@ -133,7 +134,7 @@ async fn control(
 }
 
 pub(crate) async fn list_events(
-    State(app): State<Arc<App>>,
+    ForCaller(app): ForCaller,
     Path(name): Path<String>,
     uri: Uri,
 ) -> Result<Response, ApiError> {
@@ -155,7 +156,7 @@ pub(crate) async fn list_events(
 }
 
 pub(crate) async fn list_checkpoints(
-    State(app): State<Arc<App>>,
+    ForCaller(app): ForCaller,
     Path(name): Path<String>,
     uri: Uri,
 ) -> Result<Response, ApiError> {
@@ -176,7 +177,7 @@ pub(crate) async fn list_checkpoints(
 
 /// A file of the finished adapter, as PEFT reads it.
 pub(crate) async fn adapter_file(
-    State(app): State<Arc<App>>,
+    ForCaller(app): ForCaller,
     Path((name, file)): Path<(String, String)>,
 ) -> Result<Response, ApiError> {
     if !ADAPTER_FILES.contains(&file.as_str()) {

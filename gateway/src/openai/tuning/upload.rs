@@ -3,18 +3,17 @@
 use super::files::{FINE_TUNE, file_object};
 use super::ids::new_file_id;
 use super::tuning;
-use crate::app::{App, unix_seconds};
+use crate::app::{App, ForCaller, unix_seconds};
 use crate::openai::error::ApiError;
 use crate::openai::respond::{add_warning, discard};
 use ashlar_protocol::admin::{AdminRequest, FileRecord};
 use ashlar_store::blobs::{BlobWriter, Blobs};
 use axum::Json;
 use axum::extract::multipart::{Field, MultipartError};
-use axum::extract::{FromRequest, Multipart, Request, State};
+use axum::extract::{FromRequest, Multipart, Request};
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
-use std::sync::Arc;
 use std::time::Duration;
 
 /// An upload that is slower has its place taken away.
@@ -30,7 +29,7 @@ const FORM_BYTES_MAX: u64 = 64 << 10;
 /// Bytes of a refused upload that are read, so that its sender gets the answer.
 const DISCARDED_BYTES_MAX: usize = 64 << 20;
 
-pub(crate) async fn upload(State(app): State<Arc<App>>, request: Request) -> Result<Response, ApiError> {
+pub(crate) async fn upload(ForCaller(app): ForCaller, request: Request) -> Result<Response, ApiError> {
     let checked = check_head(&app, request.headers());
     let timeout = Duration::from_millis(app.config.body_timeout_ms);
     let (app_tuning, place) = match checked {
@@ -64,6 +63,7 @@ pub(crate) async fn upload(State(app): State<Arc<App>>, request: Request) -> Res
         bytes: stored.bytes,
         created_at: unix_seconds(),
         blob: stored.id,
+        owner: app.caller.owner(),
     };
     app.scheduler.call(AdminRequest::PutFile(record.clone())).await?;
     drop(place);
