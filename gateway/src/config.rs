@@ -1,5 +1,6 @@
 //! Configuration of the gateway. Every value has a default except those that name something of the deployment.
 
+use crate::error::GatewayError;
 use ashlar_service_kit::Addresses;
 use ashlar_service_kit::config::Schema;
 use schemars::JsonSchema;
@@ -19,6 +20,19 @@ pub struct GatewayConfig {
     /// Where to listen for HTTP. Default `127.0.0.1:8080`.
     #[schemars(with = "String")]
     pub listen: SocketAddr,
+    /// Where to listen for operators: `/admin`, the dashboard, and all else. They are then nowhere else. Default: where `listen` says.
+    #[schemars(with = "Option<String>")]
+    pub admin_listen: Option<SocketAddr>,
+    /// Where to listen for `/metrics`, which is then nowhere else. Default: where `listen` says.
+    #[schemars(with = "Option<String>")]
+    pub metrics_listen: Option<SocketAddr>,
+    /// A certificate in PEM, followed by those that lead to its authority: with it HTTPS is spoken. Looked at again every ten seconds.
+    pub tls_certificate: Option<PathBuf>,
+    /// Its private key in PEM.
+    pub tls_key: Option<PathBuf>,
+    /// Listen in the clear where others than this machine can connect: something in front of it encrypts, or nobody else is on that
+    /// network. Default false: refused.
+    pub plain_http: bool,
     /// The gateway port (`host:port`) of the scheduler, or of each of several, of which one leads. Default `127.0.0.1:7402`.
     pub scheduler: Addresses,
     /// The directory of this gateway's identity, which `ashlar identity` makes; with it the connection to the scheduler is encrypted
@@ -91,6 +105,11 @@ impl Default for GatewayConfig {
             model: String::new(),
             otlp_endpoint: None,
             listen: SocketAddr::from(([127, 0, 0, 1], 8080)),
+            admin_listen: None,
+            metrics_listen: None,
+            tls_certificate: None,
+            tls_key: None,
+            plain_http: false,
             scheduler: "127.0.0.1:7402".into(),
             identity: None,
             served_model_name: Vec::new(),
@@ -133,7 +152,35 @@ impl GatewayConfig {
 
     /// Whether clients must show an API key.
     pub fn keys_are_required(&self) -> bool {
-        self.keys_required.unwrap_or(!self.listen.ip().is_loopback())
+        self.keys_required.unwrap_or(self.exposed().is_some())
+    }
+
+    /// Every address that is listened on.
+    pub fn addresses(&self) -> impl Iterator<Item = SocketAddr> {
+        [Some(self.listen), self.admin_listen, self.metrics_listen].into_iter().flatten()
+    }
+
+    /// An address that others than this machine can reach, if there is one.
+    pub fn exposed(&self) -> Option<SocketAddr> {
+        self.addresses().find(|address| !address.ip().is_loopback())
+    }
+
+    /// Refuses what would let in anybody, or let anybody listen.
+    ///
+    /// # Errors
+    /// [`GatewayError::InTheClear`], [`GatewayError::WithoutKeys`], [`GatewayError::HalfOfTls`].
+    pub fn check_exposure(&self) -> Result<(), GatewayError> {
+        if self.tls_certificate.is_some() != self.tls_key.is_some() {
+            return Err(GatewayError::HalfOfTls);
+        }
+        let Some(address) = self.exposed() else { return Ok(()) };
+        if !self.keys_are_required() {
+            return Err(GatewayError::WithoutKeys { address });
+        }
+        match self.tls_certificate.is_none() && !self.plain_http {
+            true => Err(GatewayError::InTheClear { address }),
+            false => Ok(()),
+        }
     }
 
     /// From arrival until a request is failed.

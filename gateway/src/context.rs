@@ -3,7 +3,7 @@
 use crate::access::{Caller, authenticate};
 use crate::app::{App, unix_seconds};
 use crate::openai::error::ApiError;
-use crate::router::Routing;
+use crate::router::{Routing, Surface};
 use ashlar_protocol::access::Quota;
 use ashlar_service_kit::{current_traceparent, set_parent};
 use ashlar_vocabulary::{RequestId, SamplingParams};
@@ -53,12 +53,14 @@ pub(crate) struct Surroundings {
     pub(crate) app: Arc<App>,
     /// What each route asks for.
     pub(crate) routes: Arc<Routing>,
+    /// What is to be had at the address that was asked.
+    pub(crate) surface: Surface,
 }
 
 /// Middleware: lets in whoever may, gives every request a context, every response its `x-request-id` and what is left of limits,
 /// and writes down who has changed something.
 pub(crate) async fn with_context(
-    State(Surroundings { app, routes }): State<Surroundings>,
+    State(Surroundings { app, routes, surface }): State<Surroundings>,
     mut request: Request,
     next: Next,
 ) -> Response {
@@ -101,6 +103,10 @@ pub(crate) async fn with_context(
         unix_seconds(),
     );
     let mut response = match caller {
+        _ if !surface.has(access, request.uri().path()) => {
+            ApiError::not_found("this is not served at this address: see its configuration", "unknown_url")
+                .into_response()
+        }
         Err(refusal) => refusal.into_response(),
         Ok(caller) => {
             if let Some(key) = caller.key_id() {

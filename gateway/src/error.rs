@@ -1,6 +1,7 @@
 //! Why a gateway does not start, or stops.
 
 use ashlar_identity::TlsError;
+use ashlar_identity::web::WebError;
 use ashlar_store::blobs::BlobError;
 use std::io;
 use std::net::SocketAddr;
@@ -41,6 +42,30 @@ pub enum GatewayError {
     /// The place of files cannot be used.
     #[error("cannot open `blobs`: {0}")]
     Blobs(#[from] BlobError),
+    /// Whoever is in between would read everything.
+    #[error(
+        "{address} can be reached from other machines, and keys and prompts would go there in the clear: set `tls_certificate` and `tls_key` \
+         (`ashlar certs` makes them), listen on 127.0.0.1, or, where something in front encrypts, set plain_http = true"
+    )]
+    InTheClear {
+        /// The address.
+        address: SocketAddr,
+    },
+    /// Whoever reaches it could do everything.
+    #[error(
+        "{address} can be reached from other machines, and `keys_required` is false, so that anybody there could steer the cluster: leave \
+         it out, or listen on 127.0.0.1"
+    )]
+    WithoutKeys {
+        /// The address.
+        address: SocketAddr,
+    },
+    /// A certificate without its key, or the other way round.
+    #[error("`tls_certificate` and `tls_key` belong together: set both")]
+    HalfOfTls,
+    /// Its certificate cannot be used.
+    #[error("cannot speak HTTPS: {0}")]
+    Web(#[from] WebError),
     /// The audit log cannot be written.
     #[error("cannot open `audit_log` {}: {source}", path.display())]
     AuditLog {

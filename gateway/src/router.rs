@@ -29,9 +29,9 @@ use tower::ServiceBuilder;
 use tower_http::catch_panic::CatchPanicLayer;
 
 /// The whole HTTP surface.
-pub(crate) fn router(app: Arc<App>) -> Router {
+pub(crate) fn router(app: Arc<App>, surface: Surface) -> Router {
     let Routes { router, operations } = routes();
-    let surroundings = Surroundings { app: app.clone(), routes: Arc::new(Routing::of(&operations)) };
+    let surroundings = Surroundings { app: app.clone(), routes: Arc::new(Routing::of(&operations)), surface };
     let layers = ServiceBuilder::new()
         .layer(from_fn_with_state(surroundings, with_context))
         .layer(CatchPanicLayer::custom(panic_response))
@@ -44,6 +44,31 @@ pub(crate) fn router(app: Arc<App>) -> Router {
         .method_not_allowed_fallback(system::wrong_method)
         .layer(layers)
         .with_state(app)
+}
+
+/// What is to be had at an address.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Surface {
+    /// What clients ask for.
+    pub(crate) clients: bool,
+    /// What operators do, and look at.
+    pub(crate) operators: bool,
+    /// Metrics.
+    pub(crate) metrics: bool,
+}
+
+impl Surface {
+    /// Whether a request belongs there. How the server is can be asked everywhere.
+    pub(crate) fn has(self, access: Access, path: &str) -> bool {
+        match (access, path) {
+            (Access::Public, "/health" | "/ready") => true,
+            (Access::Public, "/") => self.operators,
+            (Access::Public, path) if path.starts_with("/dashboard/") => self.operators,
+            (Access::Admin, _) => self.operators,
+            (Access::Metrics, _) => self.metrics,
+            (Access::Public | Access::AnyKey | Access::Inference | Access::Training, _) => self.clients,
+        }
+    }
 }
 
 /// What each route asks of a key.

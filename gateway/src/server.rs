@@ -10,28 +10,33 @@ use crate::error::GatewayError;
 use crate::metrics::Metrics;
 use crate::models::{Deployed, ModelFinder, follow};
 use crate::openai::responses::{ADOPTIONS_WAITING_MAX, take_up};
-use crate::router::router;
+use crate::router::{Surface, router};
 use crate::scheduler_client::{SchedulerClient, SchedulerClientSettings};
 use crate::text::ModelText;
 use crate::tuning::Tuning;
 use crate::tuning::compare::{COMPARISONS_WAITING_MAX, Comparer};
 use crate::tuning::validate::{JOBS_WAITING_MAX, Validator};
 use ashlar_identity::Transport;
+use ashlar_identity::web::WebServer;
 use ashlar_protocol::serving::SchedulerCounters;
 use ashlar_service_kit::{Shutdown, Watchdog};
 use ashlar_store::blobs::{self, BlobOptions};
-use connection::{ConnectionSettings, refuse, serve_connection};
+use axum::Router;
+use connection::{ConnectionSettings, refuse, serve_socket};
 use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::task::JoinSet;
 
 /// Time that streams get to send their last event when the grace period is over.
 const LAST_WORDS: Duration = Duration::from_secs(2);
+
+/// How often certificates are looked at: whether they were renewed.
+const CERTIFICATES_LOOKED_AT: Duration = Duration::from_secs(10);
 
 /// Serves until `shutdown` is requested, then drains.
 ///
@@ -50,8 +55,8 @@ pub async fn serve(
 #[derive(Debug)]
 pub struct Gateway {
     app: Arc<App>,
-    listener: TcpListener,
-    address: SocketAddr,
+    /// Where it listens, for what; the first is for clients.
+    doors: Vec<Door>,
     phase: watch::Sender<Phase>,
     deployed: watch::Sender<Arc<Deployed>>,
     find: Finder,
@@ -65,13 +70,9 @@ impl Gateway {
     /// # Errors
     /// [`GatewayError`].
     pub async fn bind(config: GatewayConfig, model_dir: &Path) -> Result<Gateway, GatewayError> {
-        // The port first: a second gateway should fail at once.
-        let address = config.listen;
-        let listener = TcpListener::bind(address).await.map_err(|source| match source.kind() {
-            io::ErrorKind::AddrInUse => GatewayError::PortInUse { address },
-            _ => GatewayError::Listen { address, source },
-        })?;
-        let address = listener.local_addr().map_err(|source| GatewayError::Listen { address, source })?;
+        config.check_exposure()?;
+        // The ports first: a second gateway should fail at once.
+        let doors = doors(&config).await?;
         let text = Arc::new(ModelText::load(model_dir)?);
         let audit = Audit::open(config.audit_log.as_deref())?;
         let tuning = match &config.blobs {
@@ -114,7 +115,10 @@ impl Gateway {
         background.spawn(async {
             Watchdog::from_environment().keep_beating().await;
         });
-        Ok(Gateway { app, listener, address, phase, deployed: publish, find: Finder::default(), background })
+        if let Some(web) = doors.first().and_then(|door| door.web.clone()) {
+            background.spawn(renew(web));
+        }
+        Ok(Gateway { app, doors, phase, deployed: publish, find: Finder::default(), background })
     }
 
     /// Lets it serve models that are deployed beside the scheduler's own one, whose files are found by `find`; by default they are
@@ -125,23 +129,31 @@ impl Gateway {
 
     /// Where it listens; tells the port that the system chose for port 0.
     pub fn local_address(&self) -> SocketAddr {
-        self.address
+        self.local_addresses().next().unwrap_or(self.app.config.listen)
+    }
+
+    /// Where it listens: for clients, then for operators and for metrics, where these have addresses of their own.
+    pub fn local_addresses(&self) -> impl Iterator<Item = SocketAddr> {
+        self.doors.iter().map(|door| door.address)
     }
 
     /// Serves until `shutdown` is requested, then drains.
     pub async fn run(self, shutdown: Shutdown) {
-        let Gateway { app, listener, address, phase, deployed, find, mut background } = self;
+        let Gateway { app, doors, phase, deployed, find, mut background } = self;
         background.spawn(follow(app.clone(), deployed, find.0));
-        tracing::info!(%address, model = app.model_name(), "gateway listens");
+        for Door { address, surface, web, .. } in &doors {
+            let tls = web.is_some();
+            tracing::info!(%address, tls, ?surface, model = app.model_name(), "gateway listens");
+        }
         let mut connections = JoinSet::new();
         let reason = {
-            let accepting = accept(&app, &listener, &mut connections);
+            let accepting = accept(&app, &doors, &mut connections);
             tokio::select! {
                 reason = shutdown.requested() => reason,
                 () = accepting => unreachable!("accepting ends only when it is dropped"),
             }
         };
-        drop(listener);
+        drop(doors);
         tracing::info!(%reason, connections = connections.len(), "gateway drains");
         phase.send_replace(Phase::Draining);
         let grace = Duration::from_millis(app.config.drain_grace_ms);
@@ -172,8 +184,58 @@ impl std::fmt::Debug for Finder {
     }
 }
 
-async fn accept(app: &Arc<App>, listener: &TcpListener, connections: &mut JoinSet<()>) {
-    let router = router(app.clone());
+/// An address that is listened on.
+#[derive(Debug)]
+struct Door {
+    listener: TcpListener,
+    address: SocketAddr,
+    surface: Surface,
+    /// Where HTTPS is spoken.
+    web: Option<Arc<WebServer>>,
+}
+
+async fn doors(config: &GatewayConfig) -> Result<Vec<Door>, GatewayError> {
+    let (admin, metrics) = (config.admin_listen, config.metrics_listen);
+    let surfaces = [
+        (
+            Some(config.listen),
+            Surface { clients: true, operators: admin.is_none(), metrics: metrics.is_none() },
+        ),
+        (admin, Surface { clients: true, operators: true, metrics: metrics.is_none() }),
+        (metrics, Surface { clients: false, operators: false, metrics: true }),
+    ];
+    let web = match (&config.tls_certificate, &config.tls_key) {
+        (Some(certificate), Some(key)) => Some(Arc::new(WebServer::open(certificate, key)?)),
+        _ => None,
+    };
+    let mut doors = Vec::new();
+    for (address, surface) in surfaces.into_iter().filter_map(|(address, has)| Some((address?, has))) {
+        let listener = TcpListener::bind(address).await.map_err(|source| match source.kind() {
+            io::ErrorKind::AddrInUse => GatewayError::PortInUse { address },
+            _ => GatewayError::Listen { address, source },
+        })?;
+        let address = listener.local_addr().map_err(|source| GatewayError::Listen { address, source })?;
+        doors.push(Door { listener, address, surface, web: web.clone() });
+    }
+    Ok(doors)
+}
+
+/// Keeps up with files of certificates that are renewed.
+async fn renew(web: Arc<WebServer>) {
+    loop {
+        tokio::time::sleep(CERTIFICATES_LOOKED_AT).await;
+        match web.renew() {
+            Ok(false) => {}
+            Ok(true) => tracing::info!("the certificate was renewed"),
+            Err(error) => {
+                tracing::error!(%error, "the renewed certificate cannot be used: going on with the old one")
+            }
+        }
+    }
+}
+
+async fn accept(app: &Arc<App>, doors: &[Door], connections: &mut JoinSet<()>) {
+    let routers: Vec<Router> = doors.iter().map(|door| router(app.clone(), door.surface)).collect();
     let places = Arc::new(Semaphore::new(app.config.connections_max));
     let settings = ConnectionSettings {
         head_timeout: Duration::from_millis(app.config.head_timeout_ms.max(1)),
@@ -182,7 +244,8 @@ async fn accept(app: &Arc<App>, listener: &TcpListener, connections: &mut JoinSe
     loop {
         // Ended connections are collected as new ones come.
         while connections.try_join_next().is_some() {}
-        let socket = match listener.accept().await {
+        let (door, accepted) = next_connection(doors).await;
+        let socket = match accepted {
             Ok((socket, _)) => socket,
             Err(error) => {
                 // Out of file descriptors, most likely; some connection will end.
@@ -191,21 +254,30 @@ async fn accept(app: &Arc<App>, listener: &TcpListener, connections: &mut JoinSe
                 continue;
             }
         };
+        let (Some(Door { web, .. }), Some(router)) = (doors.get(door), routers.get(door)) else { continue };
         match places.clone().try_acquire_owned() {
             Ok(place) => {
-                let (router, settings, phase) = (router.clone(), settings, app.phase.clone());
+                let (router, web, phase) = (router.clone(), web.clone(), app.phase.clone());
                 connections.spawn(async move {
-                    serve_connection(socket, router, settings, phase).await;
+                    serve_socket(socket, web, router, settings, phase).await;
                     drop(place);
                 });
             }
-            Err(_) if connections.len() < 2 * app.config.connections_max => {
+            // Where a handshake comes first, nothing can be said in time.
+            Err(_) if web.is_none() && connections.len() < 2 * app.config.connections_max => {
                 connections.spawn(refuse(socket));
             }
             // A flood: not even a refusal.
             Err(_) => drop(socket),
         }
     }
+}
+
+/// The next connection, and at which door.
+async fn next_connection(doors: &[Door]) -> (usize, io::Result<(TcpStream, SocketAddr)>) {
+    let knocks = doors.iter().map(|door| Box::pin(door.listener.accept()));
+    let (accepted, door, _) = futures::future::select_all(knocks).await;
+    (door, accepted)
 }
 
 /// True when they have all ended.

@@ -6,7 +6,9 @@ use crate::http::Client;
 use crate::roles;
 use crate::settings::{self, ConfigRole, SettingArgs};
 use anyhow::{Context, Result, bail};
+use ashlar_identity::web::WebClient;
 use clap::Args;
+use std::path::Path;
 use std::time::Duration;
 use tokio::net::TcpStream;
 
@@ -59,7 +61,8 @@ async fn check(args: &HealthArgs) -> Result<String> {
     match first_process() {
         Some(Runs::Role(role, settings)) => check_role(role, &settings, args.ready).await,
         Some(Runs::Joined) => Ok("node: runs".to_owned()),
-        Some(Runs::Up(listen)) => ask(&format!("http://{}", here(&listen)?), args.ready).await,
+        Some(Runs::Up { listen, tls: false }) => ask(&format!("http://{}", here(&listen)?), args.ready).await,
+        Some(Runs::Up { listen, tls: true }) => listens("gateway", &listen).await,
         None => ask(&format!("http://{GATEWAY}"), args.ready).await,
     }
 }
@@ -68,7 +71,15 @@ async fn check_role(role: ConfigRole, settings: &SettingArgs, ready: bool) -> Re
     match role {
         ConfigRole::Gateway => {
             let address = here(&configured(role, settings, "listen")?)?;
-            ask(&format!("http://{address}"), ready).await
+            match configured(role, settings, "tls_certificate").ok() {
+                None => ask(&format!("http://{address}"), ready).await,
+                // It may not name this machine: whoever has its files knows it all the same.
+                Some(file) => {
+                    let web = WebClient::of_server(Path::new(&file))?;
+                    let url = format!("https://{address}");
+                    ask_with(Client::trusting(&url, None, Some(web))?, &url, ready).await
+                }
+            }
         }
         _ if ready => bail!("only a gateway knows whether the cluster is ready: ask it, with --url"),
         ConfigRole::Scheduler => listens("scheduler", &configured(role, settings, "listen_gateways")?).await,
@@ -85,7 +96,10 @@ enum Runs {
     /// A node that joined: it chooses its port by itself, and ends when it cannot work.
     Joined,
     /// A whole cluster, whose gateway listens there.
-    Up(String),
+    Up {
+        listen: String,
+        tls: bool,
+    },
 }
 
 /// What runs as the first process here, if it is one of ours: so it is in a container.
@@ -102,7 +116,7 @@ fn runs(words: &[String]) -> Option<Runs> {
     let command = words.next()?.as_str();
     let mut settings = SettingArgs::default();
     let mut listen = None;
-    let mut joins = false;
+    let (mut joins, mut tls) = (false, false);
     while let Some(word) = words.next() {
         let (flag, within) = match word.split_once('=') {
             Some((flag, value)) if flag.starts_with("--") => (flag, Some(value.to_owned())),
@@ -114,11 +128,12 @@ fn runs(words: &[String]) -> Option<Runs> {
             "--set" => settings.set.extend(value()),
             "--listen" => listen = value(),
             "--join" => joins = true,
+            "--tls" => tls = true,
             _ => {}
         }
     }
     Some(match command {
-        "up" => Runs::Up(listen.unwrap_or_else(|| GATEWAY.to_owned())),
+        "up" => Runs::Up { listen: listen.unwrap_or_else(|| GATEWAY.to_owned()), tls },
         "node" if joins => Runs::Joined,
         "gateway" => Runs::Role(ConfigRole::Gateway, settings),
         "scheduler" => Runs::Role(ConfigRole::Scheduler, settings),
@@ -139,8 +154,12 @@ fn configured(role: ConfigRole, args: &SettingArgs, key: &str) -> Result<String>
 }
 
 async fn ask(url: &str, ready: bool) -> Result<String> {
+    ask_with(Client::new(url, None)?, url, ready).await
+}
+
+async fn ask_with(client: Client, url: &str, ready: bool) -> Result<String> {
     let path = if ready { "/ready" } else { "/health" };
-    let (status, body) = Client::new(url, None)?.get(path).await?;
+    let (status, body) = client.get(path).await?;
     let state = body["status"].as_str().unwrap_or("answers").to_owned();
     match (status, body["problem"].as_str()) {
         (200, _) => Ok(format!("gateway {url}: {state}")),
@@ -194,7 +213,10 @@ mod tests {
         assert_eq!(runs("ashlar node --config /n.toml --set threads=2 --set=listen=0.0.0.0:1"), Some(node));
         let gateway = Runs::Role(ConfigRole::Gateway, settings("g.toml", &[]));
         assert_eq!(runs("/sbin/docker-init -- /usr/local/bin/ashlar gateway --config=g.toml"), Some(gateway));
-        assert_eq!(runs("ashlar up --listen 0.0.0.0:9 --stages 2"), Some(Runs::Up("0.0.0.0:9".into())));
+        assert_eq!(
+            runs("ashlar up --listen 0.0.0.0:9 --stages 2"),
+            Some(Runs::Up { listen: "0.0.0.0:9".into(), tls: false })
+        );
         assert_eq!(runs("ashlar node --join 10.0.0.1:7400 --token x"), Some(Runs::Joined));
         assert_eq!(
             (runs("/usr/lib/systemd/systemd"), runs("ashlar plan"), runs("ashlar")),

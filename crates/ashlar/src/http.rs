@@ -1,22 +1,28 @@
 //! A plain HTTP/1.1 client for our own commands: JSON or a file in, JSON or server-sent events out.
 
+mod connector;
 mod upload;
 
 use anyhow::{Context, Result, bail};
+use ashlar_identity::web::WebClient;
 use bytes::Bytes;
+use connector::Connector;
 use http_body_util::combinators::UnsyncBoxBody;
 use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
 use hyper::{Method, Request, Response, Uri};
 use hyper_util::client::legacy::Client as HyperClient;
-use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
 use indicatif::ProgressBar;
 use serde_json::Value;
 use std::fs::File;
 use std::io;
+use std::path::PathBuf;
 use std::time::Instant;
 use upload::Form;
+
+/// Names a file of authorities that clients trust.
+const CA_VARIABLE: &str = "ASHLAR_CA";
 
 /// The service answered with an error status.
 #[derive(Debug, thiserror::Error)]
@@ -39,22 +45,29 @@ type RequestBody = UnsyncBoxBody<Bytes, io::Error>;
 /// A client of one service.
 #[derive(Debug, Clone)]
 pub(crate) struct Client {
-    inner: HyperClient<HttpConnector, RequestBody>,
+    inner: HyperClient<Connector, RequestBody>,
     base: String,
     key: Option<String>,
 }
 
 impl Client {
-    /// A client of the service at `base` (`http://host:port`, with or without `/v1`).
+    /// A client of the service at `base` (`http://host:port` or `https://host:port`, with or without `/v1`). `ASHLAR_CA` names a file
+    /// of authorities to trust instead of those that browsers trust.
     pub(crate) fn new(base: &str, key: Option<String>) -> Result<Client> {
+        let web = match base.starts_with("https://") {
+            true => Some(WebClient::new(std::env::var_os(CA_VARIABLE).map(PathBuf::from).as_deref())?),
+            false => None,
+        };
+        Client::trusting(base, key, web)
+    }
+
+    /// The same, where it is known already whom to trust.
+    pub(crate) fn trusting(base: &str, key: Option<String>, web: Option<WebClient>) -> Result<Client> {
         let base = base.trim_end_matches('/').trim_end_matches("/v1");
-        if !base.starts_with("http://") {
-            bail!("`{base}` is not an http:// address (TLS: put a local proxy in front)");
+        if !base.starts_with("http://") && !base.starts_with("https://") {
+            bail!("`{base}` is neither an http:// nor an https:// address");
         }
-        let mut connector = HttpConnector::new();
-        // A long body must not wait for the acknowledgement of its first part.
-        connector.set_nodelay(true);
-        let inner = HyperClient::builder(TokioExecutor::new()).build(connector);
+        let inner = HyperClient::builder(TokioExecutor::new()).build(Connector { web });
         Ok(Client { inner, base: base.to_owned(), key })
     }
 

@@ -2,19 +2,21 @@
 //!
 //! Layout: [`up`] (a small real cluster as supervised children), [`roles`] (gateway, scheduler, node),
 //! configured by [`settings`], which [`config_command`] shows and checks; machines that join ([`enrolment`]), client commands
-//! ([`chat`], [`tune`], [`top`], [`health`], [`doctor`], [`bench`], [`model`], [`keys`], [`drain`], [`drill`], [`replay`]), and what needs no cluster ([`plan`], [`simulate`], [`quantize`], [`synth`]). [`demo`] holds the demo model,
-//! [`http`] a plain HTTP client, [`supervisor`] a child process kept alive, [`processes`] which ones there are, [`first_key`] the key that an `up` begins with, [`network`] networks of their own for
+//! ([`chat`], [`tune`], [`top`], [`health`], [`doctor`], [`bench`], [`model`], [`keys`], [`certs`], [`drain`], [`drill`], [`replay`]), and what needs no cluster ([`plan`], [`simulate`], [`quantize`], [`synth`]). [`demo`] holds the demo model,
+//! [`http`] a plain HTTP client, [`supervisor`] a child process kept alive, [`processes`] which ones there are, [`edge`] how clients reach an `up`, [`first_key`] the key that it begins with, [`network`] networks of their own for
 //! them.
 #![forbid(unsafe_code)]
 
 mod bench;
 mod cache;
+mod certs;
 mod chat;
 mod config_command;
 mod demo;
 mod doctor;
 mod drain;
 mod drill;
+mod edge;
 mod enrolment;
 mod findings;
 mod first_key;
@@ -93,6 +95,8 @@ enum Command {
     Bench(bench::BenchArgs),
     /// Serve several models on one cluster: deploy, scale and remove them.
     Model(model::ModelArgs),
+    /// Certificates for HTTPS, from an authority of one's own.
+    Certs(certs::CertsArgs),
     /// API keys: make, list, revoke.
     Keys(keys::KeysArgs),
     /// Watch the cluster in the terminal: requests, latencies, nodes, memory, jobs.
@@ -131,6 +135,7 @@ fn main() -> ExitCode {
         Command::Simulate(args) => simulate::run(*args),
         Command::Bench(args) => bench::run(args),
         Command::Model(args) => model::run(args),
+        Command::Certs(args) => certs::run(args),
         Command::Keys(args) => keys::run(args),
         Command::Top(args) => top::run(args),
         Command::Health(args) => health::run(args),

@@ -2,12 +2,12 @@
 
 use crate::cache::CacheArgs;
 use crate::demo;
+use crate::edge::{Edge, EdgeArgs};
 use crate::enrolment::endpoint::EnrolmentConfig;
 use crate::enrolment::{
     self,
     opening::{Identities, Opening, from_here},
 };
-use crate::first_key::FirstKey;
 use crate::http::Client;
 use crate::network::{self, Network};
 use crate::port::ReservedPort;
@@ -20,7 +20,6 @@ use ashlar_gateway::GatewayConfig;
 use ashlar_identity::Role as IdentityRole;
 use ashlar_model::hub;
 use ashlar_scheduler::SchedulerConfig;
-use ashlar_service_kit::config::Secret;
 use ashlar_service_kit::{Addresses, Shutdown, memory};
 use ashlar_shard_node::config::CacheConfig;
 use ashlar_shard_node::{NodeConfig, Pin};
@@ -67,6 +66,7 @@ const DEFAULT_CONTEXT_MAX: u32 = 8192;
   ashlar up --replicas 3 --audit 0.1%              of a thousand answers one is computed again elsewhere, bit for bit
   ashlar up --join-listen --stages 2 --nodes 1     half of the model here, half on a machine that joins
   ashlar up --keys                                 only for who has an API key; prints the first one
+  ashlar up --listen 0.0.0.0:8080 --tls            for other machines too: HTTPS, and only who has an API key
   ashlar up --separate --nodes 3                   for drills that cut roles off from each other")]
 pub(crate) struct UpArgs {
     /// Model directory or hub id (`org/name`, `org/name@revision`); default: the demo model.
@@ -98,12 +98,8 @@ pub(crate) struct UpArgs {
     /// directory.
     #[arg(long, value_name = "DIR")]
     adapters: Option<PathBuf>,
-    /// Where the HTTP API listens.
-    #[arg(long, default_value = "127.0.0.1:8080")]
-    listen: SocketAddr,
-    /// Let in only who shows an API key; the first one is printed when it is made. Always so where --listen is not this machine alone.
-    #[arg(long)]
-    keys: bool,
+    #[command(flatten)]
+    edge: EdgeArgs,
     /// Let other machines join: where they connect. Nodes and schedulers then listen beyond this machine, and all that they say
     /// is encrypted and mutual. Schedulers take the ports above this one.
     #[arg(long, value_name = "ADDR", num_args = 0..=1, default_missing_value = "0.0.0.0:7400")]
@@ -184,10 +180,12 @@ pub(crate) fn run(args: UpArgs) -> Result<()> {
     let _lock = lock(&state)?;
     // Ask for the port before anything is loaded: the commonest mistake should cost no time.
     // Kept from then on, or a node that takes any port may be given the gateway's before it listens.
-    let ports =
-        (0..args.gateways).map(|number| gateway_port(args.listen, number)).collect::<Result<Vec<_>>>()?;
+    let ports = (0..args.gateways)
+        .map(|number| gateway_port(args.edge.listen, number))
+        .collect::<Result<Vec<_>>>()?;
     // Port 0 means any: whichever it is now, the gateway listens there.
     let listen: Vec<SocketAddr> = ports.iter().map(ReservedPort::address).collect();
+    args.edge.check(&listen, &args.gateway_settings)?;
     let demo = args.model.is_none();
     let directory = match &args.model {
         None => demo::unpack(&state)?,
@@ -234,8 +232,7 @@ struct Cluster {
     schedulers: Vec<Role>,
     nodes: Vec<Role>,
     model_name: String,
-    /// Where clients need one.
-    first_key: Option<FirstKey>,
+    edge: Edge,
     state: PathBuf,
     /// Where schedulers listen, for as long as the cluster lives.
     _ports: Vec<[ReservedPort; 2]>,
@@ -358,12 +355,8 @@ impl Cluster {
                 ))
             })
             .transpose()?;
-        let needs_keys = args.keys || listen_clients.iter().any(|listen| !listen.ip().is_loopback());
-        let first_key = needs_keys.then(|| FirstKey::open(state)).transpose()?;
-        scheduler.admin_key = first_key.as_ref().map(|first| Secret(first.key.reveal().to_owned()));
-        let gateway = GatewayConfig {
-            keys_required: Some(needs_keys),
-            audit_log: Some(state.join("logs/audit.jsonl")),
+        let edge = Edge::open(&args.edge, listen_clients, state)?;
+        let mut gateway = GatewayConfig {
             blobs: scheduler.blobs.clone(),
             adapters: Some(fs::canonicalize(&adapters)?),
             model: directory.to_string_lossy().into_owned(),
@@ -372,6 +365,7 @@ impl Cluster {
             otlp_endpoint: args.otlp_endpoint.clone(),
             ..GatewayConfig::default()
         };
+        edge.configure(&mut scheduler, &mut gateway, state);
         let threads = args.threads.unwrap_or_else(|| (ashlar_kernels::available_threads() / nodes).max(1));
         let cores = if args.pin {
             cores_of_nodes(&ashlar_kernels::available_cores(), nodes, threads)?
@@ -448,7 +442,7 @@ impl Cluster {
                 .collect::<Result<_>>()?,
             nodes,
             model_name: served,
-            first_key,
+            edge,
             state: state.to_owned(),
             enrolment,
             _join_port: opening.map(|opening| opening.port),
@@ -469,13 +463,10 @@ impl Cluster {
             eprintln!("another machine may join, once, within an hour (`ashlar token create` lets more in):");
             eprintln!("  {}", enrolment::commands::first_token(config)?);
         }
-        let bases: Vec<String> = listen.iter().map(|listen| format!("http://{listen}")).collect();
+        let bases: Vec<String> = listen.iter().map(|listen| self.edge.url(*listen)).collect();
         let (base, others) = bases.split_first().context("at least one gateway")?;
-        let key = self.first_key.as_ref().map(|first| first.key.reveal().to_owned());
-        let client = Client::new(base, key)?;
-        if let Some(first) = &self.first_key {
-            first.announce();
-        }
+        let client = self.edge.client(base)?;
+        self.edge.announce();
         let watching = self.watch(&client, (base, others), &mut notices);
         let result = tokio::select! {
             reason = shutdown.requested() => {
@@ -570,9 +561,9 @@ impl Cluster {
             eprintln!("  {name:<10} {place:<42} {}", Bytes(node["reserved"].as_u64().unwrap_or(0)));
         }
         let question = json!({"model": model, "messages": [{"role": "user", "content": "What is 12 + 34?"}]});
-        let key = self.first_key.as_ref().map_or("", |_| " -H \"authorization: Bearer $OPENAI_API_KEY\"");
+        let options = self.edge.curl_options();
         eprintln!(
-            "\n  curl {base}/v1/chat/completions -H 'content-type: application/json'{key} -d '{question}'"
+            "\n  curl{options} {base}/v1/chat/completions -H 'content-type: application/json' -d '{question}'"
         );
         let here = if base.ends_with(":8080") { String::new() } else { format!(" --url {base}") };
         eprintln!("  ashlar chat{here}\n\nCtrl-C drains and stops.");

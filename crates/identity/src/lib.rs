@@ -3,7 +3,7 @@
 //! Layout: [`api_key`] (what clients show), [`name`] (roles and names), [`authority`] (the cluster's own certificate authority), [`credentials`] (what a process
 //! keeps: its key, its certificate, the authority's), [`token`] and [`ledger`] (what lets a machine enrol, once),
 //! [`request`] (what a machine that enrols signs), [`tls`] (both sides of a handshake), [`transport`] (plain, or encrypted: what
-//! every role uses), [`stream`] (asynchronous connections), [`socket`] (blocking ones, for data between nodes).
+//! every role uses), [`stream`] (asynchronous connections), [`socket`] (blocking ones, for data between nodes); apart from all that [`web`] (HTTPS for clients from outside).
 //!
 //! **Invariants:** TLS 1.3 only, and both sides show a certificate of the same authority, which is used for nothing else. A
 //! certificate names one role and one name; whoever connects or accepts says which role it expects. The authority's key never
@@ -23,6 +23,7 @@ pub mod stream;
 pub mod tls;
 pub mod token;
 pub mod transport;
+pub mod web;
 
 mod files;
 mod records;

@@ -2,12 +2,14 @@
 
 use super::stall::StallGuard;
 use crate::app::{Phase, reached};
+use ashlar_identity::web::WebServer;
 use axum::Router;
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
+use std::sync::Arc;
 use std::time::Duration;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::sync::watch;
 
@@ -26,15 +28,31 @@ pub(super) struct ConnectionSettings {
     pub(super) write_timeout: Duration,
 }
 
-/// Serves one connection until it ends; from the drain on, no further request is taken on it.
-pub(super) async fn serve_connection(
+/// Serves a client: in the clear, or after a handshake, for which it has as long as for a request's head.
+pub(super) async fn serve_socket(
     socket: TcpStream,
+    web: Option<Arc<WebServer>>,
+    router: Router,
+    settings: ConnectionSettings,
+    phase: watch::Receiver<Phase>,
+) {
+    // A token is smaller than a segment and must not wait for the next.
+    let _ = socket.set_nodelay(true);
+    let Some(web) = web else { return serve_connection(socket, router, settings, phase).await };
+    match tokio::time::timeout(settings.head_timeout, web.accept(socket)).await {
+        Ok(Ok(stream)) => serve_connection(stream, router, settings, phase).await,
+        Ok(Err(error)) => tracing::debug!(%error, "a handshake failed"),
+        Err(_) => tracing::debug!("a handshake took too long"),
+    }
+}
+
+/// Serves one connection until it ends; from the drain on, no further request is taken on it.
+async fn serve_connection<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
+    socket: S,
     router: Router,
     settings: ConnectionSettings,
     mut phase: watch::Receiver<Phase>,
 ) {
-    // A token is smaller than a segment and must not wait for the next.
-    let _ = socket.set_nodelay(true);
     let io = TokioIo::new(StallGuard::new(socket, settings.write_timeout));
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())

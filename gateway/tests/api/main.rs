@@ -7,6 +7,7 @@ mod chat;
 mod client;
 mod comparison;
 mod completions;
+mod edge;
 mod errors;
 mod faults;
 mod files;

@@ -7,6 +7,7 @@ use ashlar_protocol::serving::Submit;
 use ashlar_service_kit::{Shutdown, ShutdownReason};
 use ashlar_store::blobs::{self, BlobOptions, Blobs};
 use serde_json::{Value, json};
+use std::net::SocketAddr;
 use std::path::Path;
 use tempfile::TempDir;
 use tokio::task::JoinHandle;
@@ -21,6 +22,8 @@ pub(crate) const PLAIN_TEMPLATE: &str = "{{ bos_token }}{% for m in messages %}<
 pub(crate) struct World {
     pub(crate) scheduler: FakeScheduler,
     pub(crate) http: Http,
+    /// Where it listens.
+    pub(crate) addresses: Vec<SocketAddr>,
     pub(crate) shutdown: Shutdown,
     pub(crate) running: JoinHandle<()>,
     _model: TempDir,
@@ -35,6 +38,20 @@ impl World {
 
     /// The same with another chat template and configuration.
     pub(crate) async fn with(
+        template: &str,
+        configure: impl FnOnce(&mut GatewayConfig),
+        script: impl Fn(&Submit) -> Script + Send + Sync + 'static,
+    ) -> World {
+        let model = tempfile::tempdir().unwrap();
+        write_model(model.path(), template);
+        let path = model.path().to_owned();
+        let world = World::start(model, &path, configure, script).await;
+        world.until_ready().await;
+        world
+    }
+
+    /// The same where HTTPS is spoken, which nobody waits for to be ready.
+    pub(crate) async fn with_tls(
         template: &str,
         configure: impl FnOnce(&mut GatewayConfig),
         script: impl Fn(&Submit) -> Script + Send + Sync + 'static,
@@ -64,11 +81,10 @@ impl World {
         configure(&mut config);
         let gateway = Gateway::bind(config, path).await.unwrap();
         let http = Http { address: gateway.local_address() };
+        let addresses = gateway.local_addresses().collect();
         let shutdown = Shutdown::manual();
         let running = tokio::spawn(gateway.run(shutdown.clone()));
-        let world = World { scheduler, http, shutdown, running, _model: model, blobs: None };
-        world.until_ready().await;
-        world
+        World { scheduler, http, addresses, shutdown, running, _model: model, blobs: None }
     }
 
     /// One that has a place for files, and the demo model.
@@ -86,6 +102,7 @@ impl World {
             config.file_bytes_max = 1 << 20;
         };
         let mut world = World::start(model, &demo, configure, script).await;
+        world.until_ready().await;
         world.blobs = Some(blobs);
         world
     }

@@ -62,7 +62,10 @@ fn refused(kind: AdminFailureKind, message: impl Into<String>) -> AdminFailure {
 
 impl Keys {
     /// What was stored, and what the configuration has besides.
-    pub fn new(stored: impl IntoIterator<Item = KeyRecord>, configured: Option<KeyRecord>) -> Keys {
+    pub fn new(
+        stored: impl IntoIterator<Item = KeyRecord>,
+        configured: impl IntoIterator<Item = KeyRecord>,
+    ) -> Keys {
         let keys = stored.into_iter().chain(configured).map(|record| (record.id, record));
         Keys { keys: keys.collect(), changes: BTreeMap::new() }
     }
@@ -144,7 +147,7 @@ impl Keys {
             (None, None) => refused(AdminFailureKind::NotFound, format!("there is no key {id}")),
             (Some(record), None) if record.configured => refused(
                 AdminFailureKind::Conflict,
-                format!("the key {id} is the scheduler's `admin_key`: change it there"),
+                format!("the key {id} is in the scheduler's configuration: change it there"),
             ),
             (Some(_), None) => {
                 self.changes.insert(id, Change { record: None, callers: vec![caller] });

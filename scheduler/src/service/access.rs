@@ -1,18 +1,48 @@
 //! The shell around keys and quotas: what is let in before any core hears of it.
 
+use super::SchedulerConfig;
 use super::leader::{Leader, encode};
 use super::records::{Record, Records, Written};
 use crate::access::{Caller, Effect, Event, Keys, Quotas};
 use crate::director::Input;
 use crate::engine::GatewayId;
+use ashlar_identity::ApiKey;
 use ashlar_protocol::access::{KeyCall, KeyRecord, Scope};
 use ashlar_protocol::admin::AdminReply;
 use ashlar_protocol::serving::{FailureKind, FromScheduler, RequestFailure, Submit};
 use ashlar_vocabulary::{KeyId, Tenant};
 use std::collections::BTreeMap;
 
-/// The tenant of the key that the configuration has.
+/// The tenant of the keys that the configuration has.
 const OPERATOR: &str = "operator";
+
+/// The keys that a configuration has, or what is wrong with them.
+pub(super) fn configured(config: &SchedulerConfig) -> Result<Vec<KeyRecord>, String> {
+    let keys = [
+        ("admin_key", &config.admin_key, &Scope::ALL[..]),
+        ("metrics_key", &config.metrics_key, &[Scope::Metrics][..]),
+    ];
+    let given = keys.into_iter().filter_map(|(name, key, scopes)| Some((name, key.as_ref()?, scopes)));
+    given
+        .map(|(name, key, scopes)| {
+            let key: ApiKey = key.0.parse().map_err(|error| format!("{name}: {error}"))?;
+            Ok(KeyRecord {
+                id: key.id(),
+                hash: key.hash(),
+                name: format!("the scheduler's {name}"),
+                tenant: Tenant(OPERATOR.to_owned()),
+                scopes: scopes.to_vec(),
+                models: None,
+                adapters: None,
+                limits: Default::default(),
+                shares_prefixes: false,
+                created_at: 0,
+                expires_at: None,
+                configured: true,
+            })
+        })
+        .collect()
+}
 
 impl Record for KeyRecord {
     const PREFIX: &'static str = "key/";
@@ -28,26 +58,12 @@ pub(super) struct Access {
 }
 
 impl Access {
-    /// What was stored, and the key that the configuration has: its id, and its hash.
+    /// What was stored, and what the configuration has.
     pub(super) fn new(
         records: Records<KeyRecord>,
         stored: Vec<(String, KeyRecord)>,
-        configured: Option<(KeyId, [u8; 32])>,
+        configured: Vec<KeyRecord>,
     ) -> Access {
-        let configured = configured.map(|(id, hash)| KeyRecord {
-            id,
-            hash,
-            name: "the scheduler's admin_key".to_owned(),
-            tenant: Tenant(OPERATOR.to_owned()),
-            scopes: Scope::ALL.to_vec(),
-            models: None,
-            adapters: None,
-            limits: Default::default(),
-            shares_prefixes: false,
-            created_at: 0,
-            expires_at: None,
-            configured: true,
-        });
         let keys = Keys::new(stored.into_iter().map(|(_, record)| record), configured);
         Access { keys, quotas: Quotas::default(), records }
     }

@@ -109,6 +109,9 @@ pub struct SchedulerConfig {
     /// (`ASHLAR_SCHEDULER__ADMIN_KEY_FILE`). Default: none.
     #[serde(default)]
     pub admin_key: Option<Secret>,
+    /// An API key that reads metrics and does nothing else, likewise. Default: none.
+    #[serde(default)]
+    pub metrics_key: Option<Secret>,
     /// Requests that would wait longer than this for a place, in milliseconds, are refused with 429.
     #[serde(default = "default_queue_wait_ms_max")]
     pub queue_wait_ms_max: u64,
@@ -206,6 +209,7 @@ impl SchedulerConfig {
             boundary_log: default_boundary_log(),
             step_target_ms: default_step_target_ms(),
             admin_key: None,
+            metrics_key: None,
             queue_wait_ms_max: default_queue_wait_ms_max(),
             queue_max: default_queue_max(),
             max_adapters: default_max_adapters(),

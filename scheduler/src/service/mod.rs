@@ -33,13 +33,13 @@ use crate::engine::{EngineConfig, GatewayId};
 use crate::fleet::FleetRecord;
 use crate::jobs::JobsConfig;
 use crate::responses::ResponsesConfig;
-use ashlar_identity::{ApiKey, ListenError, Role, TlsError, Transport};
+use ashlar_identity::{ListenError, Role, TlsError, Transport};
 use ashlar_protocol::access::KeyRecord;
 use ashlar_protocol::responses::ResponseRecord;
 use ashlar_service_kit::{Serving, ShutdownRequest, Watchdog};
 use ashlar_store::blobs::{self, BlobError, BlobOptions, Blobs};
 use ashlar_store::{Lease, Store, StoreError};
-use ashlar_vocabulary::{Bytes, KeyId, LeaseTerm};
+use ashlar_vocabulary::{Bytes, LeaseTerm};
 use connection::{Door, INBOX_MESSAGES_MAX, Numbers, accept, turn_away};
 use leader::{CoresConfig, Ended, Leader, Performers, Sources};
 use models::{ModelPerformers, Models};
@@ -105,8 +105,8 @@ pub async fn serve(
 pub struct Scheduler {
     config: SchedulerConfig,
     model: ModelCard,
-    /// The key of the configuration: its id, and its hash.
-    admin_key: Option<(KeyId, [u8; 32])>,
+    /// The keys of the configuration.
+    keys: Vec<KeyRecord>,
     /// Reads the files of models that are to be deployed.
     opener: Option<ModelOpener>,
     transport: Transport,
@@ -142,11 +142,8 @@ impl Scheduler {
             Some(address) => Some(blobs::open(address, &BlobOptions::default()).await?),
             None => None,
         };
-        let admin_key = config.admin_key.as_ref().map(|key| key.0.parse::<ApiKey>()).transpose();
-        let admin_key = admin_key
-            .map_err(|error| SchedulerError::Config(format!("admin_key: {error}")))?
-            .map(|key| (key.id(), key.hash()));
-        Ok(Scheduler { config, model, admin_key, opener: None, transport, store, blobs, nodes, gateways })
+        let keys = access::configured(&config).map_err(SchedulerError::Config)?;
+        Ok(Scheduler { config, model, keys, opener: None, transport, store, blobs, nodes, gateways })
     }
 
     /// Lets other models be deployed beside its own, whose files are read by `opener`.
@@ -274,7 +271,7 @@ impl Scheduler {
         // Nodes that belong to others will not come.
         config.cluster.expected_nodes =
             config.cluster.expected_nodes.map(|nodes| nodes.saturating_sub(models.nodes_deployed()).max(1));
-        let access = Access::new(keys.records, keys.stored, self.admin_key);
+        let access = Access::new(keys.records, keys.stored, self.keys.clone());
         let leader = Leader::new(config, performers, (models, access), adapters.stored, stored_responses);
         let grace = Duration::from_millis(self.config.drain_grace_ms);
         let (adapters_written, responses_written) = (adapters.written, responses.written);
