@@ -23,6 +23,10 @@ const LENGTH_MAX: usize = 1_000_000;
 const PATTERN_BYTES_MAX: usize = 4 << 10;
 /// Longest Lark source without its schemas, for the same reason.
 const LARK_BYTES_MAX: usize = 32 << 10;
+/// Largest step between the multiples that a schema allows, in units of its last decimal place: an automaton counts through it.
+const STEP_MAX: u64 = 10_000;
+/// The same of all steps of a schema taken together: where they are merged, their least common multiple is counted through.
+const STEPS_MAX: u64 = 100_000;
 /// Most values in one `enum`.
 const ENUM_MAX: usize = 5_000;
 
@@ -81,6 +85,7 @@ pub(crate) fn check_lark(source: &str) -> Result<(), GrammarError> {
 /// Refuses schemas whose merged form is too large. The schema has been parsed, so its depth is bounded.
 pub(crate) fn check_schema(schema: &Value) -> Result<(), GrammarError> {
     check_values(schema)?;
+    check_steps(schema)?;
     let mut walk = Walk { root: schema, budget: EXPANSION_MAX, seen: HashSet::new(), pending: vec![schema] };
     while let Some(next) = walk.pending.pop() {
         walk.visit(vec![next], 0)?;
@@ -126,6 +131,50 @@ fn check_values(value: &Value) -> Result<(), GrammarError> {
         }
         _ => Ok(()),
     }
+}
+
+/// Refuses multiples of numbers whose remainders are too many to be told apart.
+fn check_steps(schema: &Value) -> Result<(), GrammarError> {
+    let mut steps = Vec::new();
+    collect_steps(schema, &mut steps);
+    let too_large = |limit: u64| GrammarError::TooLarge { what: "step in multipleOf", limit: limit as usize };
+    let scaled = steps.iter().map(|step| decimal(*step).filter(|(number, _)| *number <= STEP_MAX));
+    let scaled: Vec<(u64, u32)> = scaled.collect::<Option<_>>().ok_or_else(|| too_large(STEP_MAX))?;
+    let places = scaled.iter().map(|(_, places)| *places).max().unwrap_or(0);
+    let together = scaled.iter().try_fold(1, |together: u64, (number, own)| {
+        let number = number.checked_mul(10_u64.checked_pow(places - own)?)?;
+        let common = (together / gcd(together, number).max(1)).checked_mul(number.max(1))?;
+        (common <= STEPS_MAX).then_some(common)
+    });
+    together.map(drop).ok_or_else(|| too_large(STEPS_MAX))
+}
+
+fn collect_steps(value: &Value, steps: &mut Vec<f64>) {
+    match value {
+        Value::Array(items) => items.iter().for_each(|item| collect_steps(item, steps)),
+        Value::Object(object) => {
+            steps.extend(object.get("multipleOf").and_then(Value::as_f64).filter(|step| *step > 0.0));
+            object.values().for_each(|item| collect_steps(item, steps));
+        }
+        _ => {}
+    }
+}
+
+/// A number as a whole one and how many of its digits are decimal places, as the compiler takes it; `None` if it has too many.
+fn decimal(mut number: f64) -> Option<(u64, u32)> {
+    let mut places = 0;
+    while number.fract() != 0.0 {
+        number *= 10.0;
+        places += 1;
+        if places > 9 {
+            return None;
+        }
+    }
+    (number <= 1e15).then_some((number as u64, places))
+}
+
+fn gcd(a: u64, b: u64) -> u64 {
+    if b == 0 { a } else { gcd(b, a % b) }
 }
 
 struct Walk<'v> {
@@ -254,6 +303,18 @@ mod tests {
         let choice = json!({"anyOf": (0..10).map(|i| json!({"const": i})).collect::<Vec<_>>()});
         let schema = json!({"allOf": vec![choice; 20]});
         assert!(matches!(check_schema(&schema), Err(GrammarError::TooLarge { .. })));
+    }
+
+    #[test]
+    fn steps_that_take_long_to_count_through_are_refused() {
+        for step in ["524287", "4294967294", "999999.5", "1e-9", "1e300", "0.30000000000000004"] {
+            let schema = serde_json::from_str(&format!("{{\"multipleOf\": {step}}}")).unwrap();
+            assert!(matches!(check_schema(&schema), Err(GrammarError::TooLarge { .. })), "{step}");
+        }
+        let merged = json!({"allOf": [97, 101, 103].map(|step| json!({"multipleOf": step}))});
+        assert!(matches!(check_schema(&merged), Err(GrammarError::TooLarge { .. })));
+        check_schema(&json!({"items": [{"multipleOf": 0.01}, {"multipleOf": 5}, {"multipleOf": 250}]}))
+            .unwrap();
     }
 
     #[test]

@@ -222,6 +222,16 @@ impl ModelConfig {
     }
 }
 
+/// Refuses sizes of which no model is: products of any few of those that pass can be counted.
+pub(crate) fn check_sizes(sizes: &[(&str, usize, usize)]) -> Result<(), ConfigError> {
+    match sizes.iter().find(|(_, value, max)| *value == 0 || value > max) {
+        Some((name, value, max)) => {
+            Err(ConfigError::Inconsistent(format!("{name} is {value}, expected 1 to {max}")))
+        }
+        None => Ok(()),
+    }
+}
+
 fn shape_of(raw: &RawConfig) -> Result<ModelShape, ConfigError> {
     let heads = raw.num_attention_heads;
     let kv_heads = raw.num_key_value_heads.unwrap_or(heads);
@@ -235,11 +245,7 @@ fn shape_of(raw: &RawConfig) -> Result<ModelShape, ConfigError> {
         ("max_position_embeddings", raw.max_position_embeddings, 1 << 28),
         ("head_dim", raw.head_dim.unwrap_or(1), 4096),
     ];
-    for (name, value, max) in sizes {
-        if value == 0 || value > max {
-            return Err(ConfigError::Inconsistent(format!("{name} is {value}, expected 1 to {max}")));
-        }
-    }
+    check_sizes(&sizes)?;
     if !heads.is_multiple_of(kv_heads) {
         return Err(ConfigError::Inconsistent(format!(
             "{heads} attention heads cannot share {kv_heads} key/value heads evenly"

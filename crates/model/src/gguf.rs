@@ -3,7 +3,7 @@
 //! Architectures `llama` (also Mistral), `qwen2` and `qwen3`. Files of `llama` keep the two halves of each rotated head
 //! interleaved; everything here speaks of the order that Hugging Face's files have, so rows are mapped while they are read.
 
-use crate::config::{ConfigError, ModelConfig, RopeScaling};
+use crate::config::{ConfigError, ModelConfig, RopeScaling, check_sizes};
 use crate::pack::weight_type;
 use ashlar_gguf::{Array, GgufError, GgufFiles, Value};
 use ashlar_vocabulary::{FloatType, LayerVectors, LayerWeightTypes, ModelShape, WeightType, WeightTypes};
@@ -150,18 +150,26 @@ impl ModelConfig {
         if layers > MAX_LAYERS {
             return Err(ConfigError::Inconsistent(format!("{layers} layers")));
         }
+        let (feed_forward, context) = (size("feed_forward_length")?, size("context_length")?);
+        check_sizes(&[
+            ("embedding_length", hidden, 1 << 17),
+            ("attention.head_count", heads, 4096),
+            ("attention.key_length", head_dim, 4096),
+            ("feed_forward_length", feed_forward, 1 << 19),
+            ("context_length", context, 1 << 28),
+        ])?;
         let embedding = files.tensor("token_embd.weight")?.info();
         let has = |name: &str| files.has(name);
         let tied_head = !has("output.weight");
         let shape = ModelShape {
             hidden_size: hidden,
-            intermediate_size: size("feed_forward_length")?,
+            intermediate_size: feed_forward,
             num_layers: layers,
             num_heads: heads,
             num_kv_heads: kv_heads,
             head_dim,
             vocab_size: embedding.rows(),
-            max_position_embeddings: size("context_length")?,
+            max_position_embeddings: context,
             tied_head,
             weights: types(files, layers, tied_head)?,
             kv_cache: FloatType::default(),

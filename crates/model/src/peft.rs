@@ -291,7 +291,12 @@ fn numbers(name: &str, tensor: &TensorView<'_>) -> Result<Vec<f32>, PeftError> {
 
 fn read(path: &Path) -> Result<Vec<u8>, PeftError> {
     let failed = |source| PeftError::File { path: path.to_owned(), source };
-    if fs::metadata(path).map_err(failed)?.len() > BYTES_MAX {
+    let metadata = fs::metadata(path).map_err(failed)?;
+    // A pipe would be waited for, and a device read for ever.
+    if !metadata.is_file() {
+        return Err(failed(io::Error::new(io::ErrorKind::InvalidInput, "it is no regular file")));
+    }
+    if metadata.len() > BYTES_MAX {
         return Err(failed(io::ErrorKind::FileTooLarge.into()));
     }
     fs::read(path).map_err(failed)

@@ -260,6 +260,11 @@ impl WeightFiles {
                 expected: shape.to_vec(),
             });
         }
+        if shape.contains(&0) {
+            // Of nothing there are rows of any length.
+            let reason = format!("tensor `{name}` is empty: {shape:?}");
+            return Err(WeightError::Corrupt { path: file.path.clone(), reason });
+        }
         let kind = match entry.dtype {
             Dtype::F32 => WeightType::F32,
             Dtype::F16 => WeightType::F16,

@@ -2,6 +2,7 @@
 
 use crate::tokenizer::TokenizerError;
 use serde_json::{Map, Value};
+use std::io;
 use std::path::Path;
 
 /// What the files beside the tokenizer say. All are optional.
@@ -87,8 +88,23 @@ fn as_id(value: &Value) -> Option<u32> {
     value.as_u64().and_then(|id| u32::try_from(id).ok())
 }
 
+/// Largest file that is read. Vocabularies of today take some 30 MiB.
+const FILE_BYTES_MAX: u64 = 256 << 20;
+
 pub(crate) fn read_text(dir: &Path, name: &str) -> Result<Option<String>, TokenizerError> {
-    match std::fs::read_to_string(dir.join(name)) {
+    let path = dir.join(name);
+    let read = || {
+        let found = std::fs::metadata(&path)?;
+        // A pipe would be waited for, and a device read for ever.
+        if !found.is_file() {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is no regular file"));
+        }
+        if found.len() > FILE_BYTES_MAX {
+            return Err(io::ErrorKind::FileTooLarge.into());
+        }
+        std::fs::read_to_string(&path)
+    };
+    match read() {
         Ok(text) => Ok(Some(text)),
         Err(source) if source.kind() == std::io::ErrorKind::NotFound => Ok(None),
         Err(source) => Err(TokenizerError::Read { file: dir.join(name), source }),

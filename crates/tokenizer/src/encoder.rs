@@ -2,6 +2,7 @@
 
 use crate::gguf::SpmTokenizer;
 use std::collections::HashMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 
 /// The part of a tokenizer that `tokenizers` runs: added tokens, normaliser, pre-tokenizer, model.
 pub(crate) enum Pipeline {
@@ -28,7 +29,7 @@ impl Encoder {
 
     pub(crate) fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>, tokenizers::Error> {
         let encoding = match &self.pipeline {
-            Pipeline::Standard(pipeline) => pipeline.encode_fast(text, add_special)?,
+            Pipeline::Standard(pipeline) => guarded(|| pipeline.encode_fast(text, add_special))?,
             Pipeline::Scored(pipeline) => pipeline.encode_fast(text, add_special)?,
         };
         let (before, after) = if add_special { (self.before, self.after) } else { (None, None) };
@@ -42,7 +43,7 @@ impl Encoder {
         add_special: bool,
     ) -> Result<(Vec<u32>, Vec<usize>), tokenizers::Error> {
         let encoding = match &self.pipeline {
-            Pipeline::Standard(pipeline) => pipeline.encode(text, add_special)?,
+            Pipeline::Standard(pipeline) => guarded(|| pipeline.encode(text, add_special))?,
             Pipeline::Scored(pipeline) => pipeline.encode(text, add_special)?,
         };
         let (before, after) = if add_special { (self.before, self.after) } else { (None, None) };
@@ -72,4 +73,10 @@ impl Encoder {
             Pipeline::Scored(pipeline) => pipeline.get_vocab(true),
         }
     }
+}
+
+/// Runs the library so that a panic inside becomes an error: files that it should have refused break it only when they are used.
+pub(crate) fn guarded<T>(run: impl FnOnce() -> Result<T, tokenizers::Error>) -> Result<T, tokenizers::Error> {
+    catch_unwind(AssertUnwindSafe(run))
+        .unwrap_or_else(|_| Err("the tokenizer's parts contradict each other".into()))
 }

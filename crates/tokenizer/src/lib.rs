@@ -4,6 +4,7 @@
 //! - [`tokenizer`](Tokenizer): a checkpoint's `tokenizer.json` with the ids and flags of its special tokens;
 //! - `encoder`: what runs behind it, text to ids;
 //! - `gguf`: the same from the metadata of a GGUF file, and back;
+//! - `pipeline`: what of a `tokenizer.json` is refused before it is run;
 //! - `pieces`: the exact bytes of every token, which decoding and grammars share;
 //! - `incremental`: a stream of tokens turned into a stream of whole characters;
 //! - `template`: chat templates, rendered as Transformers renders them;
@@ -21,6 +22,7 @@ mod gguf;
 mod incremental;
 mod markers;
 mod pieces;
+mod pipeline;
 mod template;
 mod tokenizer;
 

@@ -1,11 +1,12 @@
 //! A checkpoint's tokenizer with the ids and flags of its special tokens.
 
 use crate::checkpoint_files::{CheckpointFiles, read_text};
-use crate::encoder::Encoder;
+use crate::encoder::{Encoder, guarded};
 use crate::gguf::{GgufVocabulary, GgufVocabularyError};
 use crate::incremental::{IncrementalDecoder, SpecialTokens, TextStart};
 use crate::markers::{ReasoningMarkers, ToolFormat};
 use crate::pieces::{LeadingSpace, Piece, read_decoder};
+use crate::pipeline;
 use crate::template::{ChatTemplate, TemplateError};
 use ashlar_gguf::{GgufError, GgufFiles};
 use serde::Deserialize;
@@ -177,12 +178,13 @@ impl Tokenizer {
             content: String,
         }
         let load = |reason: String| TokenizerError::Load { file: file.clone(), reason };
-        let Hidden { decoder, added_tokens } = serde_json::from_str(json)
-            .map_err(|source| TokenizerError::Json { file: file.clone(), source })?;
+        let malformed = |source| TokenizerError::Json { file: file.clone(), source };
+        let Hidden { decoder, added_tokens } = serde_json::from_str(json).map_err(malformed)?;
         let (coding, leading_space) = read_decoder(&decoder)
             .ok_or_else(|| TokenizerError::UnsupportedDecoder { file: file.clone() })?;
-        let mut encoder =
-            tokenizers::Tokenizer::from_bytes(json.as_bytes()).map_err(|e| load(e.to_string()))?;
+        pipeline::check(&serde_json::from_str(json).map_err(malformed)?).map_err(load)?;
+        let mut encoder = guarded(|| tokenizers::Tokenizer::from_bytes(json.as_bytes()))
+            .map_err(|e| load(e.to_string()))?;
         // A file may carry the lengths of some training run; serving must see the whole text.
         encoder.with_truncation(None).map_err(|e| load(e.to_string()))?;
         encoder.with_padding(None);

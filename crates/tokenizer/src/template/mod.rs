@@ -3,6 +3,7 @@
 //! The reference is `apply_chat_template`: an immutable sandboxed Jinja environment with `trim_blocks`,
 //! `lstrip_blocks`, loop controls, `raise_exception`, `strftime_now` and a `tojson` that is Python's `json.dumps`.
 
+mod limits;
 mod markup;
 mod prepare;
 mod python;
@@ -109,6 +110,7 @@ impl ChatTemplate {
         special_tokens: Map<String, Json>,
     ) -> Result<ChatTemplate, TemplateError> {
         let mut env = environment();
+        [Some(source), tool_source].into_iter().flatten().try_for_each(limits::check_source)?;
         let all = || [Some(source), tool_source].into_iter().flatten();
         // Jinja's other way to join strings, `~`, gives plain text; a template that uses it needs no markup.
         if all().any(|source| source.contains("safe")) && !all().any(|source| source.contains(" ~ ")) {
@@ -118,8 +120,10 @@ impl ChatTemplate {
         let sources = [(DEFAULT, Some(source)), (TOOL_USE, tool_source)];
         for (name, source) in sources {
             if let Some(source) = source {
-                env.add_template_owned(name, python::without_generation_tags(source))
-                    .map_err(|e| TemplateError::Syntax(describe(&e)))?;
+                let source = python::without_generation_tags(source);
+                limits::guarded(|| {
+                    env.add_template_owned(name, source).map_err(|e| TemplateError::Syntax(describe(&e)))
+                })?;
             }
         }
         let mut template = ChatTemplate {
@@ -160,7 +164,7 @@ impl ChatTemplate {
             ..engine_value(&self.special_tokens),
         };
         let template = self.env.get_template(name).map_err(|e| TemplateError::Syntax(describe(&e)))?;
-        template.render(context).map_err(|e| classify(&e))
+        limits::guarded(|| limits::render(&template, context))
     }
 
     fn is_reserved(&self, name: &str) -> bool {

@@ -4,6 +4,9 @@ use minijinja::value::{Kwargs, ValueKind, from_args};
 use minijinja::{Error, ErrorKind, State, Value};
 use std::fmt::Write;
 
+/// Longest text that `tojson` makes, in bytes: its escapes grow when they are escaped again.
+const JSON_BYTES_MAX: usize = 32 << 20;
+
 /// Values nested deeper than this are refused; requests are parsed with the same bound.
 const DEPTH_MAX: usize = 130;
 
@@ -52,6 +55,9 @@ impl JsonWriter {
         if depth > DEPTH_MAX {
             return Err(Error::new(ErrorKind::InvalidOperation, "the value is nested too deeply for tojson"));
         }
+        if self.text.len() > JSON_BYTES_MAX {
+            return Err(Error::new(ErrorKind::InvalidOperation, "the value is too long for tojson"));
+        }
         match value.kind() {
             ValueKind::None => self.text.push_str("null"),
             ValueKind::Bool => self.text.push_str(if value.is_true() { "true" } else { "false" }),
@@ -64,6 +70,10 @@ impl JsonWriter {
                 }
             }
             ValueKind::String => match value.as_str() {
+                Some(text) if text.len() > JSON_BYTES_MAX => {
+                    let message = "the value is too long for tojson";
+                    return Err(Error::new(ErrorKind::InvalidOperation, message));
+                }
                 Some(text) => self.string(text),
                 None => self.string(&value.to_string()),
             },
@@ -264,7 +274,8 @@ pub(super) fn without_generation_tags(source: &str) -> String {
     let mut text = String::with_capacity(source.len());
     let mut rest = source;
     while let Some(start) = rest.find("{%") {
-        let Some(length) = rest[start..].find("%}") else { break };
+        // Behind the opening: `{%}` opens and closes nothing.
+        let Some(length) = rest[start + 2..].find("%}").map(|length| length + 2) else { break };
         let tag = &rest[start..start + length + 2];
         let inner = &tag[2..tag.len() - 2];
         let word = inner.trim_matches(|c: char| c.is_whitespace() || c == '-' || c == '+');
@@ -310,5 +321,6 @@ mod tests {
             without_generation_tags("a {%- generation -%} b {% endgeneration %}{% if x %}{% endif %} {%"),
             "a {%- if true -%} b {% endif %}{% if x %}{% endif %} {%"
         );
+        assert_eq!(without_generation_tags("{%}{% x %}"), "{%}{% x %}");
     }
 }
