@@ -45,7 +45,7 @@ fn storing(error: BlobError) -> ApiError {
 }
 
 /// Both files, opened and looked at.
-fn open(root: &Path, path: &str, limit: u64) -> Result<(File, File), ApiError> {
+pub(crate) fn open(root: &Path, path: &str, limit: u64) -> Result<(File, File), ApiError> {
     let directory = beneath(root, path)?;
     let mut config = file(&directory, CONFIG_FILE, CONFIG_BYTES_MAX.min(limit))?;
     let mut tensors = file(&directory, TENSORS_FILE, limit)?;

@@ -33,6 +33,8 @@ mod server;
 mod system;
 mod text;
 pub mod transcript;
+#[doc(hidden)]
+pub mod trial;
 mod tuning;
 
 pub use access::KeyTable;

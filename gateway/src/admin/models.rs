@@ -103,7 +103,7 @@ fn count(fields: &mut Fields, name: &str) -> Result<Option<u32>, ApiError> {
     Ok(fields.integer(name, 1, COUNT_MAX)?.map(|count| count as u32))
 }
 
-fn deployment(fields: &mut Fields) -> Result<DeployModel, ApiError> {
+pub(crate) fn deployment(fields: &mut Fields) -> Result<DeployModel, ApiError> {
     let model = fields.string("model")?.filter(|model| !model.is_empty());
     let model = model.ok_or_else(|| fields.required("model"))?;
     let name = fields.string("name")?.unwrap_or_else(|| name_of(&model));

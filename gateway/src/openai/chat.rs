@@ -44,7 +44,7 @@ impl ChatForm {
 }
 
 /// A request with all that takes time to derive from it.
-struct Prepared {
+pub(crate) struct Prepared {
     request: ChatRequest,
     served: ServedModel,
     prompt: Vec<TokenId>,
@@ -53,7 +53,7 @@ struct Prepared {
 }
 
 impl Prepared {
-    fn new(body: &[u8], app: &App) -> Result<Prepared, ApiError> {
+    pub(crate) fn new(body: &[u8], app: &App) -> Result<Prepared, ApiError> {
         let request = ChatRequest::parse(body, &app.text, &app.config)?;
         let served = app.served(request.model.as_deref())?;
         let rendered = render_chat(&app.text, &request.chat, request.tools.offered.as_ref(), unix_seconds())?;

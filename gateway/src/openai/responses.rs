@@ -178,6 +178,15 @@ pub(crate) async fn create(
     Ok(response)
 }
 
+/// What becomes of a body that follows no other response, up to the point where the cluster is asked.
+pub(crate) fn try_body(body: &[u8], app: &App) -> Result<(), ApiError> {
+    let body = object_of(body)?;
+    request::previous(&body)?;
+    let stored =
+        StoredRequest { id: new_id(), created_at: 0, seed: None, served: None, prior: Vec::new(), body };
+    Prepared::new(stored, app).map(drop)
+}
+
 fn object_of(body: &[u8]) -> Result<Map<String, Value>, ApiError> {
     // For the error's words alone.
     super::fields::Fields::parse(body)?;

@@ -47,7 +47,7 @@ pub(crate) async fn detokenize(ForCaller(app): ForCaller, request: Request) -> R
 }
 
 /// Tokens of a `prompt`, or of `messages` as the chat template writes them.
-fn tokens_of(app: &App, fields: &mut Fields) -> Result<Vec<TokenId>, ApiError> {
+pub(crate) fn tokens_of(app: &App, fields: &mut Fields) -> Result<Vec<TokenId>, ApiError> {
     if let Some(prompt) = fields.string("prompt")? {
         let add_special = fields.bool("add_special_tokens")?.unwrap_or(true);
         return app

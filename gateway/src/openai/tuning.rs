@@ -5,16 +5,16 @@
 //! that has to be better than what is served), `follow` (events as they come),
 //! `download` (a blob as a body).
 
-mod choices;
+pub(crate) mod choices;
 mod download;
 pub(crate) mod files;
 mod follow;
 mod ids;
 pub(crate) mod jobs;
-mod lists;
+pub(crate) mod lists;
 mod objects;
 mod promotion;
-mod upload;
+pub(crate) mod upload;
 
 use super::error::ApiError;
 use crate::app::App;

@@ -4,7 +4,7 @@
 use anyhow::{Context, Result, bail};
 use ashlar_fuzz::allocator::Counting;
 use ashlar_fuzz::campaign::{self, Outcome, Plan};
-use ashlar_fuzz::targets::ALL;
+use ashlar_fuzz::targets::{self, ALL};
 use ashlar_fuzz::worker::{self, Share};
 use ashlar_fuzz::{Target, allocator};
 use clap::{Parser, Subcommand};
@@ -126,7 +126,7 @@ fn main() -> Result<ExitCode> {
 }
 
 fn named(name: &str) -> Result<&'static Target> {
-    match ALL.iter().find(|target| target.name == name) {
+    match targets::named(name) {
         Some(target) => Ok(target),
         None => bail!("there is no target `{name}`: see --list"),
     }

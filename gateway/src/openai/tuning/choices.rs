@@ -41,7 +41,7 @@ const LOSS_BOUND_MAX: f64 = 1e3;
 
 /// A request that is good in itself.
 #[derive(Debug, Clone, PartialEq)]
-pub(super) struct JobForm {
+pub(crate) struct JobForm {
     pub(super) model: String,
     pub(super) training_file: FileId,
     pub(super) validation_file: Option<FileId>,
@@ -55,7 +55,7 @@ pub(super) struct JobForm {
 
 impl JobForm {
     /// Reads a body. `seed` is for a request without one, `context` the longest sequence that the model takes.
-    pub(super) fn parse(body: &[u8], seed: u32, context: u32) -> Result<JobForm, ApiError> {
+    pub(crate) fn parse(body: &[u8], seed: u32, context: u32) -> Result<JobForm, ApiError> {
         let mut fields = Fields::parse(body)?;
         let model = fields.string("model")?.ok_or_else(|| fields.required("model"))?;
         let training_file =

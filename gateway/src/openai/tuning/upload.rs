@@ -39,9 +39,7 @@ pub(crate) async fn upload(ForCaller(app): ForCaller, request: Request) -> Resul
             return Err(error);
         }
     };
-    let mut form = Multipart::from_request(request, &()).await.map_err(|error| {
-        ApiError::invalid(format!("the multipart form cannot be read: {}", error.body_text()))
-    })?;
+    let mut form = form_of(request).await?;
     let reading = Reading { app: &app, blobs: &app_tuning.blobs, timeout, unknown: Vec::new() };
     let read = tokio::time::timeout(UPLOAD_TIME_MAX, reading.form(&mut form)).await;
     let read = read.unwrap_or_else(|_| {
@@ -70,6 +68,20 @@ pub(crate) async fn upload(ForCaller(app): ForCaller, request: Request) -> Resul
     let mut response = Json(file_object(&record)).into_response();
     add_warning(response.headers_mut(), &unknown);
     Ok(response)
+}
+
+async fn form_of(request: Request) -> Result<Multipart, ApiError> {
+    Multipart::from_request(request, &()).await.map_err(|error| {
+        ApiError::invalid(format!("the multipart form cannot be read: {}", error.body_text()))
+    })
+}
+
+/// Reads a form as an upload does, and keeps nothing of it.
+pub(crate) async fn try_form(app: &App, request: Request) -> Result<(), ApiError> {
+    let blobs = &tuning(app)?.blobs;
+    let timeout = Duration::from_millis(app.config.body_timeout_ms);
+    let mut form = form_of(request).await?;
+    Reading { app, blobs, timeout, unknown: Vec::new() }.form(&mut form).await.map(drop)
 }
 
 type Place = tokio::sync::OwnedSemaphorePermit;

@@ -63,6 +63,32 @@ pub static ALL: &[Target] = &[
     setup::CERTIFICATE_REQUEST,
 ];
 
+/// A target that fails in every way, for the campaign's own test.
+pub static SELF_TEST: Target =
+    Target { name: "self-test", about: "fails in every way", memory: SMALL, open: self_test };
+
+fn self_test(_: &Path) -> Result<Subject> {
+    let corpus = texts(["good", "panic", "caught", "memory", "abort", "good"], "");
+    Ok(subject(corpus, |input| {
+        match input {
+            b"panic" => panic!("out loud"),
+            b"caught" => {
+                let caught = std::panic::catch_unwind(|| panic!("in secret"));
+                drop(caught);
+            }
+            b"memory" => drop(vec![1_u8; 8 << 20]),
+            b"abort" => std::process::abort(),
+            _ => {}
+        }
+        true
+    }))
+}
+
+/// The target of this name.
+pub fn named(name: &str) -> Option<&'static Target> {
+    ALL.iter().chain([&SELF_TEST]).find(|target| target.name == name)
+}
+
 /// A subject without more ado.
 fn subject(corpus: Corpus, read: impl FnMut(&[u8]) -> bool + 'static) -> Subject {
     Subject { corpus, read: Box::new(read) }

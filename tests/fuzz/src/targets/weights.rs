@@ -137,6 +137,7 @@ fn gguf_file(architecture: &str, vocabulary: &GgufVocabulary, kind: TensorType) 
         ("context_length", 64),
         ("attention.head_count", 2),
         ("attention.head_count_kv", 1),
+        ("attention.key_length", 16),
     ];
     for (name, size) in sizes {
         header.metadata(&key(name), &Value::U32(size))?;

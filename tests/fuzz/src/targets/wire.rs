@@ -21,7 +21,7 @@ use std::net::{TcpListener, TcpStream};
 use std::path::Path;
 
 /// A message of one byte per element becomes elements of hundreds.
-const MESSAGE_MEMORY: Memory = Memory { fixed: 2 << 20, per_byte: 1024 };
+const MESSAGE_MEMORY: Memory = Memory { fixed: 2 << 20, per_byte: 64 };
 
 pub(super) const MESSAGES: Target = Target {
     name: "messages",
