@@ -50,9 +50,14 @@ impl Trial {
             reason: reason.to_string(),
         };
         // Its tasks run only while a form is read: nobody connects to anything.
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().map_err(failed)?;
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(failed)?;
         let entered = runtime.enter();
-        let config = GatewayConfig { served_model_name: vec![MODEL.to_owned()], ..GatewayConfig::default() };
+        let config = GatewayConfig {
+            served_model_name: vec![MODEL.to_owned()],
+            // Nobody is there.
+            scheduler: "127.0.0.1:1".to_owned().into(),
+            ..GatewayConfig::default()
+        };
         let scheduler = SchedulerClient::start(SchedulerClientSettings {
             addresses: config.scheduler.clone(),
             transport: Transport::open(None)?,

@@ -4,8 +4,8 @@ use serde_json::{Map, Value};
 
 /// Longest regular expression, in bytes: the longest known has under 1000.
 const REGEX_BYTES_MAX: usize = 4 << 10;
-/// Most steps of one kind.
-const STEPS_MAX: usize = 32;
+/// Most objects that describe what happens to a text.
+const STEPS_MAX: usize = 64;
 /// How often longer a text may become before it is cut into tokens.
 const GROWTH_MAX: usize = 64;
 /// Longest text that is put around every other.
@@ -30,6 +30,7 @@ pub(crate) fn check(tokenizer: &Value) -> Result<(), String> {
         walk(part(name), &mut check_step)?;
     }
     walk(part("post_processor"), &mut check_template)?;
+    check_merges(part("model"))?;
     let prefix = part("model").get("continuing_subword_prefix").and_then(Value::as_str);
     if prefix.is_some_and(|prefix| !prefix.is_empty()) {
         // The library cuts it off every second half of a merge, whether that has it or not.
@@ -38,7 +39,25 @@ pub(crate) fn check(tokenizer: &Value) -> Result<(), String> {
     Ok(())
 }
 
-/// Visits every object that has a type.
+/// The library joins both halves of a merge in a place as long as the longest token.
+fn check_merges(model: &Value) -> Result<(), String> {
+    let vocabulary = model.get("vocab").and_then(Value::as_object).into_iter().flatten();
+    let longest = vocabulary.map(|(token, _)| token.len()).max().unwrap_or(0);
+    let fits = |merge: &Value| match merge {
+        // With a space in between.
+        Value::String(both) => both.len() <= longest + 1,
+        Value::Array(halves) => {
+            halves.iter().filter_map(Value::as_str).map(str::len).sum::<usize>() <= longest
+        }
+        _ => true,
+    };
+    match model.get("merges").and_then(Value::as_array).is_none_or(|merges| merges.iter().all(fits)) {
+        true => Ok(()),
+        false => Err("one of its merges makes a token that the vocabulary does not have".into()),
+    }
+}
+
+/// Visits every object: the library tells steps apart by their members where a type is none that it knows.
 fn walk(
     value: &Value,
     visit: &mut dyn FnMut(&Map<String, Value>) -> Result<(), String>,
@@ -46,9 +65,7 @@ fn walk(
     match value {
         Value::Array(items) => items.iter().try_for_each(|item| walk(item, visit)),
         Value::Object(object) => {
-            if object.get("type").is_some_and(Value::is_string) {
-                visit(object)?;
-            }
+            visit(object)?;
             object.values().try_for_each(|item| walk(item, visit))
         }
         _ => Ok(()),
@@ -86,23 +103,21 @@ fn check_step(step: &Map<String, Value>) -> Result<(), String> {
 fn growth_of(step: &Map<String, Value>) -> Result<usize, String> {
     check_step(step)?;
     Ok(match text(step, "type") {
-        // Every byte becomes a character of up to two.
-        "ByteLevel" => 2,
         "NFKC" | "NFKD" | "Nmt" | "Precompiled" => 4,
-        "Replace" => {
+        _ if step.contains_key("content") => {
             let searched = step.get("pattern").and_then(|pattern| pattern.get("String")?.as_str());
             text(step, "content").len().div_ceil(searched.map_or(1, str::len).max(1)).max(1)
         }
-        "Metaspace" => 3,
+        _ if step.contains_key("replacement") => 3,
+        // Bytes become characters of up to two.
+        _ if step.contains_key("trim_offsets") || step.contains_key("use_regex") => 2,
+        "ByteLevel" => 2,
         _ => 1,
     })
 }
 
 /// A template names only tokens that it has, and one text.
 fn check_template(step: &Map<String, Value>) -> Result<(), String> {
-    if text(step, "type") != "TemplateProcessing" {
-        return Ok(());
-    }
     let known = |id: &str| step.get("special_tokens").and_then(|tokens| tokens.get(id)).is_some();
     let pieces = step.get("single").and_then(Value::as_array).into_iter().flatten();
     for piece in pieces {
@@ -131,12 +146,16 @@ mod tests {
             json!({"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "a?".repeat(4000)}}}),
             json!({"post_processor": {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "x"}}], "special_tokens": {}}}),
             json!({"post_processor": {"type": "TemplateProcessing", "single": [{"Sequence": {"id": "B"}}]}}),
+            json!({"post_processor": {"type": "?", "single": [{"SpecialToken": {"id": "x"}}], "special_tokens": {}}}),
+            json!({"model": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": [["a", "b"]]}}),
+            json!({"model": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": ["a b"]}}),
             json!({"model": {"type": "BPE", "continuing_subword_prefix": "##"}}),
         ];
         for tokenizer in bad {
             assert!(check(&tokenizer).is_err(), "{tokenizer}");
         }
         let good = json!({
+            "model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b", ["a", "b"]]},
             "normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"},
                 {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]},
             "pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Digits"}, byte_level]},

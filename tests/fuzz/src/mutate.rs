@@ -62,6 +62,8 @@ pub struct Corpus {
     pub words: Vec<Vec<u8>>,
     /// Makes lengths and checksums right again, so that not every edit ends at them.
     pub repair: Option<fn(&mut Vec<u8>)>,
+    /// Longest input; [`BYTES_MAX`] where there is none.
+    pub bytes_max: Option<usize>,
 }
 
 impl Corpus {
@@ -87,7 +89,7 @@ impl Corpus {
         for _ in 0..edits {
             self.edit(&mut bytes, &mut random);
         }
-        bytes.truncate(BYTES_MAX.max(from.bytes.len()));
+        bytes.truncate(self.bytes_max.unwrap_or(BYTES_MAX).max(from.bytes.len()));
         if let Some(repair) = self.repair.filter(|_| !random.one_in(8)) {
             repair(&mut bytes);
         }
@@ -203,7 +205,7 @@ mod tests {
         let corpus = Corpus {
             seeds: vec!["{\"a\": 17}".into(), Seed::json("{\"b\":[1,2]}"), vec![0; 100].into()],
             words: vec![b"word".to_vec()],
-            repair: None,
+            ..Corpus::default()
         };
         let inputs = |seed| (0..20_000).map(move |index| (seed, index));
         let mut different = 0;

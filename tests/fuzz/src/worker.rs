@@ -22,6 +22,11 @@ pub const CPU_MAX: Duration = Duration::from_secs(5);
 const WALL_MAX: Duration = Duration::from_secs(120);
 const WATCH_INTERVAL: Duration = Duration::from_millis(100);
 
+/// Faults of libraries that cannot be avoided by looking at the input first; the panic becomes an error where it is theirs. The
+/// place, and what it is.
+const CONTAINED: [(&str, &str); 1] =
+    [("minijinja-3.0.5/src/value/ops.rs:185", "an empty text taken backwards: `''[::-1]`")];
+
 /// Which inputs a worker tries.
 #[derive(Debug, Clone)]
 pub struct Share {
@@ -63,6 +68,8 @@ pub struct Summary {
     pub inputs: u64,
     /// Of them, those that were read to their end and found good.
     pub accepted: u64,
+    /// Of them, those that met a fault of a library which is known and contained.
+    pub contained: u64,
     /// Bytes of all inputs.
     pub bytes: u64,
     /// Most memory held for one input, in bytes.
@@ -80,6 +87,7 @@ impl Summary {
     pub fn add(&mut self, other: &Summary) {
         self.inputs += other.inputs;
         self.accepted += other.accepted;
+        self.contained += other.contained;
         self.bytes += other.bytes;
         if other.peak_bytes > self.peak_bytes {
             (self.peak_bytes, self.peak_index) = (other.peak_bytes, other.peak_index);
@@ -114,6 +122,10 @@ pub fn work(target: &Target, share: &Share, directory: &Path) -> Result<()> {
         let cost = allocator::peak().saturating_sub(held);
         let panicked = panics.lock().unwrap_or_else(PoisonError::into_inner).take();
         let what = match (panicked, read) {
+            (Some(panicked), Ok(_)) if CONTAINED.iter().any(|(place, _)| panicked.contains(place)) => {
+                summary.contained += 1;
+                None
+            }
             (Some(panicked), _) => Some(format!("panicked: {panicked}")),
             (None, Err(_)) => Some("panicked without a message".to_owned()),
             (None, Ok(_)) if cost > target.memory.of(input.len()) => {
@@ -130,12 +142,12 @@ pub fn work(target: &Target, share: &Share, directory: &Path) -> Result<()> {
         let (slowest_us, peak_bytes) = (took.as_micros() as u64, cost);
         summary.add(&Summary {
             inputs: 1,
-            accepted: 0,
             bytes: input.len() as u64,
             peak_bytes,
             peak_index: index,
             slowest_us,
             slowest_index: index,
+            ..Summary::default()
         });
         index = index.saturating_add(share.step);
     }

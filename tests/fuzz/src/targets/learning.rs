@@ -101,11 +101,14 @@ fn samples(_: &Path) -> Result<Subject> {
         Ok(writer.finish()?.0)
     };
     let seeds = vec![Seed::from(file(Method::Dpo)?)];
-    Ok(subject(Corpus { seeds, words: Vec::new(), repair: Some(repair_samples) }, |input| {
-        let Ok(mut reader) = DatasetReader::open(Cursor::new(input)) else { return false };
-        let samples = reader.sizes().len().min(64) as u32;
-        (0..samples).all(|index| reader.read(index).is_ok())
-    }))
+    Ok(subject(
+        Corpus { seeds, words: Vec::new(), repair: Some(repair_samples), ..Corpus::default() },
+        |input| {
+            let Ok(mut reader) = DatasetReader::open(Cursor::new(input)) else { return false };
+            let samples = reader.sizes().len().min(64) as u32;
+            (0..samples).all(|index| reader.read(index).is_ok())
+        },
+    ))
 }
 
 /// Bytes of an index entry, of the trailer, and of the header.
@@ -175,7 +178,12 @@ fn adapter_corpus() -> Corpus {
     let own = words(
         "LORA IA3 r lora_alpha use_rslora use_dora fan_in_fan_out lora_bias bias all modules_to_save rank_pattern alpha_pattern F32 F16 BF16 F64 U8 dtype shape data_offsets base_model.model.model.layers.0.mlp.down_proj.lora_A.weight base_model.model.model.layers.18446744073709551615.self_attn.q_proj.lora_A.weight 18446744073709551608 4096 4097",
     );
-    Corpus { seeds: vec![adapter_input(&config, &tensors)], words: own, repair: Some(repair_adapter) }
+    Corpus {
+        seeds: vec![adapter_input(&config, &tensors)],
+        words: own,
+        repair: Some(repair_adapter),
+        ..Corpus::default()
+    }
 }
 
 fn config_of_model(directory: &Path) -> Result<ModelConfig> {
@@ -246,11 +254,14 @@ fn checkpoint(directory: &Path) -> Result<Subject> {
     let own = words(
         "job steps optimizer_steps adapter tensors name shape rows columns start end 18446744073709551615 4294967296 6148914691236517205",
     );
-    Ok(subject(Corpus { seeds: vec![seed], words: own, repair: Some(repair_checkpoint) }, move |input| {
-        let Ok(mut shard) = Shard::open(Cursor::new(input)) else { return false };
-        let mut restore = Restore::new(&trained, &shape, &slice, AT);
-        restore.take(&mut shard).is_ok() && restore.adapter(&shape).is_ok()
-    }))
+    Ok(subject(
+        Corpus { seeds: vec![seed], words: own, repair: Some(repair_checkpoint), ..Corpus::default() },
+        move |input| {
+            let Ok(mut shard) = Shard::open(Cursor::new(input)) else { return false };
+            let mut restore = Restore::new(&trained, &shape, &slice, AT);
+            restore.take(&mut shard).is_ok() && restore.adapter(&shape).is_ok()
+        },
+    ))
 }
 
 fn repair_checkpoint(bytes: &mut Vec<u8>) {

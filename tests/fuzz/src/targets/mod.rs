@@ -20,7 +20,8 @@ use std::path::{Path, PathBuf};
 /// Enough for what a parser keeps of a small input.
 const SMALL: Memory = Memory { fixed: 4 << 20, per_byte: 256 };
 /// With room for what is built from it: tries, automata, vocabularies.
-const LARGE: Memory = Memory { fixed: 64 << 20, per_byte: 1024 };
+/// A grammar's compiler takes some 80 MiB before it gives up.
+const LARGE: Memory = Memory { fixed: 128 << 20, per_byte: 1024 };
 
 /// Every target.
 pub static ALL: &[Target] = &[
@@ -101,7 +102,7 @@ fn words(text: &str) -> Vec<Vec<u8>> {
 
 /// A corpus of texts.
 fn texts<S: Into<Seed>>(seeds: impl IntoIterator<Item = S>, own: &str) -> Corpus {
-    Corpus { seeds: seeds.into_iter().map(Into::into).collect(), words: words(own), repair: None }
+    Corpus { seeds: seeds.into_iter().map(Into::into).collect(), words: words(own), ..Corpus::default() }
 }
 
 /// A file whose content is replaced by each input.

@@ -126,7 +126,7 @@ fn certificate_request(_: &Path) -> Result<Subject> {
     let corpus = Corpus {
         seeds,
         words: vec![vec![0x30, 0x45, 2], vec![4; 65], b"../a".to_vec(), vec![0xff; 9]],
-        repair: None,
+        ..Corpus::default()
     };
     Ok(subject(corpus, move |input| {
         frame::decode::<CertificateRequest>(input).is_ok_and(|request| request.check(cluster).is_ok())

@@ -32,7 +32,8 @@ pub(super) const TOKENIZER_CONFIG: Target = Target {
 pub(super) const TEMPLATE: Target = Target {
     name: "template",
     about: "a chat template, compiled and rendered",
-    memory: Memory { fixed: 256 << 20, per_byte: 4096 },
+    // Strings of up to 100 MB are the engine's own bound for what repeats one.
+    memory: Memory { fixed: 384 << 20, per_byte: 4096 },
     open: template,
 };
 
@@ -108,7 +109,7 @@ fn tokenizer_config(directory: &Path) -> Result<Subject> {
 pub(super) const TEMPLATES: [&str; 3] = [
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}",
     "{%- if tools %}{{- '<|system|>' }}{%- for tool in tools %}{{- tool | tojson }}{%- endfor %}{{- '<|end|>' }}{%- endif %}{%- for message in messages %}{%- if message.role == 'assistant' and message.tool_calls %}{%- for call in message.tool_calls %}{{- '<tool_call>\\n' + (call.function | tojson) + '\\n</tool_call>' }}{%- endfor %}{%- elif message.role == 'tool' %}{{- '<tool_response>' ~ message.content ~ '</tool_response>' }}{%- else %}{{- '<|user|>' ~ (message.reasoning_content | default('')) ~ (message.content | trim) }}{%- endif %}{{- '<|end|>' }}{%- endfor %}{%- if add_generation_prompt %}{{- '<|assistant|>' }}{%- if enable_thinking is defined and not enable_thinking %}{{- '<think>\\n\\n</think>' }}{%- endif %}{%- endif %}",
-    "{% macro part(x, n=2) -%}{% for i in range(n) %}{{ x[:3] | upper }}{% endfor %}{%- endmacro %}{% set ns = namespace(text='', found=false) %}{% for m in messages | reverse if m.role != 'system' %}{% if loop.first and not ns.found %}{% set ns.found = true %}{% endif %}{% set ns.text = ns.text ~ part(m.content) ~ m.content.split('</think>')[-1].lstrip('\\n') %}{% else %}{{ raise_exception('none') }}{% endfor %}{{ ns.text }}{{ strftime_now('%d %b %Y') }}{{ messages | length // 2 ** 3 % 7 }}{% if messages[0].content is string and 'x' in messages[-1].content %}{% break_me %}{% endif %}",
+    "{% macro part(x, n=2) -%}{% for i in range(n) %}{{ x[:3] | upper }}{% endfor %}{%- endmacro %}{% set ns = namespace(found=false) %}{% for m in messages | reverse if m.role != 'system' %}{% if loop.first and not ns.found %}{% set ns.found = true %}{% endif %}{{ part(m.content) ~ m.content.split('</think>')[-1].lstrip('\\n') }}{% else %}{{ raise_exception('none') }}{% endfor %}{{ strftime_now('%d %b %Y') }}{{ messages | length // 2 ** 3 % 7 }}{% if messages[0].content is string and 'x' in messages[-1].content %}{% break_me %}{% endif %}",
 ];
 
 fn conversation() -> Value {
@@ -123,15 +124,12 @@ fn conversation() -> Value {
 
 fn template(_: &Path) -> Result<Subject> {
     let last = TEMPLATES[2].replace("{% break_me %}", "{% set x = 1 %}");
-    let own = "{% %} {{ }} {# #} {%- -%} for endfor if elif else endif set endset macro endmacro call endcall filter endfilter raw endraw break continue include import block extends loop.index loop.previtem loop.cycle(1,2) namespace() range(10**9) range(100000) messages tools kwargs | tojson(indent=4) |join |replace('','aaaaaaaa') |indent(9999) |format |sort |unique |batch(2) |slice(2) |map |select |groupby('role') |dictsort |urlize |center(99999) |wordwrap |round(400) |int |float |string |list |items |tojson ~ * ** // % <2147483647 -1 [::-1] [1:10:2] .split() .replace('a','aa') .format() .ljust(99999999) .strip() .items() .join() 'a'*100000000 '%s'%'a' recursive loop(messages) self caller() varargs x~x ns.x undefined none true {%setx='a'%} {%foriinrange(40)%} 9223372036854775807 -9223372036854775808 1e308";
+    let own = "{% %} {{ }} {# #} {%- -%} for endfor if elif else endif set endset macro endmacro call endcall filter endfilter raw endraw break continue include import block extends loop.index loop.previtem loop.cycle(1,2) namespace() range(10**9) range(1000) messages tools kwargs | tojson(indent=4) |join |replace('','aaaaaaaa') |indent(9999) |format |sort |unique |batch(2) |slice(2) |map |select |groupby('role') |dictsort |urlize |center(99999) |wordwrap |round(400) |int |float |string |list |items |tojson ~ * ** // % <2147483647 -1 [::-1] [1:10:2] .split() .replace('a','aa') .format() .ljust(99999999) .strip() .items() .join() 'a'*1000000 '%s'%'a' recursive loop(messages) self caller() varargs undefined none true {%setx='a'%} {%foriinrange(40)%} 9223372036854775807 -9223372036854775808 1e308";
     let mut corpus = texts([TEMPLATES[0].to_owned(), TEMPLATES[1].to_owned(), last], own);
     corpus.words.extend(
         [
-            "{% set x = x ~ x %}",
-            "{% set ns.text = ns.text ~ ns.text %}",
             "{% for i in range(60) %}",
             "{% set x %}",
-            "{{ x }}{{ x }}",
             "{% filter indent(100000) %}",
             "{{ part(part(x)) }}",
             " is defined",
@@ -143,6 +141,8 @@ fn template(_: &Path) -> Result<Subject> {
         ]
         .map(|text| text.as_bytes().to_vec()),
     );
+    // What a long template costs the engine nobody bounds.
+    corpus.bytes_max = Some(6 << 10);
     let (messages, kwargs) = (conversation(), Map::new());
     let tools = json!([{"type": "function", "function": {"name": "add", "description": "Adds", "parameters": {"type": "object", "properties": {"a": {"type": "number"}}}}}]);
     Ok(subject(corpus, move |input| {

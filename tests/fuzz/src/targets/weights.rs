@@ -83,7 +83,7 @@ fn safetensors(directory: &Path) -> Result<Subject> {
     let own = words(
         "F64 F32 F16 BF16 I64 I32 I16 I8 U8 BOOL F8_E4M3 F8_E5M2 F4 F6_E2M3 C64 U64 __metadata__ dtype shape data_offsets 18446744073709551615 18446744073709551607 9223372036854775808 4611686018427387904 [0,0]",
     );
-    let corpus = Corpus { seeds, words: own, repair: Some(repair_safetensors) };
+    let corpus = Corpus { seeds, words: own, repair: Some(repair_safetensors), ..Corpus::default() };
     let file = InputFile::new(directory, "model.safetensors")?;
     let directory = directory.to_owned();
     Ok(subject(corpus, move |input| {
@@ -204,7 +204,7 @@ fn gguf(directory: &Path) -> Result<Subject> {
         "GGUF general.architecture general.alignment split.count split.no split.tensors.count llama qwen2 qwen3 rope_freqs.weight tokenizer.ggml.tokens tokenizer.ggml.merges tokenizer.huggingface.json llama.attention.key_length llama.rope.dimension_count llama.attention.value_length llama.expert_count llama.attention.sliding_window_pattern",
     );
     let file = InputFile::new(directory, "model.gguf")?;
-    Ok(subject(Corpus { seeds, words: own, repair: None }, move |input| {
+    Ok(subject(Corpus { seeds, words: own, ..Corpus::default() }, move |input| {
         file.put(input);
         let _ = header_needed(&file.path, input.len() as u64);
         let Ok(files) = GgufFiles::open(&file.path) else { return false };
@@ -294,7 +294,7 @@ fn packed_copy(directory: &Path) -> Result<Subject> {
     let manifest_at = u64::from_le_bytes(bytes[32..40].try_into()?) as usize;
     let seed = Seed { json: vec![manifest_at..bytes.len(); 1], bytes };
     let own = words("name kind n k exponent offset bytes checksum F32 Bf16 4096 128 18446744073709551615");
-    let corpus = Corpus { seeds: vec![seed], words: own, repair: Some(repair_copy) };
+    let corpus = Corpus { seeds: vec![seed], words: own, repair: Some(repair_copy), ..Corpus::default() };
     let file = InputFile::new(
         &directory.join("model/.ashlar"),
         &copy.path().file_name().unwrap_or_default().to_string_lossy(),

@@ -109,7 +109,7 @@ fn messages(_: &Path) -> Result<Subject> {
     own.extend((0..20).map(|variant| vec![variant]));
     own.push(b"\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff".to_vec());
     own.push(b"\xc0\x80".to_vec());
-    Ok(subject(Corpus { seeds, words: own, repair: None }, |input| {
+    Ok(subject(Corpus { seeds, words: own, ..Corpus::default() }, |input| {
         let Some((kind, payload)) = input.split_first() else { return false };
         TYPES[usize::from(*kind) % TYPES.len()](payload)
     }))
@@ -149,19 +149,22 @@ fn frames(_: &Path) -> Result<Subject> {
         b"GET / HTTP/1.1\r\n\r\n".to_vec(),
     ];
     let runtime = tokio::runtime::Builder::new_current_thread().build()?;
-    Ok(subject(Corpus { seeds, words: own, repair: Some(repair_frames) }, move |input| {
-        let mut peer = Peer(Cursor::new(input));
-        let greeted = frame::greet_blocking(&mut peer, "fuzz").is_ok();
-        while frame::read_blocking::<ToScheduler>(&mut peer).is_ok() {}
-        runtime.block_on(async {
-            // What is written goes nowhere that is read.
-            let mut socket = tokio::io::join(input, tokio::io::sink());
-            let again = frame::greet(&mut socket, "fuzz").await.is_ok();
-            assert_eq!(again, greeted, "one way of reading takes the greeting, the other does not");
-            while frame::read::<ToScheduler>(&mut socket).await.is_ok() {}
-        });
-        greeted
-    }))
+    Ok(subject(
+        Corpus { seeds, words: own, repair: Some(repair_frames), ..Corpus::default() },
+        move |input| {
+            let mut peer = Peer(Cursor::new(input));
+            let greeted = frame::greet_blocking(&mut peer, "fuzz").is_ok();
+            while frame::read_blocking::<ToScheduler>(&mut peer).is_ok() {}
+            runtime.block_on(async {
+                // What is written goes nowhere that is read.
+                let mut socket = tokio::io::join(input, tokio::io::sink());
+                let again = frame::greet(&mut socket, "fuzz").await.is_ok();
+                assert_eq!(again, greeted, "one way of reading takes the greeting, the other does not");
+                while frame::read::<ToScheduler>(&mut socket).await.is_ok() {}
+            });
+            greeted
+        },
+    ))
 }
 
 /// The checksum of every frame, as far as lengths lead.
@@ -212,7 +215,8 @@ fn rows(_: &Path) -> Result<Subject> {
     let mut sent = Vec::new();
     (&near).read_to_end(&mut sent)?;
     let own = vec![(1_u64 << 30).to_le_bytes().to_vec(), u64::MAX.to_le_bytes().to_vec(), vec![0; 8]];
-    let corpus = Corpus { seeds: vec![Seed::from(sent)], words: own, repair: Some(repair_rows) };
+    let corpus =
+        Corpus { seeds: vec![Seed::from(sent)], words: own, repair: Some(repair_rows), ..Corpus::default() };
     Ok(subject(corpus, move |input| {
         let Ok((_near, far)) = loopback.saying(input) else { return false };
         let _ = rustix_linger(&far);
@@ -281,7 +285,7 @@ fn handshake(directory: &Path) -> Result<Subject> {
         vec![0xff, 0xff],
     ];
     let loopback = Loopback::new()?;
-    Ok(subject(Corpus { seeds: vec![Seed::from(seed)], words: own, repair: None }, move |input| {
+    Ok(subject(Corpus { seeds: vec![Seed::from(seed)], words: own, ..Corpus::default() }, move |input| {
         let Ok((near, far)) = loopback.saying(input) else { return false };
         let _ = rustix_linger(&far);
         runtime.block_on(async {
