@@ -25,6 +25,8 @@ const PATTERN_BYTES_MAX: usize = 4 << 10;
 const LARK_BYTES_MAX: usize = 32 << 10;
 /// Largest step between the multiples that a schema allows, in units of its last decimal place: an automaton counts through it.
 const STEP_MAX: u64 = 10_000;
+/// Most decimal places of a step.
+const DECIMALS_MAX: u32 = 6;
 /// The same of all steps of a schema taken together: where they are merged, their least common multiple is counted through.
 const STEPS_MAX: u64 = 100_000;
 /// Most values in one `enum`.
@@ -168,7 +170,7 @@ fn decimal(mut number: f64) -> Option<(u64, u32)> {
     while number.fract() != 0.0 {
         number *= 10.0;
         places += 1;
-        if places > 9 {
+        if places > DECIMALS_MAX {
             return None;
         }
     }
