@@ -125,6 +125,19 @@ fn what_is_no_call_is_content() {
     }
 }
 
+#[test]
+fn blanks_without_end_take_time_in_proportion_to_their_number() {
+    // In time with the square of their number this takes minutes.
+    let begun = std::time::Instant::now();
+    for format in [Hermes, Llama3Json, Mistral] {
+        for (before, after) in [("", "x"), ("", ""), ("a", "b")] {
+            let text = format!("{before}{}{after}", " \n".repeat(300_000));
+            assert_eq!(parse(format, &[], &text, 1000), (text, Vec::new()));
+        }
+    }
+    assert!(begun.elapsed() < std::time::Duration::from_secs(30), "{:?}", begun.elapsed());
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 3000, failure_persistence: None, ..ProptestConfig::default() })]
 

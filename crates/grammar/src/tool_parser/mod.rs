@@ -100,6 +100,13 @@ impl ToolCallParser {
     }
 
     fn take(&mut self, c: char, events: &mut Vec<ToolEvent>) {
+        // Another blank after nothing but blanks decides nothing: no marker has any, so what ends in one is blank as a whole. Models
+        // can write blanks for ever, and looking through all of them each time would take time with the square of their number.
+        let waits = matches!(self.state, State::Text | State::LlamaStart | State::AfterCall);
+        if waits && c.is_whitespace() && self.held.ends_with(char::is_whitespace) {
+            self.held.push(c);
+            return;
+        }
         match &mut self.state {
             State::Rest => self.content(&c.to_string(), events),
             State::Text => {
