@@ -312,6 +312,14 @@ mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
 
+    #[test]
+    fn sizes_whose_products_cannot_be_counted_are_refused() {
+        let heads = |size| check_sizes(&[("head_dim", size, 4096)]);
+        assert!(
+            heads(4096).is_ok() && heads(4097).is_err() && heads(0).is_err() && heads(usize::MAX).is_err()
+        );
+    }
+
     fn parse(extra: &str) -> Result<ModelConfig, ConfigError> {
         let base = r#""hidden_size":64,"intermediate_size":96,"num_hidden_layers":2,"num_attention_heads":8,
             "vocab_size":100,"max_position_embeddings":64,"rms_norm_eps":1e-5"#;

@@ -358,3 +358,20 @@ pub(crate) fn is_plain(name: &str) -> bool {
         && !name.starts_with('.')
         && name.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'))
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn an_empty_tensor_is_refused_whatever_it_says_of_its_rows() {
+        let folder = tempfile::tempdir().unwrap();
+        let header = r#"{"a":{"dtype":"F32","shape":[0,4611686018427387904],"data_offsets":[0,0]}}"#;
+        let file = [&(header.len() as u64).to_le_bytes()[..], header.as_bytes()].concat();
+        std::fs::write(folder.path().join("model.safetensors"), file).unwrap();
+        let weights = WeightFiles::open(folder.path()).unwrap();
+        let refused = weights.tensor("a", &[0, 1 << 62]).unwrap_err();
+        assert!(refused.to_string().contains("is empty"), "{refused}");
+    }
+}

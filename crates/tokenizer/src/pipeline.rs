@@ -57,11 +57,10 @@ fn check_merges(model: &Value) -> Result<(), String> {
     }
 }
 
+type Visit<'a> = &'a mut dyn FnMut(&Map<String, Value>) -> Result<(), String>;
+
 /// Visits every object: the library tells steps apart by their members where a type is none that it knows.
-fn walk(
-    value: &Value,
-    visit: &mut dyn FnMut(&Map<String, Value>) -> Result<(), String>,
-) -> Result<(), String> {
+fn walk(value: &Value, visit: Visit<'_>) -> Result<(), String> {
     match value {
         Value::Array(items) => items.iter().try_for_each(|item| walk(item, visit)),
         Value::Object(object) => {

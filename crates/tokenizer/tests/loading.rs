@@ -21,3 +21,14 @@ fn an_added_token_that_the_vocabulary_would_number_otherwise_is_refused() {
     let refusal = with(1, r#""a":0,"b":2"#).unwrap_err().to_string();
     assert!(refusal.contains("`<end>` has id 1, but the vocabulary makes it 2"), "{refusal}");
 }
+
+#[test]
+fn only_regular_files_are_read() {
+    let dir = std::env::temp_dir().join(format!("ashlar-regular-{}", std::process::id()));
+    std::fs::create_dir_all(&dir).unwrap();
+    // Whoever reads this one never comes to an end.
+    std::os::unix::fs::symlink("/dev/zero", dir.join("tokenizer.json")).unwrap();
+    let refused = Tokenizer::from_dir(&dir).unwrap_err();
+    std::fs::remove_dir_all(&dir).unwrap();
+    assert!(refused.to_string().contains("no regular file"), "{refused}");
+}

@@ -54,12 +54,15 @@ impl Memory {
     }
 }
 
+/// Reads an input, and says whether it was accepted.
+pub type Read = Box<dyn FnMut(&[u8]) -> bool>;
+
 /// A target that is ready.
 pub struct Subject {
     /// What its inputs are made from.
     pub corpus: Corpus,
     /// Reads an input; whether it was accepted.
-    pub read: Box<dyn FnMut(&[u8]) -> bool>,
+    pub read: Read,
 }
 
 impl std::fmt::Debug for Subject {

@@ -61,7 +61,7 @@ pub struct Corpus {
     /// Words that mean something in them.
     pub words: Vec<Vec<u8>>,
     /// Makes lengths and checksums right again, so that not every edit ends at them.
-    pub repair: Option<fn(&mut Vec<u8>)>,
+    pub repair: Option<fn(&mut [u8])>,
     /// Longest input; [`BYTES_MAX`] where there is none.
     pub bytes_max: Option<usize>,
 }

@@ -175,7 +175,10 @@ fn hear_panics() -> Arc<Mutex<Option<String>>> {
     let heard = Arc::new(Mutex::new(None));
     let hearing = heard.clone();
     panic::set_hook(Box::new(move |info| {
-        let text = info.payload_as_str().unwrap_or("no message");
+        let payload = info.payload();
+        let text = payload.downcast_ref::<&str>().copied();
+        let text = text.or_else(|| payload.downcast_ref::<String>().map(String::as_str));
+        let text = text.unwrap_or("no message");
         let place = info.location().map(ToString::to_string).unwrap_or_default();
         *hearing.lock().unwrap_or_else(PoisonError::into_inner) = Some(format!("{text} at {place}"));
     }));

@@ -117,7 +117,7 @@ const TRAILER: usize = 24;
 const HEADER: usize = 16;
 
 /// The checksums of the index and of the records, and where the index begins.
-fn repair_samples(bytes: &mut Vec<u8>) {
+fn repair_samples(bytes: &mut [u8]) {
     let Some(trailer) = bytes.len().checked_sub(TRAILER).filter(|at| *at >= HEADER) else { return };
     let number = |bytes: &[u8], at: usize| {
         u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]) as usize
@@ -157,7 +157,7 @@ fn both_files(input: &[u8]) -> Option<(&[u8], &[u8])> {
 }
 
 /// Both lengths, as the JSON behind them says.
-fn repair_adapter(bytes: &mut Vec<u8>) {
+fn repair_adapter(bytes: &mut [u8]) {
     let Some(config) = object_end(bytes, 4) else { return };
     bytes[..4].copy_from_slice(&(config as u32 - 4).to_le_bytes());
     if let Some(header) = object_end(bytes, config + 8) {
@@ -264,7 +264,7 @@ fn checkpoint(directory: &Path) -> Result<Subject> {
     ))
 }
 
-fn repair_checkpoint(bytes: &mut Vec<u8>) {
+fn repair_checkpoint(bytes: &mut [u8]) {
     if let Some(end) = object_end(bytes, 16) {
         bytes[12..16].copy_from_slice(&(end as u32 - 16).to_le_bytes());
     }

@@ -65,7 +65,7 @@ pub(super) fn object_end(bytes: &[u8], start: usize) -> Option<usize> {
 }
 
 /// The header's length, as its JSON says.
-fn repair_safetensors(bytes: &mut Vec<u8>) {
+fn repair_safetensors(bytes: &mut [u8]) {
     if let Some(end) = object_end(bytes, 8) {
         bytes[..8].copy_from_slice(&(end as u64 - 8).to_le_bytes());
     }
@@ -306,7 +306,7 @@ fn packed_copy(directory: &Path) -> Result<Subject> {
 }
 
 /// The length and the manifest's checksum, wherever it begins.
-fn repair_copy(bytes: &mut Vec<u8>) {
+fn repair_copy(bytes: &mut [u8]) {
     if bytes.len() < 128 {
         return;
     }

@@ -168,7 +168,7 @@ fn frames(_: &Path) -> Result<Subject> {
 }
 
 /// The checksum of every frame, as far as lengths lead.
-fn repair_frames(bytes: &mut Vec<u8>) {
+fn repair_frames(bytes: &mut [u8]) {
     let mut at = 0;
     while let Some(head) = bytes.get(at..at + 8) {
         let length = u32::from_le_bytes([head[0], head[1], head[2], head[3]]) as usize;
@@ -237,7 +237,7 @@ fn rustix_linger(socket: &TcpStream) -> io::Result<()> {
 }
 
 /// Checksums of headers and of payloads that are all there.
-fn repair_rows(bytes: &mut Vec<u8>) {
+fn repair_rows(bytes: &mut [u8]) {
     let mut at = 0;
     while bytes.len() >= at + 48 {
         let mut length = [0; 8];
