@@ -2,6 +2,7 @@
 
 use crate::admin::models::deployment;
 use crate::app::{App, Phase};
+use crate::audit::Audit;
 use crate::config::GatewayConfig;
 use crate::error::GatewayError;
 use crate::import;
@@ -72,8 +73,15 @@ impl Trial {
         let text = Arc::new(ModelText::load(model)?);
         let watched = (watch::channel(Phase::Serving).1, watch::channel(Arc::default()).1);
         let names = config.served_model_name.clone();
-        let app =
-            App::new(config, names, text, scheduler, Metrics::new(MODEL)?, watched, Some(Tuning::new(blobs)));
+        let app = App::new(
+            (config, Audit::default()),
+            names,
+            text,
+            scheduler,
+            Metrics::new(MODEL)?,
+            watched,
+            Some(Tuning::new(blobs)),
+        );
         drop(entered);
         Ok(Trial { app, runtime })
     }

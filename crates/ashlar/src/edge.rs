@@ -105,6 +105,13 @@ impl Edge {
         }
     }
 
+    /// What `ashlar chat` needs before it.
+    pub(crate) fn trust_prefix(&self) -> String {
+        self.web
+            .as_ref()
+            .map_or_else(String::new, |files| format!("ASHLAR_CA={} ", files.authority.display()))
+    }
+
     /// What `curl` needs besides the address.
     pub(crate) fn curl_options(&self) -> String {
         let trust = self.web.as_ref().map(|files| format!(" --cacert {}", files.authority.display()));

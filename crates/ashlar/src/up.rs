@@ -566,7 +566,7 @@ impl Cluster {
             "\n  curl{options} {base}/v1/chat/completions -H 'content-type: application/json' -d '{question}'"
         );
         let here = if base.ends_with(":8080") { String::new() } else { format!(" --url {base}") };
-        eprintln!("  ashlar chat{here}\n\nCtrl-C drains and stops.");
+        eprintln!("  {}ashlar chat{here}\n\nCtrl-C drains and stops.", self.edge.trust_prefix());
     }
 }
 

@@ -14,6 +14,13 @@ MODEL = "ashlar-demo"
 QUESTIONS = ["What is 12 + 34?", "Reverse the word stone.", "What is the capital of France?"]
 
 
+def use_key(key: str):
+    """From now on every request shows this API key."""
+    opener = urllib.request.build_opener()
+    opener.addheaders = [("authorization", f"Bearer {key.strip()}")]
+    urllib.request.install_opener(opener)
+
+
 def call(url: str, body=None, kind="application/json", method=None, seconds=120):
     """One request; errors of HTTP are raised."""
     data = json.dumps(body).encode() if isinstance(body, (dict, list)) else body
@@ -37,6 +44,16 @@ def cluster(url: str) -> dict:
         return call(url + "/admin/cluster", seconds=5).get("cluster") or {}
     except (OSError, ValueError, http.client.HTTPException):
         return {}
+
+
+def status(url: str, path: str, key=None) -> int:
+    """The status of an answer, with another key than the usual one, or without any."""
+    opener = urllib.request.build_opener()
+    opener.addheaders = [("authorization", f"Bearer {key}")] if key else []
+    try:
+        return opener.open(url + path, timeout=10).status
+    except urllib.error.HTTPError as error:
+        return error.code
 
 
 def chat(url: str, question: str, model=MODEL) -> str:

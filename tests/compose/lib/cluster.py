@@ -24,6 +24,10 @@ class Cluster:
         self.files = [ROOT / "docker/compose.yaml", ROOT / "tests/compose/slow.yaml"]
         self.port = port
 
+    def admin_key(self) -> str:
+        """The first API key."""
+        return (self.secrets / "admin_key").read_text().strip()
+
     def settings(self) -> dict:
         return dict(
             self.daemon.env, COMPOSE_PROJECT_NAME=PROJECT, ASHLAR_IMAGE=self.image, ASHLAR_SECRETS=str(self.secrets),

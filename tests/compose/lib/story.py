@@ -40,13 +40,29 @@ class Tale:
             self.cluster.daemon.run(
                 "run", "--detach", "--name", name, "--label", self.cluster.label, "--publish", f"127.0.0.1:{port}:8080",
                 "--read-only", "--tmpfs", "/tmp", "--memory", "2g", "--cap-drop", "ALL",
-                self.cluster.image, "up", "--listen", "0.0.0.0:8080", "--state", "/tmp/state",
+                self.cluster.image, "up", "--listen", "0.0.0.0:8080", "--plain-http", "--state", "/tmp/state",
             )
             url = f"http://127.0.0.1:{port}"
             self.cluster.wait_ready(url=url)
             self.story.note(f"ready {time.monotonic() - began:.1f} s after `docker run`")
+            self.cluster.expect(client.status(url, "/v1/models") == 401, "a client needs no key")
+            client.use_key(self.cluster.daemon.run("exec", name, "cat", "/tmp/state/admin.key", quiet=True))
             self.cluster.expect(chat(url, "What is 12 + 34?") == "46", "12 + 34 is not 46")
+            client.use_key(self.cluster.admin_key())
             self.cluster.daemon.run("rm", "--force", name)
+
+    def keys(self):
+        with self.story.step("keys: made, used, revoked"):
+            for path, wanted in (("/ready", 200), ("/", 200), ("/v1/models", 401), ("/admin/cluster", 401), ("/metrics", 401)):
+                seen = client.status(self.url, path)
+                self.cluster.expect(seen == wanted, f"{path} answers {seen} without a key")
+            metrics = (self.cluster.secrets / "metrics_key").read_text().strip()
+            seen = [client.status(self.url, path, metrics) for path in ("/metrics", "/v1/files", "/admin/cluster")]
+            self.cluster.expect(seen == [200, 403, 403], f"the key for metrics is answered with {seen}")
+            made = client.call(self.url + "/admin/keys", {"name": "story"})
+            self.cluster.expect(client.status(self.url, "/v1/models", made["key"]) == 200, "a new key is refused")
+            client.call(self.url + f"/admin/keys/{made['id']}", method="DELETE")
+            until(1, "the key is refused", lambda: client.status(self.url, "/v1/models", made["key"]) == 401)
 
     def check_hardening(self):
         with self.story.step("hardening: what containers may do"):
@@ -121,10 +137,12 @@ class Tale:
                 streams = [Stream(self.url, seed, 60) for seed in SEEDS]
                 for stream in streams:
                     stream.finish()
-            observability.check(self.story, self.url, self.cluster.port + 10, load)
+            observability.check(self.story, self.url, self.cluster.port + 10, self.cluster.secrets, load)
 
     def examples(self):
-        environment = dict(os.environ, OPENAI_BASE_URL=self.url + "/v1", npm_config_update_notifier="false")
+        environment = dict(
+            os.environ, OPENAI_BASE_URL=self.url + "/v1", OPENAI_API_KEY=self.cluster.admin_key(), npm_config_update_notifier="false"
+        )
         for name, run in (("Python", self.python), ("Node", self.node), ("async-openai (Rust)", self.rust)):
             with self.story.step(f"example: {name}"):
                 printed = run(environment)
