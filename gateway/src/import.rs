@@ -163,3 +163,39 @@ async fn put(blobs: &Blobs, file: File, limit: u64) -> Result<BlobInfo, ApiError
         writer.write(&chunk[..count]).await.map_err(storing)?;
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use std::fs;
+    use std::os::unix::fs::symlink;
+    use std::os::unix::net::UnixListener;
+
+    #[test]
+    fn nothing_outside_of_the_directory_of_adapters_is_read_and_nothing_but_files() {
+        let place = tempfile::tempdir().unwrap();
+        let (root, outside) = (place.path().join("adapters"), place.path().join("outside"));
+        for folder in [&root, &outside, &root.join("inside"), &root.join("odd")] {
+            fs::create_dir_all(folder).unwrap();
+        }
+        fs::write(outside.join(CONFIG_FILE), r#"{"peft_type": "LORA", "r": 1}"#).unwrap();
+        symlink(&outside, root.join("link")).unwrap();
+        let absolute = outside.to_string_lossy().into_owned();
+        let refused = |path: &str| beneath(&root, path).unwrap_err().message;
+        let said = refused("nowhere");
+        for path in ["..", "../outside", "inside/../../outside", "link", &absolute, "/etc", ".", ""] {
+            assert_eq!(refused(path), said.replace("nowhere", path), "{path}");
+        }
+        let inside = beneath(&root, "inside").unwrap();
+        symlink(outside.join(CONFIG_FILE), inside.join(CONFIG_FILE)).unwrap();
+        assert!(file(&inside, CONFIG_FILE, 1000).unwrap_err().message.contains("no regular file"));
+        let odd = beneath(&root, "odd").unwrap();
+        let _socket = UnixListener::bind(odd.join(CONFIG_FILE)).unwrap();
+        assert!(file(&odd, CONFIG_FILE, 1000).unwrap_err().message.contains("no regular file"));
+        fs::remove_file(odd.join(CONFIG_FILE)).unwrap();
+        fs::write(odd.join(CONFIG_FILE), "{}").unwrap();
+        assert!(file(&odd, CONFIG_FILE, 2).is_ok());
+        assert!(file(&odd, CONFIG_FILE, 1).unwrap_err().message.contains("at most 1"));
+    }
+}
