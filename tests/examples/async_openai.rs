@@ -3,6 +3,8 @@
 //! ```sh
 //! OPENAI_BASE_URL=http://127.0.0.1:8080/v1 cargo run --release -p ashlar-tests --example async_openai
 //! ```
+//!
+//! With `OPENAI_API_KEY` where the gateway wants a key.
 
 use anyhow::{Context, Result, bail};
 use async_openai::Client;
@@ -20,7 +22,8 @@ const WORDS: [&str; 8] = ["stone", "arch", "wall", "quarry", "mortar", "vault", 
 #[tokio::main]
 async fn main() -> Result<()> {
     let url = std::env::var("OPENAI_BASE_URL").unwrap_or_else(|_| "http://127.0.0.1:8080/v1".into());
-    let client = Client::with_config(OpenAIConfig::new().with_api_base(url).with_api_key("none is needed"));
+    let key = std::env::var("OPENAI_API_KEY").unwrap_or_else(|_| "none is needed".into());
+    let client = Client::with_config(OpenAIConfig::new().with_api_base(url).with_api_key(key));
 
     let models = client.models().list().await?.data;
     println!("models: {}", models.into_iter().map(|model| model.id).collect::<Vec<_>>().join(", "));
