@@ -21,10 +21,12 @@ def use_key(key: str):
     urllib.request.install_opener(opener)
 
 
-def call(url: str, body=None, kind="application/json", method=None, seconds=120):
-    """One request; errors of HTTP are raised."""
+def call(url: str, body=None, kind="application/json", method=None, seconds=120, key=None):
+    """One request, with another key than the usual one where one is given; errors of HTTP are raised."""
     data = json.dumps(body).encode() if isinstance(body, (dict, list)) else body
     headers = {"content-type": kind} if data is not None else {}
+    if key:
+        headers["authorization"] = f"Bearer {key}"
     request = urllib.request.Request(url, data=data, headers=headers, method=method)
     with urllib.request.urlopen(request, timeout=seconds) as response:
         return json.load(response)
@@ -56,10 +58,10 @@ def status(url: str, path: str, key=None) -> int:
         return error.code
 
 
-def chat(url: str, question: str, model=MODEL) -> str:
+def chat(url: str, question: str, model=MODEL, key=None) -> str:
     """A greedy answer."""
     body = {"model": model, "messages": [{"role": "user", "content": question}], "temperature": 0}
-    return call(url + "/v1/chat/completions", body)["choices"][0]["message"]["content"]
+    return call(url + "/v1/chat/completions", body, key=key)["choices"][0]["message"]["content"]
 
 
 def long_request(seed: int, tokens: int) -> dict:

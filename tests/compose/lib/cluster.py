@@ -29,8 +29,10 @@ class Cluster:
         return (self.secrets / "admin_key").read_text().strip()
 
     def settings(self) -> dict:
+        # A key of whoever runs this is not for this cluster.
+        inherited = {name: value for name, value in self.daemon.env.items() if name != "OPENAI_API_KEY"}
         return dict(
-            self.daemon.env, COMPOSE_PROJECT_NAME=PROJECT, ASHLAR_IMAGE=self.image, ASHLAR_SECRETS=str(self.secrets),
+            inherited, COMPOSE_PROJECT_NAME=PROJECT, ASHLAR_IMAGE=self.image, ASHLAR_SECRETS=str(self.secrets),
             ASHLAR_LISTEN=f"127.0.0.1:{self.port}", ASHLAR_LISTEN_B=f"127.0.0.1:{self.port + 1}", ASHLAR_NODE_MEMORY="1g",
             ASHLAR_IDENTITIES=str(self.secrets.parent / "identities"), COMPOSE_INTERACTIVE_NO_CLI="1",
             PYTHONWARNINGS="ignore",

@@ -59,10 +59,43 @@ class Tale:
             metrics = (self.cluster.secrets / "metrics_key").read_text().strip()
             seen = [client.status(self.url, path, metrics) for path in ("/metrics", "/v1/files", "/admin/cluster")]
             self.cluster.expect(seen == [200, 403, 403], f"the key for metrics is answered with {seen}")
-            made = client.call(self.url + "/admin/keys", {"name": "story"})
-            self.cluster.expect(client.status(self.url, "/v1/models", made["key"]) == 200, "a new key is refused")
-            client.call(self.url + f"/admin/keys/{made['id']}", method="DELETE")
-            until(1, "the key is refused", lambda: client.status(self.url, "/v1/models", made["key"]) == 401)
+            made = self.new_key("story", self.url)
+            seen = client.status(self.url, "/admin/cluster", made["key"])
+            self.cluster.expect(seen == 403, f"a key for inference is answered with {seen} at /admin/cluster")
+            took = self.revoke(made, self.url)
+            key = self.key_from_container()
+            self.cluster.expect(self.statuses(key, self.url) == [200], "`ashlar keys create` in the container made no key")
+            self.revoke({"id": key.split("_")[1], "key": key}, self.url)
+            self.story.note(f"401 without a key, 403 with one for something else; a new key answers; refused {took:.2f} s after it was revoked")
+
+    def key_from_container(self) -> str:
+        """As the README makes one."""
+        container = self.cluster.compose("ps", "-q", "gateway").split()[-1]
+        words = (self.cluster.daemon.docker, "exec", "-e", "OPENAI_API_KEY", container, "ashlar", "keys", "create", "notebooks")
+        env = dict(self.cluster.settings(), OPENAI_API_KEY=self.cluster.admin_key())
+        # It prints a key: not for the log.
+        return self.story.run(*words, env=env, quiet=True).split()[-1]
+
+    def statuses(self, key: str, *urls) -> list:
+        """What each gateway answers to this key."""
+        return [client.status(url, "/v1/models", key) for url in urls]
+
+    def new_key(self, name: str, *urls) -> dict:
+        """A key for inference, made at the first gateway, that all of them answer."""
+        made = client.call(urls[0] + "/admin/keys", {"name": name})
+        until(1, "every gateway knows the new key", lambda: self.statuses(made["key"], *urls) == [200] * len(urls), pause=0.02)
+        for url in urls:
+            self.cluster.expect(chat(url, "What is 12 + 34?", key=made["key"]) == "46", "12 + 34 is not 46")
+        return made
+
+    def revoke(self, made: dict, *urls) -> float:
+        """Revokes a key at the first gateway; how long it took until every gateway refused it, at most a second."""
+        began = time.monotonic()
+        client.call(urls[0] + f"/admin/keys/{made['id']}", method="DELETE")
+        until(1, "every gateway refuses the key", lambda: self.statuses(made["key"], *urls) == [401] * len(urls), pause=0.02)
+        took = time.monotonic() - began
+        self.cluster.expect(took < 1, f"a revoked key was let in for {took:.2f} s")
+        return took
 
     def check_hardening(self):
         with self.story.step("hardening: what containers may do"):
@@ -189,6 +222,7 @@ class Tale:
     def upgrade(self):
         with self.story.step("rolling upgrade under load"):
             self.cluster.wait_replicas(1, 2)
+            self.refuses_upgrade()
             load = Load([self.url], 6, TOKENS, self.texts)
             time.sleep(1)
             self.cluster.image = "ashlar-test:b"
@@ -205,6 +239,14 @@ class Tale:
                     self.cluster.expect(image == "ashlar-test:b", f"{name} runs {image}")
             self.cluster.wait_replicas(1, 2)
 
+    def refuses_upgrade(self):
+        """With a key that may not see the cluster, nothing is begun."""
+        key = (self.cluster.secrets / "metrics_key").read_text()
+        printed = self.story.run(
+            ROOT / "docker/upgrade", "--url", self.url, env=dict(self.cluster.settings(), OPENAI_API_KEY=key), check=False, seconds=30,
+        )
+        self.cluster.expect("refuses the API key" in printed, f"docker/upgrade with the key for metrics printed {printed}")
+
     def high_availability(self):
         with self.story.step("profile ha: two gateways, a standby scheduler, four nodes"):
             began = time.monotonic()
@@ -212,6 +254,11 @@ class Tale:
             self.cluster.wait_replicas(2, 4)
             self.cluster.wait_ready(url=self.cluster.url_b)
             self.story.note(f"2 replicas, both gateways ready after {time.monotonic() - began:.1f} s")
+        both = (self.url, self.cluster.url_b)
+        with self.story.step("keys at both gateways"):
+            kept, gone = self.new_key("kept", *both), self.new_key("gone", *both)
+            took = self.revoke(gone, *both)
+            self.story.note(f"made at one, answered by both; revoked at one, refused by both after {took:.2f} s")
         with self.story.step("a gateway killed, mid-stream: its stored response is followed at the other one"):
             undisturbed = Response(self.url, TOKENS)
             self.cluster.expect(undisturbed.read(), "the undisturbed response did not complete")
@@ -236,6 +283,12 @@ class Tale:
             "the leading scheduler killed, with a standby",
             lambda: self.cluster.daemon.kill(self.leader()),
         )
+        with self.story.step("keys, told by the next scheduler"):
+            for key, wanted in ((kept, 200), (gone, 401)):
+                seen = self.statuses(key["key"], *both)
+                self.cluster.expect(seen == [wanted, wanted], f"the key {key['name']} is answered with {seen}")
+            self.revoke(kept, *both)
+            self.story.note("what was let in still is; what was revoked is not")
         with self.story.step("back to the default"):
             for service in ("gateway-b", "scheduler-b", "node-b"):
                 for name in self.cluster.containers(service):
