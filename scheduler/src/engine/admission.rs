@@ -11,10 +11,6 @@ use ashlar_vocabulary::SequenceId;
 
 /// When to try again after a replica was lost, in milliseconds.
 const RETRY_UNAVAILABLE_MS: u64 = 2_000;
-/// Tokens that an answer is expected to have where it may have more, when turns are given out.
-const ANSWER_EXPECTED_TOKENS: u32 = 256;
-/// Of how many ends it is measured how fast places become free.
-pub(super) const ENDS_MEASURED: usize = 64;
 
 impl Engine {
     /// Takes a choice in; its sequence, if it is new and was not refused.
@@ -50,7 +46,7 @@ impl Engine {
         let patience =
             if submit.deadline_ms == 0 { self.config.deadline_default_ms } else { submit.deadline_ms };
         let deadline = now.plus(patience);
-        if let Some(error) = self.too_long_a_wait(now, &submit, order, patience) {
+        if let Some(error) = self.too_long_a_wait(&submit, order, patience) {
             effects.push(Effect::ToGateway { gateway, message: FromScheduler::Failed { id: choice, error } });
             return None;
         }
@@ -71,8 +67,7 @@ impl Engine {
                 return None;
             }
         }
-        let expected =
-            submit.prompt.len() as u64 + u64::from(submit.max_new_tokens.min(ANSWER_EXPECTED_TOKENS));
+        let expected = self.expected_of(&submit);
         self.queue.take_turn(key, turn, expected);
         let digest = &self.config.model_digest;
         let sequence = Sequence::new(id, gateway, submit, order, (now, deadline), digest);
@@ -178,8 +173,8 @@ impl Engine {
     pub(super) fn retry_after_ms(&self, kind: FailureKind) -> Option<u64> {
         match kind {
             FailureKind::Overloaded => {
-                let ends = self.queue.len() / 4 + 1;
-                let wait_ms = self.wait_ms(self.now, ends).unwrap_or(1_000 * ends as u64);
+                let quarter = self.expected(self.queue.iter()) / 4;
+                let wait_ms = self.pace.takes_ms(quarter).unwrap_or(250 * self.queue.len() as u64);
                 Some(wait_ms.clamp(1_000, 60_000))
             }
             FailureKind::Unavailable | FailureKind::Leaving => Some(RETRY_UNAVAILABLE_MS),
@@ -194,25 +189,23 @@ impl Engine {
         }
     }
 
-    /// How long it takes until so many places become free, as far as that can be known.
-    fn wait_ms(&self, now: Millis, places: usize) -> Option<u64> {
-        let first = self.ends.front().filter(|_| self.ends.len() >= ENDS_MEASURED / 4)?;
-        Some(now.since(*first) * places as u64 / self.ends.len() as u64)
+    /// Tokens that are still to be computed of these, as far as that can be known.
+    fn expected(&self, waiting: impl Iterator<Item = SequenceId>) -> u64 {
+        let waiting = waiting.filter_map(|id| self.sequences.get(&id));
+        waiting.map(|sequence| self.expected_of(&sequence.submit)).sum()
+    }
+
+    fn expected_of(&self, submit: &Submit) -> u64 {
+        submit.prompt.len() as u64 + self.pace.answer(submit.max_new_tokens)
     }
 
     /// Refuses a new sequence that would wait for a place longer than anybody shall, or than it has time.
-    fn too_long_a_wait(
-        &self,
-        now: Millis,
-        submit: &Submit,
-        order: Order,
-        patience_ms: u64,
-    ) -> Option<RequestFailure> {
+    fn too_long_a_wait(&self, submit: &Submit, order: Order, patience_ms: u64) -> Option<RequestFailure> {
         if !submit.forced.is_empty() || submit.charge.is_some_and(|charge| charge.resumed) {
             return None;
         }
-        let before = self.queue.before(order);
-        let wait_ms = self.wait_ms(now, before).filter(|_| before > 0)?;
+        let before = self.queue.before(order).count();
+        let wait_ms = self.pace.takes_ms(self.expected(self.queue.before(order)))?;
         let most = self.config.queue_wait_ms_max.min(patience_ms);
         (wait_ms > most).then(|| RequestFailure {
             kind: FailureKind::Overloaded,

@@ -1,7 +1,7 @@
 //! Continuous batching as a pure function of events.
 //!
 //! Layout: [`events`] (what goes in and out), [`block_pool`] and [`prefix_cache`] (KV blocks and what is in them),
-//! `admission` (who is let in), [`sequence`] (one continuation and its state), [`queue`] (who waits), [`budget`] (how long a step takes), [`replica`]
+//! `admission` (who is let in), `pace` (how long what waits will take), [`sequence`] (one continuation and its state), [`queue`] (who waits), [`budget`] (how long a step takes), [`replica`]
 //! (blocks and steps of one replica), `planner` (what the next step computes), `results` (what comes back).
 //!
 //! **Invariants:** no tokio, clock, randomness, I/O or randomly seeded map: equal events give equal effects. A sequence
@@ -13,6 +13,7 @@ mod admission;
 pub mod block_pool;
 pub mod budget;
 pub mod events;
+mod pace;
 mod planner;
 pub mod prefix_cache;
 pub mod queue;
@@ -27,9 +28,9 @@ pub use prefix_cache::BLOCK_TOKENS;
 use crate::adapters::{Usage, Users};
 use crate::audit::{self, AuditId};
 use crate::time::Millis;
-use admission::ENDS_MEASURED;
 use ashlar_protocol::serving::{ChoiceId, FailureKind, RequestView, SchedulerCounters};
 use ashlar_vocabulary::{AdapterId, KeyId, ReplicaId, SequenceId};
+use pace::Pace;
 use planner::Planner;
 use queue::Queue;
 use replica::Replica;
@@ -65,10 +66,8 @@ pub struct Engine {
     down_since: Option<Millis>,
     draining: bool,
     counters: SchedulerCounters,
-    /// When the latest sequences ended while others waited: how fast places become free.
-    ends: VecDeque<Millis>,
-    /// Of the latest event.
-    now: Millis,
+    /// How fast replicas work while somebody waits.
+    pace: Pace,
     /// Percent of the KV blocks that keys may hold, where not all.
     kv_shares: BTreeMap<KeyId, u8>,
     /// Tokens generated on the account of keys, which nobody has asked for yet.
@@ -105,8 +104,7 @@ impl Engine {
             down_since: None,
             draining: false,
             counters: SchedulerCounters::default(),
-            ends: VecDeque::new(),
-            now: Millis(0),
+            pace: Pace::new(),
             kv_shares: BTreeMap::new(),
             generated: BTreeMap::new(),
             touched: Touched::All,
@@ -123,7 +121,6 @@ impl Engine {
     /// Applies one event without planning, so that several that arrived together share a step. [`plan`](Self::plan) must
     /// follow.
     pub fn apply(&mut self, now: Millis, event: Event, effects: &mut Vec<Effect>) {
-        self.now = now;
         match (&event, &mut self.touched) {
             (
                 Event::StepResult { replica, .. } | Event::StepDone { replica, .. },
@@ -371,15 +368,7 @@ impl Engine {
     }
 
     fn note_end(&mut self, now: Millis, sequence: &Sequence) {
-        if self.queue.is_empty() {
-            // Nobody waits for a place, so that the pace is that of those who come.
-            self.ends.clear();
-        } else {
-            self.ends.push_back(now);
-            if self.ends.len() > ENDS_MEASURED {
-                self.ends.pop_front();
-            }
-        }
+        self.pace.ended(sequence.generated.len());
         if let Some(replica) = sequence.replica().and_then(|replica| self.replicas.get_mut(&replica)) {
             replica.used(sequence.submit.adapter, now);
         }

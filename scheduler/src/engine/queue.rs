@@ -75,9 +75,9 @@ impl Queue {
         }
     }
 
-    /// How many wait that go before this one.
-    pub fn before(&self, order: Order) -> usize {
-        self.by_order.range(..order).count()
+    /// The waiting sequences that go before this one, most urgent first.
+    pub fn before(&self, order: Order) -> impl Iterator<Item = SequenceId> + '_ {
+        self.by_order.range(..order).map(|(_, entry)| entry.id)
     }
 
     /// Adds a new sequence, if there is room, or one to displace: a less urgent one, or one of a key that has taken more turns.

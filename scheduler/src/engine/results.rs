@@ -39,6 +39,7 @@ impl Engine {
         flight.note(last_stage, &result.timing);
         self.account(&flight);
         self.counters.steps += 1;
+        self.pace.computed(now, self.counters.scheduled_tokens, !self.queue.is_empty());
         for logprobs in result.prompt_logprobs {
             self.prompt_logprobs(logprobs, effects);
         }
