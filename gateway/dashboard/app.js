@@ -16,6 +16,7 @@ const PAGES = [
   {id: 'models', title: 'Models', make: async (context) => (await import('./page-models.js')).modelsPage(context)},
   {id: 'chat', title: 'Chat', make: async (context) => (await import('./page-chat.js')).chatPage(context)},
   {id: 'tuning', title: 'Tuning', make: async (context) => (await import('./page-tuning.js')).tuningPage(context)},
+  {id: 'keys', title: 'Keys', make: async (context) => (await import('./page-keys.js')).keysPage(context)},
 ];
 
 const news = feed();

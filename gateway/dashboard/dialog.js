@@ -27,8 +27,9 @@ export function openDialog({title, body, actions = [], className = ''}) {
 
 /**
  * Asks before something is done; `act()` does it and may throw, which is shown in the dialog. Resolves to whether it was done.
+ * It cannot be done before `ready` has resolved to whether it may.
  */
-export function confirmDialog({title, body, action, danger = false, act}) {
+export function confirmDialog({title, body, action, danger = false, act, ready = true}) {
   const problem = h('p', {class: 'problem', role: 'alert', hidden: true});
   let done = false;
   const go = button(action, async () => {
@@ -44,6 +45,11 @@ export function confirmDialog({title, body, action, danger = false, act}) {
       go.disabled = false;
     }
   }, {class: danger ? 'button danger' : 'button primary'});
+  go.disabled = ready !== true;
+  Promise.resolve(ready).then((may) => { go.disabled = !may; }, (error) => {
+    setText(problem, error.message);
+    show(problem, true);
+  });
   const dialog = openDialog({title, body: [body, problem], actions: [button('Cancel', () => dialog.close()), go]});
   return dialog.closed.then(() => done);
 }

@@ -1,7 +1,7 @@
-// Draining a node: first what would become of the layout, then the deed.
+// Draining a node, and laying all out anew: first what would become of the layout, then the deed.
 
 import {ApiError, post, request} from './api.js';
-import {openDialog, toast} from './dialog.js';
+import {confirmDialog, openDialog, toast} from './dialog.js';
 import {button, h, setText, show} from './dom.js';
 import * as format from './format.js';
 
@@ -43,7 +43,7 @@ export function openDrain(name, done) {
   async function ask() {
     try {
       const plan = await post('/admin/plan', {without: [name]});
-      preview.replaceChildren(planView(plan, name));
+      preview.replaceChildren(planView(plan, `Without ${name}`, plan.possible ? CHANGES[plan.change] ?? plan.change : `Not possible without ${name}.`));
       if (plan.possible) allow();
       else refuse(plan.problem ?? 'nothing can take its place');
     } catch (error) {
@@ -83,15 +83,34 @@ export async function undrain(name, done) {
   }
 }
 
+/** Opens the dialog that has all laid out anew; `done()` is called after the scheduler has agreed. */
+export function openReplan(done) {
+  const preview = h('div', {class: 'plan', 'aria-live': 'polite'}, h('p', {class: 'muted'}, 'asking the scheduler what it would plan…'));
+  confirmDialog({
+    title: 'Lay the model out anew?', action: 'Lay it out anew', ready: ask(),
+    body: h('div', {class: 'stack'}, h('p', null, 'As it would be planned from nothing for the nodes that there are now. What serves goes on until the new slices are in memory; streams pause for a moment then.'), preview),
+    act: () => post('/admin/replan', {}, {timeout: DEED_TIMEOUT_MS}),
+  }).then((replanned) => {
+    if (replanned) toast('the model is being laid out anew', 'good');
+    done();
+  });
+
+  async function ask() {
+    const plan = await post('/admin/replan', {dry_run: true});
+    const same = plan.change === 'nothing';
+    preview.replaceChildren(planView(plan, same ? 'The layout' : 'The new layout', !plan.possible ? `Not possible: ${plan.problem}` : same ? 'It is laid out so already.' : 'Another layout than now.'));
+    return plan.possible && !same;
+  }
+}
+
 /** A layout that could be: replicas with their stages, and who would hold them. */
-export function planView(plan, without) {
+function planView(plan, title, change) {
   const stones = (plan.replicas ?? []).map((replica) => h('div', {class: 'plan-replica'},
     h('span', {class: 'plan-name'}, `replica ${replica.replica}`),
     (replica.stages ?? []).map((stage) => h('div', {class: 'plan-stage'},
       h('span', {class: 'muted'}, format.layers(stage.layers)),
       (stage.ranks ?? []).map((rank) => h('span', {class: 'plan-rank'}, h('b', null, rank.node), ` ${format.bytes(rank.memory_bytes)}`))))));
   return h('div', {class: 'stack'},
-    h('p', {class: plan.possible ? 'plan-change' : 'plan-change plan-impossible'}, plan.possible ? '✓ ' : '✕ ',
-      plan.possible ? CHANGES[plan.change] ?? String(plan.change) : `Not possible without ${without}.`),
-    stones.length ? h('div', {class: 'plan-layout', role: 'group', 'aria-label': `The layout without ${without}`}, h('p', {class: 'muted'}, `Without ${without}:`), stones) : null);
+    h('p', {class: plan.possible ? 'plan-change' : 'plan-change plan-impossible'}, plan.possible ? '✓ ' : '✕ ', change),
+    stones.length ? h('div', {class: 'plan-layout', role: 'group', 'aria-label': title}, h('p', {class: 'muted'}, `${title}:`), stones) : null);
 }

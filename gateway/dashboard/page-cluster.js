@@ -4,7 +4,7 @@ import {bar, legend} from './charts.js';
 import {attr, button, h, keyed, setText, show} from './dom.js';
 import * as format from './format.js';
 import {healthLabel} from './health.js';
-import {openDrain, undrain} from './drain.js';
+import {openDrain, openReplan, undrain} from './drain.js';
 import {TIME_LEGEND, ledgerParts, timeParts} from './node-parts.js';
 import {openNode} from './node-sheet.js';
 import {picture} from './picture.js';
@@ -23,7 +23,7 @@ export function clusterPage({feed}) {
   const log = h('ol', {class: 'log', 'aria-live': 'polite', 'aria-relevant': 'additions'});
   const quiet = h('p', {class: 'muted'}, 'Nothing has changed since this page was opened.');
   const element = h('div', {class: 'page page-cluster'},
-    h('div', {class: 'page-head'}, h('h1', null, 'Cluster'), summary), banner, figures.element,
+    h('div', {class: 'page-head'}, h('h1', null, 'Cluster'), summary, h('div', {class: 'head-actions'}, button('Re-plan…', () => openReplan(feed.now), {class: 'button'}))), banner, figures.element,
     h('section', {class: 'card picture-card', 'aria-label': 'Picture'}, image.element, replicas),
     h('div', {class: 'columns'},
       h('section', {class: 'card grow', 'aria-labelledby': 'nodes-title'},

@@ -133,7 +133,7 @@ function openRemove(name, done) {
 }
 
 function openScale(model, feed, done) {
-  const input = h('input', {type: 'number', min: 1, max: 1024, step: 1, value: model.nodes ?? model.members.length, required: true});
+  const input = h('input', {type: 'number', id: 'scale-nodes', min: 1, max: 1024, step: 1, value: model.nodes ?? model.members.length, required: true});
   const all = h('input', {type: 'checkbox'});
   all.checked = model.own && model.nodes === null;
   const sync = () => { input.disabled = all.checked; };
@@ -161,6 +161,7 @@ function openDeploy(done) {
     quantize: h('select', null, ['', 'q8_0', 'q6_k', 'q5_k_m', 'q5_1', 'q5_0', 'q4_k_m', 'q4_k_s', 'q4_1', 'q4_0'].map((kind) => h('option', {value: kind}, kind || 'as the files are'))),
     max_context_tokens: h('input', {type: 'number', min: 2, step: 1, placeholder: 'as configured'}),
   };
+  for (const [name, control] of Object.entries(controls)) control.id = `deploy-${name.replaceAll('_', '-')}`;
   confirmDialog({
     title: 'Deploy a model', action: 'Deploy',
     body: h('div', {class: 'stack'}, h('p', {class: 'muted'}, 'It is served beside the others, on standbys of its own.'),
@@ -180,9 +181,9 @@ function openDeploy(done) {
 }
 
 function openLoad(done) {
-  const name = h('input', {required: true, autocomplete: 'off', spellcheck: 'false', placeholder: 'what clients call it'});
-  const path = h('input', {required: true, autocomplete: 'off', spellcheck: 'false', placeholder: 'below the adapters directory'});
-  const replace = h('input', {type: 'checkbox'});
+  const name = h('input', {id: 'adapter-name', required: true, autocomplete: 'off', spellcheck: 'false', placeholder: 'what clients call it'});
+  const path = h('input', {id: 'adapter-path', required: true, autocomplete: 'off', spellcheck: 'false', placeholder: 'below the adapters directory'});
+  const replace = h('input', {type: 'checkbox', id: 'adapter-replace'});
   confirmDialog({
     title: 'Load an adapter', action: 'Load',
     body: h('div', {class: 'stack'}, field('Name', name), field('Directory', path, 'with adapter_config.json and adapter_model.safetensors'),
@@ -206,7 +207,7 @@ function openUnload(card, done) {
 }
 
 function openRollBack(card, done) {
-  const input = h('input', {type: 'number', min: 1, step: 1, required: true, value: Math.max(1, card.generation - 1)});
+  const input = h('input', {type: 'number', id: 'adapter-generation', min: 1, step: 1, required: true, value: Math.max(1, card.generation - 1)});
   confirmDialog({
     title: `Serve another generation of ${card.id}`, action: 'Serve it',
     body: h('div', {class: 'stack'}, h('p', null, `Generation ${card.generation} is served. The last ${GENERATIONS_KEPT} are kept, also those that a comparison has held back.`), field('Generation', input)),

@@ -36,7 +36,7 @@ export function newJob(created) {
     evaluation: fileSelect('job-evaluation', 'choose a file'),
   };
   const betaField = field('Beta', controls.beta, 'how close it stays to the model');
-  const evaluationField = field('Compared on', controls.evaluation);
+  const evaluationField = field('Compared on', controls.evaluation, 'examples with their answers');
   const problem = h('p', {class: 'problem', role: 'alert', hidden: true});
   const submit = h('button', {class: 'button primary', id: 'job-create'}, 'Start the job');
   const drop = dropZone(async (file) => {

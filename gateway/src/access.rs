@@ -114,6 +114,11 @@ impl Caller {
         self.key_id().map(|key| Charge { key, requests, prompt_tokens, resumed })
     }
 
+    /// The priority of a request that asks for this one: a key's requests may give way, and go before others only where the key does.
+    pub(crate) fn priority(&self, asked: i32) -> i32 {
+        self.key().map_or(asked, |key| key.limits.priority.saturating_add(asked.max(0)))
+    }
+
     /// Whether it may ask a base model of these names.
     pub(crate) fn may_ask(&self, names: &[String]) -> bool {
         let models = self.key().and_then(|key| key.models.as_ref());

@@ -69,6 +69,19 @@ pub(crate) async fn plan(ForCaller(app): ForCaller, request: Request) -> Result<
     Ok(response)
 }
 
+/// `POST /admin/replan`: has the model laid out as it would be planned from nothing now; with `dry_run`, says what that would be.
+pub(crate) async fn replan(ForCaller(app): ForCaller, request: Request) -> Result<Response, ApiError> {
+    let (parts, body) = request.into_parts();
+    let mut fields = Fields::parse(&read_body(&app, &parts.headers, body).await?)?;
+    let dry_run = fields.bool("dry_run")?.unwrap_or(false);
+    let AdminReply::Plan(plan) = app.scheduler.call(AdminRequest::Replan { dry_run }).await? else {
+        return Err(ApiError::internal("the scheduler has answered something else"));
+    };
+    let mut response = Json(plan_json(&plan)).into_response();
+    add_warning(response.headers_mut(), &fields.unknown());
+    Ok(response)
+}
+
 fn plan_json(plan: &PlanView) -> Value {
     let rank = |rank: &PlannedRank| json!({"node": rank.node, "memory_bytes": rank.memory});
     let stage = |stage: &PlannedStage| json!({"layers": stage.layers, "ranks": stage.ranks.iter().map(rank).collect::<Vec<_>>()});

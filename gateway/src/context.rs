@@ -107,7 +107,10 @@ pub(crate) async fn with_context(
             ApiError::not_found("this is not served at this address: see its configuration", "unknown_url")
                 .into_response()
         }
-        Err(refusal) => refusal.into_response(),
+        Err(refusal) => {
+            app.metrics.turned_away(refusal.status);
+            refusal.into_response()
+        }
         Ok(caller) => {
             if let Some(key) = caller.key_id() {
                 span.record("key", tracing::field::display(key));

@@ -367,7 +367,7 @@ impl GenerationSpec {
             sampling: SamplingParams { choice_index, ..self.sampling.clone() },
             tenant_salt: caller.salt(),
             charge: caller.charge(requests, prompt_tokens, self.resumed),
-            priority: self.priority,
+            priority: caller.priority(self.priority),
             deadline_ms: deadline.as_millis() as u64,
             traceparent: self.traceparent.clone(),
         }

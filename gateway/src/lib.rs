@@ -4,7 +4,7 @@
 //! ids, traces), [`openai`] (the schema: requests, answers, errors), `text` (tokenizer, templates, grammars),
 //! `generation` (a request in flight), [`transcript`] (one choice, pure), [`scheduler_client`] (the connection),
 //! `tuning` (fine-tuning's files: uploads become blobs, a job's files samples),
-//! `import` (adapters, from files to blobs), `models` (those beside the scheduler's own one), `metrics` and `system` (what operators see), `admin` (what they want), `access` (who may do what) and `audit` (who has done what).
+//! `import` (adapters, from files to blobs), `models` (those beside the scheduler's own one), `metrics`, `degradation` and `system` (what operators see), `admin` (what they want), `access` (who may do what) and `audit` (who has done what).
 //!
 //! **Invariants:** only this crate knows OpenAI's schema; it knows no tensor and no placement. [`transcript`] has no
 //! clock, no I/O and no async, so that the simulation runs exactly it. Bad input never becomes a 500, and never
@@ -18,6 +18,7 @@ mod app;
 mod audit;
 mod config;
 mod context;
+mod degradation;
 mod error;
 mod generation;
 mod import;

@@ -11,6 +11,7 @@ pub(crate) use page::MetricsPage;
 use crate::error::GatewayError;
 use crate::transcript::End;
 use ashlar_protocol::serving::{ClusterSnapshot, FinishReason, SchedulerCounters};
+use axum::http::StatusCode;
 use metrics::{Counter, Histogram, counter, histogram};
 use metrics_exporter_prometheus::{
     BuildError, Matcher, PrometheusBuilder, PrometheusHandle, PrometheusRecorder,
@@ -49,6 +50,8 @@ pub(crate) struct Metrics {
     success_length: Counter,
     failures: Counter,
     resubmissions: Counter,
+    without_key: Counter,
+    without_scope: Counter,
     first_token_s: Histogram,
     between_tokens_s: Histogram,
     e2e_s: Histogram,
@@ -76,6 +79,8 @@ impl Metrics {
             success_length: counter!("vllm:request_success_total", "finished_reason" => "length"),
             failures: counter!("ashlar_choices_failed_total"),
             resubmissions: counter!("ashlar_choices_resubmitted_total"),
+            without_key: counter!("ashlar_turned_away_total", "status" => "401"),
+            without_scope: counter!("ashlar_turned_away_total", "status" => "403"),
             first_token_s: histogram!("vllm:time_to_first_token_seconds"),
             between_tokens_s: histogram!("vllm:inter_token_latency_seconds"),
             e2e_s: histogram!("vllm:e2e_request_latency_seconds"),
@@ -131,6 +136,15 @@ impl Metrics {
     /// A choice was submitted again, to the scheduler that came after a lost one.
     pub(crate) fn resubmitted(&self) {
         self.resubmissions.increment(1);
+    }
+
+    /// A request was answered with this status instead of being let in.
+    pub(crate) fn turned_away(&self, status: StatusCode) {
+        match status {
+            StatusCode::UNAUTHORIZED => self.without_key.increment(1),
+            StatusCode::FORBIDDEN => self.without_scope.increment(1),
+            _ => {}
+        }
     }
 
     /// A choice has ended, this long after its request's arrival.

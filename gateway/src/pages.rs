@@ -25,7 +25,7 @@ macro_rules! assets {
 
 /// The dashboard; its first file is the page.
 const DASHBOARD: &[Asset] = assets!(
-    "dashboard": "answer.js", "api.js", "app.js", "charts.js", "code.js", "dialog.js", "dom.js", "drain.js", "favicon.svg", "feed.js", "format.js", "health.js", "index.html", "jsonl.js", "layout.js", "node-parts.js", "node-sheet.js", "page-chat.js", "page-cluster.js", "page-models.js", "page-requests.js", "page-tuning.js", "pages.css", "picture.js", "poll.js", "settings.js", "style.css", "theme.js", "tiles.js", "tuning-job.js", "tuning-new.js", "view.js"
+    "dashboard": "answer.js", "api.js", "app.js", "charts.js", "code.js", "dialog.js", "dom.js", "drain.js", "favicon.svg", "feed.js", "format.js", "health.js", "index.html", "jsonl.js", "layout.js", "node-parts.js", "node-sheet.js", "page-chat.js", "page-cluster.js", "page-keys.js", "page-models.js", "page-requests.js", "page-tuning.js", "pages.css", "picture.js", "poll.js", "settings.js", "style.css", "theme.js", "tiles.js", "tuning-job.js", "tuning-new.js", "view.js"
 );
 
 /// The API reference; its first file is the page.

@@ -184,6 +184,7 @@ fn routes() -> Routes {
             post(admin::drain).delete(admin::undrain),
         )
         .add("/admin/plan", [r::PLAN], post(admin::plan))
+        .add("/admin/replan", [r::REPLAN], post(admin::replan))
         .add("/admin/keys", [r::LIST_KEYS, r::CREATE_KEY], get(admin::keys::list).post(admin::keys::create))
         .add("/admin/keys/{id}", [r::REVOKE_KEY], delete(admin::keys::revoke));
     let mut routes = cluster

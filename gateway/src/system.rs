@@ -1,6 +1,7 @@
 //! Endpoints about the server itself: health, readiness, metrics, the cluster.
 
 use crate::app::{App, ForCaller, Phase};
+use crate::degradation::Degradation;
 use crate::openai::error::ApiError;
 use ashlar_protocol::models::ModelView;
 use ashlar_protocol::serving::ClusterSnapshot;
@@ -17,12 +18,19 @@ pub(crate) async fn health() -> Json<Value> {
 /// A request would be computed now; else 503 with what is missing.
 pub(crate) async fn ready(ForCaller(app): ForCaller) -> Response {
     match readiness(&app) {
-        Ok(()) => Json(json!({"status": "ready"})).into_response(),
+        Ok(()) => Json(json!({"status": "ready", "degraded": degraded(&app)})).into_response(),
         Err(problem) => {
             let body = Json(json!({"status": "unready", "problem": problem}));
             (StatusCode::SERVICE_UNAVAILABLE, [(header::RETRY_AFTER, "1")], body).into_response()
         }
     }
+}
+
+/// What is less than it should be while requests are computed nevertheless.
+fn degraded(app: &App) -> Vec<String> {
+    let Some(cluster) = app.scheduler.link().cluster else { return Vec::new() };
+    let all = Degradation::ALL.into_iter().filter(|one| one.is_in(&cluster));
+    all.map(|one| one.describe(&cluster)).collect()
 }
 
 fn readiness(app: &App) -> Result<(), String> {

@@ -12,7 +12,9 @@ use crate::engine::{self, Engine, EngineConfig, GatewayId, ReplicaUp};
 use crate::jobs::{self, Jobs, JobsConfig};
 use crate::responses::{self, Responses, ResponsesConfig};
 use crate::time::Millis;
-use ashlar_protocol::admin::{AdminFailure, AdminFailureKind, AdminReply, AdminRequest, DrainNode};
+use ashlar_protocol::admin::{
+    AdminFailure, AdminFailureKind, AdminReply, AdminRequest, DrainNode, PlannedChange,
+};
 use ashlar_protocol::membership::{FromNode, ToNode};
 use ashlar_protocol::responses::ResponseRecord;
 use ashlar_protocol::serving::{AuditCounters, ClusterSnapshot, FromScheduler, ToScheduler};
@@ -330,6 +332,11 @@ impl Director {
                 let reply = FromScheduler::Admin { call, reply: Box::new(reply) };
                 outputs.push(Output::ToGateway(gateway, Box::new(reply)));
             }
+            AdminRequest::Replan { dry_run } => {
+                let reply = self.replan(now, dry_run).unwrap_or_else(AdminReply::Refused);
+                let reply = FromScheduler::Admin { call, reply: Box::new(reply) };
+                outputs.push(Output::ToGateway(gateway, Box::new(reply)));
+            }
             AdminRequest::Response(wish) => {
                 self.response_event(now, responses::Event::Call { gateway, call, tenant, wish });
             }
@@ -358,6 +365,23 @@ impl Director {
             return Err(unknown_node(unknown));
         }
         Ok(AdminReply::Plan(Box::new(self.cluster.plan_without(&nodes))))
+    }
+
+    /// Has the first model laid out as it would be planned from nothing, or says what that would be.
+    fn replan(&mut self, now: Millis, dry_run: bool) -> Result<AdminReply, AdminFailure> {
+        let conflict = |message| AdminFailure { kind: AdminFailureKind::Conflict, message };
+        let plan = self.cluster.plan_anew();
+        if !dry_run {
+            if let Some(reason) = self.cluster.is_in_motion() {
+                return Err(conflict(reason));
+            }
+            if plan.change == PlannedChange::Impossible {
+                let problem = plan.problem.unwrap_or_default();
+                return Err(conflict(format!("the model cannot be laid out: {problem}")));
+            }
+            self.cluster_event(now, cluster::Event::Replan);
+        }
+        Ok(AdminReply::Plan(Box::new(plan)))
     }
 
     /// Files, jobs and adapters.

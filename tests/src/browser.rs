@@ -94,6 +94,23 @@ impl Browser {
         self.command("/refresh", &json!({}));
     }
 
+    /// Empties a field and types into it.
+    #[track_caller]
+    pub fn fill(&self, css: &str, text: &str) {
+        let element = self.element(css);
+        self.command(&format!("/element/{element}/clear"), &json!({}));
+        self.command(&format!("/element/{element}/value"), &json!({"text": text}));
+    }
+
+    /// Has the browser put what it downloads into a directory.
+    #[track_caller]
+    pub fn download_to(&self, directory: &Path) {
+        self.devtools(
+            "Browser.setDownloadBehavior",
+            &json!({"behavior": "allow", "downloadPath": directory}),
+        );
+    }
+
     /// Runs a function body in the page, with `arguments`, and gives what it returns.
     #[track_caller]
     pub fn script(&self, body: &str, arguments: &[Value]) -> Value {
@@ -141,8 +158,10 @@ impl Browser {
     /// Presses the button, link or label that says this.
     #[track_caller]
     pub fn press(&self, text: &str) {
-        let find = "return [...document.querySelectorAll('dialog[open] button, button, a, label')].find(\
-                    (one) => one.textContent.trim() === arguments[0] && one.checkVisibility())";
+        // In the middle of the window nothing that stays there lies over it.
+        let find = "const found = [...document.querySelectorAll('dialog[open] button, button, a, label')].find(\
+                    (one) => one.textContent.trim() === arguments[0] && one.checkVisibility());\
+                    found?.scrollIntoView({block: 'center'}); return found";
         let found =
             until(SIGHT_LIMIT, || self.script(find, &[json!(text)])[ELEMENT].as_str().map(ToOwned::to_owned));
         let element = found.unwrap_or_else(|| panic!("nothing to press says {text:?}"));

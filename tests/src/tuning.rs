@@ -25,6 +25,20 @@ pub fn examples(count: u32) -> String {
     lines
 }
 
+/// Words, doubled as they are to be, and as they are not: a preference per line.
+pub fn preferences(count: u32) -> String {
+    let mut lines = String::new();
+    for (number, example) in examples(count).lines().enumerate() {
+        let example: Value = serde_json::from_str(example).expect("JSON");
+        let [question, answer] = [&example["messages"][0], &example["messages"][1]];
+        let other = json!({"role": "assistant", "content": format!("I do not know {number}.")});
+        let input = json!({"messages": [question]});
+        let pair = json!({"input": input, "preferred_output": [answer], "non_preferred_output": [other]});
+        writeln!(lines, "{pair}").expect("a string");
+    }
+    lines
+}
+
 /// The body of `POST /v1/files`, as a browser or a client library sends it, up to where the file begins.
 pub fn upload_head(purpose: &str) -> String {
     format!(

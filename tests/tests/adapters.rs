@@ -1,46 +1,21 @@
 //! Adapters through the whole cluster: the same answers as in process, whatever else is computed and however the model is cut.
 
 use ashlar_kernels::{BLOCK_TOKENS, Isa, Kernels, RowContext};
-use ashlar_model::adapter::{AdaptedRows, Adapter, LoraPair, LoraSpec, Target};
+use ashlar_model::adapter::{AdaptedRows, Adapter, Target};
 use ashlar_model::peft::PeftAdapter;
 use ashlar_model::{ModelConfig, NoHeadRanks, RankSlice, SingleRank, StageInput, StageModel};
 use ashlar_tests::cluster::START_LIMIT;
-use ashlar_tests::{Answer, Cluster, Event, http, processes, shared};
+use ashlar_tests::material::{adapter, demo, write_adapter};
+use ashlar_tests::{Answer, Cluster, Event, http, processes};
 use ashlar_tokenizer::{SpecialTokens, TextStart, Tokenizer};
 use ashlar_vocabulary::{BlockId, Quantization};
 use serde_json::{Value, json};
-use std::collections::BTreeMap;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 const PROMPT: &str = "The masons of the valley cut their stones by hand and carried them down";
 const TOKENS: usize = 24;
-
-fn demo() -> PathBuf {
-    shared::workspace().join("crates/model/demo")
-}
-
-/// An adapter of the demo model with numbers of our own; `strength` 0 has no effect.
-fn adapter(seed: u64, strength: f32, targets: &[Target]) -> PeftAdapter {
-    let shape = ModelConfig::from_dir(&demo()).expect("the demo model").shape;
-    let spec = LoraSpec { rank: 4, alpha: 8.0, rank_stabilized: false, targets: targets.to_vec() };
-    let mut state = seed;
-    let mut number = |scale: f32| {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        ((state >> 40) as f32 / (1 << 24) as f32 - 0.5) * scale
-    };
-    let mut pairs = BTreeMap::new();
-    for layer in 0..shape.num_layers {
-        for &target in targets {
-            let (outputs, inputs) = target.dimensions(&shape);
-            let a = (0..spec.rank * inputs).map(|_| number(0.4)).collect();
-            let b = (0..outputs * spec.rank).map(|_| number(strength)).collect();
-            pairs.insert((layer, target), LoraPair { a, b });
-        }
-    }
-    PeftAdapter { spec, pairs }
-}
 
 fn poet() -> PeftAdapter {
     adapter(1, 0.2, &Target::ALL)
@@ -50,18 +25,11 @@ fn critic() -> PeftAdapter {
     adapter(2, 0.2, &[Target::Query, Target::Value, Target::Down])
 }
 
-fn write(directory: &Path, adapter: &PeftAdapter) {
-    fs::create_dir_all(directory).expect("a directory");
-    let (config, tensors) = adapter.files("demo").expect("files");
-    fs::write(directory.join("adapter_config.json"), config).expect("a file");
-    fs::write(directory.join("adapter_model.safetensors"), tensors).expect("a file");
-}
-
 /// A cluster beside which both adapters lie.
 fn start(args: &[&str]) -> Cluster {
     let cluster = Cluster::start(args);
-    write(&adapters(&cluster).join("poet"), &poet());
-    write(&adapters(&cluster).join("critic"), &critic());
+    write_adapter(&adapters(&cluster).join("poet"), &poet());
+    write_adapter(&adapters(&cluster).join("critic"), &critic());
     cluster
 }
 
@@ -291,7 +259,7 @@ fn what_cannot_be_served_is_refused_with_its_reason_and_harms_nobody() {
     let poem = ask(&cluster, Some("poet"));
 
     let outside = tempfile::tempdir().expect("a directory");
-    write(&outside.path().join("stolen"), &poet());
+    write_adapter(&outside.path().join("stolen"), &poet());
     std::os::unix::fs::symlink(outside.path().join("stolen"), at.join("link")).expect("a link");
     fs::create_dir(at.join("linked-file")).expect("a directory");
     fs::copy(at.join("poet/adapter_config.json"), at.join("linked-file/adapter_config.json"))
@@ -317,10 +285,10 @@ fn what_cannot_be_served_is_refused_with_its_reason_and_harms_nobody() {
     spoilt("saves-modules", &|config, _| edit(config, "modules_to_save", json!(["lm_head"])));
     spoilt("dora", &|config, _| edit(config, "use_dora", json!(true)));
     spoilt("other-rank", &|config, _| edit(config, "r", json!(8)));
-    write(&at.join("no-effect"), &adapter(3, 0.0, &Target::ALL));
+    write_adapter(&at.join("no-effect"), &adapter(3, 0.0, &Target::ALL));
     let mut narrow = adapter(4, 0.2, &[Target::Query]);
     narrow.pairs.values_mut().for_each(|pair| pair.a.truncate(4 * 64));
-    write(&at.join("narrow"), &narrow);
+    write_adapter(&at.join("narrow"), &narrow);
 
     let absolute = outside.path().join("stolen");
     for (path, because) in [

@@ -1,33 +1,15 @@
 //! Several models on one cluster: deployed, scaled and removed while the first one's streams run, which stay what they are.
 
+use ashlar_tests::material::synthesized;
 use ashlar_tests::streams::{COMPLETIONS, assert_no_panic, disturb, undisturbed};
 use ashlar_tests::{Answer, Cluster, Event, eventually, http, processes, run_to_end};
 use serde_json::{Value, json};
 use std::fs;
-use std::path::Path;
 use std::time::Duration;
 
 /// A small model on a machine where other tests run at the same time.
 const CHANGE_LIMIT: Duration = Duration::from_secs(60);
 const PAUSE_LIMIT: Duration = Duration::from_secs(5);
-
-/// Writes a small model of random weights; another seed, another model.
-fn synthesized(directory: &Path, name: &str, seed: u32) -> String {
-    let config = json!({
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
-        "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 320, "max_position_embeddings": 512,
-        "rope_theta": 10000.0, "rms_norm_eps": 1e-5, "tie_word_embeddings": false,
-    });
-    let (shape, model) = (directory.join(format!("{name}.json")), directory.join(name));
-    fs::write(&shape, config.to_string()).expect("a file");
-    let (shape, out) = (shape.to_string_lossy(), model.to_string_lossy());
-    let seed = seed.to_string();
-    let made =
-        run_to_end(&["synth", &shape, "--dtype", "f32", "--seed", &seed, "--out", &out], &[], CHANGE_LIMIT);
-    assert!(made.status.is_some_and(|status| status.success()), "{}", made.said);
-    out.into_owned()
-}
 
 fn request(cluster: &Cluster, method: &str, path: &str, body: &Value) -> Answer {
     let body = if body.is_null() { String::new() } else { body.to_string() };

@@ -78,6 +78,9 @@ struct CreateArgs {
     /// Minutes for which its tenant's jobs may train in all.
     #[arg(long, value_name = "N")]
     training_minutes: Option<u32>,
+    /// Priority of its requests, before turns between keys; lower goes first. Default: 0.
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
+    priority: Option<i32>,
     /// Share cached prefixes with all others that do.
     #[arg(long)]
     share_prefix_cache: bool,
@@ -137,6 +140,7 @@ fn body(create: &CreateArgs) -> Value {
         ("concurrency", number(create.concurrency)),
         ("kv_share_percent", create.kv_share.map(Value::from)),
         ("training_minutes", number(create.training_minutes)),
+        ("priority", create.priority.map(Value::from)),
         ("share_prefix_cache", create.share_prefix_cache.then(|| true.into())),
         ("expires_in_s", create.expires_in_days.map(|days| (u64::from(days) * 86_400).into())),
     ];

@@ -2,7 +2,7 @@
 //!
 //! Layout: [`up`] (a small real cluster as supervised children), [`roles`] (gateway, scheduler, node),
 //! configured by [`settings`], which [`config_command`] shows and checks; machines that join ([`enrolment`]), client commands
-//! ([`chat`], [`tune`], [`top`], [`health`], [`doctor`], [`bench`], [`model`], [`keys`], [`certs`], [`drain`], [`drill`], [`replay`]), and what needs no cluster ([`plan`], [`simulate`], [`quantize`], [`synth`]). [`demo`] holds the demo model,
+//! ([`chat`], [`tune`], [`top`], [`health`], [`doctor`], [`bench`], [`model`], [`keys`], [`certs`], [`drain`], [`replan`], [`drill`], [`replay`]), and what needs no cluster ([`plan`], [`simulate`], [`quantize`], [`synth`]). [`demo`] holds the demo model,
 //! [`http`] a plain HTTP client, [`supervisor`] a child process kept alive, [`processes`] which ones there are, [`edge`] how clients reach an `up`, [`first_key`] the key that it begins with, [`network`] networks of their own for
 //! them.
 #![forbid(unsafe_code)]
@@ -30,6 +30,7 @@ mod port;
 mod precision;
 mod processes;
 mod quantize;
+mod replan;
 mod replay;
 mod roles;
 mod settings;
@@ -107,6 +108,8 @@ enum Command {
     Doctor(doctor::DoctorArgs),
     /// Have others take a node's place, so that its machine can be taken away.
     Drain(drain::DrainArgs),
+    /// Have the model laid out as it would be planned from nothing now, or see what that would be.
+    Replan(replan::ReplanArgs),
     /// Kill, freeze and cut off processes of a running cluster under load, and say what clients noticed.
     Drill(drill::DrillArgs),
     /// Compute stored responses once more, on whatever layout there is, and compare them byte by byte.
@@ -141,6 +144,7 @@ fn main() -> ExitCode {
         Command::Health(args) => health::run(args),
         Command::Doctor(args) => doctor::run(args),
         Command::Drain(args) => drain::run(args),
+        Command::Replan(args) => replan::run(args),
         Command::Drill(args) => drill::run(args),
         Command::Replay(args) => replay::run(args),
         Command::Quantize(args) => quantize::run(args),

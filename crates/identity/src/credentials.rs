@@ -7,11 +7,14 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 use webpki::EndEntityCert;
 
 const AUTHORITY_FILE: &str = "ca.der";
 const CERTIFICATE_FILE: &str = "certificate.der";
 const KEY_FILE: &str = "key.der";
+/// Another authority, which is trusted beside that of the certificate: while one takes the place of the other.
+const OTHER_AUTHORITY_FILE: &str = "other-ca.der";
 
 /// Why an identity cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -66,7 +69,18 @@ pub struct Credentials {
     pub authority: CertificateDer<'static>,
     /// Made by it, for this key.
     pub certificate: CertificateDer<'static>,
+    /// An authority that is trusted, too.
+    pub other_authority: Option<CertificateDer<'static>>,
     key: Vec<u8>,
+}
+
+/// When the files of a directory were written.
+pub(crate) type Written = [Option<SystemTime>; 4];
+
+/// When the files of a directory were written; they are put there in the order in which they are read here, the certificate last.
+pub(crate) fn written(directory: &Path) -> Written {
+    [KEY_FILE, AUTHORITY_FILE, OTHER_AUTHORITY_FILE, CERTIFICATE_FILE]
+        .map(|name| std::fs::metadata(directory.join(name)).and_then(|data| data.modified()).ok())
 }
 
 impl fmt::Debug for Credentials {
@@ -78,7 +92,12 @@ impl fmt::Debug for Credentials {
 impl Credentials {
     /// From their parts; `key` is PKCS #8.
     pub fn new(authority: Vec<u8>, certificate: Vec<u8>, key: Vec<u8>) -> Credentials {
-        Credentials { authority: authority.into(), certificate: certificate.into(), key }
+        Credentials {
+            authority: authority.into(),
+            certificate: certificate.into(),
+            other_authority: None,
+            key,
+        }
     }
 
     /// Those that are kept in a directory.
@@ -92,7 +111,11 @@ impl Credentials {
                 IdentityError::Files { directory: directory.to_owned(), source }
             })
         };
-        let credentials = Credentials::new(read(AUTHORITY_FILE)?, read(CERTIFICATE_FILE)?, read(KEY_FILE)?);
+        let mut credentials =
+            Credentials::new(read(AUTHORITY_FILE)?, read(CERTIFICATE_FILE)?, read(KEY_FILE)?);
+        if directory.join(OTHER_AUTHORITY_FILE).exists() {
+            credentials.other_authority = Some(read(OTHER_AUTHORITY_FILE)?.into());
+        }
         if credentials.identity().is_none() {
             let reason = format!("{CERTIFICATE_FILE} names no role and name");
             return Err(IdentityError::Damaged { directory: directory.to_owned(), reason });
@@ -114,6 +137,11 @@ impl Credentials {
             files::private_directory(directory)?;
             files::replace(&directory.join(KEY_FILE), &self.key)?;
             files::replace(&directory.join(AUTHORITY_FILE), &self.authority)?;
+            let other = directory.join(OTHER_AUTHORITY_FILE);
+            match &self.other_authority {
+                Some(authority) => files::replace(&other, authority)?,
+                None => files::remove(&other)?,
+            }
             files::replace(&directory.join(CERTIFICATE_FILE), &self.certificate)
         };
         write().map_err(|source| IdentityError::Files { directory: directory.to_owned(), source })
@@ -122,6 +150,11 @@ impl Credentials {
     /// Who they say that their owner is.
     pub fn identity(&self) -> Option<Identity> {
         identity_of(&self.certificate)
+    }
+
+    /// Those who are trusted.
+    pub(crate) fn authorities(&self) -> impl Iterator<Item = &CertificateDer<'static>> {
+        [&self.authority].into_iter().chain(&self.other_authority)
     }
 
     /// Which authority made them.

@@ -23,13 +23,18 @@ pub(crate) fn private_directory(directory: &Path) -> io::Result<()> {
 pub(crate) fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let new = path.with_extension("new");
     // What an interrupted attempt has left keeps its permissions: it goes.
-    match fs::remove_file(&new) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-        _ => {}
-    }
+    remove(&new)?;
     write_new(&new, bytes)?;
     fs::rename(&new, path)?;
     settle(path)
+}
+
+/// Removes a file, if it is there.
+pub(crate) fn remove(path: &Path) -> io::Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
 }
 
 /// Writes a file that only its owner can read, unless there is one already: then fails with `AlreadyExists` and leaves it as it is.

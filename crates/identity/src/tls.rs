@@ -1,6 +1,6 @@
 //! Both sides of a handshake: who is verified, and how refusals read.
 
-use crate::credentials::{Credentials, Fingerprint, IdentityError, identity_of};
+use crate::credentials::{self, Credentials, Fingerprint, IdentityError, Written, identity_of};
 use crate::name::{Identity, Role};
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::ring::cipher_suite::TLS13_CHACHA20_POLY1305_SHA256;
@@ -14,7 +14,8 @@ use rustls::{
 use std::fmt;
 use std::io;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 use webpki::{EndEntityCert, KeyUsage};
 
 /// Why a connection is not encrypted and mutual, and therefore none.
@@ -95,14 +96,37 @@ impl TlsError {
 }
 
 /// A process's own identity, ready for both sides of a handshake; clones share it.
+///
+/// Files of a directory are looked at again now and then: what has been renewed there counts from the next connection on, and what cannot
+/// be used does not count at all.
 #[derive(Debug, Clone)]
 pub struct Tls {
     own: Identity,
     cluster: Fingerprint,
+    /// Where it is kept, if it is.
+    directory: Option<Arc<Path>>,
+    state: Arc<Mutex<State>>,
+}
+
+/// What is used for the next connection.
+#[derive(Debug)]
+struct State {
+    sides: Arc<Sides>,
+    /// When the files were written that were looked at last.
+    written: Written,
+    looked_at: Instant,
+}
+
+/// Both sides of a handshake, and that of the enrolment endpoint.
+#[derive(Debug)]
+pub(crate) struct Sides {
     pub(crate) client: Arc<ClientConfig>,
     pub(crate) server: Arc<ServerConfig>,
     pub(crate) enrolment: Arc<ServerConfig>,
 }
+
+/// How often files are looked at, at most.
+const LOOKED_AT_EVERY: Duration = Duration::from_secs(1);
 
 impl Tls {
     /// With the credentials that are kept in a directory.
@@ -110,7 +134,10 @@ impl Tls {
     /// # Errors
     /// [`TlsError`].
     pub fn open(directory: &Path) -> Result<Tls, TlsError> {
-        Tls::new(&Credentials::open(directory)?)
+        let written = credentials::written(directory);
+        let tls = Tls::new(&Credentials::open(directory)?)?;
+        tls.state.lock().unwrap_or_else(PoisonError::into_inner).written = written;
+        Ok(Tls { directory: Some(directory.into()), ..tls })
     }
 
     /// With these credentials.
@@ -119,7 +146,65 @@ impl Tls {
     /// [`TlsError`], if key and certificate do not belong together.
     pub fn new(credentials: &Credentials) -> Result<Tls, TlsError> {
         let own = credentials.identity().ok_or(TlsError::NoCertificate)?;
-        let verifier = Arc::new(OfCluster::new(&credentials.authority)?);
+        let state = State {
+            sides: Arc::new(Sides::of(credentials)?),
+            written: Written::default(),
+            looked_at: Instant::now(),
+        };
+        let state = Arc::new(Mutex::new(state));
+        Ok(Tls { own, cluster: credentials.fingerprint(), directory: None, state })
+    }
+
+    /// What the next connection uses: the files as they are now, if they have changed and can be used.
+    pub(crate) fn sides(&self) -> Arc<Sides> {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(directory) = &self.directory
+            && state.looked_at.elapsed() >= LOOKED_AT_EVERY
+        {
+            state.looked_at = Instant::now();
+            let written = credentials::written(directory);
+            if written != state.written {
+                state.written = written;
+                match self.renewed(directory) {
+                    Ok(sides) => {
+                        state.sides = Arc::new(sides);
+                        tracing::info!(directory = %directory.display(), "uses the renewed identity");
+                    }
+                    Err(error) => {
+                        tracing::error!(%error, "cannot use the renewed identity, and goes on with the one before");
+                    }
+                }
+            }
+        }
+        state.sides.clone()
+    }
+
+    fn renewed(&self, directory: &Path) -> Result<Sides, TlsError> {
+        let credentials = Credentials::open(directory)?;
+        match credentials.identity() {
+            Some(identity) if identity == self.own => Sides::of(&credentials),
+            other => {
+                let other = other.map_or_else(|| "nobody".to_owned(), |other| other.to_string());
+                let reason = format!("it is now that of {other}, and not of {}", self.own);
+                Err(IdentityError::Damaged { directory: directory.to_owned(), reason }.into())
+            }
+        }
+    }
+
+    /// Who this process is.
+    pub fn own(&self) -> &Identity {
+        &self.own
+    }
+
+    /// Which cluster it belongs to.
+    pub fn cluster(&self) -> Fingerprint {
+        self.cluster
+    }
+}
+
+impl Sides {
+    fn of(credentials: &Credentials) -> Result<Sides, TlsError> {
+        let verifier = Arc::new(OfCluster::new(credentials.authorities())?);
         let chain = vec![credentials.certificate.clone()];
         let mut client = client_builder()?
             .dangerous()
@@ -135,23 +220,7 @@ impl Tls {
         let mut enrolment =
             server_builder()?.with_no_client_auth().with_single_cert(chain, credentials.key())?;
         prepare_server(&mut enrolment);
-        Ok(Tls {
-            own,
-            cluster: credentials.fingerprint(),
-            client: Arc::new(client),
-            server: Arc::new(server),
-            enrolment: Arc::new(enrolment),
-        })
-    }
-
-    /// Who this process is.
-    pub fn own(&self) -> &Identity {
-        &self.own
-    }
-
-    /// Which cluster it belongs to.
-    pub fn cluster(&self) -> Fingerprint {
-        self.cluster
+        Ok(Sides { client: Arc::new(client), server: Arc::new(server), enrolment: Arc::new(enrolment) })
     }
 }
 
@@ -215,9 +284,9 @@ fn prepare_server(server: &mut ServerConfig) {
     server.enable_secret_extraction = true;
 }
 
-/// Accepts whom the cluster's authority has made a certificate for.
+/// Accepts whom the cluster's authority has made a certificate for, or one that is to be trusted beside it.
 struct OfCluster {
-    anchor: TrustAnchor<'static>,
+    anchors: Vec<TrustAnchor<'static>>,
     algorithms: WebPkiSupportedAlgorithms,
 }
 
@@ -228,17 +297,21 @@ impl fmt::Debug for OfCluster {
 }
 
 impl OfCluster {
-    fn new(authority: &CertificateDer<'_>) -> Result<OfCluster, TlsError> {
-        let anchor =
-            webpki::anchor_from_trusted_cert(authority).map_err(|error| TlsError::from(of_webpki(error)))?;
-        Ok(OfCluster { anchor: anchor.to_owned(), algorithms: provider().signature_verification_algorithms })
+    fn new<'a>(
+        authorities: impl IntoIterator<Item = &'a CertificateDer<'static>>,
+    ) -> Result<OfCluster, TlsError> {
+        let anchor = |authority: &CertificateDer<'static>| {
+            let anchor = webpki::anchor_from_trusted_cert(authority);
+            anchor.map(|anchor| anchor.to_owned()).map_err(|error| TlsError::from(of_webpki(error)))
+        };
+        let anchors = authorities.into_iter().map(anchor).collect::<Result<_, _>>()?;
+        Ok(OfCluster { anchors, algorithms: provider().signature_verification_algorithms })
     }
 
     fn verify(&self, certificate: &CertificateDer<'_>, now: UnixTime, usage: KeyUsage) -> Result<(), Error> {
         let certificate = EndEntityCert::try_from(certificate).map_err(of_webpki)?;
-        let anchors = [self.anchor.clone()];
         let verified =
-            certificate.verify_for_usage(self.algorithms.all, &anchors, &[], now, usage, None, None);
+            certificate.verify_for_usage(self.algorithms.all, &self.anchors, &[], now, usage, None, None);
         verified.map(|_| ()).map_err(of_webpki)
     }
 }
@@ -341,7 +414,8 @@ impl ServerCertVerifier for EnrolmentOf {
         if Fingerprint::of(authority) != self.cluster {
             return Err(CertificateError::UnknownIssuer.into());
         }
-        let of_cluster = OfCluster::new(authority).map_err(|_| CertificateError::BadEncoding)?;
+        let of_cluster =
+            OfCluster::new([&authority.clone().into_owned()]).map_err(|_| CertificateError::BadEncoding)?;
         of_cluster.verify(certificate, now, KeyUsage::server_auth())?;
         match identity_of(certificate) {
             Some(identity) if identity.role() == Role::Enrolment => Ok(ServerCertVerified::assertion()),

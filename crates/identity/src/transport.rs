@@ -69,7 +69,7 @@ impl Transport {
     /// [`TlsError`].
     pub async fn connect(&self, tcp: tokio::net::TcpStream, expected: Role) -> Result<Stream, TlsError> {
         let Transport::Encrypted(own) = self else { return Ok(Stream::Plain(tcp)) };
-        let connected = TlsConnector::from(own.client.clone()).connect(tls::server_name(), tcp).await;
+        let connected = TlsConnector::from(own.sides().client.clone()).connect(tls::server_name(), tcp).await;
         let stream = connected.map_err(TlsError::of_io)?;
         let peer = tls::expect(stream.get_ref().1.peer_certificates(), expected)?;
         Ok(Stream::Encrypted(Box::new(TlsStream::Client(stream)), Some(peer)))
@@ -81,7 +81,7 @@ impl Transport {
     /// [`TlsError`].
     pub async fn accept(&self, tcp: tokio::net::TcpStream, expected: Role) -> Result<Stream, TlsError> {
         let Transport::Encrypted(own) = self else { return Ok(Stream::Plain(tcp)) };
-        let accepted = TlsAcceptor::from(own.server.clone()).accept(tcp).await;
+        let accepted = TlsAcceptor::from(own.sides().server.clone()).accept(tcp).await;
         let stream = accepted.map_err(TlsError::of_io)?;
         let peer = tls::expect(stream.get_ref().1.peer_certificates(), expected)?;
         Ok(Stream::Encrypted(Box::new(TlsStream::Server(stream)), Some(peer)))
@@ -100,7 +100,7 @@ impl Transport {
         match self {
             Transport::Plain => Ok(tcp.into()),
             Transport::Encrypted(own) => {
-                let connection = ClientConnection::new(own.client.clone(), tls::server_name())?;
+                let connection = ClientConnection::new(own.sides().client.clone(), tls::server_name())?;
                 complete(connection.into(), tcp, expected, limit)
             }
         }
@@ -119,7 +119,7 @@ impl Transport {
         match self {
             Transport::Plain => Ok(tcp.into()),
             Transport::Encrypted(own) => {
-                let connection = ServerConnection::new(own.server.clone())?;
+                let connection = ServerConnection::new(own.sides().server.clone())?;
                 complete(connection.into(), tcp, expected, limit)
             }
         }
@@ -144,7 +144,8 @@ fn complete(
 /// # Errors
 /// [`TlsError`].
 pub async fn accept_anybody(tls: &Tls, tcp: tokio::net::TcpStream) -> Result<Stream, TlsError> {
-    let stream = TlsAcceptor::from(tls.enrolment.clone()).accept(tcp).await.map_err(TlsError::of_io)?;
+    let stream =
+        TlsAcceptor::from(tls.sides().enrolment.clone()).accept(tcp).await.map_err(TlsError::of_io)?;
     Ok(Stream::Encrypted(Box::new(TlsStream::Server(stream)), None))
 }
 

@@ -336,3 +336,75 @@ fn only_loopback_is_listened_on_in_the_clear() {
         "{error}"
     );
 }
+
+/// Until it does; meanwhile `a` and `b` always understand each other.
+#[track_caller]
+fn eventually(a: &Transport, b: &Transport, mut holds: impl FnMut() -> bool) {
+    let began = Instant::now();
+    while !holds() {
+        assert!(began.elapsed() < LIMIT, "not within {LIMIT:?}");
+        let (out, inward) = meet(a, Role::Node, b, Role::Node);
+        out.unwrap();
+        inward.unwrap();
+    }
+}
+
+#[test]
+fn another_authority_takes_over_while_processes_go_on() {
+    let (old, new) = (Cluster::new(), Cluster::new());
+    let folder = tempfile::tempdir().unwrap();
+    let save = |by: &Cluster, trusting: Option<&Cluster>, name: &str| {
+        let mut credentials = by.credentials(Role::Node, name);
+        credentials.other_authority = trusting.map(|other| other.authority.certificate().clone());
+        credentials.save(&folder.path().join(name)).unwrap();
+    };
+    for name in ["a", "b"] {
+        save(&old, None, name);
+    }
+    let [a, b] = ["a", "b"].map(|name| Transport::open(Some(&folder.path().join(name))).unwrap());
+    // They trust both, and are made by one.
+    let trusting = |by: &Cluster, other: &Cluster| {
+        let mut credentials = by.credentials(Role::Node, "c");
+        credentials.other_authority = Some(other.authority.certificate().clone());
+        Transport::Encrypted(Tls::new(&credentials).unwrap())
+    };
+    let (of_old, of_new) = (trusting(&old, &new), trusting(&new, &old));
+    let only_new = new.transport(Role::Node, "c");
+    let lets_in = |at: &Transport, who: &Transport| meet(who, Role::Node, at, Role::Node).1.is_ok();
+    assert!(lets_in(&a, &of_old) && !lets_in(&a, &of_new));
+
+    for name in ["a", "b"] {
+        save(&old, Some(&new), name);
+        let at = if name == "a" { &a } else { &b };
+        eventually(&a, &b, || lets_in(at, &of_new));
+        assert!(lets_in(at, &of_old));
+    }
+    // The others are told of the new authority: now its identities can be used.
+    for name in ["a", "b"] {
+        save(&new, Some(&old), name);
+    }
+    for at in [&a, &b] {
+        eventually(&a, &b, || meet(&only_new, Role::Node, at, Role::Node).0.is_ok());
+        assert!(lets_in(at, &of_new));
+    }
+    for name in ["a", "b"] {
+        save(&new, None, name);
+        let at = if name == "a" { &a } else { &b };
+        eventually(&a, &b, || !lets_in(at, &of_old));
+        assert!(lets_in(at, &of_new));
+    }
+
+    // What cannot be used does not count, and neither does what is somebody else's.
+    let place = folder.path().join("a");
+    std::fs::write(place.join("certificate.der"), b"nothing").unwrap();
+    let began = Instant::now();
+    while began.elapsed() < Duration::from_millis(2500) {
+        assert!(lets_in(&a, &of_new));
+    }
+    new.credentials(Role::Node, "d").save(&place).unwrap();
+    let began = Instant::now();
+    while began.elapsed() < Duration::from_millis(2500) {
+        let (out, _) = meet(&of_new, Role::Node, &a, Role::Node);
+        assert_eq!(out.unwrap().peer().unwrap().to_string(), "node a");
+    }
+}

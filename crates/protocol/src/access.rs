@@ -62,6 +62,8 @@ pub struct KeyLimits {
     pub kv_share_percent: Option<u8>,
     /// Minutes for which jobs of its tenant may train in all.
     pub training_minutes: Option<u32>,
+    /// The most urgent priority of its requests; lower goes first. Theirs counts from here, downwards.
+    pub priority: i32,
 }
 
 /// A key, but for its text.

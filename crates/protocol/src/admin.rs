@@ -44,6 +44,11 @@ pub enum AdminRequest {
     DrainNode(DrainNode),
     /// What would become of the layout without these nodes. Changes nothing.
     PlanWithout(Vec<NodeId>),
+    /// Lay the model out as it would be planned from nothing now; answered by that plan.
+    Replan {
+        /// Only say what that would be.
+        dry_run: bool,
+    },
     /// Serve another model beside the others. The same wish may be sent twice.
     DeployModel(Box<DeployModel>),
     /// Give a model more nodes, or fewer.

@@ -35,4 +35,4 @@ pub mod step;
 pub mod training;
 
 /// Version of all messages here. Two processes that differ refuse each other, naming both versions.
-pub const WIRE_VERSION: u32 = 14;
+pub const WIRE_VERSION: u32 = 15;

@@ -473,6 +473,12 @@ pub struct SchedulerCounters {
     pub training_loss: Option<f64>,
     /// How audits went.
     pub audits: AuditCounters,
+    /// Choices that were refused so far because more came than could be computed.
+    pub shed: u64,
+    /// Whether any has been within the last seconds.
+    pub shedding: bool,
+    /// How long all that waits will take, in milliseconds, as far as that is known; `None` while nobody waits.
+    pub predicted_wait_ms: Option<u64>,
 }
 
 /// Sampled sequences that were computed again to compare the bits.

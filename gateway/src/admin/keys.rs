@@ -89,6 +89,9 @@ fn limits_of(fields: &mut Fields) -> Result<KeyLimits, ApiError> {
         concurrency: number("concurrency")?,
         training_minutes: number("training_minutes")?,
         kv_share_percent: fields.integer("kv_share_percent", 1, 100)?.map(|percent| percent as u8),
+        priority: fields
+            .integer("priority", i64::from(i32::MIN), i64::from(i32::MAX))?
+            .map_or(0, |priority| priority as i32),
     })
 }
 
@@ -156,6 +159,7 @@ fn key_object(key: &KeyRecord) -> Value {
         "concurrency": key.limits.concurrency,
         "kv_share_percent": key.limits.kv_share_percent,
         "training_minutes": key.limits.training_minutes,
+        "priority": key.limits.priority,
         "share_prefix_cache": key.shares_prefixes,
         "created_at": key.created_at,
         "expires_at": key.expires_at,

@@ -1,6 +1,7 @@
 //! The scheduler's snapshot in Prometheus' text format, rendered afresh for each scrape: a node that has left leaves no
 //! stale series behind.
 
+use crate::degradation::Degradation;
 use crate::live::unix_s;
 use ashlar_protocol::serving::{ClusterSnapshot, NodeView, ReplicaView, RequestState, RequestView};
 use std::collections::BTreeSet;
@@ -40,6 +41,19 @@ pub(super) fn render(snapshot: &ClusterSnapshot, model_name: &str, deployed: boo
         "Positions that only the stages computed again which had been lost.",
         counters.refilled_tokens as f64,
     );
+    page.plain(
+        "ashlar_shed_requests_total",
+        "counter",
+        "Choices refused because more came than could be computed.",
+        counters.shed as f64,
+    );
+    page.plain(
+        "ashlar_predicted_wait_seconds",
+        "gauge",
+        "How long all that waits will take.",
+        counters.predicted_wait_ms.unwrap_or(0) as f64 / 1_000.0,
+    );
+    page.degraded(snapshot);
     page.hops(&snapshot.replicas);
     page.adapters(snapshot);
     let audits = &counters.audits;
@@ -198,6 +212,18 @@ impl Page {
                     replica.replica
                 );
             }
+        }
+    }
+
+    fn degraded(&mut self, snapshot: &ClusterSnapshot) {
+        let name = "ashlar_degraded";
+        self.head(name, "gauge", "Whether it is less than it should be, in this way, while it serves.");
+        for way in Degradation::ALL {
+            let labels = match self.labels.strip_prefix('{') {
+                None => format!("{{reason=\"{}\"}}", way.name()),
+                Some(rest) => format!("{{reason=\"{}\",{rest}", way.name()),
+            };
+            let _ = writeln!(self.text, "{name}{labels} {}", u8::from(way.is_in(snapshot)));
         }
     }
 

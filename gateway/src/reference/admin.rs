@@ -56,9 +56,22 @@ pub(crate) const PLAN: Operation = post(
 )
 .details("Changes nothing.");
 
+pub(crate) const REPLAN: Operation = post(
+    SUBJECT,
+    "Lay the model out as it would be planned from nothing now",
+    Body::Json(&[&[field("dry_run", Kind::Bool, "Only say what that would be.")]]),
+    Answer::Json(r#"{"possible": true, "change": "a new layout", "problem": null, "replicas": [{"replica": 0, "kv_blocks": 2048,
+        "stages": [{"layers": {"start": 0, "end": 2}, "ranks": [{"node": "node-2", "memory_bytes": 107413248}]}]}]}"#),
+)
+.details(
+    "After nodes have come, gone or been replaced: the layout by itself changes only where it must, or where another one is a quarter \
+     better; this takes one that is a tenth better than what is in memory. What serves goes on until the new slices are in memory; then sequences go on where they were. `nothing` where it is \
+     laid out so already. The model that the cluster was started with; deployed ones are scaled.",
+);
+
 const KEY: &str = r#"{"id": "0123456789abcdef", "object": "key", "name": "notebooks", "tenant": "research", "scopes": ["inference"],
     "models": null, "adapters": null, "requests_per_minute": 60, "tokens_per_minute": null, "concurrency": null,
-    "kv_share_percent": null, "training_minutes": null, "share_prefix_cache": false, "created_at": 1764000000, "expires_at": null,
+    "kv_share_percent": null, "training_minutes": null, "priority": 0, "share_prefix_cache": false, "created_at": 1764000000, "expires_at": null,
     "configured": false}"#;
 pub(crate) const LIST_KEYS: Operation = get(
     SUBJECT,
@@ -99,6 +112,11 @@ pub(crate) const CREATE_KEY: Operation = post(
             "Share of a replica's KV cache that its sequences may hold.",
         ),
         field("training_minutes", LIMIT, "Minutes for which the tenant's jobs may train in all."),
+        field(
+            "priority",
+            Kind::Integer(i32::MIN as i64, i32::MAX as i64),
+            "Lower goes first; default 0. A request's own `priority` counts from there, and only downwards.",
+        ),
         field(
             "share_prefix_cache",
             Kind::Bool,

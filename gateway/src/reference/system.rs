@@ -8,8 +8,8 @@ const SUBJECT: &str = "Server";
 pub(crate) const HEALTH: Operation =
     get(SUBJECT, "The process runs", Answer::Json(r#"{"status": "ok"}"#)).access(Access::Public);
 pub(crate) const READY: Operation =
-    get(SUBJECT, "A request would be computed now", Answer::Json(r#"{"status": "ready"}"#))
-        .details("503 with what is missing otherwise.")
+    get(SUBJECT, "A request would be computed now", Answer::Json(r#"{"status": "ready", "degraded": []}"#))
+        .details("503 with what is missing otherwise. `degraded` says what is less than it should be while requests are computed.")
         .access(Access::Public);
 pub(crate) const METRICS: Operation = get(
     SUBJECT,

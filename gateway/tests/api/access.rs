@@ -206,6 +206,43 @@ async fn requests_are_on_the_account_of_their_key_and_prefixes_are_its_tenants()
 }
 
 #[tokio::test]
+async fn a_request_gives_way_as_it_likes_and_goes_before_others_only_where_its_key_does() {
+    let (plain, mut urgent) = (key("blue", &[Scope::Inference]), key("red", &[Scope::Inference]));
+    urgent.record.limits.priority = -5;
+    let world = world(&[&plain, &urgent]).await;
+    for (key, asked) in
+        [(&plain, 0), (&plain, 3), (&plain, i32::MIN), (&urgent, 0), (&urgent, 7), (&urgent, -9)]
+    {
+        let body = ask(json!({"priority": asked})).to_string().into_bytes();
+        let answer = world.http.send(key.on(Request::post("/v1/chat/completions")), body).await;
+        assert_eq!(answer.status, 200, "{}", answer.text());
+    }
+    let priorities: Vec<i32> = world.scheduler.submits().iter().map(|submit| submit.priority).collect();
+    assert_eq!(priorities, [0, 3, 0, -5, 2, -5]);
+}
+
+#[tokio::test]
+async fn who_is_turned_away_is_counted() {
+    let (blue, admin) = (key("blue", &[Scope::Inference]), key("operator", &[Scope::Metrics]));
+    let world = world(&[&blue, &admin]).await;
+    let stranger = key("stranger", &[Scope::Admin]);
+    let status = async |request| world.http.send(request, Vec::new()).await.status;
+    assert_eq!(status(stranger.on(Request::get("/v1/models"))).await, 401);
+    assert_eq!(status(Request::get("/v1/models")).await, 401);
+    assert_eq!(status(blue.on(Request::get("/admin/keys"))).await, 403);
+    let page = world.http.send(admin.on(Request::get("/metrics")), Vec::new()).await.text();
+    let count = |status: u32| {
+        let line = page
+            .lines()
+            .find(|line| line.starts_with("ashlar_turned_away_total") && line.contains(&status.to_string()));
+        line.and_then(|line| line.rsplit(' ').next()).unwrap().parse::<u32>().unwrap()
+    };
+    // Waiting until keys were known may have been turned away, too.
+    assert!(count(401) >= 2, "{page}");
+    assert_eq!(count(403), 1, "{page}");
+}
+
+#[tokio::test]
 async fn calls_are_for_the_keys_tenant_and_an_administrator_sees_all() {
     let (blue, admin) = (key("blue", &[Scope::Training]), key("operator", &Scope::ALL));
     let world = World::tuning().await;

@@ -2,6 +2,7 @@
 
 use crate::scheduler::say;
 use crate::world::{BOS, World, ask};
+use ashlar_protocol::serving::ReplicaView;
 use serde_json::{Value, json};
 
 #[tokio::test]
@@ -44,6 +45,31 @@ async fn text_becomes_tokens_and_back() {
 async fn readiness_tells_what_is_missing() {
     let world = World::new(|_| say("x")).await;
     assert_eq!(world.http.get("/health").await.status, 200);
+    assert_eq!(world.http.get("/ready").await.json(), json!({"status": "ready", "degraded": []}));
+    world.scheduler.change_cluster(|cluster| {
+        let other = ReplicaView { ready: false, ..cluster.replicas[0].clone() };
+        cluster.replicas.push(other);
+        (cluster.counters.shed, cluster.counters.shedding) = (3, true);
+        cluster.counters.predicted_wait_ms = Some(2_500);
+    });
+    let degraded = loop {
+        let answer = world.http.get("/ready").await;
+        assert_eq!(answer.status, 200, "what can be computed is");
+        if answer.json()["degraded"] != json!([]) {
+            break answer.json();
+        }
+    };
+    let ways = ["more requests come than can be computed: some are refused", "1 of 2 replicas serve"];
+    assert_eq!(degraded["degraded"], json!(ways));
+    let page = world.http.get("/metrics").await.text();
+    for line in [
+        "ashlar_shed_requests_total 3",
+        "ashlar_predicted_wait_seconds 2.5",
+        "ashlar_degraded{reason=\"shedding\"} 1",
+        "ashlar_degraded{reason=\"replicas\"} 1",
+    ] {
+        assert!(page.contains(line), "{line}\n{page}");
+    }
     world.scheduler.change_cluster(|cluster| {
         cluster.replicas.clear();
         cluster.problem = Some("1.50 GiB are missing: join another node".into());

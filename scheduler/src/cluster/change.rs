@@ -9,7 +9,6 @@ use super::place::{Node, Observed, Phase, Replica, Seat};
 use super::reconcile::device_report;
 use super::{Cluster, LOADING_SILENCE_MS, costs, held};
 use crate::time::Millis;
-use ashlar_protocol::admin::{PlanView, PlannedChange, PlannedRank, PlannedReplica, PlannedStage};
 use ashlar_shard_plan::{DeviceReport, Layout, PlanRequest, plan};
 use ashlar_vocabulary::{NodeId, ReplicaId, ReplicaRevision};
 use std::collections::{BTreeMap, BTreeSet};
@@ -24,27 +23,15 @@ const WORSE_BY_MAX: f64 = 1.1;
 #[derive(Debug, Clone)]
 pub(super) struct Change {
     /// Replicas that end with it.
-    ends: Vec<ReplicaId>,
+    pub(super) ends: Vec<ReplicaId>,
     /// Those that begin; each seat names its node.
-    begins: Vec<Replica>,
+    pub(super) begins: Vec<Replica>,
     /// Nodes that are not ready for it yet, with the revision of the order.
     preparing: BTreeMap<NodeConnection, ReplicaRevision>,
     /// When one of them last said something about it.
     heard: Millis,
     /// For clients and operators.
     reason: String,
-}
-
-fn planned(replica: &Replica) -> PlannedReplica {
-    let mut stages: Vec<PlannedStage> = Vec::new();
-    for seat in &replica.seats {
-        let rank = PlannedRank { node: seat.node.clone(), memory: seat.ledger.total };
-        match stages.get_mut(seat.place.stage.0 as usize) {
-            Some(stage) => stage.ranks.push(rank),
-            None => stages.push(PlannedStage { layers: seat.place.layers, ranks: vec![rank] }),
-        }
-    }
-    PlannedReplica { replica: replica.id, kv_blocks: replica.kv_blocks, stages }
 }
 
 /// How a replica goes on without some of its nodes.
@@ -58,60 +45,6 @@ pub(super) enum WayOut {
 }
 
 impl Cluster {
-    /// Whether the cluster could go on serving without this node.
-    ///
-    /// # Errors
-    /// Why not, for the operator.
-    pub fn could_spare(&self, node: &NodeId) -> Result<(), String> {
-        let Some(place) = self.nodes.get(node).and_then(|node| node.place) else { return Ok(()) };
-        let mut out = self.out();
-        out.insert(node.clone());
-        match self.way_out(place.replica, &out) {
-            WayOut::Change(_) | WayOut::OtherReplica => Ok(()),
-            WayOut::None(reason) => Err(reason),
-        }
-    }
-
-    /// What would become of the layout without these nodes, as it is now.
-    pub fn plan_without(&self, nodes: &BTreeSet<NodeId>) -> PlanView {
-        let mut out = self.out();
-        out.extend(nodes.iter().cloned());
-        let mut replicas: BTreeMap<ReplicaId, Replica> = self.replicas.clone();
-        let mut change = PlannedChange::Nothing;
-        let mut problem = None;
-        let affected = |replica: &&Replica| replica.seats.iter().any(|seat| nodes.contains(&seat.node));
-        for replica in self.replicas.values().filter(affected) {
-            match self.way_out(replica.id, &out) {
-                WayOut::OtherReplica => {
-                    change = change.max(PlannedChange::OtherReplica);
-                    replicas.remove(&replica.id);
-                }
-                WayOut::Change(way) => {
-                    let standbys = way.begins.iter().all(|begun| way.ends.contains(&begun.id));
-                    change = change.max(match standbys {
-                        true => PlannedChange::Standbys,
-                        false => PlannedChange::NewLayout,
-                    });
-                    way.ends.iter().for_each(|ended| _ = replicas.remove(ended));
-                    for begun in way.begins {
-                        // They are needed there: the next replica has others step in.
-                        out.extend(begun.seats.iter().map(|seat| seat.node.clone()));
-                        replicas.insert(begun.id, begun);
-                    }
-                    if !standbys {
-                        break;
-                    }
-                }
-                WayOut::None(reason) => {
-                    change = PlannedChange::Impossible;
-                    problem = Some(reason);
-                    replicas.remove(&replica.id);
-                }
-            }
-        }
-        PlanView { change, problem, replicas: replicas.values().map(planned).collect() }
-    }
-
     /// Moves the layout towards what the nodes that stay can do best.
     pub(super) fn change_layout(&mut self, now: Millis, effects: &mut Vec<Effect>) {
         if let Some(change) = &self.change
@@ -418,7 +351,7 @@ impl Cluster {
         is_better(&all, &seated).then(|| self.instead_of_all(&all, "nodes have joined".to_owned()))
     }
 
-    fn instead_of_all(&self, layout: &Layout, reason: String) -> Change {
+    pub(super) fn instead_of_all(&self, layout: &Layout, reason: String) -> Change {
         let begins = self.replicas_of(self.changed, layout, (0..).map(ReplicaId));
         Change::new(self.replicas.keys().copied().collect(), begins, reason)
     }
@@ -433,14 +366,14 @@ impl Cluster {
         self.nodes.values().filter(|node| which(node) && !node.unfit).map(device_report).collect()
     }
 
-    fn layout(&self, devices: &[DeviceReport], request: &PlanRequest) -> Result<Layout, String> {
+    pub(super) fn layout(&self, devices: &[DeviceReport], request: &PlanRequest) -> Result<Layout, String> {
         let ClusterConfig { shape, links, .. } = &self.config;
         let layout = plan(shape, devices, links, request).map_err(|error| error.to_string())?;
         Ok(held::prefer(&self.config, layout, &self.nodes, devices, request))
     }
 
     /// Orders what has to be in memory before the change.
-    fn prepare(&mut self, now: Millis, mut change: Change, effects: &mut Vec<Effect>) {
+    pub(super) fn prepare(&mut self, now: Millis, mut change: Change, effects: &mut Vec<Effect>) {
         change.heard = now;
         if !change.ends.is_empty() {
             let revision = self.new_revision();

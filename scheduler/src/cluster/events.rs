@@ -176,6 +176,8 @@ pub enum Event {
         /// Which.
         replica: ReplicaId,
     },
+    /// The operator wants the layout that would be planned from nothing now.
+    Replan,
     /// Any other sign of life.
     Heard {
         /// Which node.

@@ -1,7 +1,8 @@
 //! Membership and layout as a pure function of events.
 //!
 //! Layout: [`events`] (what goes in and out), `place` (nodes and their places), `reconcile` (from intent to what is
-//! observed), `change` (from a layout that serves to another one), `quarantine` (nodes that do harm), `costs` (stage times and KV blocks), `held` (what nodes hold already), `snapshot` (what others may know).
+//! observed), `change` (from a layout that serves to another one), `quarantine` (nodes that do harm), `costs` (stage times and KV blocks), `held` (what nodes hold already), `wishes` (what operators ask of the layout),
+//! `snapshot` (what others may know).
 //!
 //! **Invariants:** no tokio, clock, randomness or I/O. Where a node belongs (intent) and how far it is (observed) are
 //! separate; after each event the difference is closed as far as possible. Every assignment of a replica has a new
@@ -16,6 +17,7 @@ mod quarantine;
 mod reconcile;
 mod salvage;
 mod snapshot;
+mod wishes;
 
 pub use events::{ClusterConfig, Effect, Event, NodeConnection, Spent};
 pub use snapshot::{Member, could_hold};
@@ -132,6 +134,7 @@ impl Cluster {
             Event::Prepared { connection, revision, outcome } => {
                 self.prepared(now, connection, revision, outcome, effects);
             }
+            Event::Replan => self.replan(now, effects),
             Event::Drained { replica } => self.drained(now, replica, effects),
             Event::Differs { replica, revision, layers } => self.differs(replica, revision, layers, effects),
             Event::NotFinite { connection, revision, sequences } => {

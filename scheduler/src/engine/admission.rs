@@ -47,16 +47,19 @@ impl Engine {
             if submit.deadline_ms == 0 { self.config.deadline_default_ms } else { submit.deadline_ms };
         let deadline = now.plus(patience);
         if let Some(error) = self.too_long_a_wait(&submit, order, patience) {
+            self.has_shed(now);
             effects.push(Effect::ToGateway { gateway, message: FromScheduler::Failed { id: choice, error } });
             return None;
         }
         match self.queue.push_new(order, id) {
             Enqueued::Waiting => {}
             Enqueued::Displaced(other) => {
+                self.has_shed(now);
                 let message = "the queue is full and more urgent requests arrived: try again later";
                 self.fail(now, other, FailureKind::Overloaded, message.to_owned(), effects);
             }
             Enqueued::Full => {
+                self.has_shed(now);
                 let waiting = self.queue.len();
                 let message = format!("{waiting} requests are waiting already: try again later");
                 let error = self.failure(FailureKind::Overloaded, message);
@@ -173,8 +176,8 @@ impl Engine {
     pub(super) fn retry_after_ms(&self, kind: FailureKind) -> Option<u64> {
         match kind {
             FailureKind::Overloaded => {
-                let quarter = self.expected(self.queue.iter()) / 4;
-                let wait_ms = self.pace.takes_ms(quarter).unwrap_or(250 * self.queue.len() as u64);
+                let quarter = self.predicted_wait_ms().map(|all| all / 4);
+                let wait_ms = quarter.unwrap_or(250 * self.queue.len() as u64);
                 Some(wait_ms.clamp(1_000, 60_000))
             }
             FailureKind::Unavailable | FailureKind::Leaving => Some(RETRY_UNAVAILABLE_MS),
@@ -187,6 +190,16 @@ impl Engine {
             | FailureKind::Suspect
             | FailureKind::Cancelled => None,
         }
+    }
+
+    fn has_shed(&mut self, now: Millis) {
+        self.counters.shed += 1;
+        self.shed_at = Some(now);
+    }
+
+    /// How long all that waits will take, as far as that can be known.
+    pub(super) fn predicted_wait_ms(&self) -> Option<u64> {
+        self.pace.takes_ms(self.expected(self.queue.iter()))
     }
 
     /// Tokens that are still to be computed of these, as far as that can be known.

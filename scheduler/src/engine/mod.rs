@@ -66,6 +66,8 @@ pub struct Engine {
     down_since: Option<Millis>,
     draining: bool,
     counters: SchedulerCounters,
+    /// When somebody was last refused because there was too much, within [`SHEDDING_MS`].
+    shed_at: Option<Millis>,
     /// How fast replicas work while somebody waits.
     pace: Pace,
     /// Percent of the KV blocks that keys may hold, where not all.
@@ -77,6 +79,9 @@ pub struct Engine {
     /// Audited sequences that were taken out before they were complete; to be told.
     audits_ended: Vec<SequenceId>,
 }
+
+/// How long after it refused somebody for having too much to do the engine is said to shed.
+const SHEDDING_MS: u64 = 5_000;
 
 /// Which replicas may have a step to send: all that were planned before and have heard nothing since have none, as long as
 /// nobody waits.
@@ -104,6 +109,7 @@ impl Engine {
             down_since: None,
             draining: false,
             counters: SchedulerCounters::default(),
+            shed_at: None,
             pace: Pace::new(),
             kv_shares: BTreeMap::new(),
             generated: BTreeMap::new(),
@@ -193,6 +199,7 @@ impl Engine {
             Event::Tick => {
                 self.give_up_stuck_replicas(now, effects);
                 self.lose_patience(now, effects);
+                self.shed_at.take_if(|at| now.since(*at) > SHEDDING_MS);
             }
         }
         if self.replicas.is_empty() {
@@ -385,7 +392,13 @@ impl Engine {
     /// Numbers for metrics.
     pub fn counters(&self) -> SchedulerCounters {
         let running = self.replicas.values().map(|replica| replica.running.len() as u64).sum();
-        SchedulerCounters { running, waiting: self.queue.len() as u64, ..self.counters }
+        SchedulerCounters {
+            running,
+            waiting: self.queue.len() as u64,
+            shedding: self.shed_at.is_some(),
+            predicted_wait_ms: self.predicted_wait_ms(),
+            ..self.counters
+        }
     }
 
     /// Clients' choices in progress: those that have been computed something of first, each in the order of their names; at most

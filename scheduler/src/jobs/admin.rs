@@ -66,6 +66,7 @@ impl Jobs {
             | R::ScaleModel(_)
             | R::RemoveModel { .. }
             | R::PlanWithout(_)
+            | R::Replan { .. }
             | R::DrainNode(_) => {
                 return;
             }
@@ -137,6 +138,7 @@ impl Jobs {
             | R::ScaleModel(_)
             | R::RemoveModel { .. }
             | R::PlanWithout(_)
+            | R::Replan { .. }
             | R::DrainNode(_) => {}
         }
     }

@@ -1,6 +1,7 @@
 //! From one layout to another: nodes that leave are replaced, nodes that have joined are made use of.
 
 use super::{Test, assignments, came_up, config, down};
+use ashlar_protocol::admin::PlannedChange;
 use ashlar_scheduler::cluster::{ClusterConfig, Effect, Event, NodeConnection, Spent};
 use ashlar_vocabulary::{NodeId, ReplicaId, ReplicaRevision};
 
@@ -272,4 +273,40 @@ fn without_a_standby_all_is_laid_out_anew_on_those_who_stay_if_that_is_left_open
     let seen = test.seen.clone();
     assert!(dismissed(&seen, a) && dismissed(&seen, b));
     assert_eq!(assignments(&seen).last().unwrap().0, big);
+}
+
+#[test]
+fn an_operator_has_a_little_better_layout_made_which_is_not_made_by_itself() {
+    let mut test = Test::new(ClusterConfig { stages: None, replicas: Some(1), ..config() });
+    let (a, _) = test.join("a");
+    assert_eq!(test.cluster.plan_anew().change, PlannedChange::NewLayout, "there is none yet");
+    let assigned = test.tick(600);
+    assert!(test.cluster.is_in_motion().is_some_and(|reason| reason.contains("replica 0 is being loaded")));
+    assert!(came_up(&all_ready(&mut test, &assigned)));
+    assert_eq!(test.cluster.plan_anew().change, PlannedChange::Nothing);
+    assert!(orders(&test.send(Event::Replan)).is_empty(), "it is laid out so already");
+    let (b, _) = test.join_as("b", 1 << 30, 1.2, None);
+    assert!(orders(&pass(&mut test, &[a, b], 2000)).is_empty());
+
+    let plan = test.cluster.plan_anew();
+    assert_eq!((plan.change, &plan.problem), (PlannedChange::NewLayout, &None));
+    assert_eq!(plan.replicas[0].stages[0].ranks[0].node, NodeId("b".into()));
+    assert!(orders(&pass(&mut test, &[a, b], 500)).is_empty(), "a preview changes nothing");
+    let effects = test.send(Event::Replan);
+    assert_eq!((orders(&effects)[0].0, down(&effects)), (b, None), "what serves goes on meanwhile");
+    assert!(test.cluster.is_in_motion().is_some_and(|reason| reason.contains("is being prepared")));
+    assert!(orders(&test.send(Event::Replan)).is_empty(), "one at a time");
+    let effects = is_prepared(&mut test, orders(&effects)[0]);
+    assert_eq!(down(&effects).as_deref(), Some("the operator had it laid out anew"));
+    assert!(came_up(&all_ready(&mut test, &effects)));
+    assert_eq!(test.cluster.plan_anew().change, PlannedChange::Nothing);
+    assert!(orders(&pass(&mut test, &[a, b], 5000)).is_empty(), "that was that");
+
+    // Nothing that it could be laid out on.
+    leave(&mut test, a);
+    leave(&mut test, b);
+    let plan = test.cluster.plan_anew();
+    assert_eq!(plan.change, PlannedChange::Impossible);
+    assert!(plan.problem.is_some() && plan.replicas.len() == 1);
+    assert!(orders(&test.send(Event::Replan)).is_empty());
 }

@@ -17,6 +17,8 @@ fn a_full_queue_refuses_with_a_time_to_retry() {
     let refused = world.failure(ids[3]);
     assert_eq!(refused.kind, FailureKind::Overloaded);
     assert!(refused.retry_after_ms.is_some_and(|ms| ms >= 1000));
+    let counters = world.engine.counters();
+    assert_eq!((counters.shed, counters.shedding), (1, true));
     world.run();
     assert!(ids[..3].iter().all(|id| world.heard(*id).tokens.len() == 3));
 }

@@ -47,11 +47,19 @@ struct CreateArgs {
 #[command(after_help = "Example, for a cluster whose processes are started by hand:
   ashlar identity --authority ca --to identities scheduler/a gateway/a node/node-0 node/node-1
 then copy identities/scheduler-a to the scheduler's machine and set `identity` to it, and so on. The authority is made on first
-use; keep its directory where nobody else can read it.")]
+use; keep its directory where nobody else can read it.
+Once more, they are renewed: copied over those that are there, they count from the next connection on; nothing is restarted. Another
+authority takes over in three rounds, each copied everywhere before the next:
+  ashlar identity --authority ca --trust new-ca --to identities scheduler/a …
+  ashlar identity --authority new-ca --trust ca --to identities scheduler/a …
+  ashlar identity --authority new-ca --to identities scheduler/a …")]
 pub(crate) struct IdentityArgs {
     /// The directory of the cluster's certificate authority.
     #[arg(long, value_name = "DIR")]
     authority: PathBuf,
+    /// The directory of another authority, whose identities are trusted as well.
+    #[arg(long, value_name = "DIR")]
+    trust: Option<PathBuf>,
     /// Where each identity gets a directory, ROLE-NAME.
     #[arg(long, value_name = "DIR")]
     to: PathBuf,
@@ -81,9 +89,12 @@ pub(crate) fn token(args: TokenArgs) -> Result<()> {
 
 pub(crate) fn identity(args: IdentityArgs) -> Result<()> {
     let authority = Authority::open_or_create(&args.authority)?;
+    let trusted = args.trust.as_deref().map(Authority::open_or_create).transpose()?;
     for identity in args.identities {
         let directory = args.to.join(format!("{}-{}", identity.role(), identity.name()));
-        authority.credentials(&identity)?.save(&directory)?;
+        let mut credentials = authority.credentials(&identity)?;
+        credentials.other_authority = trusted.as_ref().map(|authority| authority.certificate().clone());
+        credentials.save(&directory)?;
         eprintln!("{identity}: {}", directory.display());
     }
     Ok(())
