@@ -68,7 +68,7 @@ pub struct GatewayConfig {
     pub tools_max: usize,
     /// Most choices in flight over all requests; more are answered 429. Default 1024.
     pub choices_in_flight_max: usize,
-    /// Most client connections; more are answered 503. Default 1024.
+    /// Most client connections; more take the places of those without a request in progress, or are answered 503. Default 1024.
     pub connections_max: usize,
     /// Tokens of one choice that may wait for a slow reader before the choice is dropped. Default 4096.
     pub unread_tokens_max: usize,

@@ -114,8 +114,30 @@ mod tests {
                 there.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
             let carried: BTreeSet<String> = assets.iter().map(|asset| asset.name.to_owned()).collect();
             assert_eq!(carried, there);
-            assert!(assets.iter().map(|asset| asset.bytes.len()).sum::<usize>() < 200_000);
         }
+        // What a visit of a page takes: the frame, the page's own module, and all that these name.
+        let pages = DASHBOARD.iter().filter(|asset| asset.name.starts_with("page-"));
+        for page in pages {
+            let mut taken = BTreeSet::new();
+            let mut wanted = vec!["index.html", page.name];
+            while let Some(name) = wanted.pop() {
+                if !taken.insert(name) {
+                    continue;
+                }
+                let text = std::str::from_utf8(file(name).bytes).unwrap();
+                let named = DASHBOARD.iter().map(|asset| asset.name).filter(|other| {
+                    text.contains(&format!("from './{other}'")) || text.contains(&format!("/dashboard/{other}\""))
+                });
+                wanted.extend(named);
+            }
+            assert!(["app.js", "style.css", "dom.js"].iter().all(|name| taken.contains(name)), "{taken:?}");
+            let bytes: usize = taken.iter().map(|name| file(name).bytes.len()).sum();
+            assert!(bytes < 200_000, "{} takes {bytes} bytes", page.name);
+        }
+    }
+
+    fn file(name: &str) -> &'static Asset {
+        DASHBOARD.iter().find(|asset| asset.name == name).unwrap()
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! The life of the process's HTTP side: bind, accept, drain.
 
 mod connection;
+mod places;
 mod stall;
 
 use crate::app::{App, Phase};
@@ -23,13 +24,14 @@ use ashlar_service_kit::{Shutdown, Watchdog};
 use ashlar_store::blobs::{self, BlobOptions};
 use axum::Router;
 use connection::{ConnectionSettings, refuse, serve_socket};
+use places::Places;
 use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{Semaphore, mpsc, watch};
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 
 /// Time that streams get to send their last event when the grace period is over.
@@ -236,7 +238,7 @@ async fn renew(web: Arc<WebServer>) {
 
 async fn accept(app: &Arc<App>, doors: &[Door], connections: &mut JoinSet<()>) {
     let routers: Vec<Router> = doors.iter().map(|door| router(app.clone(), door.surface)).collect();
-    let places = Arc::new(Semaphore::new(app.config.connections_max));
+    let places = Places::new(app.config.connections_max);
     let settings = ConnectionSettings {
         head_timeout: Duration::from_millis(app.config.head_timeout_ms.max(1)),
         write_timeout: Duration::from_millis(app.config.write_timeout_ms.max(1)),
@@ -255,20 +257,17 @@ async fn accept(app: &Arc<App>, doors: &[Door], connections: &mut JoinSet<()>) {
             }
         };
         let (Some(Door { web, .. }), Some(router)) = (doors.get(door), routers.get(door)) else { continue };
-        match places.clone().try_acquire_owned() {
-            Ok(place) => {
+        match places.take() {
+            Some(place) => {
                 let (router, web, phase) = (router.clone(), web.clone(), app.phase.clone());
-                connections.spawn(async move {
-                    serve_socket(socket, web, router, settings, phase).await;
-                    drop(place);
-                });
+                connections.spawn(serve_socket(socket, web, router, settings, (place, phase)));
             }
             // Where a handshake comes first, nothing can be said in time.
-            Err(_) if web.is_none() && connections.len() < 2 * app.config.connections_max => {
+            None if web.is_none() && connections.len() < 2 * app.config.connections_max => {
                 connections.spawn(refuse(socket));
             }
             // A flood: not even a refusal.
-            Err(_) => drop(socket),
+            None => drop(socket),
         }
     }
 }

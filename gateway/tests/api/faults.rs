@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
-use tokio::io::AsyncWriteExt;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 fn one_then_wait() -> Vec<Action> {
@@ -222,27 +222,45 @@ async fn too_many_choices_in_flight_are_429_and_too_many_connections_503() {
     let world = World::with(
         PLAIN_TEMPLATE,
         |config| {
-            config.choices_in_flight_max = 1;
-            config.connections_max = 2;
+            config.choices_in_flight_max = 2;
+            config.connections_max = 3;
         },
         |_| one_then_wait(),
     )
     .await;
-    let mut stream = world.http.stream("/v1/chat/completions", ask(json!({"stream": true}))).await;
-    stream.next().await.unwrap();
+    let mut streams = Vec::new();
+    for _ in 0..2 {
+        let mut stream = world.http.stream("/v1/chat/completions", ask(json!({"stream": true}))).await;
+        stream.next().await.unwrap();
+        streams.push(stream);
+    }
     let refused = world.chat(ask(json!({}))).await;
     assert_eq!((refused.status, refused.header("retry-after")), (429, "1"));
 
+    let health = b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n";
     let mut held = Vec::new();
-    let refused = loop {
-        // The connection of the refused request may take a moment to end, so one may not be enough.
-        held.push(TcpStream::connect(world.http.address).await.unwrap());
-        let answer = world.http.raw(b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").await;
-        if answer.starts_with("HTTP/1.1 503") {
-            break answer;
-        }
-    };
-    assert!(refused.contains("too many connections"));
+    for _ in 0..20 {
+        // Those that only lie there, or never finish a head, keep nobody out.
+        let mut idle = TcpStream::connect(world.http.address).await.unwrap();
+        idle.write_all(b"GET /health HTT").await.unwrap();
+        held.push(idle);
+        assert!(world.http.raw(health).await.starts_with("HTTP/1.1 200"));
+    }
+    // Whose request is in progress gives way to nobody: here one whose body is still to come.
+    let head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\nexpect: 100-continue\r\n\r\n";
+    let mut slow = TcpStream::connect(world.http.address).await.unwrap();
+    slow.write_all(head).await.unwrap();
+    let mut said = [0; 12];
+    slow.read_exact(&mut said).await.unwrap();
+    assert_eq!(&said, b"HTTP/1.1 100");
+    let refused = world.http.raw(health).await;
+    assert!(refused.starts_with("HTTP/1.1 503") && refused.contains("too many connections"), "{refused}");
+    drop(slow);
     world.scheduler.open_gate();
-    assert_eq!(stream.rest().await.last().unwrap(), "data: [DONE]");
+    for mut stream in streams {
+        assert_eq!(stream.rest().await.last().unwrap(), "data: [DONE]");
+    }
+    while !world.http.raw(health).await.starts_with("HTTP/1.1 200") {
+        tokio::task::yield_now().await;
+    }
 }

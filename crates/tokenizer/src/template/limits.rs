@@ -1,11 +1,13 @@
 //! What a template may cost: it comes with a model, and who made that is a stranger.
 //!
 //! The engine counts instructions ([`FUEL`](super::FUEL)); the length of the source and of what is rendered is bounded here. Whatever
-//! of its own the engine gets wrong ends the rendering. What a single instruction costs nobody bounds: strings that are joined to
-//! themselves, and values within values, take what memory and stack there is.
+//! of its own the engine gets wrong ends the rendering. Filters that make as much as a number says are told small numbers only. What
+//! else a single instruction costs nobody bounds: strings that are joined to themselves, and values within values, take what memory and
+//! stack there is.
 
 use super::{TemplateError, classify};
-use minijinja::{Template, Value};
+use minijinja::value::{Rest, ValueKind, ValueOrKwargs};
+use minijinja::{Environment, Error, ErrorKind, State, Template, Value, filters};
 use std::io::{self, Write};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
@@ -15,6 +17,71 @@ const SOURCE_BYTES_MAX: usize = 256 << 10;
 const LINES_MAX: usize = 60_000;
 /// Longest text that is rendered, in bytes: four times the longest request.
 const OUTPUT_BYTES_MAX: usize = 64 << 20;
+
+/// Filters whose numbers say how much they make: each under a name that no template can write, and its own.
+const COUNTED: [(&str, &str); 3] =
+    [("indent", "the engine's indent"), ("slice", "the engine's slice"), ("batch", "the engine's batch")];
+const FORMAT: (&str, &str) = ("format", "the engine's format");
+/// Largest of these numbers: ten times what any known template says.
+const COUNT_MAX: f64 = 10_000.0;
+/// Most digits of a width or a precision in a format.
+const WIDTH_DIGITS_MAX: usize = 4;
+
+/// Puts itself between templates and filters that would make as much as they are told.
+pub(super) fn bound_filters(environment: &mut Environment<'_>) {
+    environment.add_filter(COUNTED[0].1, filters::indent);
+    environment.add_filter(COUNTED[1].1, filters::slice);
+    environment.add_filter(COUNTED[2].1, filters::batch);
+    environment.add_filter(FORMAT.1, filters::format);
+    for (name, engines) in COUNTED {
+        let bounded = move |state: &mut State<'_, '_>, value: Value, rest: Rest<ValueOrKwargs>| {
+            let mut arguments = vec![value];
+            arguments.extend(rest.into_values());
+            if arguments[1..].iter().any(is_large) {
+                return Err(too_much(name));
+            }
+            state.apply_filter(engines, &arguments)
+        };
+        environment.add_filter(name, bounded);
+    }
+    let bounded = |state: &mut State<'_, '_>, value: Value, rest: Rest<ValueOrKwargs>| {
+        check_format(value.as_str().unwrap_or_default())?;
+        let mut arguments = vec![value];
+        arguments.extend(rest.into_values());
+        state.apply_filter(FORMAT.1, &arguments)
+    };
+    environment.add_filter(FORMAT.0, bounded);
+}
+
+/// Whether a number, or one of those that are named, is larger than may be.
+fn is_large(value: &Value) -> bool {
+    match value.kind() {
+        ValueKind::Number => f64::try_from(value.clone()).is_ok_and(|number| number.abs() > COUNT_MAX),
+        ValueKind::Map => value.try_iter().into_iter().flatten().any(|name| {
+            value.get_item(&name).is_ok_and(|value| value.kind() == ValueKind::Number && is_large(&value))
+        }),
+        _ => false,
+    }
+}
+
+/// Refuses formats, of `%` or of braces, that pad to thousands, or to what an argument says.
+pub(super) fn check_format(format: &str) -> Result<(), Error> {
+    let mut digits = 0;
+    // Between `%` and the letter that ends it.
+    let mut in_field = false;
+    for c in format.chars() {
+        digits = if c.is_ascii_digit() { digits + 1 } else { 0 };
+        if digits > WIDTH_DIGITS_MAX || in_field && c == '*' {
+            return Err(too_much("format"));
+        }
+        in_field = c == '%' || in_field && !c.is_ascii_alphabetic();
+    }
+    Ok(())
+}
+
+fn too_much(what: &str) -> Error {
+    Error::new(ErrorKind::InvalidOperation, format!("`{what}` is told to make more than {COUNT_MAX}"))
+}
 
 /// Refuses sources that the engine cannot take.
 pub(super) fn check_source(source: &str) -> Result<(), TemplateError> {
@@ -78,6 +145,46 @@ mod tests {
         assert!(check_source(&"\n".repeat(70_000)).is_err());
         assert!(check_source(&"abc\n".repeat(70_000)).is_err());
         assert_eq!(check_source(&"abc\n".repeat(50_000)), Ok(()));
+    }
+
+    #[test]
+    fn filters_make_no_more_than_a_template_may_want() {
+        let mut environment = Environment::new();
+        bound_filters(&mut environment);
+        environment.set_unknown_method_callback(super::super::python::unknown_method);
+        let rendered = |source: &str| {
+            let rendered = environment.render_str(source, ());
+            rendered.map_err(|error| error.to_string())
+        };
+        for (source, expected) in [
+            ("{{ 'a\nb'|indent(2, true) }}", "  a\n  b"),
+            ("{{ 'a\nb'|indent(width=1) }}", "a\n b"),
+            ("{{ [1, 2, 3]|slice(2)|list }}", "[[1, 2], [3]]"),
+            ("{{ [1, 2, 3]|batch(2, 0)|list }}", "[[1, 2], [3, 0]]"),
+            ("{{ '%5d|%.2f|%s'|format(1234567, 2.5, 'x') }}", "1234567|2.50|x"),
+            ("{{ '{:>4}{}'.format('a', 123456) }}", "   a123456"),
+            ("{{ '100% of 5 * 3'|format }}", "100% of 5 * 3"),
+        ] {
+            match rendered(source) {
+                Ok(text) => assert_eq!(text, expected, "{source}"),
+                // Whatever the engine says of it, but nothing of ours.
+                Err(error) => assert!(!error.contains("is told to make"), "{source}: {error}"),
+            }
+        }
+        for source in [
+            "{{ 'a'|indent(4294967295, true) }}",
+            "{{ 'a'|indent(width=4294967295, first=true) }}",
+            "{{ [1]|slice(4294967295) }}",
+            "{{ [1]|batch(4294967295, 1) }}",
+            "{{ [1]|batch(1e18, 1) }}",
+            "{{ '%4294967295d'|format(3) }}",
+            "{{ '%.99999f'|format(3) }}",
+            "{{ '%-*d'|format(4294967295, 3) }}",
+            "{{ '{:>4294967295}'.format('a') }}",
+        ] {
+            let error = rendered(source).expect_err(source);
+            assert!(error.contains("is told to make more than"), "{source}: {error}");
+        }
     }
 
     #[test]

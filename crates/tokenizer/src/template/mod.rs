@@ -191,6 +191,7 @@ fn environment() -> Environment<'static> {
     env.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
     env.set_unknown_method_callback(python::unknown_method);
     env.set_fuel(Some(FUEL));
+    limits::bound_filters(&mut env);
     env.add_filter("tojson", python::tojson);
     env.add_filter("int", python::int);
     env.add_filter("float", python::float);

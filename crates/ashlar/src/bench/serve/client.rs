@@ -64,6 +64,11 @@ impl Outcome {
         (self.output_tokens > 1).then(|| self.decode_s / (self.output_tokens - 1) as f64)
     }
 
+    /// Whether the service said that there is too much.
+    pub(super) fn is_refused(&self) -> bool {
+        self.failure.as_ref().is_some_and(|failure| failure.status == "429")
+    }
+
     fn failed(status: impl Into<String>, message: String) -> Outcome {
         Outcome { failure: Some(Failure { status: status.into(), message }), ..Outcome::default() }
     }
@@ -88,7 +93,9 @@ pub(super) async fn execute(
         },
         Err(_) => Outcome::failed("timeout", format!("no end within {} s", template.timeout.as_secs())),
     };
-    Outcome { lag_s, ..outcome }
+    // Of an answer until its end, of a refusal until it was heard.
+    let e2e_s = if outcome.failure.is_some() { started.elapsed().as_secs_f64() } else { outcome.e2e_s };
+    Outcome { lag_s, e2e_s, ..outcome }
 }
 
 fn body(template: &Template, planned: &Planned) -> Value {

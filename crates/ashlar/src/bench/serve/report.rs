@@ -53,6 +53,8 @@ pub(super) struct Report {
     itl_ms: Option<Summary>,
     tpot_ms: Option<Summary>,
     e2e_ms: Option<Summary>,
+    /// How long it took until a request was refused (429).
+    refusal_ms: Option<Summary>,
     /// How much later than planned requests were sent: the client's own delay.
     client_lag_ms: Option<Summary>,
     /// Output tokens per chunk with text; above 1 the gaps are of several tokens.
@@ -122,6 +124,7 @@ impl Report {
             itl_ms: summary(good.iter().flat_map(|o| o.gaps_s.iter().copied()).collect()),
             tpot_ms: summary(good.iter().filter_map(|o| o.tpot_s()).collect()),
             e2e_ms: summary(good.iter().map(|o| o.e2e_s).collect()),
+            refusal_ms: summary(run.outcomes.iter().filter(|o| o.is_refused()).map(|o| o.e2e_s).collect()),
             client_lag_ms: summary(run.outcomes.iter().map(|o| o.lag_s).collect()),
             tokens_per_chunk: output_tokens as f64 / chunks.max(1) as f64,
             queue_ms_mean: told(|o| o.queue_ms),
@@ -165,6 +168,7 @@ impl Report {
             ("ITL", &self.itl_ms),
             ("TPOT", &self.tpot_ms),
             ("E2E", &self.e2e_ms),
+            ("refusals", &self.refusal_ms),
             ("client's own delay", &self.client_lag_ms),
         ];
         for (name, summary) in lines {
@@ -234,6 +238,7 @@ mod tests {
     fn goodput_counts_requests_that_meet_every_objective() {
         let failed = Outcome {
             failure: Some(Failure { status: "429".into(), message: "slow down".into() }),
+            e2e_s: 0.004,
             ..Outcome::default()
         };
         let report = report(vec![
@@ -247,6 +252,7 @@ mod tests {
         assert_eq!(report.goodput_requests_per_s, 1.0);
         assert_eq!(report.goodput_share, 0.4);
         assert_eq!(report.errors["429"], Errors { count: 1, example: "slow down".into() });
+        assert_eq!(report.refusal_ms.map(|refusals| (refusals.count, refusals.p50)), Some((1, 4.0)));
     }
 
     #[test]
