@@ -126,7 +126,8 @@ mod tests {
                 }
                 let text = std::str::from_utf8(file(name).bytes).unwrap();
                 let named = DASHBOARD.iter().map(|asset| asset.name).filter(|other| {
-                    text.contains(&format!("from './{other}'")) || text.contains(&format!("/dashboard/{other}\""))
+                    text.contains(&format!("from './{other}'"))
+                        || text.contains(&format!("/dashboard/{other}\""))
                 });
                 wanted.extend(named);
             }

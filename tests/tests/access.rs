@@ -1,9 +1,11 @@
 //! Keys over real processes: who is let in where, what tenants know of each other, and that nothing secret is written down.
 
 use ashlar_tests::http::raw;
-use ashlar_tests::{Answer, Cluster, eventually};
+use ashlar_tests::{Answer, Cluster, eventually, processes};
 use serde_json::{Value, json};
 use std::fs;
+use std::io::Write;
+use std::net::TcpStream;
 use std::path::Path;
 use std::time::Duration;
 
@@ -171,4 +173,59 @@ fn a_revoked_key_is_refused_by_every_gateway_within_a_second() {
         gateways.iter().all(|gateway| models(gateway) == 401)
     });
     assert!(took < Duration::from_secs(1), "{took:?}");
+}
+
+/// Most memory of a connection whose client has not shown a key.
+const STRANGER_BYTES_MAX: u64 = 64 << 10;
+
+#[test]
+fn who_has_not_shown_a_key_takes_little_memory() {
+    const STRANGERS: u64 = 600;
+    // A head without an end, and a greeting of TLS without one.
+    let head = [b"GET /v1/models HTTP/1.1\r\nhost: gate\r\nx: ".as_slice(), &[b'a'; 200_000]].concat();
+    let mut greeting = vec![0x16, 3, 1, 0x40, 0, 1, 0, 0xff, 0xfb, 3, 3];
+    greeting.resize(5 + (16 << 10), b'a');
+    for _ in 0..3 {
+        greeting.extend([0x16, 3, 1, 0x40, 0]);
+        greeting.resize(greeting.len() + (16 << 10), b'a');
+    }
+    for (args, said) in [(&["--keys"][..], &head), (&["--keys", "--tls"], &greeting)] {
+        let cluster = Cluster::launch(args);
+        let gateway = eventually_some("a gateway", || cluster.pids().get("gateway").copied());
+        eventually_some("it listens", || TcpStream::connect(cluster.address()).ok());
+        // Longer and longer, so that it is seen how much is kept while they are there.
+        for bytes in [0, 4 << 10, 24 << 10, 31 << 10, said.len()] {
+            let before = processes::resident_bytes(gateway).expect("its memory");
+            let strangers: Vec<TcpStream> = (0..STRANGERS)
+                .map(|_| {
+                    let mut socket = TcpStream::connect(cluster.address()).expect("a connection");
+                    let limit = Some(Duration::from_millis(20));
+                    socket.set_write_timeout(limit).expect("a limit");
+                    // Whoever says too much is hung up on.
+                    let _ = socket.write_all(&said[..bytes]);
+                    socket
+                })
+                .collect();
+            // What has been sent is read, once it has answered somebody who came later.
+            for _ in 0..20 {
+                let _ = ask_anybody(&cluster, args.contains(&"--tls"));
+            }
+            let after = processes::resident_bytes(gateway).expect("its memory");
+            let each = after.saturating_sub(before) / STRANGERS;
+            println!("{args:?}, {bytes} bytes said: {each} bytes each");
+            assert!(each <= STRANGER_BYTES_MAX, "{args:?}, {bytes} bytes said: {each} bytes each");
+            drop(strangers);
+        }
+    }
+}
+
+fn eventually_some<T>(what: &str, look: impl Fn() -> Option<T>) -> T {
+    ashlar_tests::until(LIMIT, look).unwrap_or_else(|| panic!("not within {LIMIT:?}: {what}"))
+}
+
+/// A connection after all others, until it is answered or hung up on.
+fn ask_anybody(cluster: &Cluster, tls: bool) -> Option<Answer> {
+    // In the clear to who speaks TLS: an alert.
+    let request = b"GET /health HTTP/1.1\r\nhost: gate\r\nconnection: close\r\n\r\n";
+    raw(cluster.address(), request).ok().filter(|_| !tls)
 }

@@ -48,6 +48,7 @@ fn routes() -> Vec<Route> {
         route("POST", "/admin/models", "deployment"),
         route("PATCH", "/admin/models/x", "deployment"),
         route("POST", "/admin/plan", "deployment"),
+        route("POST", "/admin/replan", "deployment"),
         route("GET", "", "list"),
     ]
 }

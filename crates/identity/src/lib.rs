@@ -25,6 +25,7 @@ pub mod token;
 pub mod transport;
 pub mod web;
 
+mod bounded;
 mod files;
 mod records;
 

@@ -4,6 +4,7 @@
 //! Files are PEM, as every tool reads and writes them. A server looks at its files again now and then: renewed ones count from the next
 //! connection on, and broken ones not at all.
 
+use crate::bounded::Bounded;
 use crate::files;
 use rcgen::{
     BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
@@ -24,7 +25,7 @@ use tokio::net::TcpStream;
 use tokio_rustls::{TlsAcceptor, TlsConnector};
 
 /// A server's encrypted connection.
-pub type ServerStream = tokio_rustls::server::TlsStream<TcpStream>;
+pub type ServerStream = tokio_rustls::server::TlsStream<Bounded>;
 /// A client's encrypted connection.
 pub type ClientStream = tokio_rustls::client::TlsStream<TcpStream>;
 
@@ -39,6 +40,8 @@ const AUTHORITY_VALID: Duration = Duration::days(3650);
 const CERTIFICATE_VALID: Duration = Duration::days(397);
 /// HTTP/2 is not spoken.
 const PROTOCOL: &[u8] = b"http/1.1";
+/// Most bytes of a client's side of a handshake: ten times the longest of browsers.
+const GREETING_BYTES_MAX: usize = 24 << 10;
 /// Most certificates of a chain, or of a file of authorities.
 const CERTIFICATES_MAX: usize = 1_000;
 
@@ -125,7 +128,10 @@ impl WebServer {
     /// As the system, or rustls in its words.
     pub async fn accept(&self, socket: TcpStream) -> io::Result<ServerStream> {
         let config = self.state.read().unwrap_or_else(PoisonError::into_inner).config.clone();
-        TlsAcceptor::from(config).accept(socket).await
+        let socket = Bounded::new(socket, GREETING_BYTES_MAX);
+        let mut stream = TlsAcceptor::from(config).accept(socket).await?;
+        stream.get_mut().0.lift();
+        Ok(stream)
     }
 }
 

@@ -91,3 +91,29 @@ fn what_cannot_be_used_is_said_with_its_file() {
         assert!(matches!(issue(directory.path(), &[wrong.to_owned()]), Err(WebError::Name(_))), "{wrong}");
     }
 }
+
+#[tokio::test]
+async fn a_greeting_without_end_is_not_read_to_its_end() {
+    let directory = tempfile::tempdir().unwrap();
+    let files = made(directory.path(), "gate.example");
+    let server = WebServer::open(&files.certificate, &files.key).unwrap();
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let mut socket = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+    let (accepted, _) = listener.accept().await.unwrap();
+    // Records of a message that says it has 65,531 bytes.
+    let mut greeting = vec![0x16, 3, 1, 0x40, 0, 1, 0, 0xff, 0xfb, 3, 3];
+    greeting.resize(5 + (16 << 10), b'a');
+    let further = [&[0x16, 3, 1, 0x40, 0][..], &[b'a'; 16 << 10]].concat();
+    let sending = async {
+        let _ = socket.write_all(&greeting).await;
+        let _ = socket.write_all(&further).await;
+        // It stays, and says nothing more.
+        std::future::pending::<()>().await;
+    };
+    tokio::select! {
+        ended = server.accept(accepted) => {
+            assert!(ended.unwrap_err().to_string().contains("the greeting is too long"));
+        }
+        () = sending => unreachable!("it never ends"),
+    }
+}

@@ -247,7 +247,8 @@ async fn too_many_choices_in_flight_are_429_and_too_many_connections_503() {
         assert!(world.http.raw(health).await.starts_with("HTTP/1.1 200"));
     }
     // Whose request is in progress gives way to nobody: here one whose body is still to come.
-    let head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\nexpect: 100-continue\r\n\r\n";
+    let head =
+        b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\nexpect: 100-continue\r\n\r\n";
     let mut slow = TcpStream::connect(world.http.address).await.unwrap();
     slow.write_all(head).await.unwrap();
     let mut said = [0; 12];
