@@ -1,7 +1,9 @@
-// The one stream of news that all pages share: the cluster and this gateway's live figures, asked for twice a second.
+// The one stream of news that all pages share: the cluster and this gateway's live figures, asked for twice a second, or as often as
+// `ashlar.every_ms` in this browser's storage says, up to ten times.
 
 import {ApiError, get} from './api.js';
 import {poll} from './poll.js';
+import {recall} from './settings.js';
 import {ClusterView} from './view.js';
 
 const LATENCIES_MAX = 120;
@@ -33,7 +35,7 @@ export function feed() {
     state.error = null;
     if (figures) keepLatencies(figures);
     tell();
-  }, {onError(error) {
+  }, {every: Math.max(100, Number(recall('every_ms', 500)) || 500), onError(error) {
     const reason = error instanceof ApiError ? error : new ApiError(0, null);
     view.lose(reason);
     state.error = reason;

@@ -248,6 +248,52 @@ fn the_picture_shows_nodes_and_sees_them_go_come_back_and_drain() {
     assert_eq!(browser.console_errors(), Vec::<String>::new());
 }
 
+/// Records, for as long as the page is there, tasks that hold it up, how far frames are apart, and answers of the cluster.
+const WATCH: &str = "window.seen = {tasks: [], frames: [], answers: 0, last: performance.now()};\
+    new PerformanceObserver((list) => { for (const one of list.getEntries()) seen.tasks.push(one.duration); }).observe({type: 'longtask'});\
+    new PerformanceObserver((list) => { seen.answers += list.getEntries().filter((one) => one.name.endsWith('/admin/cluster')).length; })\
+        .observe({type: 'resource'});\
+    (function frame(now) { seen.frames.push(now - seen.last); seen.last = now; requestAnimationFrame(frame); })(performance.now());";
+
+#[test]
+fn the_page_stays_usable_at_ten_updates_a_second_under_load() {
+    let Some(world) = World::open("ten updates a second", &[]) else { return };
+    let (browser, address) = (&world.browser, world.cluster.address().to_owned());
+    browser.eval("localStorage.setItem('ashlar.every_ms', '100')");
+    browser.reload();
+    browser.await_that("document.querySelectorAll('[data-node]').length === 2");
+    let stop = std::sync::atomic::AtomicBool::new(false);
+    let body = json!({"prompt": "Write", "max_tokens": 200, "ignore_eos": true, "temperature": 1, "n": 4})
+        .to_string();
+    std::thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| {
+                while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                    http::post(&address, "/v1/completions", body.as_bytes()).expect("an answer");
+                }
+            });
+        }
+        browser.script(WATCH, &[]);
+        browser.await_within(2 * SIGHT_LIMIT, "seen.answers >= 60");
+        let opened = std::time::Instant::now();
+        browser.click("[data-node] button");
+        browser.await_that("document.querySelector('dialog.node-sheet')");
+        println!("a dialog was there after {} ms", opened.elapsed().as_millis());
+        browser.keys(&[keys::ESCAPE]);
+        stop.store(true, std::sync::atomic::Ordering::Relaxed);
+    });
+    let seen = browser.eval(
+        "(() => { const frames = seen.frames.toSorted((a, b) => a - b); const at = (share) => frames[Math.floor(share * (frames.length - 1))];\
+           return {answers: seen.answers, seconds: frames.reduce((a, b) => a + b) / 1000, long_tasks: seen.tasks.length,\
+           longest_task_ms: Math.max(0, ...seen.tasks), frame_p50_ms: at(0.5), frame_p99_ms: at(0.99)}; })()",
+    );
+    println!("{seen}");
+    let rate = seen["answers"].as_f64().expect("a count") / seen["seconds"].as_f64().expect("seconds");
+    assert!(rate > 2.0, "it keeps asking: {seen}");
+    assert!(seen["longest_task_ms"].as_f64() < Some(500.0), "nothing holds the page up: {seen}");
+    assert_eq!(browser.console_errors(), Vec::<String>::new());
+}
+
 #[test]
 fn a_chat_streams_side_by_side_and_as_code_and_its_requests_have_receipts() {
     let Some(world) = World::open("the playground", &[]) else { return };
