@@ -35,9 +35,14 @@ fn a_file_is_checked_and_a_job_is_made_followed_paused_and_cancelled() {
     world.upload("train.jsonl", &examples(48));
     browser.await_text("train.jsonl is uploaded");
     browser.choose("#job-validation", "held-out.jsonl");
-    for (field, value) in
-        [("epochs", "30"), ("batch", "8"), ("rate", "15"), ("rank", "4"), ("suffix", "doubler"), ("seed", "7")]
-    {
+    for (field, value) in [
+        ("epochs", "30"),
+        ("batch", "8"),
+        ("rate", "15"),
+        ("rank", "4"),
+        ("suffix", "doubler"),
+        ("seed", "7"),
+    ] {
         browser.type_into(&format!("#job-{field}"), value);
     }
     browser.screenshot("tuning-new");
