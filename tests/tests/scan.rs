@@ -52,7 +52,8 @@ impl Elsewhere {
             && ip(&format!("addr add {here}/30 dev {mine}"))
             && ip(&format!("link set {mine} up"))
             && ip(&format!("-n {name} addr add {there}/30 dev {theirs}"))
-            && ip(&format!("-n {name} link set {theirs} up"));
+            && ip(&format!("-n {name} link set {theirs} up"))
+            && ip(&format!("netns exec {name} true"));
         if !made {
             eprintln!("SKIPPED {test}: a network of its own takes root and `ip`");
             return None;
