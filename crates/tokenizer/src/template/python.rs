@@ -234,7 +234,7 @@ pub(super) fn unknown_method(
 ) -> Result<Value, Error> {
     if let Some(text) = value.as_str() {
         match method {
-            "format" => super::limits::check_format(text)?,
+            "format" => super::limits::check_brace_format(text)?,
             "removeprefix" => {
                 let (prefix,): (&str,) = from_args(args)?;
                 return Ok(Value::from(text.strip_prefix(prefix).unwrap_or(text)));
