@@ -9,6 +9,7 @@ use crate::metrics::Metrics;
 use crate::models::{self, Deployed};
 use crate::openai::error::ApiError;
 use crate::openai::responses::Responses;
+use crate::refusals::Refusals;
 use crate::scheduler_client::SchedulerClient;
 use crate::text::ModelText;
 use crate::tuning::Tuning;
@@ -67,6 +68,8 @@ pub(crate) struct Shared {
     pub(crate) deployed: watch::Receiver<Arc<Deployed>>,
     /// Responses in progress, and where they are stored.
     pub(crate) responses: Responses,
+    /// What the scheduler has just refused.
+    pub(crate) refusals: Refusals,
     /// Unix seconds of the start.
     pub(crate) created: u64,
     origin: Instant,
@@ -131,6 +134,7 @@ impl App {
             tuning,
             deployed,
             responses,
+            refusals: Refusals::default(),
             created: unix_seconds(),
             origin: Instant::now(),
             workers: Arc::new(Semaphore::new(workers)),
@@ -152,6 +156,7 @@ impl App {
             tuning: None,
             deployed,
             responses: Responses::new(None, self.config.choices_in_flight_max),
+            refusals: Refusals::default(),
             created: unix_seconds(),
             origin: self.origin,
             workers: self.workers.clone(),
@@ -266,6 +271,19 @@ impl App {
     pub(crate) async fn first_contact(&self) {
         let mut link = self.scheduler.watch();
         let _ = link.wait_for(|link| link.cluster.is_some() || link.given_up).await;
+    }
+
+    /// Refuses a request with this body if the scheduler has just refused one like it, before anything is done for it.
+    pub(crate) fn check_refusals(&self, body: &[u8]) -> Result<(), ApiError> {
+        let priority = |asked| self.caller.priority(if self.config.accept_priority { asked } else { 0 });
+        let held = self.refusals.holding(Instant::now(), self.caller.key_id(), body, priority);
+        let Some((refusal, quota)) = held else { return Ok(()) };
+        if let Some(quota) = quota {
+            let _ = self.quota.set(quota);
+        }
+        self.metrics.turned_away(refusal.status);
+        self.live.turned_away();
+        Err(refusal)
     }
 
     /// Runs work that takes more than microseconds (parsing, templates, tokenizing) where it disturbs no stream; as many

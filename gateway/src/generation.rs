@@ -267,8 +267,15 @@ impl Generation {
                 Effect::Resubmit { forced } => resubmitted = Some(forced),
                 Effect::End(end) => {
                     match &end {
-                        // Whatever failed it, the scheduler may still be computing.
-                        End::Failed(_) => self.events.cancel(id),
+                        End::Failed(failure) => {
+                            // Whatever failed it, the scheduler may still be computing.
+                            self.events.cancel(id);
+                            let whose = self.app.caller.key_id();
+                            let urgency = self.app.caller.priority(self.spec.priority);
+                            let quota = self.app.quota.get();
+                            let at = std::time::Instant::now();
+                            self.app.refusals.heard(at, (whose, urgency), failure, quota);
+                        }
                         End::Finished { receipt, .. } => {
                             if let Some(place) = self.receipts.get_mut(choice) {
                                 *place = Some(receipt.clone());

@@ -28,6 +28,7 @@ mod models;
 pub mod openai;
 mod pages;
 mod reference;
+mod refusals;
 mod router;
 pub mod scheduler_client;
 mod server;

@@ -133,6 +133,11 @@ impl Live {
         past.second().generated_tokens += 1;
     }
 
+    /// A request was refused before anything was done for it.
+    pub(crate) fn turned_away(&self) {
+        self.lock().second().failed += 1;
+    }
+
     /// A choice has ended.
     pub(crate) fn ended(&self, mut ended: Ended) {
         let mut past = self.lock();

@@ -52,6 +52,7 @@ pub(crate) struct Metrics {
     resubmissions: Counter,
     without_key: Counter,
     without_scope: Counter,
+    without_place: Counter,
     first_token_s: Histogram,
     between_tokens_s: Histogram,
     e2e_s: Histogram,
@@ -81,6 +82,7 @@ impl Metrics {
             resubmissions: counter!("ashlar_choices_resubmitted_total"),
             without_key: counter!("ashlar_turned_away_total", "status" => "401"),
             without_scope: counter!("ashlar_turned_away_total", "status" => "403"),
+            without_place: counter!("ashlar_turned_away_total", "status" => "429"),
             first_token_s: histogram!("vllm:time_to_first_token_seconds"),
             between_tokens_s: histogram!("vllm:inter_token_latency_seconds"),
             e2e_s: histogram!("vllm:e2e_request_latency_seconds"),
@@ -143,6 +145,7 @@ impl Metrics {
         match status {
             StatusCode::UNAUTHORIZED => self.without_key.increment(1),
             StatusCode::FORBIDDEN => self.without_scope.increment(1),
+            StatusCode::TOO_MANY_REQUESTS => self.without_place.increment(1),
             _ => {}
         }
     }

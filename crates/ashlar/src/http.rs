@@ -157,20 +157,33 @@ impl Client {
 
     /// POST with `stream: true`; an error status becomes an error with the service's message.
     pub(crate) async fn stream(&self, path: &str, body: &Value) -> Result<EventStream> {
-        Ok(EventStream::of(ok(self.send(Method::POST, path, Some(body)).await?).await?))
+        Ok(self.try_stream(path, body).await??)
+    }
+
+    /// The same for those who expect to be refused: an error status is an answer.
+    pub(crate) async fn try_stream(
+        &self,
+        path: &str,
+        body: &Value,
+    ) -> Result<Result<EventStream, StatusError>> {
+        Ok(checked(self.send(Method::POST, path, Some(body)).await?).await?.map(EventStream::of))
     }
 }
 
 /// The response, if its status is a success.
 async fn ok(response: Response<Incoming>) -> Result<Response<Incoming>> {
+    Ok(checked(response).await??)
+}
+
+async fn checked(response: Response<Incoming>) -> Result<Result<Response<Incoming>, StatusError>> {
     let status = response.status();
     if status.is_success() {
-        return Ok(response);
+        return Ok(Ok(response));
     }
     let bytes = response.into_body().collect().await?.to_bytes();
     let json: Value = serde_json::from_slice(&bytes).unwrap_or(Value::Null);
     let message = json["error"]["message"].as_str().unwrap_or("no message").to_owned();
-    Err(StatusError { status, message }.into())
+    Ok(Err(StatusError { status, message }))
 }
 
 async fn json_of(response: Response<Incoming>) -> Result<Value> {

@@ -114,10 +114,15 @@ fn trace_share(wanted: Option<&str>) -> Result<f64> {
     share.with_context(|| format!("{SHARE_VARIABLE} is `{text}`: set it to a share from 0 to 1"))
 }
 
-/// A runtime of few threads: roles wait for sockets, computing happens on threads of its own.
+/// Most threads of a runtime.
+const RUNTIME_THREADS_MAX: usize = 4;
+
+/// A runtime of few threads: roles wait for sockets, computing happens on threads of its own. Where cores are few they are the
+/// computing's: threads that wake each other for every message take a twentieth of what two cores can do.
 pub(crate) fn runtime() -> Result<tokio::runtime::Runtime> {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
     tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
+        .worker_threads((cores / 2).clamp(1, RUNTIME_THREADS_MAX))
         .enable_all()
         .build()
         .context("cannot start the asynchronous runtime")

@@ -72,6 +72,7 @@ pub(crate) async fn chat_completions(
     let body = read_body(&app, &parts.headers, body).await?;
     app.first_contact().await;
     let app = models::of_body(app, &body).await?;
+    app.check_refusals(&body)?;
     let worker = app.clone();
     let Prepared { request, served, prompt, constraint, reading } =
         app.work(move || Prepared::new(&body, &worker)).await?;

@@ -44,6 +44,7 @@ pub(crate) async fn completions(
     let body = read_body(&app, &parts.headers, body).await?;
     app.first_contact().await;
     let app = models::of_body(app, &body).await?;
+    app.check_refusals(&body)?;
     let worker = app.clone();
     let (request, served) = app
         .work(move || {

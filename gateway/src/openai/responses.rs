@@ -134,6 +134,7 @@ pub(crate) async fn create(
     let (parts, body) = request.into_parts();
     let body = read_body(&app, &parts.headers, body).await?;
     app.first_contact().await;
+    app.check_refusals(&body)?;
     let body = app.work(move || object_of(&body)).await?;
     let prior = match request::previous(&body)? {
         Some(name) => prior(&app, name).await?,

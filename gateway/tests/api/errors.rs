@@ -212,6 +212,34 @@ async fn failures_of_the_scheduler_have_their_status() {
     }
 }
 
+/// The scheduler is asked about the first of them, and again now and then; about what is more urgent, always.
+#[tokio::test]
+async fn who_asks_right_after_a_refusal_is_refused_without_a_question() {
+    let world = World::new(|_| vec![Action::Fail(FailureKind::Overloaded, "190 requests wait")]).await;
+    let mut asked = 0;
+    while world.scheduler.submits().len() == asked {
+        assert!(asked < 1_000, "the scheduler was asked about each of {asked}");
+        for (path, body) in [
+            ("/v1/chat/completions", ask(json!({}))),
+            ("/v1/completions", json!({"prompt": "a", "stream": true})),
+            ("/v1/responses", json!({"input": "a"})),
+        ] {
+            let answer = world.http.post(path, body).await;
+            assert_eq!((answer.status, answer.header("retry-after")), (429, "3"));
+            assert_eq!(answer.json()["error"]["message"], "190 requests wait");
+            asked += 1;
+        }
+    }
+    let page = world.http.get("/metrics").await.text();
+    let count = |line: &&str| line.starts_with("ashlar_turned_away_total") && line.contains("429");
+    let turned_away = page.lines().find(count).and_then(|line| line.rsplit(' ').next());
+    assert_eq!(turned_away, Some((asked - world.scheduler.submits().len()).to_string().as_str()));
+
+    let before = world.scheduler.submits().len();
+    assert_eq!(world.chat(ask(json!({"priority": -1}))).await.status, 429);
+    assert_eq!(world.scheduler.submits().len(), before + 1);
+}
+
 #[tokio::test]
 async fn a_failure_within_a_stream_is_its_last_event() {
     let script = |_: &_| vec![Action::Token(97), Action::Fail(FailureKind::Internal, "broke")];

@@ -135,13 +135,14 @@ fn named(name: &str) -> Result<&'static Target> {
 fn show(outcome: &Outcome, plan: &Plan) {
     let summary = &outcome.summary;
     println!(
-        "{:<20} {:>10} inputs in {:>6.1} s, {:>5.1} % accepted; most memory {:.1} MiB (input {}), longest {:.1} ms (input {}); {} findings",
+        "{:<20} {:>10} inputs in {:>6.1} s, {:>5.1} % accepted; most memory {:.1} MiB (input {}), {:.1} MiB kept, longest {:.1} ms (input {}); {} findings",
         outcome.target,
         summary.inputs,
         outcome.seconds,
         100.0 * summary.accepted as f64 / summary.inputs.max(1) as f64,
         summary.peak_bytes as f64 / f64::from(1 << 20),
         summary.peak_index,
+        summary.kept_bytes as f64 / f64::from(1 << 20),
         summary.slowest_us as f64 / 1e3,
         summary.slowest_index,
         outcome.findings.len(),

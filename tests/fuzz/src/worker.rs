@@ -20,6 +20,10 @@ const MEMORY_MAX: usize = 1 << 30;
 pub const CPU_MAX: Duration = Duration::from_secs(5);
 /// Longest time that an input may wait for anything.
 const WALL_MAX: Duration = Duration::from_secs(120);
+/// What all inputs together may leave behind, in bytes: caches have an end.
+const KEPT_MAX: usize = 64 << 20;
+/// Inputs until everything is there that is made once and kept.
+const SETTLED: u64 = 256;
 const WATCH_INTERVAL: Duration = Duration::from_millis(100);
 
 /// Faults of libraries that cannot be avoided by looking at the input first; the panic becomes an error where it is theirs. The
@@ -76,6 +80,8 @@ pub struct Summary {
     pub peak_bytes: usize,
     /// The input that held it.
     pub peak_index: u64,
+    /// Most that the inputs of a process have left behind, in bytes.
+    pub kept_bytes: usize,
     /// Longest time of one input, in microseconds.
     pub slowest_us: u64,
     /// The input that took it.
@@ -89,6 +95,7 @@ impl Summary {
         self.accepted += other.accepted;
         self.contained += other.contained;
         self.bytes += other.bytes;
+        self.kept_bytes = self.kept_bytes.max(other.kept_bytes);
         if other.peak_bytes > self.peak_bytes {
             (self.peak_bytes, self.peak_index) = (other.peak_bytes, other.peak_index);
         }
@@ -110,12 +117,16 @@ pub fn work(target: &Target, share: &Share, directory: &Path) -> Result<()> {
     allocator::limit(MEMORY_MAX);
     let begin = Instant::now();
     let mut summary = Summary::default();
+    let mut settled = None;
     let mut index = share.from;
     while index < share.end && begin.elapsed() < share.time {
         let input = subject.corpus.input(share.seed, index);
         progress.write_all_at(&index.to_le_bytes(), 0).context("cannot write progress")?;
         watch.index.store(index, Ordering::Relaxed);
         let held = allocator::start();
+        if summary.inputs == SETTLED {
+            settled = Some(held);
+        }
         let started = Instant::now();
         let read = catch_unwind(AssertUnwindSafe(|| (subject.read)(&input)));
         let took = started.elapsed();
@@ -149,6 +160,12 @@ pub fn work(target: &Target, share: &Share, directory: &Path) -> Result<()> {
             slowest_index: index,
             ..Summary::default()
         });
+        let kept = held.saturating_sub(settled.unwrap_or(held));
+        if kept > KEPT_MAX && summary.kept_bytes <= KEPT_MAX {
+            let what = format!("this and {} inputs before it have left {kept} bytes behind", summary.inputs);
+            say(&Said::Finding(Finding { index, what }));
+        }
+        summary.kept_bytes = summary.kept_bytes.max(kept);
         index = index.saturating_add(share.step);
     }
     watch.over.store(true, Ordering::Relaxed);

@@ -33,19 +33,22 @@ fn distance_of_keys(written: &str, key: &str) -> usize {
 /// Letters to insert, remove, replace or swap with their neighbour.
 fn distance(a: &str, b: &str) -> usize {
     let (a, b): (Vec<char>, Vec<char>) = (a.chars().collect(), b.chars().collect());
-    let mut before_last: Vec<usize> = Vec::new();
+    // Three rows of the table, used in turn.
+    let mut before_last = vec![0; b.len() + 1];
     let mut last: Vec<usize> = (0..=b.len()).collect();
+    let mut row = vec![0; b.len() + 1];
     for (i, left) in a.iter().enumerate() {
-        let mut row = vec![i + 1];
+        row[0] = i + 1;
         for (j, right) in b.iter().enumerate() {
             let replaced = last[j] + usize::from(left != right);
             let mut best = replaced.min(last[j + 1] + 1).min(row[j] + 1);
             if i > 0 && j > 0 && a[i - 1] == *right && *left == b[j - 1] {
                 best = best.min(before_last[j - 1] + 1);
             }
-            row.push(best);
+            row[j + 1] = best;
         }
-        before_last = std::mem::replace(&mut last, row);
+        std::mem::swap(&mut before_last, &mut last);
+        std::mem::swap(&mut last, &mut row);
     }
     last.last().copied().unwrap_or_default()
 }

@@ -49,8 +49,16 @@ pub(super) const TOOLS: Target =
 pub(super) const ANSWER: Target =
     Target { name: "answer", about: "a model's answer: reasoning, calls, text", memory: SMALL, open: answer };
 
-/// Encodes and decodes with it.
+/// Encodes and decodes with it, on a thread of its own: threads keep a cache for each tokenizer that they have ever used, as long as
+/// they live.
 pub(super) fn use_tokenizer(tokenizer: &Tokenizer) {
+    std::thread::scope(|scope| {
+        // A panic has been heard already.
+        let _ = scope.spawn(|| encode_and_decode(tokenizer)).join();
+    });
+}
+
+fn encode_and_decode(tokenizer: &Tokenizer) {
     let text = "a ab  abc\u{301} <s> \u{1F600}\n12 <|end|>\0";
     if let Ok(encoded) = tokenizer.encode_with_starts(text, true) {
         let _ = tokenizer.decode(&encoded.ids, false);

@@ -87,10 +87,7 @@ pub(super) async fn execute(
     let answered = tokio::time::timeout(template.timeout, receive(client, &body, started)).await;
     let outcome = match answered {
         Ok(Ok(outcome)) => outcome,
-        Ok(Err(error)) => match error.downcast_ref::<StatusError>() {
-            Some(refused) => Outcome::failed(refused.status.as_u16().to_string(), refused.message.clone()),
-            None => Outcome::failed("broken", format!("{error:#}")),
-        },
+        Ok(Err(error)) => Outcome::failed("broken", format!("{error:#}")),
         Err(_) => Outcome::failed("timeout", format!("no end within {} s", template.timeout.as_secs())),
     };
     // Of an answer until its end, of a refusal until it was heard.
@@ -117,7 +114,12 @@ fn body(template: &Template, planned: &Planned) -> Value {
 }
 
 async fn receive(client: &Client, body: &Value, started: Instant) -> Result<Outcome> {
-    let mut events = client.stream("/v1/completions", body).await?;
+    let mut events = match client.try_stream("/v1/completions", body).await? {
+        Ok(events) => events,
+        Err(StatusError { status, message }) => {
+            return Ok(Outcome::failed(status.as_u16().to_string(), message));
+        }
+    };
     let mut arrivals = Arrivals::default();
     let mut outcome = Outcome::default();
     while let Some(event) = events.next().await? {

@@ -18,7 +18,6 @@ mod workload;
 
 use super::{MEASURING, progress_bar};
 use crate::http::Client;
-use crate::roles;
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use client::Template;
@@ -131,7 +130,7 @@ fn positive(text: &str) -> Result<f64, String> {
 
 pub(crate) fn run(args: ServeArgs) -> Result<()> {
     let json = args.json;
-    let report = roles::runtime()?.block_on(measure(args))?;
+    let report = client_runtime()?.block_on(measure(args))?;
     if json {
         println!("{}", serde_json::to_string_pretty(&report).context("json")?);
     } else {
@@ -141,6 +140,12 @@ pub(crate) fn run(args: ServeArgs) -> Result<()> {
         bail!("no request was answered");
     }
     Ok(())
+}
+
+/// A runtime of one thread: on a machine that also serves, a client shall take as little as it can of what it measures.
+fn client_runtime() -> Result<tokio::runtime::Runtime> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    runtime.context("cannot start the asynchronous runtime")
 }
 
 async fn measure(args: ServeArgs) -> Result<Report> {
