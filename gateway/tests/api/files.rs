@@ -160,7 +160,6 @@ async fn a_scheduler_that_refuses_has_its_status() {
 #[tokio::test]
 async fn damaged_content_never_looks_whole() {
     let world = World::tuning().await;
-    // More than fits into the buffers on its way: what is sent first has left when the damage is seen.
     const BYTES: usize = 1_000_000;
     let id = world.upload(&vec![b'a'; BYTES]).await;
     let mut found = Vec::new();
@@ -170,9 +169,12 @@ async fn damaged_content_never_looks_whole() {
         bytes[BYTES - 1] = b'b';
         std::fs::write(file, bytes).unwrap();
     }
-    let response = world.http.begin(Request::get(format!("/v1/files/{id}/content")), Vec::new()).await;
-    let body = http_body_util::BodyExt::collect(response.into_body()).await;
-    assert!(body.is_err(), "the connection breaks off before the last bytes");
+    let request = format!("GET /v1/files/{id}/content HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n");
+    // What had left when the damage was seen: nothing, or a part.
+    let answer = world.http.raw(request.as_bytes()).await;
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap_or((&answer, ""));
+    assert!(body.len() < BYTES, "the connection breaks off before the last bytes");
+    assert!(head.is_empty() || head.contains(&format!("content-length: {BYTES}")), "{head}");
 }
 
 fn files_below(folder: &std::path::Path, found: &mut Vec<std::path::PathBuf>) {
