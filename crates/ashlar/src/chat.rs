@@ -1,6 +1,6 @@
 //! `ashlar chat`: a conversation in the terminal, streamed.
 
-use crate::http::Client;
+use crate::http::{Client, GatewayArgs};
 use crate::roles;
 use anyhow::{Result, bail};
 use clap::Args;
@@ -15,9 +15,8 @@ use std::io::{BufRead, IsTerminal, Write};
   echo 'What is 12 + 34?' | ashlar chat       one question, one answer
 In a conversation: /reset forgets it, /quit ends it.")]
 pub(crate) struct ChatArgs {
-    /// Address of the gateway.
-    #[arg(long, default_value = "http://127.0.0.1:8080")]
-    url: String,
+    #[command(flatten)]
+    gateway: GatewayArgs,
     /// Model to ask; default: the first that is served.
     #[arg(long)]
     model: Option<String>,
@@ -30,9 +29,6 @@ pub(crate) struct ChatArgs {
     /// Longest answer in tokens.
     #[arg(long)]
     max_tokens: Option<u32>,
-    /// API key, if the gateway wants one.
-    #[arg(long, env = "OPENAI_API_KEY", hide_env_values = true)]
-    key: Option<String>,
 }
 
 pub(crate) fn run(args: ChatArgs) -> Result<()> {
@@ -40,7 +36,7 @@ pub(crate) fn run(args: ChatArgs) -> Result<()> {
 }
 
 async fn converse(args: ChatArgs) -> Result<()> {
-    let client = Client::new(&args.url, args.key.clone())?;
+    let client = args.gateway.client()?;
     let model = match &args.model {
         Some(model) => model.clone(),
         None => first_model(&client).await?,

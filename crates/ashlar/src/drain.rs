@@ -1,6 +1,6 @@
 //! `ashlar drain`: has others take a node's place, so that its machine can be taken away.
 
-use crate::http::Client;
+use crate::http::GatewayArgs;
 use crate::roles;
 use anyhow::{Context, Result, bail};
 use clap::Args;
@@ -31,15 +31,11 @@ pub(crate) struct DrainArgs {
     /// How long to wait until it holds nothing, in seconds.
     #[arg(long, value_name = "S", default_value_t = 600)]
     wait_s: u64,
-    /// Address of a gateway.
-    #[arg(long, default_value = "http://127.0.0.1:8080")]
-    url: String,
+    #[command(flatten)]
+    gateway: GatewayArgs,
     /// Print JSON.
     #[arg(long)]
     json: bool,
-    /// API key, if the gateway wants one.
-    #[arg(long, env = "OPENAI_API_KEY", hide_env_values = true)]
-    key: Option<String>,
 }
 
 pub(crate) fn run(args: DrainArgs) -> Result<()> {
@@ -47,7 +43,7 @@ pub(crate) fn run(args: DrainArgs) -> Result<()> {
 }
 
 async fn drain(args: DrainArgs) -> Result<()> {
-    let client = Client::new(&args.url, args.key.clone())?;
+    let client = args.gateway.client()?;
     let path = format!("/admin/nodes/{}/drain", args.node);
     if args.undo {
         client.delete(&path).await?;

@@ -12,7 +12,7 @@ mod stream;
 mod target;
 
 use crate::bench::random::Random;
-use crate::http::Client;
+use crate::http::GatewayArgs;
 use crate::processes::{self, Processes};
 use crate::roles;
 use anyhow::{Context, Result, bail};
@@ -66,9 +66,8 @@ pub(crate) struct DrillArgs {
     /// State directory of the running cluster.
     #[arg(long, default_value = "./.ashlar")]
     state: PathBuf,
-    /// Address of the gateway.
-    #[arg(long, default_value = "http://127.0.0.1:8080")]
-    url: String,
+    #[command(flatten)]
+    gateway: GatewayArgs,
     /// How many faults, those in the log included.
     #[arg(long, default_value_t = 20)]
     faults: usize,
@@ -102,9 +101,6 @@ pub(crate) struct DrillArgs {
     /// Print the result as JSON.
     #[arg(long)]
     json: bool,
-    /// API key, if the gateway wants one.
-    #[arg(long, env = "OPENAI_API_KEY", hide_env_values = true)]
-    key: Option<String>,
 }
 
 pub(crate) fn run(args: DrillArgs) -> Result<()> {
@@ -116,7 +112,7 @@ pub(crate) fn run(args: DrillArgs) -> Result<()> {
 
 async fn conduct(args: DrillArgs) -> Result<()> {
     let shutdown = Shutdown::listen().context("cannot listen to signals")?;
-    let target = Target::open(&args.state, Client::new(&args.url, args.key.clone())?)?;
+    let target = Target::open(&args.state, args.gateway.client()?)?;
     if args.kinds.iter().any(|kind| kind.cut().is_some()) {
         target.network()?;
     }

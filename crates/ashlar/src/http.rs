@@ -6,6 +6,7 @@ mod upload;
 use anyhow::{Context, Result, bail};
 use ashlar_identity::web::WebClient;
 use bytes::Bytes;
+use clap::Args;
 use connector::Connector;
 use http_body_util::combinators::UnsyncBoxBody;
 use http_body_util::{BodyExt, Full};
@@ -21,6 +22,8 @@ use std::path::PathBuf;
 use std::time::Instant;
 use upload::Form;
 
+/// Where a gateway listens unless it is told otherwise.
+pub(crate) const DEFAULT_URL: &str = "http://127.0.0.1:8080";
 /// Names a file of authorities that clients trust.
 const CA_VARIABLE: &str = "ASHLAR_CA";
 
@@ -41,6 +44,24 @@ pub(crate) fn is_refusal(error: &anyhow::Error) -> bool {
 }
 
 type RequestBody = UnsyncBoxBody<Bytes, io::Error>;
+
+/// Which service a command asks, and as whom.
+#[derive(Debug, Args)]
+pub(crate) struct GatewayArgs {
+    /// Address of a gateway.
+    #[arg(long, global = true, default_value = DEFAULT_URL)]
+    pub(crate) url: String,
+    /// API key, if the gateway wants one.
+    #[arg(long, global = true, env = "OPENAI_API_KEY", hide_env_values = true)]
+    key: Option<String>,
+}
+
+impl GatewayArgs {
+    /// A client of it.
+    pub(crate) fn client(&self) -> Result<Client> {
+        Client::new(&self.url, self.key.clone())
+    }
+}
 
 /// A client of one service.
 #[derive(Debug, Clone)]

@@ -1,6 +1,6 @@
 //! `ashlar keys`: who is let in.
 
-use crate::http::Client;
+use crate::http::GatewayArgs;
 use crate::roles;
 use anyhow::{Result, bail};
 use ashlar_identity::ApiKey;
@@ -12,15 +12,11 @@ use serde_json::{Map, Value, json};
 pub(crate) struct KeysArgs {
     #[command(subcommand)]
     command: Command,
-    /// Address of a gateway.
-    #[arg(long, global = true, default_value = "http://127.0.0.1:8080")]
-    url: String,
+    #[command(flatten)]
+    gateway: GatewayArgs,
     /// Print JSON.
     #[arg(long, global = true)]
     json: bool,
-    /// A key with the scope admin.
-    #[arg(long, global = true, env = "OPENAI_API_KEY", hide_env_values = true)]
-    key: Option<String>,
 }
 
 #[derive(Debug, Subcommand)]
@@ -100,7 +96,7 @@ pub(crate) fn run(args: KeysArgs) -> Result<()> {
 }
 
 async fn ask(args: &KeysArgs) -> Result<()> {
-    let client = Client::new(&args.url, args.key.clone())?;
+    let client = args.gateway.client()?;
     let answer = match &args.command {
         Command::Create(create) => client.post("/admin/keys", &body(create)).await?,
         Command::List => client.get_ok("/admin/keys").await?,

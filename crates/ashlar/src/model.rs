@@ -1,6 +1,6 @@
 //! `ashlar model`: which models a running cluster serves, and on how many nodes.
 
-use crate::http::Client;
+use crate::http::{Client, GatewayArgs};
 use crate::roles;
 use anyhow::{Context, Result, bail};
 use clap::{Args, Subcommand};
@@ -24,15 +24,11 @@ pub(crate) struct ModelArgs {
 /// Which cluster, and how it is said.
 #[derive(Debug, Args)]
 struct Service {
-    /// Address of a gateway.
-    #[arg(long, global = true, default_value = "http://127.0.0.1:8080")]
-    url: String,
+    #[command(flatten)]
+    gateway: GatewayArgs,
     /// Print JSON.
     #[arg(long, global = true)]
     json: bool,
-    /// API key, if the gateway wants one.
-    #[arg(long, global = true, env = "OPENAI_API_KEY", hide_env_values = true)]
-    key: Option<String>,
     /// How long to wait with --wait, in seconds.
     #[arg(long, global = true, value_name = "S", default_value_t = 600)]
     wait_s: u64,
@@ -123,7 +119,7 @@ struct RemoveArgs {
 
 pub(crate) fn run(args: ModelArgs) -> Result<()> {
     roles::runtime()?.block_on(async {
-        let client = Client::new(&args.service.url, args.service.key.clone())?;
+        let client = args.service.gateway.client()?;
         let service = &args.service;
         match args.command {
             Command::List => list(&client, service).await,

@@ -1,6 +1,6 @@
 //! `ashlar replan`: has the model laid out as it would be planned from nothing now.
 
-use crate::http::Client;
+use crate::http::{Client, GatewayArgs};
 use crate::roles;
 use anyhow::{Context, Result, bail};
 use clap::Args;
@@ -24,15 +24,11 @@ pub(crate) struct ReplanArgs {
     /// How long to wait until the new layout serves, in seconds.
     #[arg(long, value_name = "S", default_value_t = 600)]
     wait_s: u64,
-    /// Address of a gateway.
-    #[arg(long, default_value = "http://127.0.0.1:8080")]
-    url: String,
+    #[command(flatten)]
+    gateway: GatewayArgs,
     /// Print JSON.
     #[arg(long)]
     json: bool,
-    /// API key, if the gateway wants one.
-    #[arg(long, env = "OPENAI_API_KEY", hide_env_values = true)]
-    key: Option<String>,
 }
 
 pub(crate) fn run(args: ReplanArgs) -> Result<()> {
@@ -40,7 +36,7 @@ pub(crate) fn run(args: ReplanArgs) -> Result<()> {
 }
 
 async fn replan(args: &ReplanArgs) -> Result<()> {
-    let client = Client::new(&args.url, args.key.clone())?;
+    let client = args.gateway.client()?;
     let plan = client.post("/admin/replan", &json!({"dry_run": args.dry_run})).await?;
     let changes = plan["change"] == "a new layout";
     if changes && !args.dry_run {

@@ -1,6 +1,6 @@
 //! `ashlar replay`: has stored responses computed once more, and says whether they are the same.
 
-use crate::http::Client;
+use crate::http::GatewayArgs;
 use crate::roles;
 use anyhow::{Context, Result};
 use clap::Args;
@@ -27,15 +27,11 @@ pub(crate) struct ReplayArgs {
     /// Names of stored responses.
     #[arg(required = true, value_name = "RESPONSE")]
     responses: Vec<String>,
-    /// Address of a gateway.
-    #[arg(long, default_value = "http://127.0.0.1:8080")]
-    url: String,
+    #[command(flatten)]
+    gateway: GatewayArgs,
     /// Print JSON.
     #[arg(long)]
     json: bool,
-    /// API key, if the gateway wants one.
-    #[arg(long, env = "OPENAI_API_KEY", hide_env_values = true)]
-    key: Option<String>,
 }
 
 pub(crate) fn run(args: ReplayArgs) -> Result<()> {
@@ -43,7 +39,7 @@ pub(crate) fn run(args: ReplayArgs) -> Result<()> {
 }
 
 async fn replay(args: ReplayArgs) -> Result<()> {
-    let client = Client::new(&args.url, args.key)?;
+    let client = args.gateway.client()?;
     let mut replays = Vec::new();
     for response in &args.responses {
         let path = format!("/v1/responses/{response}/replay");

@@ -3,7 +3,7 @@
 mod download;
 mod show;
 
-use crate::http::Client;
+use crate::http::{Client, DEFAULT_URL, GatewayArgs};
 use crate::roles;
 use anyhow::{Context, Result, bail};
 use ashlar_service_kit::Shutdown;
@@ -55,9 +55,8 @@ pub(crate) struct TuneArgs {
     /// Examples to train on, one JSON object per line.
     #[arg(value_name = "FILE", required_unless_present_any = ["list", "cancel", "follow"])]
     file: Option<PathBuf>,
-    /// Address of the gateway.
-    #[arg(long, default_value = "http://127.0.0.1:8080")]
-    url: String,
+    #[command(flatten)]
+    gateway: GatewayArgs,
     /// Model to start from; default: the first that is served.
     #[arg(long)]
     model: Option<String>,
@@ -135,9 +134,6 @@ pub(crate) struct TuneArgs {
     /// Watch a job that exists.
     #[arg(long, value_name = "ID", conflicts_with = "file")]
     follow: Option<String>,
-    /// API key, if the gateway wants one.
-    #[arg(long, env = "OPENAI_API_KEY", hide_env_values = true)]
-    key: Option<String>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -176,7 +172,7 @@ enum Init {
 
 pub(crate) fn run(args: TuneArgs) -> Result<()> {
     roles::runtime()?.block_on(async {
-        let client = Client::new(&args.url, args.key.clone())?;
+        let client = args.gateway.client()?;
         if args.list {
             return list(&client, &args).await;
         }
@@ -467,7 +463,7 @@ fn detached(args: &TuneArgs, job: &Value) -> Result<()> {
 }
 
 fn url_option(args: &TuneArgs) -> String {
-    if args.url == "http://127.0.0.1:8080" { String::new() } else { format!(" --url {}", args.url) }
+    if args.gateway.url == DEFAULT_URL { String::new() } else { format!(" --url {}", args.gateway.url) }
 }
 
 /// Where a job is. What is no id must not become another path.

@@ -8,11 +8,13 @@ use llguidance::{JsonCompileOptions, ParserFactory};
 use serde_json::{Value, json};
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, Once, PoisonError};
 use toktrie::{ApproximateTokEnv, TokEnv, TokRxInfo, TokTrie};
 
 /// Compiled grammars that are kept: a client's requests, and the choices of one request, repeat the same one.
 const CACHED_MAX: usize = 32;
+/// Larger automata are compiled anew: a cache of them would take gigabytes.
+const CACHED_BYTES_MAX: usize = 4 << 20;
 
 /// Why a grammar cannot be used. All but [`GrammarError::NoEndToken`] and [`GrammarError::MaskLength`] are the
 /// client's to mend, or the model's answer that went too far.
@@ -87,6 +89,7 @@ impl GrammarCompiler {
             let mut factory = ParserFactory::new_simple(&env).map_err(|e| internal(e.to_string()))?;
             factory.quiet();
             *factory.limits_mut() = limits_of_one_grammar();
+            keep_panic_hook(&factory);
             Ok(factory)
         })?;
         let cache = Mutex::new(VecDeque::with_capacity(CACHED_MAX));
@@ -123,7 +126,10 @@ impl GrammarCompiler {
                 return Ok(matcher);
             }
         }
-        let matcher = self.compile(spec)?;
+        let (matcher, bytes) = self.compile(spec)?;
+        if bytes > CACHED_BYTES_MAX {
+            return Ok(matcher);
+        }
         let copy = matcher.deep_clone();
         let mut cache = self.inner.cache.lock().unwrap_or_else(PoisonError::into_inner);
         if cache.len() >= CACHED_MAX {
@@ -133,7 +139,8 @@ impl GrammarCompiler {
         Ok(matcher)
     }
 
-    fn compile(&self, spec: &GrammarSpec) -> Result<llguidance::Matcher, GrammarError> {
+    /// A matcher, and what its automaton takes, in bytes.
+    fn compile(&self, spec: &GrammarSpec) -> Result<(llguidance::Matcher, usize), GrammarError> {
         let grammar = match spec {
             GrammarSpec::JsonObject => TopLevelGrammar::from_json_schema(with_options(
                 json!({"type": "object"}),
@@ -154,8 +161,14 @@ impl GrammarCompiler {
         // Compiling follows references as deep as they go, which the source's length alone bounds: on a stack of its own,
         // large enough for that, since an overflow would end the process.
         let factory = &self.inner.factory;
-        let compile = || guarded(|| Ok(llguidance::Matcher::new(factory.create_parser(grammar))));
-        let matcher = std::thread::scope(|scope| {
+        let compile = || {
+            guarded(|| {
+                let parser = factory.create_parser(grammar);
+                let bytes = parser.as_ref().map_or(0, |parser| parser.parser.lexer_stats().num_bytes);
+                Ok((llguidance::Matcher::new(parser), bytes))
+            })
+        };
+        let (matcher, bytes) = std::thread::scope(|scope| {
             let thread = std::thread::Builder::new().name("grammar".into()).stack_size(COMPILER_STACK_BYTES);
             let compiling = thread
                 .spawn_scoped(scope, compile)
@@ -163,8 +176,8 @@ impl GrammarCompiler {
             compiling.join().unwrap_or_else(|_| Err(GrammarError::Internal("the compiler panicked".into())))
         })?;
         match matcher.get_error() {
-            None => Ok(matcher),
-            Some(reason) => Err(GrammarError::Invalid(reason)),
+            None => Ok((matcher, bytes)),
+            Some(reason) => Err(GrammarError::Invalid(told(&reason))),
         }
     }
 }
@@ -180,6 +193,29 @@ impl std::fmt::Debug for GrammarCompiler {
 const COMPILER_STACK_BYTES: usize = 128 << 20;
 
 /// Bounds the work of one compilation to some 100 ms and that of one mask to some 20 ms.
+/// The engine catches its own panics, and puts a hook in the place of the process's for that: one that resolves a backtrace each time,
+/// which takes a tenth of a second and 70 MiB. It does so once; the process's own comes back.
+fn keep_panic_hook(factory: &ParserFactory) {
+    static KEPT: Once = Once::new();
+    KEPT.call_once(|| {
+        let ours = std::panic::take_hook();
+        drop(factory.create_parser(TopLevelGrammar::from_json_schema(json!({"type": "null"}))));
+        drop(std::panic::take_hook());
+        std::panic::set_hook(ours);
+    });
+}
+
+/// What the engine says, for a client: of a panic of its own nothing but that, since its words are about its code.
+pub(crate) fn told(reason: &impl ToString) -> String {
+    let reason = reason.to_string();
+    let panicked = reason.starts_with("panic: ") || reason.contains("<backtrace>");
+    if panicked {
+        "the grammar engine fails on it, as with bounds at -2^63 and below".to_owned()
+    } else {
+        reason
+    }
+}
+
 fn limits_of_one_grammar() -> ParserLimits {
     ParserLimits {
         initial_lexer_fuel: 1_000_000,

@@ -1,6 +1,6 @@
 //! One sequence's place in its grammar.
 
-use crate::compiler::{GrammarCompiler, GrammarError, guarded};
+use crate::compiler::{GrammarCompiler, GrammarError, guarded, told};
 use ashlar_vocabulary::sampling::GrammarSpec;
 
 /// Follows one sequence through its grammar.
@@ -40,8 +40,7 @@ impl Matcher {
             return Ok(());
         }
         let engine = &mut self.engine;
-        let mask =
-            guarded(|| engine.compute_mask_or_eos().map_err(|e| GrammarError::TooComplex(e.to_string())))?;
+        let mask = guarded(|| engine.compute_mask_or_eos().map_err(|e| GrammarError::TooComplex(told(&e))))?;
         let words = mask.as_slice();
         let shared = words.len().min(expected);
         out[..shared].copy_from_slice(&words[..shared]);
@@ -68,9 +67,8 @@ impl Matcher {
             return refused;
         }
         let engine = &mut self.engine;
-        let taken = guarded(|| {
-            engine.try_consume_tokens(&[token]).map_err(|e| GrammarError::TooComplex(e.to_string()))
-        })?;
+        let taken =
+            guarded(|| engine.try_consume_tokens(&[token]).map_err(|e| GrammarError::TooComplex(told(&e))))?;
         if taken == 1 { Ok(()) } else { refused }
     }
 
@@ -80,8 +78,7 @@ impl Matcher {
             return self.failure().is_ok();
         }
         let engine = &mut self.engine;
-        guarded(|| engine.is_accepting().map_err(|e| GrammarError::TooComplex(e.to_string())))
-            .unwrap_or(false)
+        guarded(|| engine.is_accepting().map_err(|e| GrammarError::TooComplex(told(&e)))).unwrap_or(false)
     }
 
     /// Whether nothing but the end may follow. Also true after an error, which [`Matcher::mask`] then reports.
@@ -105,7 +102,7 @@ impl Matcher {
     }
 
     fn failure(&self) -> Result<(), GrammarError> {
-        self.engine.get_error().map_or(Ok(()), |reason| Err(GrammarError::TooComplex(reason)))
+        self.engine.get_error().map_or(Ok(()), |reason| Err(GrammarError::TooComplex(told(&reason))))
     }
 }
 

@@ -353,6 +353,20 @@ fn hostile_grammars_are_refused_in_bounded_time() {
 }
 
 #[test]
+fn what_the_engine_panics_on_is_refused_without_its_words() {
+    for bound in ["-9223372036854775808", "-1e308"] {
+        let schema = format!(r#"{{"type": "integer", "minimum": {bound}, "maximum": 150}}"#);
+        match MODEL.1.check(&GrammarSpec::JsonSchema(schema)) {
+            Ok(()) => {}
+            Err(GrammarError::Invalid(reason)) => {
+                assert!(!reason.contains("panic") && !reason.contains(".rs"), "{bound}: {reason}");
+            }
+            Err(other) => panic!("{bound}: {other}"),
+        }
+    }
+}
+
+#[test]
 fn a_mask_buffer_of_the_wrong_length_is_refused() {
     let (_, compiler) = &*MODEL;
     let mut matcher = Matcher::new(compiler, &GrammarSpec::JsonObject).unwrap();

@@ -8,6 +8,7 @@ use ashlar_fuzz::targets::{self, ALL};
 use ashlar_fuzz::worker::{self, Share};
 use ashlar_fuzz::{Target, allocator};
 use clap::{Parser, Subcommand};
+use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -57,6 +58,9 @@ struct Args {
     /// Reads this file, and makes no inputs.
     #[arg(long)]
     file: Option<PathBuf>,
+    /// Writes the bytes of the first input to standard output instead of trying any.
+    #[arg(long)]
+    print: bool,
     /// Where inputs that fail are put.
     #[arg(long, default_value = "target/fuzz")]
     failures: PathBuf,
@@ -101,6 +105,14 @@ fn main() -> Result<ExitCode> {
     };
     if let Some(file) = &args.file {
         return read_file(&targets, file);
+    }
+    if args.print {
+        for target in targets {
+            let directory = tempfile::tempdir()?;
+            let corpus = (target.open)(directory.path())?.corpus;
+            std::io::stdout().write_all(&corpus.input(args.seed, args.from))?;
+        }
+        return Ok(ExitCode::SUCCESS);
     }
     // Without a number of inputs the time ends it.
     let seconds = args.time.unwrap_or(if args.inputs == u64::MAX { 60.0 } else { 1e9 });

@@ -6,7 +6,7 @@
 mod facts;
 mod view;
 
-use crate::http::Client;
+use crate::http::{Client, GatewayArgs};
 use crate::roles;
 use anyhow::{Context, Result};
 use clap::Args;
@@ -33,9 +33,8 @@ const REST_OF_SCREEN: &str = "\x1b[J";
 Shares of a node's time are those between two looks; throughput is the whole cluster's, latencies are those of the gateway that is
 asked.")]
 pub(crate) struct TopArgs {
-    /// Address of a gateway.
-    #[arg(long, default_value = "http://127.0.0.1:8080")]
-    url: String,
+    #[command(flatten)]
+    gateway: GatewayArgs,
     /// Time between two looks, in milliseconds.
     #[arg(long, value_name = "MS", default_value_t = 1000)]
     interval_ms: u64,
@@ -45,9 +44,6 @@ pub(crate) struct TopArgs {
     /// Print a line of JSON for each look.
     #[arg(long)]
     json: bool,
-    /// API key, if the gateway wants one.
-    #[arg(long, env = "OPENAI_API_KEY", hide_env_values = true)]
-    key: Option<String>,
 }
 
 pub(crate) fn run(args: TopArgs) -> Result<()> {
@@ -55,7 +51,7 @@ pub(crate) fn run(args: TopArgs) -> Result<()> {
 }
 
 async fn watch(args: TopArgs) -> Result<()> {
-    let client = Client::new(&args.url, args.key.clone())?;
+    let client = args.gateway.client()?;
     let interval = Duration::from_millis(args.interval_ms.max(INTERVAL_MS_MIN));
     let on_screen = stdout().is_terminal() && !args.once && !args.json;
     let colours = stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none();
@@ -71,7 +67,10 @@ async fn watch(args: TopArgs) -> Result<()> {
             Ok(now) => now,
             // On a screen it is waited for; a program wants to know.
             Err(error) if on_screen => {
-                draw(&[format!("{}: {error:#}", args.url), "Trying again; Ctrl-C ends it.".to_owned()])?;
+                draw(&[
+                    format!("{}: {error:#}", args.gateway.url),
+                    "Trying again; Ctrl-C ends it.".to_owned(),
+                ])?;
                 continue;
             }
             Err(error) => return Err(error),

@@ -17,7 +17,7 @@ mod trace;
 mod workload;
 
 use super::{MEASURING, progress_bar};
-use crate::http::Client;
+use crate::http::{Client, DEFAULT_URL};
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use client::Template;
@@ -42,7 +42,7 @@ Prompts are token ids (Ashlar, vLLM, llama.cpp, …) unless --text is given. A s
 Ctrl-C ends early and reports what there is. Goodput: requests/s that meet both objectives.")]
 pub(crate) struct ServeArgs {
     /// Address of the service.
-    #[arg(long, default_value = "http://127.0.0.1:8080")]
+    #[arg(long, default_value = DEFAULT_URL)]
     url: String,
     /// Model to ask; default: the first that is served.
     #[arg(long)]
