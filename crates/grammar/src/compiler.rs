@@ -192,7 +192,6 @@ impl std::fmt::Debug for GrammarCompiler {
 /// references, each of which takes less than 4 KiB.
 const COMPILER_STACK_BYTES: usize = 128 << 20;
 
-/// Bounds the work of one compilation to some 100 ms and that of one mask to some 20 ms.
 /// The engine catches its own panics, and puts a hook in the place of the process's for that: one that resolves a backtrace each time,
 /// which takes a tenth of a second and 70 MiB. It does so once; the process's own comes back.
 fn keep_panic_hook(factory: &ParserFactory) {
@@ -216,6 +215,7 @@ pub(crate) fn told(reason: &impl ToString) -> String {
     }
 }
 
+/// Bounds the work of one compilation to some 100 ms and that of one mask to some 20 ms.
 fn limits_of_one_grammar() -> ParserLimits {
     ParserLimits {
         initial_lexer_fuel: 1_000_000,
